@@ -1,0 +1,62 @@
+"""Which implementation a public function runs: equations, lean PyTorch, or Triton kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import torch
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+BACKENDS = ("auto", "triton", "torch", "reference")
+
+_selected = contextvars.ContextVar("atom_fast_backend", default="auto")
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run the enclosed calls with one backend; the results mean the same with each.
+
+    Args:
+        name: ``"auto"`` (Triton on CUDA tensors where Triton can be imported, otherwise lean PyTorch),
+            ``"triton"`` (the fused kernels), ``"torch"`` (lean PyTorch with analytic gradients), or
+            ``"reference"`` (equations 1 to 4 of the ATOM paper as they are written).
+
+    Raises:
+        ValueError: the name is none of the four.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+    token = _selected.set(name)
+    try:
+        yield
+    finally:
+        _selected.reset(token)
+
+
+def resolve_backend(tensor: torch.Tensor) -> str:
+    """The backend for work on ``tensor``: ``"triton"``, ``"torch"`` or ``"reference"``.
+
+    Raises:
+        RuntimeError: ``"triton"`` was asked for where its kernels cannot run.
+    """
+    name = _selected.get()
+    if name == "auto":
+        return "triton" if tensor.is_cuda and HAS_TRITON else "torch"
+    if name == "triton":
+        if not HAS_TRITON:
+            raise RuntimeError("backend 'triton' needs the triton package, which cannot be imported; use 'torch'")
+        if not tensor.is_cuda and not interpreting():
+            raise RuntimeError(
+                f"backend 'triton' needs CUDA tensors, got one on {tensor.device}; "
+                "use backend 'torch', or set TRITON_INTERPRET=1 before starting Python to interpret the kernels"
+            )
+    return name
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"

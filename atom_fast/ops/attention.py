@@ -1,0 +1,268 @@
+"""Custom operators for normalised attention maps (equations 1 and 2 of the ATOM paper) and their gradient.
+
+``attention_maps`` returns ``(maps, statistics)``: maps [B, M] hold the spatial map (H*W values, if its power is given)
+followed by the channel map (C values, if its power is given); statistics [3, B] hold each sample's largest |f| and the
+factor that turns each map, taken relative to it, into the result. Only the features, the maps and the statistics are
+kept for the backward pass. There is no formula for a second derivative: asking for one raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Features handled at once by the "torch" backend on a CPU: small enough that the passes over a piece hit the cache.
+PIECE_BYTES = 1 << 20
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for every narrower floating dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def map_sizes(features: Tensor, spatial_power: float | None, channel_power: float | None) -> tuple[int, int]:
+    """How many values the spatial and the channel map of one sample have; 0 for a map that is left out."""
+    _, channels, height, width = features.shape
+    return (height * width if spatial_power is not None else 0), (channels if channel_power is not None else 0)
+
+
+@torch.library.custom_op("atom_fast::attention_maps", mutates_args=())
+def attention_maps(
+    features: Tensor, spatial_power: float | None, channel_power: float | None, normalize: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Maps [B, M] and statistics [3, B] of features [B, C, H, W]; backend "triton" or "torch"."""
+    dtype = accumulation_dtype(features.dtype)
+    batch = features.shape[0]
+    maps = features.new_empty((batch, sum(map_sizes(features, spatial_power, channel_power))), dtype=dtype)
+    statistics = features.new_ones((3, batch), dtype=dtype)
+    if features.numel() == 0:
+        return maps.zero_(), statistics
+    forward = _forward_triton if backend == "triton" else _forward_torch
+    forward(features, spatial_power, channel_power, normalize, maps, statistics)
+    return maps, statistics
+
+
+@attention_maps.register_fake
+def _(features, spatial_power, channel_power, normalize, backend):
+    dtype = accumulation_dtype(features.dtype)
+    batch = features.shape[0]
+    maps = features.new_empty((batch, sum(map_sizes(features, spatial_power, channel_power))), dtype=dtype)
+    return maps, features.new_empty((3, batch), dtype=dtype)
+
+
+@torch.library.custom_op("atom_fast::attention_maps_backward", mutates_args=())
+def attention_maps_backward(
+    features: Tensor,
+    gradient: Tensor,
+    maps: Tensor,
+    statistics: Tensor,
+    spatial_power: float | None,
+    channel_power: float | None,
+    normalize: bool,
+    backend: str,
+) -> Tensor:
+    """Gradient [B, C, H, W] of the features from the gradient [B, M] of their maps."""
+    output = torch.empty_like(features)
+    if features.numel() == 0:
+        return output
+    backward = _backward_triton if backend == "triton" else _backward_torch
+    backward(features, gradient.contiguous(), maps, statistics, spatial_power, channel_power, normalize, output)
+    return output
+
+
+@attention_maps_backward.register_fake
+def _(features, gradient, maps, statistics, spatial_power, channel_power, normalize, backend):
+    return torch.empty_like(features)
+
+
+def _setup_context(ctx, inputs, output):
+    features, *ctx.options = inputs
+    maps, statistics = output
+    ctx.mark_non_differentiable(statistics)
+    ctx.save_for_backward(features, maps, statistics)
+
+
+def _backward(ctx, gradient, _):
+    features, maps, statistics = ctx.saved_tensors
+    return attention_maps_backward(features, gradient, maps, statistics, *ctx.options), None, None, None, None
+
+
+attention_maps.register_autograd(_backward, setup_context=_setup_context)
+
+
+# Triton: see kernels/attention.py.
+
+
+def _forward_triton(features, spatial_power, channel_power, normalize, maps, statistics):
+    import triton
+
+    from ..kernels import attention as kernels
+
+    batch, channels, height, width = features.shape
+    positions = height * width
+    n_spatial, _ = map_sizes(features, spatial_power, channel_power)
+    launch = kernels.attention_launch(channels, positions)
+    tiles = triton.cdiv(positions, launch["BLOCK_P"])
+    chunks = triton.cdiv(channels, launch["BLOCK_C"])
+    spatial = maps.new_empty((batch, n_spatial))
+    channel = maps.new_empty((batch, tiles, channels if channel_power is not None else 0))
+    peak = maps.new_empty((batch, tiles, chunks))
+    powers = {"SPATIAL": _constant(spatial_power), "CHANNEL": _constant(channel_power)}
+    with _device_of(features):
+        kernels.attention_forward_kernel[(batch, tiles)](
+            features, spatial, channel, peak, channels, positions, width, *features.stride(),
+            **powers, FLAT=_is_flat(features), ACCUMULATE=_triton_dtype(maps.dtype), **launch,
+        )  # fmt: skip
+        normalize_launch = kernels.normalize_launch(channels, positions, tiles)
+        kernels.attention_normalize_kernel[(batch,)](
+            spatial, channel, peak, maps, statistics, channels, positions, tiles, chunks,
+            **powers, NORMALIZE=normalize, TILE_P=launch["BLOCK_P"], **normalize_launch,
+        )  # fmt: skip
+
+
+def _backward_triton(features, gradient, maps, statistics, spatial_power, channel_power, normalize, output):
+    import triton
+
+    from ..kernels import attention as kernels
+
+    batch, channels, height, width = features.shape
+    positions = height * width
+    powers = {"SPATIAL": _constant(spatial_power), "CHANNEL": _constant(channel_power)}
+    projection = maps.new_empty((2, batch))
+    launch = kernels.attention_launch(channels, positions)
+    tiles = triton.cdiv(positions, launch["BLOCK_P"])
+    with _device_of(features):
+        if normalize:
+            blocks = kernels.normalize_launch(channels, positions, tiles)
+            kernels.attention_projection_kernel[(batch,)](
+                gradient, maps, projection, channels, positions,
+                **powers, BLOCK_C=blocks["BLOCK_C"], BLOCK_P=blocks["BLOCK_P"], num_warps=blocks["num_warps"],
+            )  # fmt: skip
+        kernels.attention_backward_kernel[(batch, tiles)](
+            features, gradient, maps, statistics, projection, output, channels, positions, width,
+            *features.stride(), *output.stride(), **powers, NORMALIZE=normalize,
+            FLAT=_is_flat(features), OUTPUT_FLAT=_is_flat(output), ACCUMULATE=_triton_dtype(maps.dtype), **launch,
+        )  # fmt: skip
+
+
+def _constant(power: float | None) -> float | int:
+    """A power as the kernels take it: whole numbers as int, so that 4 and 4.0 are one compilation; 0 for none."""
+    if power is None:
+        return 0
+    return int(power) if float(power).is_integer() else float(power)
+
+
+def _is_flat(tensor: Tensor) -> bool:
+    """Whether flattened positions are one stride apart."""
+    return tensor.shape[2] == 1 or tensor.stride(2) == tensor.shape[3] * tensor.stride(3)
+
+
+def _triton_dtype(dtype: torch.dtype):
+    import triton.language as tl
+
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _device_of(tensor: Tensor):
+    """Launch on the tensor's device, which need not be the current one."""
+    import contextlib
+
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+# Lean PyTorch: the same arithmetic in pieces that stay in the cache, products instead of pow, nothing kept. Every full
+# pass writes into one of two buffers made once: fresh memory costs ten times the pass that fills it.
+
+
+def _forward_torch(features, spatial_power, channel_power, normalize, maps, statistics):
+    n_spatial, _ = map_sizes(features, spatial_power, channel_power)
+    for rows, magnitude, raised in _pieces(features, maps.dtype):
+        magnitude.copy_(features[rows]).abs_()
+        peak = statistics[0, rows].copy_(magnitude.flatten(1).amax(1))
+        peak.masked_fill_(peak == 0, 1.0)
+        magnitude.mul_(peak.reciprocal().view(-1, 1, 1, 1))
+        for power in {spatial_power, channel_power} - {None}:
+            _power(magnitude, power, raised)
+            if power == spatial_power:
+                factor = statistics[1, rows]
+                _scale_map(raised.sum(1).flatten(1), power, peak, normalize, factor, maps[rows, :n_spatial])
+            if power == channel_power:
+                factor = statistics[2, rows]
+                _scale_map(raised.sum((2, 3)), power, peak, normalize, factor, maps[rows, n_spatial:])
+
+
+def _scale_map(attention, power, peak, normalize, factor, out):
+    """Write the map with unit length, or without the division by peak^power, and the factor that did it."""
+    if normalize:
+        norm = torch.linalg.vector_norm(attention, dim=1)
+        factor.copy_(norm.masked_fill_(norm == 0, 1.0).reciprocal_())
+    else:
+        factor.copy_(peak.pow(power))
+    torch.mul(attention, factor[:, None], out=out)
+
+
+def _backward_torch(features, gradient, maps, statistics, spatial_power, channel_power, normalize, output):
+    n_spatial, _ = map_sizes(features, spatial_power, channel_power)
+    for rows, relative, raised in _pieces(features, maps.dtype):
+        relative.copy_(features[rows]).mul_(statistics[0, rows].reciprocal().view(-1, 1, 1, 1))
+        weights = {}
+        for index, power, columns, shape in (
+            (1, spatial_power, slice(0, n_spatial), (-1, 1, *features.shape[2:])),
+            (2, channel_power, slice(n_spatial, None), (-1, features.shape[1], 1, 1)),
+        ):
+            if power is not None:
+                factor = statistics[index, rows] * power / statistics[0, rows]
+                weight = _map_gradient(gradient[rows, columns], maps[rows, columns], normalize) * factor[:, None]
+                weights.setdefault(power, []).append(weight.view(shape))
+        total = None
+        for power, summands in weights.items():
+            term = _signed_power(relative, power, raised)
+            last = total is None and len(weights) == 1
+            weight = torch.add(*summands, out=relative) if last and len(summands) == 2 else summands[0]
+            term.mul_(weight)
+            total = term if last else (term.clone() if total is None else total.add_(term))
+        output[rows] = torch.zeros_like(relative) if total is None else total
+
+
+def _map_gradient(gradient, attention, normalize):
+    """What of a map's gradient passes its L2 normalisation, up to the division by the norm."""
+    if not normalize:
+        return gradient
+    return gradient - attention * (gradient * attention).sum(1, keepdim=True)
+
+
+def _pieces(features: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Runs of samples that are worked on at once, with two buffers of their shape and memory format."""
+    limit = PIECE_BYTES if features.device.type == "cpu" else 128 * PIECE_BYTES
+    batch = features.shape[0]
+    rows = max(1, limit * batch // (features.numel() * dtype.itemsize))
+    buffers = [torch.empty_like(features[:rows], dtype=dtype) for _ in range(2)]
+    for start in range(0, batch, rows):
+        end = min(start + rows, batch)
+        yield slice(start, end), *(buffer[: end - start] for buffer in buffers)
+
+
+def _power(magnitude: Tensor, power: float, out: Tensor) -> Tensor:
+    """|f|^p, by products where p is a power of two up to 8."""
+    if power not in (2, 4, 8):
+        return torch.pow(magnitude, power, out=out)
+    torch.mul(magnitude, magnitude, out=out)
+    for _ in range({2: 0, 4: 1, 8: 2}[power]):
+        out.mul_(out)
+    return out
+
+
+def _signed_power(value: Tensor, power: float, out: Tensor) -> Tensor:
+    """sign(f) |f|^(p - 1): an odd power of f itself where p is even."""
+    if power == 1:
+        return torch.sign(value, out=out)
+    if power == 2:
+        return out.copy_(value)
+    if power == 4:
+        return torch.mul(value, value, out=out).mul_(value)
+    if power == 8:
+        torch.mul(value, value, out=out).mul_(value)
+        return out.mul_(out).mul_(value)
+    return torch.abs(value, out=out).pow_(power - 1).mul_(value.sign())

@@ -1,0 +1,154 @@
+"""Custom operators for the squared distance of class means (equation 3 of the ATOM paper) and for grouping samples."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .attention import _device_of, _triton_dtype, accumulation_dtype
+
+
+class ClassGroups(NamedTuple):
+    """Which rows of two sides belong to one class. Classes that hold no row may stand at the end of the offsets."""
+
+    real_order: Tensor  # int64 [B]: the real rows sorted by class
+    real_offsets: Tensor  # int64 [K + 1]: where each class starts in `real_order`
+    synthetic_order: Tensor  # int64 [B']
+    synthetic_offsets: Tensor  # int64 [K + 1]
+
+
+@torch.library.custom_op("atom_fast::class_groups", mutates_args=())
+def class_groups_op(real_labels: Tensor, synthetic_labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Orders and offsets of two sides; as many offsets as there can be classes, so that shapes do not depend on data."""
+    real_classes, real_inverse = real_labels.unique(return_inverse=True)
+    classes, inverse = synthetic_labels.unique(return_inverse=True)
+    if not torch.equal(real_classes, classes):
+        raise ValueError(_class_mismatch(real_classes.tolist(), classes.tolist()))
+    limit = synthetic_labels.shape[0]
+    return *_order_and_offsets(real_inverse, limit), *_order_and_offsets(inverse, limit)
+
+
+@class_groups_op.register_fake
+def _(real_labels, synthetic_labels):
+    offsets = synthetic_labels.shape[0] + 1
+    return (
+        torch.empty_like(real_labels),
+        real_labels.new_empty(offsets),
+        torch.empty_like(synthetic_labels),
+        synthetic_labels.new_empty(offsets),
+    )
+
+
+def _order_and_offsets(classes: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    order = classes.argsort(stable=True)
+    edges = torch.arange(limit + 1, device=classes.device)
+    return order, torch.searchsorted(classes[order].contiguous(), edges)
+
+
+def _class_mismatch(real: list[int], synthetic: list[int]) -> str:
+    only_real = sorted(set(real) - set(synthetic))
+    only_synthetic = sorted(set(synthetic) - set(real))
+    return (
+        "real and synthetic labels must hold the same classes; "
+        f"only on the real side: {only_real[:10]}, only on the synthetic side: {only_synthetic[:10]}"
+    )
+
+
+@torch.library.custom_op("atom_fast::class_mean_distance", mutates_args=())
+def class_mean_distance(
+    real: Tensor,
+    synthetic: Tensor,
+    real_order: Tensor | None,
+    real_offsets: Tensor | None,
+    synthetic_order: Tensor | None,
+    synthetic_offsets: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Distance (scalar) of real [B, D] and synthetic [B', D], and its gradient [B', D] for the synthetic side.
+
+    Without orders and offsets all rows are one class. Backend "triton" or "torch".
+    """
+    dtype = accumulation_dtype(synthetic.dtype)
+    if real.numel() == 0 or synthetic.numel() == 0:
+        return synthetic.new_zeros((), dtype=dtype), synthetic.new_zeros(synthetic.shape, dtype=dtype)
+    distance = _distance_triton if backend == "triton" else _distance_torch
+    return distance(real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offsets, dtype)
+
+
+@class_mean_distance.register_fake
+def _(real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offsets, backend):
+    dtype = accumulation_dtype(synthetic.dtype)
+    return synthetic.new_empty((), dtype=dtype), synthetic.new_empty(synthetic.shape, dtype=dtype)
+
+
+@torch.library.custom_op("atom_fast::scaled_gradient", mutates_args=())
+def scaled_gradient(gradient: Tensor, scale: Tensor, like: Tensor) -> Tensor:
+    """gradient * scale in the dtype of ``like``: an operator without a derivative, so that asking for a second raises."""
+    return (gradient * scale).to(like.dtype)
+
+
+@scaled_gradient.register_fake
+def _(gradient, scale, like):
+    return torch.empty_like(gradient, dtype=like.dtype)
+
+
+def _setup_context(ctx, inputs, output):
+    _, gradient = output
+    ctx.mark_non_differentiable(gradient)
+    ctx.save_for_backward(gradient)
+    ctx.like = inputs[1].new_empty(0)
+
+
+def _backward(ctx, scale, _):
+    (gradient,) = ctx.saved_tensors
+    return None, scaled_gradient(gradient, scale, ctx.like), None, None, None, None, None
+
+
+class_mean_distance.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _distance_triton(real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offsets, dtype):
+    import triton
+
+    from ..kernels import matching as kernels
+
+    columns = synthetic.shape[1]
+    grouped = synthetic_offsets is not None
+    classes = synthetic_offsets.shape[0] - 1 if grouped else 1
+    launch = kernels.matching_launch(columns)
+    blocks = triton.cdiv(columns, launch["BLOCK_D"])
+    partial = synthetic.new_empty((classes, blocks), dtype=dtype)
+    gradient = synthetic.new_empty(synthetic.shape, dtype=dtype)
+    real, synthetic = (side if side.stride(1) == 1 else side.contiguous() for side in (real, synthetic))
+    with _device_of(synthetic):
+        kernels.class_mean_distance_kernel[(classes, blocks)](
+            real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offsets, partial, gradient,
+            real.shape[0], synthetic.shape[0], columns, real.stride(0), synthetic.stride(0),
+            GROUPED=grouped, ACCUMULATE=_triton_dtype(dtype), **launch,
+        )  # fmt: skip
+    return partial.sum(), gradient
+
+
+def _distance_torch(real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offsets, dtype):
+    real, synthetic = real.to(dtype), synthetic.to(dtype)
+    if synthetic_offsets is None:
+        difference = real.mean(0) - synthetic.mean(0)
+        row = difference * (-2.0 / synthetic.shape[0])
+        return difference.square().sum(), row.expand_as(synthetic).contiguous()
+    counts = synthetic_offsets.diff()
+    difference = _segment_means(real, real_order, real_offsets) - _segment_means(
+        synthetic, synthetic_order, synthetic_offsets
+    )
+    rows = difference * (-2.0 / counts.clamp(min=1))[:, None].to(dtype)
+    gradient = torch.empty_like(synthetic, memory_format=torch.contiguous_format)
+    places = torch.arange(synthetic.shape[0], device=synthetic.device)
+    classes = torch.searchsorted(synthetic_offsets, places, right=True) - 1
+    gradient[synthetic_order] = rows[classes]
+    return difference.square().sum(), gradient
+
+
+def _segment_means(values: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    """Mean of the rows of each class; zero for a class without rows."""
+    return torch.segment_reduce(values[order], "mean", offsets=offsets, axis=0, initial=0.0)

@@ -1,0 +1,41 @@
+"""The attention power |f|^p and its derivative, shared by every kernel that takes attention maps."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def power(u, P: tl.constexpr):
+    """u^P for u >= 0: products where P is 1, 2, 4 or 8, otherwise exp2(P log2 u) with 0 at u = 0."""
+    if P == 1:
+        result = u
+    elif P == 2:
+        result = u * u
+    elif P == 4:
+        square = u * u
+        result = square * square
+    elif P == 8:
+        square = u * u
+        fourth = square * square
+        result = fourth * fourth
+    else:
+        # log2 of the guarded value: log2(0) would make 0 * inf in the derivative's twin.
+        result = tl.where(u > 0, tl.exp2(P * tl.log2(tl.where(u > 0, u, 1.0))), u)
+    return result
+
+
+@triton.jit
+def power_derivative(u, P: tl.constexpr):
+    """d(u^P)/du for u >= 0, where the caller's sign(f) makes the value at u = 0 irrelevant for P = 1."""
+    if P == 1:
+        result = u * 0 + 1.0
+    elif P == 2:
+        result = 2.0 * u
+    elif P == 4:
+        result = 4.0 * u * u * u
+    elif P == 8:
+        cube = u * u * u
+        result = 8.0 * cube * cube * u
+    else:
+        result = tl.where(u > 0, P * tl.exp2((P - 1.0) * tl.log2(tl.where(u > 0, u, 1.0))), u)
+    return result

@@ -1,0 +1,393 @@
+"""Attention maps and matching losses: equal to the float64 equations for any shape, stride, dtype, power and scale."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import atom_fast as af
+from atom_fast import reference
+from atom_fast.ops import attention as attention_ops
+from atom_fast.ops import matching as matching_ops
+
+BACKENDS = ("triton", "torch")
+# Relative error of the whole result: rounding of the accumulation dtype, times a few dozen operations.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5}
+# The gradient is stored in the input's dtype, so at least its rounding remains.
+GRADIENT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+powers = st.sampled_from([1.0, 2.0, 4.0, 8.0, 1.5, 3.0, 6.7, 16.0])
+dtypes = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])
+layouts = st.sampled_from(["contiguous", "channels_last", "sliced", "expanded"])
+
+
+def relative_error(result, expected):
+    expected = expected.double()
+    return ((result.double() - expected).norm() / expected.norm().clamp(min=1e-300)).item()
+
+
+def in_layout(values, layout):
+    """The same values with other strides, never made contiguous again."""
+    if layout == "channels_last":
+        return values.contiguous(memory_format=torch.channels_last)
+    if layout == "sliced":
+        batch, channels, height, width = values.shape
+        wide = values.new_full((batch, channels + 1, height + 2, 2 * width), float("nan"))
+        view = wide[:, 1:, 1 : height + 1, ::2]
+        view.copy_(values)
+        return view
+    if layout == "expanded":
+        return values[:1].expand_as(values)
+    return values.contiguous()
+
+
+@st.composite
+def features(draw, dtype=dtypes):
+    dtype = draw(dtype)
+    shape = draw(st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 7), st.integers(1, 7)))
+    exponents = {torch.float16: (-2, 4), torch.bfloat16: (-6, 6)}.get(dtype, (-6, 6))
+    magnitude = 10.0 ** draw(st.integers(*exponents))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    values = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if draw(st.booleans()):
+        values = values.relu()
+    if draw(st.booleans()):
+        values[0] = 0.0  # a sample that is exactly zero
+    return in_layout((values * magnitude).to(dtype), draw(layouts))
+
+
+@settings(max_examples=40)
+@given(f=features(), power=powers, normalize=st.booleans(), spatial=st.booleans())
+@pytest.mark.parametrize("name", BACKENDS)
+def test_attention_equals_the_float64_equation(name, f, power, normalize, spatial, device):
+    if not normalize and f.double().abs().max() ** power > 1e30:
+        power = 1.0  # |f|^p itself leaves float32 here, whatever the implementation
+    public, equation = (
+        (af.spatial_attention, reference.spatial_attention)
+        if spatial
+        else (af.channel_attention, reference.channel_attention)
+    )
+    wide = f.double().requires_grad_()
+    expected = equation(wide, power, normalize)
+    f = f.to(device).detach().requires_grad_()
+    with af.backend(name):
+        result = public(f, power, normalize)
+        weight = torch.linspace(-1, 1, result.numel(), dtype=result.dtype, device=device).view_as(result)
+        (gradient,) = torch.autograd.grad((result * weight).sum(), f)
+    (expected_gradient,) = torch.autograd.grad((expected * weight.cpu()).sum(), wide)
+    assert result.dtype == attention_ops.accumulation_dtype(f.dtype)
+    assert relative_error(result.cpu(), expected) < TOLERANCE[f.dtype]
+    assert gradient.dtype == f.dtype
+    if expected_gradient.abs().max() < torch.finfo(f.dtype).max / 10:
+        # Gradients below the dtype's smallest normal number are lost to its format, not to the arithmetic.
+        floor = expected_gradient.numel() ** 0.5 * torch.finfo(f.dtype).tiny
+        error = (gradient.cpu().double() - expected_gradient).norm()
+        assert error <= GRADIENT_TOLERANCE[f.dtype] * expected_gradient.norm() + floor
+
+
+@settings(max_examples=25)
+@given(
+    real=features(st.just(torch.float32)),
+    seed=st.integers(0, 1000),
+    spatial_power=st.none() | powers,
+    channel_power=powers,
+    classes=st.integers(1, 4),
+)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_loss_equals_the_float64_equation(name, real, seed, spatial_power, channel_power, classes, device):
+    generator = torch.Generator().manual_seed(seed)
+    real = real.repeat(4, 1, 1, 1)
+    synthetic = torch.randn(9, *real.shape[1:], generator=generator)
+    ids = torch.randperm(100, generator=generator)[:classes]  # labels are names, not indices
+    real_labels = ids[torch.cat([torch.arange(classes), torch.randint(classes, (len(real),), generator=generator)])]
+    real_labels = real_labels[torch.randperm(len(real_labels), generator=generator)][: len(real)]
+    synthetic_labels = ids[torch.randint(classes, (9,), generator=generator)]
+    common = set(real_labels.tolist()) & set(synthetic_labels.tolist())
+    if not common:
+        return
+    keep = torch.tensor([label.item() in common for label in real_labels])
+    real, real_labels = real[keep], real_labels[keep]
+    keep = torch.tensor([label.item() in common for label in synthetic_labels])
+    synthetic, synthetic_labels = synthetic[keep], synthetic_labels[keep]
+
+    wide = synthetic.double().requires_grad_()
+    expected = reference.attention_matching_loss(
+        real.double(), wide, spatial_power, channel_power, real_labels, synthetic_labels
+    )
+    (expected_gradient,) = torch.autograd.grad(expected, wide)
+    synthetic = synthetic.to(device).requires_grad_()
+    with af.backend(name):
+        loss = af.attention_matching_loss(
+            real.to(device),
+            synthetic,
+            spatial_power=spatial_power,
+            channel_power=channel_power,
+            real_labels=real_labels.to(device),
+            synthetic_labels=synthetic_labels.to(device),
+        )
+        (gradient,) = torch.autograd.grad(loss, synthetic)
+    # The loss is a difference of means of unit vectors: its rounding is absolute, not relative.
+    assert abs(loss.item() - expected.item()) < 1e-5 * expected.item() + 1e-10
+    assert (gradient.cpu().double() - expected_gradient).norm() < 1e-4 * expected_gradient.norm() + 1e-6
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 131, 3, 5), (2, 3, 67, 61), (1, 300, 2, 2), (3, 128, 8, 8)])
+@pytest.mark.parametrize("power", [(4.0, 4.0), (1.0, 8.0), (2.5, 1.0)])
+def test_tiles_that_do_not_divide_the_shape(name, shape, power, device):
+    f = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wide = f.clone().requires_grad_()
+    expected = reference.attention_matching_loss(f.flip(0) + 1, wide, *power)
+    f = f.to(device).requires_grad_()
+    with af.backend(name):
+        loss = af.attention_matching_loss(f.detach().flip(0) + 1, f, spatial_power=power[0], channel_power=power[1])
+        (gradient,) = torch.autograd.grad(loss, f)
+    (expected_gradient,) = torch.autograd.grad(expected, wide)
+    torch.testing.assert_close(loss.cpu(), expected, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(gradient.cpu(), expected_gradient, rtol=1e-8, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_channel_whose_maximum_comes_late_rescales_what_was_added(name, device):
+    """The running maximum grows chunk by chunk: 1e-6 first, 1e6 last, and both ends must stay exact."""
+    scale = torch.logspace(-6, 6, 300, dtype=torch.float64).view(1, 300, 1, 1)
+    f = (torch.rand(2, 300, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.5) * scale
+    with af.backend(name):
+        for power in (1.0, 4.0, 16.0):
+            result = af.spatial_attention(f.float().to(device), power)
+            assert relative_error(result.cpu(), reference.spatial_attention(f.float().double(), power)) < 1e-5
+            result = af.channel_attention(f.float().to(device), power)
+            assert relative_error(result.cpu(), reference.channel_attention(f.float().double(), power)) < 1e-5
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_half_precision_does_not_overflow_where_its_fourth_power_does(name, device):
+    f = torch.full((1, 2, 2, 2), 60000.0, dtype=torch.float16, device=device).requires_grad_()
+    with af.backend(name):
+        attention = af.spatial_attention(f, 16.0)
+        attention.square().sum().backward()
+    torch.testing.assert_close(attention.cpu(), torch.full((1, 4), 0.5))
+    assert f.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_same_input_same_bits(name, device):
+    f = torch.randn(3, 40, 9, 9, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    labels = torch.tensor([2, 0, 2], device=device)
+
+    def run():
+        with af.backend(name):
+            loss = af.attention_matching_loss(
+                f.detach() + 1, f, real_labels=labels, synthetic_labels=labels.flip(0), spatial_power=3.0
+            )
+            return loss.detach(), torch.autograd.grad(loss, f)[0]
+
+    first, second = run(), run()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_offsets_beyond_32_bits(name, device):
+    """Two samples 2^31 elements apart in one storage, of which only a few pages are ever touched."""
+    apart = 2**31 + 64
+    if device.type == "cpu":
+        storage = torch.from_numpy(np.zeros(apart + 16, dtype=np.float16))  # pages that nobody writes cost nothing
+    else:
+        storage = torch.zeros(apart + 16, dtype=torch.float16, device=device)
+    f = storage.as_strided((2, 2, 2, 2), (apart, 4, 2, 1))
+    f.copy_(torch.arange(16.0).view(2, 2, 2, 2))
+    expected = reference.spatial_attention(torch.arange(16.0, dtype=torch.float64).view(2, 2, 2, 2), 4.0)
+    with af.backend(name):
+        assert relative_error(af.spatial_attention(f, 4.0).cpu(), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_gradcheck(name, device):
+    f = torch.randn(2, 2, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(device)
+    real = f.flip(0) * 2 + 1
+    f.requires_grad_()
+    for power in ((4.0, 3.0), (None, 1.0)):
+        with af.backend(name):
+            assert torch.autograd.gradcheck(
+                lambda x, p=power: af.attention_matching_loss(real, x, spatial_power=p[0], channel_power=p[1]), (f,)
+            )
+            assert torch.autograd.gradcheck(lambda x: af.mean_matching_loss(real.flatten(1), x.flatten(1)), (f,))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_operators_are_registered_as_pytorch_asks(name, device):
+    f = torch.randn(3, 5, 4, 3, device=device, requires_grad=True)
+    torch.library.opcheck(attention_ops.attention_maps, (f, 4.0, 1.5, True, name))
+    maps, statistics = attention_ops.attention_maps(f.detach(), 4.0, None, True, name)
+    torch.library.opcheck(
+        attention_ops.attention_maps_backward, (f.detach(), maps * 2, maps, statistics, 4.0, None, True, name)
+    )
+    labels = torch.tensor([1, 0, 1], device=device)
+    torch.library.opcheck(matching_ops.class_groups_op, (labels, labels.flip(0)))
+    groups = af.class_groups(labels, labels.flip(0))
+    real, synthetic = torch.randn(3, 7, device=device), torch.randn(3, 7, device=device, requires_grad=True)
+    torch.library.opcheck(matching_ops.class_mean_distance, (real, synthetic, *groups, name))
+    torch.library.opcheck(matching_ops.class_mean_distance, (real, synthetic, None, None, None, None, name))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_compiles_into_one_graph(name, device):
+    real = torch.randn(4, 3, 5, 5, device=device)
+    labels = torch.tensor([0, 1, 1, 0], device=device)
+
+    def loss(f):
+        return 2 * af.attention_matching_loss(real, f, real_labels=labels, synthetic_labels=labels)
+
+    f = torch.randn(4, 3, 5, 5, device=device, requires_grad=True)
+    with af.backend(name):
+        (expected,) = torch.autograd.grad(loss(f), f)
+        (gradient,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(f), f)
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_second_derivative_is_refused(name, device):
+    f = torch.randn(2, 3, 4, 4, device=device, requires_grad=True)
+    with af.backend(name):
+        for loss in (
+            af.spatial_attention(f, 4.0)[:, 0].sum(),
+            af.attention_matching_loss(f + 1, f),
+            af.mean_matching_loss(f.flatten(1) + 1, f.flatten(1)),
+        ):
+            (gradient,) = torch.autograd.grad(loss, f, create_graph=True)
+            with pytest.raises(RuntimeError, match="no autograd formula|does not require grad"):
+                torch.autograd.grad(gradient.square().sum(), f)
+
+
+@pytest.mark.parametrize("name", ("triton", "torch", "reference"))
+def test_empty_batches_and_empty_planes(name, device):
+    with af.backend(name):
+        for shape in ((0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4)):
+            f = torch.zeros(shape, device=device, requires_grad=True)
+            attention = af.spatial_attention(f)
+            assert attention.shape == (shape[0], shape[2] * shape[3])
+            assert not attention.any()
+            attention.sum().backward()
+            assert f.grad.shape == shape
+        empty = torch.zeros(0, 3, 4, 4, device=device, requires_grad=True)
+        assert af.attention_matching_loss(empty.detach(), empty).item() == 0
+        with pytest.raises(ValueError, match="2 real and 0 synthetic"):
+            af.attention_matching_loss(torch.zeros(2, 3, 4, 4, device=device), empty)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_no_gradient_reaches_the_real_side_and_nothing_is_saved_for_it(name, device):
+    real = torch.randn(4, 3, 8, 8, device=device, requires_grad=True)
+    synthetic = torch.randn(2, 3, 8, 8, device=device, requires_grad=True)
+    saved = []
+    with af.backend(name), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        loss = af.attention_matching_loss(real, synthetic)
+    loss.backward()
+    assert real.grad is None
+    assert all(t.untyped_storage().data_ptr() != real.untyped_storage().data_ptr() for t in saved)
+    kept = sum(t.numel() for t in saved if t.data_ptr() != synthetic.data_ptr())
+    assert kept < synthetic.numel()  # maps and statistics only, no copy of the features
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_groups_made_once_equal_labels_given_each_time(name, device):
+    real, synthetic = torch.randn(6, 4, 3, 3, device=device), torch.randn(4, 4, 3, 3, device=device)
+    real_labels = torch.tensor([7, 1, 1, 7, 7, 1], device=device)
+    synthetic_labels = torch.tensor([1, 1, 7, 1], device=device)
+    groups = af.class_groups(real_labels, synthetic_labels)
+    with af.backend(name):
+        with_labels = af.attention_matching_loss(
+            real, synthetic, real_labels=real_labels, synthetic_labels=synthetic_labels
+        )
+        assert torch.equal(with_labels, af.attention_matching_loss(real, synthetic, groups=groups))
+        maps = [torch.cat([af.spatial_attention(f), af.channel_attention(f)], 1) for f in (real, synthetic)]
+        torch.testing.assert_close(af.attention_matching_from_maps(*maps, groups=groups), with_labels)
+
+
+def test_the_reference_backend_is_the_equations(device):
+    f = torch.randn(3, 4, 5, 5, device=device)
+    with af.backend("reference"):
+        assert torch.equal(af.spatial_attention(f, 4.0), reference.spatial_attention(f, 4.0))
+        labels = torch.tensor([0, 1, 0], device=device)
+        groups = af.class_groups(labels, labels)
+        torch.testing.assert_close(
+            af.attention_matching_loss(f, f + 1, groups=groups),
+            reference.attention_matching_loss(f, f + 1, 4.0, 4.0, labels, labels),
+        )
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda f, y: af.spatial_attention(f[0]), ValueError, r"\[B, C, H, W\]; got 3 dimensions"),
+        (lambda f, y: af.spatial_attention(f.long()), TypeError, "got torch.int64"),
+        (lambda f, y: af.spatial_attention(None), TypeError, "got NoneType"),
+        (lambda f, y: af.spatial_attention(f, 0.5), ValueError, r"power must be a number in \[1, 16\]; got 0.5"),
+        (lambda f, y: af.channel_attention(f, 17), ValueError, "got 17"),
+        (lambda f, y: af.channel_attention(f, None), ValueError, "got None"),
+        (lambda f, y: af.spatial_attention(f, float("nan")), ValueError, "got nan"),
+        (lambda f, y: af.attention_matching_loss(f, f, spatial_power="4"), ValueError, "spatial_power .* got '4'"),
+        (lambda f, y: af.attention_matching_loss(f, f[:, :2]), ValueError, r"\(4, 3, 5, 5\) and \(4, 2, 5, 5\)"),
+        (lambda f, y: af.attention_matching_loss(f, f, real_labels=y), ValueError, "got only real_labels"),
+        (
+            lambda f, y: af.attention_matching_loss(f, f, real_labels=y.int(), synthetic_labels=y),
+            TypeError,
+            "real_labels must be an int64 tensor; got torch.int32",
+        ),
+        (
+            lambda f, y: af.attention_matching_loss(f, f, real_labels=y, synthetic_labels=y[:3]),
+            ValueError,
+            r"synthetic_labels must be \[4\]",
+        ),
+        (
+            lambda f, y: af.attention_matching_loss(f, f, real_labels=y, synthetic_labels=y * 3),
+            ValueError,
+            r"only on the real side: \[1\], only on the synthetic side: \[3\]",
+        ),
+        (
+            lambda f, y: af.attention_matching_loss(f[:3], f, groups=af.class_groups(y, y)),
+            ValueError,
+            "made for 4 real and 4 synthetic samples; got 3 and 4",
+        ),
+        (lambda f, y: af.mean_matching_loss(f, f), ValueError, r"must be \[B, D\]"),
+        (
+            lambda f, y: af.mean_matching_loss(f.flatten(1), f.flatten(1)[:, 1:]),
+            ValueError,
+            r"agree in size; got \(4, 75\) and \(4, 74\)",
+        ),
+        (lambda f, y: af.class_groups(y[None], y), ValueError, "one-dimensional"),
+    ],
+)
+def test_bad_input_is_named(call, error, message, device):
+    f = torch.randn(4, 3, 5, 5, device=device)
+    with pytest.raises(error, match=message):
+        call(f, torch.tensor([0, 1, 1, 0], device=device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_full_size_on_the_gpu(memory_format, dtype):
+    f = torch.randn(130, 128, 32, 32, device="cuda").to(dtype).contiguous(memory_format=memory_format)
+    real = torch.randn(70, 128, 32, 32, device="cuda").to(dtype)
+    wide = f.double().requires_grad_()
+    expected = reference.attention_matching_loss(real.double(), wide, 4.0, 4.0)
+    (expected_gradient,) = torch.autograd.grad(expected, wide)
+    f.requires_grad_()
+    loss = af.attention_matching_loss(real, f)
+    (gradient,) = torch.autograd.grad(loss, f)
+    assert abs(loss.item() / expected.item() - 1) < 1e-5
+    assert relative_error(gradient, expected_gradient) < GRADIENT_TOLERANCE[dtype]
+    assert gradient.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_elements_on_the_gpu():
+    f = torch.ones(2, dtype=torch.float16, device="cuda").view(2, 1, 1, 1).expand(2, 1, 1, 1)
+    f = torch.cat([f.expand(2, 8, 4096, 4096)] * 9)  # 2.4e9 elements, 4.8 GB
+    f[-1, :, 0, 0] = 2
+    attention = af.spatial_attention(f, 4.0)
+    assert attention.shape == (18, 4096 * 4096)
+    torch.testing.assert_close(attention[-1, 0] / attention[-1, 1], torch.tensor(16.0, device="cuda"))
+    torch.testing.assert_close(attention[0].norm(), torch.tensor(1.0, device="cuda"), rtol=1e-3, atol=0)
