@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .powers import power, power_derivative
 
-# Elements of one tile of features: 16 KB in float32 with 128 threads, 32 values a thread, eight 128-bit loads in flight.
+# Elements of one tile of features: in float32, 32 values a thread and eight 128-bit loads in flight.
 TILE = 4096
 
 

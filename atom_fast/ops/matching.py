@@ -21,7 +21,7 @@ class ClassGroups(NamedTuple):
 
 @torch.library.custom_op("atom_fast::class_groups", mutates_args=())
 def class_groups_op(real_labels: Tensor, synthetic_labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Orders and offsets of two sides; as many offsets as there can be classes, so that shapes do not depend on data."""
+    """Orders and offsets of two sides; as many offsets as there can be classes: shapes must not depend on data."""
     real_classes, real_inverse = real_labels.unique(return_inverse=True)
     classes, inverse = synthetic_labels.unique(return_inverse=True)
     if not torch.equal(real_classes, classes):
@@ -85,7 +85,7 @@ def _(real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offs
 
 @torch.library.custom_op("atom_fast::scaled_gradient", mutates_args=())
 def scaled_gradient(gradient: Tensor, scale: Tensor, like: Tensor) -> Tensor:
-    """gradient * scale in the dtype of ``like``: an operator without a derivative, so that asking for a second raises."""
+    """gradient * scale in the dtype of ``like``: without a derivative of its own, so asking for a second raises."""
     return (gradient * scale).to(like.dtype)
 
 

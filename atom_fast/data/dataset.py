@@ -1,0 +1,128 @@
+"""A labelled image data set held as uint8 tensors, with the index that class-wise sampling needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageData:
+    """Training and test images of one data set. Build it with :meth:`from_tensors`, which fills in the class index.
+
+    Attributes:
+        name: name of the data set.
+        class_names: K names; the label ``k`` means ``class_names[k]``.
+        train_images: uint8 [N, C, H, W], 0 to 255.
+        train_labels: int64 [N], 0 to K - 1.
+        test_images: uint8 [M, C, H, W].
+        test_labels: int64 [M].
+        class_index: int64 [N], the training images sorted by class; within a class the order of ``train_images``.
+        class_counts: int64 [K], training images of each class.
+        class_offsets: int64 [K + 1]; class k is ``class_index[class_offsets[k]:class_offsets[k + 1]]``.
+        class_sizes: ``class_counts`` on the host, so that a batch size is checked without reading the device.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    class_index: Tensor
+    class_counts: Tensor
+    class_offsets: Tensor
+    class_sizes: tuple[int, ...]
+
+    @classmethod
+    def from_tensors(
+        cls,
+        name: str,
+        class_names: Sequence[str],
+        train_images: Tensor,
+        train_labels: Tensor,
+        test_images: Tensor,
+        test_labels: Tensor,
+    ) -> ImageData:
+        """Check the tensors and build the class index, on the device they are on.
+
+        Raises:
+            ValueError: images are not uint8 [N, C, H, W] of one shape, labels are not int64 [N] in 0 to K - 1, the
+                test set is empty, or a class has no training image.
+        """
+        class_names = tuple(class_names)
+        _check_split("training", train_images, train_labels, class_names)
+        _check_split("test", test_images, test_labels, class_names)
+        if train_images.shape[1:] != test_images.shape[1:]:
+            raise ValueError(
+                f"training and test images must have one shape; "
+                f"got {list(train_images.shape[1:])} and {list(test_images.shape[1:])}"
+            )
+        counts = torch.bincount(train_labels, minlength=len(class_names))
+        sizes = tuple(counts.tolist())
+        if 0 in sizes:
+            raise ValueError(f"class {class_names[sizes.index(0)]!r} of {name} has no training image")
+        return cls(
+            name=name,
+            class_names=class_names,
+            train_images=train_images,
+            train_labels=train_labels,
+            test_images=test_images,
+            test_labels=test_labels,
+            class_index=torch.argsort(train_labels, stable=True),
+            class_counts=counts,
+            class_offsets=torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
+            class_sizes=sizes,
+        )
+
+    @property
+    def num_classes(self) -> int:
+        """K, the number of classes."""
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        return tuple(self.train_images.shape[1:])
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of class names, shapes and bytes: the same on every device, computed when first asked for."""
+        digest = hashlib.sha256(repr(self.class_names).encode())
+        for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            digest.update(repr((str(tensor.dtype), tuple(tensor.shape))).encode())
+            digest.update(tensor.cpu().contiguous().numpy())
+        return digest.hexdigest()
+
+    def to(self, device: torch.device | str) -> ImageData:
+        """The same data with every tensor on ``device``."""
+        tensors = {
+            field.name: getattr(self, field.name).to(device)
+            for field in dataclasses.fields(self)
+            if isinstance(getattr(self, field.name), Tensor)
+        }
+        moved = dataclasses.replace(self, **tensors)
+        if "fingerprint" in self.__dict__:
+            moved.__dict__["fingerprint"] = self.fingerprint
+        return moved
+
+
+def _check_split(split: str, images: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> None:
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.numel() == 0:
+        raise ValueError(
+            f"{split} images must be uint8 [N, C, H, W] and not empty; got {images.dtype} {list(images.shape)}"
+        )
+    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"{split} labels must be int64 [{len(images)}], one an image; got {labels.dtype} {list(labels.shape)}"
+        )
+    low, high = labels.min().item(), labels.max().item()
+    if low < 0 or high >= len(class_names):
+        raise ValueError(
+            f"{split} labels must be 0 to {len(class_names) - 1} ({len(class_names)} class names); got {low} to {high}"
+        )

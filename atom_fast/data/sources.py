@@ -1,0 +1,260 @@
+"""Where data sets come from: scikit-learn's digits, CIFAR, Tiny ImageNet, or a folder of images."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from atom_fast.data.archives import download_file, unpack_zip
+from atom_fast.data.dataset import ImageData
+from atom_fast.data.decoding import IMAGE_SUFFIXES, decode_images, resize_images
+
+SOURCES = ("digits", "cifar10", "cifar100", "tiny", "folder")
+DEFAULT_DATA_DIR = Path("data")
+
+_DIGITS_TRAIN = 1400  # of 1,797; the other 397 are the test set
+_DIGITS_SEED = 0  # of the split, the same in every run so that results compare
+_CIFAR_MEGABYTES = {"cifar10": 170, "cifar100": 169}
+_TINY_FOLDER = "tiny-imagenet-200"
+_TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+_TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+_TINY_MEGABYTES = 248
+_TINY_PARTS = ("wnids.txt", "words.txt", "train", "val/images", "val/val_annotations.txt")
+
+
+def load_data(
+    name: str,
+    data_dir: str | os.PathLike | None = None,
+    *,
+    download: bool = False,
+    resolution: int | None = None,
+    progress: bool = True,
+) -> ImageData:
+    """Load a data set as uint8 tensors on the CPU.
+
+    - ``"digits"``: scikit-learn's handwritten digits, [1, 8, 8], 1,400 training and 397 test images in a fixed
+      stratified split; they come with scikit-learn, so ``data_dir`` is not used.
+    - ``"cifar10"``, ``"cifar100"``: torchvision's, [3, 32, 32], in ``data_dir``.
+    - ``"tiny"``: Tiny ImageNet, [3, 64, 64], as its zip file unpacks: ``data_dir`` is the folder ``tiny-imagenet-200``,
+      or what holds it or its zip file. Its validation set is the test set; classes are in the order of ``wnids.txt``.
+    - ``"folder"``: images in ``data_dir/train/<class>/`` and ``data_dir/test/<class>/`` (or ``val``, where there is no
+      ``test``), classes in the order of their names.
+
+    Args:
+        name: one of the five.
+        data_dir: folder of the data; needed by ``"folder"``, by default ``data`` otherwise.
+        download: fetch CIFAR or Tiny ImageNet when ``data_dir`` lacks it; said on standard error.
+        resolution: side in pixels of the square images wanted; None keeps the size.
+        progress: show progress bars with the time left on standard error.
+
+    Raises:
+        ValueError: unknown name, bad ``resolution``, a broken image or zip file, images of different sizes without a
+            ``resolution``, or test classes that are not training classes.
+        FileNotFoundError: the data is not there, or no images are; says what was looked for, where, and how to get it.
+        ImportError: the package that holds or reads the data cannot be imported.
+        RuntimeError: a download failed.
+    """
+    if name not in SOURCES:
+        raise ValueError(f"data set must be one of {', '.join(SOURCES)}; got {name!r}")
+    if resolution is not None and (isinstance(resolution, bool) or not isinstance(resolution, int) or resolution < 1):
+        raise ValueError(f"resolution must be a whole number of pixels of at least 1, or None; got {resolution!r}")
+    if name == "digits":
+        return _load_digits(resolution)
+    if data_dir is None and name == "folder":
+        raise ValueError("data set 'folder' needs a data_dir (--data-dir DIR) that holds train/ and test/ (or val/)")
+    root = Path(DEFAULT_DATA_DIR if data_dir is None else data_dir).expanduser()
+    if name == "tiny":
+        return _load_tiny(root, download, resolution, progress)
+    if name == "folder":
+        return _load_folder(root, resolution, progress)
+    return _load_cifar(name, root, download, resolution)
+
+
+def _load_digits(resolution: int | None) -> ImageData:
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise ImportError("data set 'digits' comes with scikit-learn: `pip install scikit-learn`") from error
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]  # stored as 0 to 16
+    train, test = train_test_split(
+        np.arange(len(images)), train_size=_DIGITS_TRAIN, stratify=digits.target, random_state=_DIGITS_SEED
+    )
+    splits = [(images[indices], digits.target[indices]) for indices in (train, test)]
+    return _from_arrays("digits", map(str, digits.target_names), *splits, resolution)
+
+
+def _load_cifar(name: str, root: Path, download: bool, resolution: int | None) -> ImageData:
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise ImportError(f"data set {name!r} is read by torchvision: `pip install torchvision`") from error
+    dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    try:
+        train = dataset(root, train=True)
+    except RuntimeError as missing:
+        if not download:
+            raise FileNotFoundError(
+                f"{name} is missing or damaged: no intact {dataset.base_folder} in {root.absolute()}; "
+                f"pass download=True (--download) to fetch its {_CIFAR_MEGABYTES[name]} MB there, "
+                "or name the folder that holds it"
+            ) from missing
+        _say(f"{name}: torchvision downloads {_CIFAR_MEGABYTES[name]} MB from {dataset.url} to {root.absolute()}")
+        train = _download_cifar(dataset, root)
+    test = dataset(root, train=False)
+    splits = [(np.ascontiguousarray(split.data.transpose(0, 3, 1, 2)), split.targets) for split in (train, test)]
+    return _from_arrays(name, train.classes, *splits, resolution)
+
+
+def _download_cifar(dataset: type, root: Path):
+    try:
+        return dataset(root, train=True, download=True)
+    except (OSError, RuntimeError) as error:
+        raise RuntimeError(
+            f"could not download {dataset.url} to {root.absolute()}: {error}; "
+            f"try again, or fetch it by other means and unpack it there"
+        ) from error
+
+
+def _from_arrays(
+    name: str,
+    class_names: Iterable[str],
+    train: tuple[np.ndarray, Sequence[int]],
+    test: tuple[np.ndarray, Sequence[int]],
+    resolution: int | None,
+) -> ImageData:
+    """From (images uint8 [N, C, H, W], labels [N]) of each split."""
+    tensors = []
+    for images, labels in (train, test):
+        tensors.append(resize_images(torch.from_numpy(images), resolution))
+        tensors.append(torch.as_tensor(labels, dtype=torch.int64))
+    return ImageData.from_tensors(name, tuple(class_names), *tensors)
+
+
+def _load_tiny(root: Path, download: bool, resolution: int | None, progress: bool) -> ImageData:
+    folder = _find_tiny(root, download, progress)
+    missing = [part for part in _TINY_PARTS if not (folder / part).exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} lacks {', '.join(missing)}: not the layout of {_TINY_FOLDER}.zip "
+            "(for train/<class>/ and val/<class>/ use the data set 'folder')"
+        )
+    wnids = (folder / "wnids.txt").read_text().split()
+    train = [
+        (file, label) for label, wnid in enumerate(wnids) for file in _images_under(folder / "train" / wnid / "images")
+    ]
+    test = _tiny_validation(folder, wnids)
+    return _from_files("tiny", _tiny_names(folder, wnids), train, test, resolution, progress)
+
+
+def _find_tiny(root: Path, download: bool, progress: bool) -> Path:
+    """The unpacked folder; the zip file is unpacked, or fetched first, where that is needed and allowed."""
+    for folder in (root, root / _TINY_FOLDER):
+        if (folder / "wnids.txt").is_file():
+            return folder
+    archive = root / f"{_TINY_FOLDER}.zip"
+    if not archive.is_file():
+        if not download:
+            raise FileNotFoundError(
+                f"Tiny ImageNet is missing: neither {_TINY_FOLDER}/wnids.txt nor {archive.name} in {root.absolute()}; "
+                f"pass download=True (--download) to fetch its {_TINY_MEGABYTES} MB there, "
+                "or name the folder that holds it"
+            )
+        _say(f"tiny: downloading {_TINY_MEGABYTES} MB from {_TINY_URL} to {archive.absolute()}")
+        download_file(_TINY_URL, archive, md5=_TINY_MD5, progress=progress)
+    _say(f"tiny: unpacking {archive.absolute()} beside itself")
+    return unpack_zip(archive, _TINY_FOLDER, progress=progress)
+
+
+def _tiny_validation(folder: Path, wnids: Sequence[str]) -> list[tuple[Path, int]]:
+    """(file, label) of every validation image, from lines of a file name, its wnid and a box, separated by tabs."""
+    labels = {wnid: label for label, wnid in enumerate(wnids)}
+    annotations = folder / "val/val_annotations.txt"
+    labelled = []
+    for number, line in enumerate(annotations.read_text().splitlines(), start=1):
+        name, wnid = (line.split("\t") + [""])[:2]
+        if wnid not in labels:
+            raise ValueError(f"{annotations}, line {number}: {wnid!r} is no class of {folder / 'wnids.txt'}")
+        labelled.append((folder / "val/images" / name, labels[wnid]))
+    return labelled
+
+
+def _tiny_names(folder: Path, wnids: Sequence[str]) -> list[str]:
+    """The first name that ``words.txt`` gives each class, with the wnid where two classes share it."""
+    words = dict(line.split("\t", 1) for line in (folder / "words.txt").read_text().splitlines() if "\t" in line)
+    names = [words.get(wnid, wnid).split(",")[0].strip() for wnid in wnids]
+    shared = Counter(names)
+    return [name if shared[name] == 1 else f"{name} ({wnid})" for name, wnid in zip(names, wnids, strict=True)]
+
+
+def _load_folder(root: Path, resolution: int | None, progress: bool) -> ImageData:
+    train, test = root / "train", root / "test" if (root / "test").is_dir() else root / "val"
+    if not (train.is_dir() and test.is_dir()):
+        missing = "train/" if not train.is_dir() else "test/ or val/"
+        raise FileNotFoundError(
+            f"no folder {missing} in {root.absolute()}; "
+            "expected are train/<class>/ and test/<class>/ (or val/<class>/), each with image files"
+        )
+    class_names = _class_names(train)
+    unknown = sorted(set(_class_names(test)) - set(class_names))
+    if unknown:
+        raise ValueError(f"{test} holds classes that {train} lacks: {', '.join(unknown)}")
+    splits = [_labelled_files(split, class_names) for split in (train, test)]
+    return _from_files("folder", class_names, *splits, resolution, progress)
+
+
+def _class_names(split: Path) -> list[str]:
+    names = sorted(entry.name for entry in split.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise FileNotFoundError(f"{split} holds no class folders; expected is {split.name}/<class>/ with image files")
+    return names
+
+
+def _labelled_files(split: Path, class_names: Sequence[str]) -> list[tuple[Path, int]]:
+    """(file, label) of every image; a class folder may be absent (a test set need not hold every class)."""
+    return [
+        (file, label)
+        for label, name in enumerate(class_names)
+        if (split / name).is_dir()
+        for file in _images_under(split / name)
+    ]
+
+
+def _images_under(folder: Path) -> list[Path]:
+    """Image files in a folder and the folders below it, sorted by path."""
+    found = [
+        os.path.join(parent, name)
+        for parent, _, names in os.walk(folder)
+        for name in names
+        if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+    ]
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no images; files ending in {', '.join(IMAGE_SUFFIXES)} are read")
+    return [Path(path) for path in sorted(found)]
+
+
+def _from_files(
+    name: str,
+    class_names: Sequence[str],
+    train: Sequence[tuple[Path, int]],
+    test: Sequence[tuple[Path, int]],
+    resolution: int | None,
+    progress: bool,
+) -> ImageData:
+    """Decode (file, label) of both splits together, so that both get one image size and one number of channels."""
+    labelled = [*train, *test]
+    images = decode_images([file for file, _ in labelled], resolution, progress=progress)
+    labels = torch.tensor([label for _, label in labelled], dtype=torch.int64)
+    split = len(train)
+    return ImageData.from_tensors(name, class_names, images[:split], labels[:split], images[split:], labels[split:])
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,130 @@
+"""Image files to tensors: exact pixels, one size, one number of channels, and errors that name the file."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from atom_fast.data.decoding import decode_images, resize_images
+
+
+def random_pixels(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def save(path, pixels, **options):
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def test_pixels_come_in_the_order_of_the_files(tmp_path):
+    pixels = random_pixels(200, 5, 7, 3)
+    files = [save(tmp_path / f"{i}.png", image) for i, image in enumerate(pixels)]
+    images = decode_images(files, progress=False)
+    assert images.dtype == torch.uint8 and images.is_contiguous()
+    assert torch.equal(images, torch.from_numpy(pixels).permute(0, 3, 1, 2))
+
+
+def test_grayscale_files_give_one_channel_and_one_colour_file_gives_three_to_all(tmp_path):
+    gray, colour = random_pixels(4, 4), random_pixels(4, 4, 3)
+    files = [save(tmp_path / "gray.png", gray), save(tmp_path / "gray.bmp", gray)]
+    images = decode_images(files, progress=False)
+    assert images.shape == (2, 1, 4, 4)
+    assert torch.equal(images[0, 0], torch.from_numpy(gray))
+    images = decode_images([*files, save(tmp_path / "colour.png", colour)], progress=False)
+    assert images.shape == (3, 3, 4, 4)
+    assert all(torch.equal(images[0, channel], torch.from_numpy(gray)) for channel in range(3))
+
+
+def test_transparency_and_palettes_become_rgb(tmp_path):
+    colour = random_pixels(4, 4, 3)
+    transparent = save(tmp_path / "transparent.png", np.dstack([colour, random_pixels(4, 4)]))
+    palette = tmp_path / "palette.png"
+    Image.fromarray(colour).quantize(16).save(palette)
+    images = decode_images([transparent, palette], progress=False)
+    assert torch.equal(images[0], torch.from_numpy(colour).permute(2, 0, 1))
+    assert images.shape == (2, 3, 4, 4)
+
+
+def test_files_of_two_sizes_are_refused_by_name_or_resized(tmp_path):
+    files = [save(tmp_path / "first.png", random_pixels(8, 8, 3)), save(tmp_path / "wide.png", random_pixels(8, 12, 3))]
+    with pytest.raises(ValueError, match=r"wide.png is 12x8 pixels but .*first.png is 8x8.*resolution"):
+        decode_images(files, progress=False)
+    assert decode_images(files, resolution=6, progress=False).shape == (2, 3, 6, 6)
+    assert decode_images(files, resolution=16, progress=False).shape == (2, 3, 16, 16)
+
+
+def test_resizing_keeps_the_centre_square(tmp_path):
+    pixels = np.zeros((8, 16, 3), dtype=np.uint8)
+    pixels[:, 2:14] = 200  # the antialiasing filter reaches two pixels beyond the square
+    images = decode_images([save(tmp_path / "bright_centre.png", pixels)], resolution=4, progress=False)
+    assert (images == 200).all()
+
+
+def truncated(path):
+    save(path, random_pixels(32, 32, 3))
+    path.write_bytes(path.read_bytes()[:700])
+
+
+def not_an_image(path):
+    path.write_text("no image")
+
+
+def sixteen_bit(path):
+    save(path, np.arange(4096, dtype=np.uint16).reshape(64, 64))
+
+
+@pytest.mark.parametrize(
+    ("write", "name", "message"),
+    [
+        (truncated, "bad.png", ""),
+        (truncated, "bad.jpg", "truncated"),
+        (not_an_image, "bad.jpg", "cannot identify"),
+        (lambda path: path.write_bytes(b""), "bad.png", "cannot identify"),
+        (lambda path: None, "bad.png", "No such file"),
+        (sixteen_bit, "bad.png", "more than 8 bits a channel"),
+    ],
+    ids=["truncated-png", "truncated-jpeg", "text", "empty", "absent", "16-bit"],
+)
+@pytest.mark.parametrize("position", [0, 150])
+def test_a_broken_file_is_named(tmp_path, write, name, message, position):
+    files = [save(tmp_path / "good.png", random_pixels(32, 32, 3))] * 200
+    write(tmp_path / name)
+    files.insert(position, tmp_path / name)
+    with pytest.raises(ValueError, match=f"cannot read the image .*{name}: .*{message}"):
+        decode_images(files, progress=False)
+
+
+def test_an_image_with_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    bomb = save(tmp_path / "bomb.png", random_pixels(8, 9))
+    monkeypatch.delattr(Image.Image, "convert")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64)
+    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(ValueError, match="bomb.png: 9x8 pixels.* 64 acc"):
+        decode_images([bomb], progress=False)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30)
+    with pytest.raises(ValueError, match="bomb.png: .*decompression bomb"):
+        decode_images([bomb], progress=False)
+
+
+def test_no_files_are_refused():
+    with pytest.raises(ValueError, match="no image files"):
+        decode_images([], progress=False)
+
+
+def test_progress_is_on_standard_error_or_nowhere(tmp_path, capsys):
+    files = [save(tmp_path / "a.png", random_pixels(4, 4))]
+    decode_images(files, progress=False)
+    assert capsys.readouterr() == ("", "")
+    decode_images(files)
+    out, err = capsys.readouterr()
+    assert out == "" and "decoding images" in err
+
+
+def test_tensors_are_resized_as_the_files_are(tmp_path):
+    pixels = random_pixels(16, 16, 3)
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
+    from_file = decode_images([save(tmp_path / "a.png", pixels)], resolution=6, progress=False)
+    resized = resize_images(tensor, 6)
+    assert resized.dtype == torch.uint8
+    assert (resized.int() - from_file.int()).abs().max() <= 1
+    assert resize_images(tensor, None) is tensor and resize_images(tensor, 16) is tensor

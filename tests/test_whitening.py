@@ -1,0 +1,224 @@
+"""Preprocessing: standardisation and ZCA against their definitions, their inverses, and what they are fitted on."""
+
+import sys
+
+import pytest
+import torch
+
+from atom_fast.data.dataset import ImageData
+from atom_fast.data.whitening import KINDS, ZCA_EPS, Preprocessing, fit_preprocessing, real_image_gatherer
+
+SHAPE = (3, 6, 5)
+SIZE = 90
+
+
+def smooth_images(count, seed=0, brightness=128):
+    """uint8 [count, 3, 6, 5] whose pixels and channels are correlated, as those of photographs are."""
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.randn(count, 1, 1, 1, generator=generator)
+    rows = torch.randn(count, 3, 6, 1, generator=generator)
+    noise = torch.randn(count, *SHAPE, generator=generator)
+    return (brightness + 60 * common + 30 * rows + 20 * noise).clamp(0, 255).to(torch.uint8)
+
+
+def fit(images, kind):
+    if kind != "standard":
+        pytest.importorskip("kornia")
+    return fit_preprocessing(images, kind, progress=False)
+
+
+def orthonormal_preprocessing(standardised=False):
+    """ZCA-shaped tensors without a fit: a symmetric orthogonal matrix is its own inverse."""
+    direction = torch.nn.functional.normalize(torch.randn(SIZE, generator=torch.Generator().manual_seed(2)), dim=0)
+    matrix = torch.eye(SIZE) - 2 * torch.outer(direction, direction)
+    tensors = {"zca_mean": torch.full(SHAPE, 0.25), "zca_matrix": matrix, "zca_inverse": matrix.clone()}
+    if standardised:
+        tensors |= {"mean": torch.tensor([0.4, 0.5, 0.6]), "std": torch.tensor([0.2, 0.25, 0.3])}
+    return Preprocessing.from_tensors(tensors)
+
+
+def test_standard_gives_each_channel_mean_zero_and_deviation_one():
+    images = smooth_images(500)
+    model = fit(images, "standard").to_model(images).double()
+    torch.testing.assert_close(model.mean((0, 2, 3)), torch.zeros(3).double(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.std((0, 2, 3), correction=0), torch.ones(3).double(), rtol=0, atol=1e-5)
+
+
+def test_standard_is_the_mean_and_deviation_of_pixels_between_0_and_1():
+    images = smooth_images(300)
+    preprocessing = fit(images, "standard")
+    pixels = images.double() / 255
+    assert preprocessing.kind == "standard"
+    torch.testing.assert_close(preprocessing.mean.double(), pixels.mean((0, 2, 3)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(preprocessing.std.double(), pixels.std((0, 2, 3), correction=0), rtol=1e-6, atol=0)
+
+
+def test_a_constant_channel_stays_finite():
+    images = smooth_images(20)
+    images[:, 1] = 7
+    preprocessing = fit(images, "standard")
+    assert preprocessing.std[1] == 1
+    assert preprocessing.to_model(images)[:, 1].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["zca", "zca_standardized"])
+def test_whitened_covariance_is_the_identity_up_to_eps(kind):
+    images = smooth_images(3000)
+    preprocessing = fit(images, kind)
+    pixels = images.double() / 255
+    if kind == "zca_standardized":
+        pixels = (pixels - pixels.mean((0, 2, 3), keepdim=True)) / pixels.std((0, 2, 3), correction=0, keepdim=True)
+    eigenvalues, eigenvectors = torch.linalg.eigh(pixels.flatten(1).T.cov())
+    whitened = preprocessing.to_model(images).flatten(1).double()
+    # In each direction ZCA leaves s / (s + eps) of a variance s: 1 where s is far above eps.
+    expected = eigenvectors @ torch.diag(eigenvalues / (eigenvalues + ZCA_EPS)) @ eigenvectors.T
+    torch.testing.assert_close(whitened.T.cov(), expected, rtol=0, atol=1e-3)
+    assert whitened.mean(0).abs().max() < 1e-4
+    principal = eigenvectors[:, -1] @ whitened.T.cov() @ eigenvectors[:, -1]
+    assert eigenvalues[-1] > 2 and 0.95 < principal < 1.0
+
+
+@pytest.mark.parametrize("kind", ["zca", "zca_standardized"])
+def test_zca_is_kornias(kind):
+    kornia = pytest.importorskip("kornia")
+    images = smooth_images(400)
+    pixels = images.float() / 255
+    if kind == "zca_standardized":
+        pixels = (pixels - pixels.mean((0, 2, 3), keepdim=True)) / pixels.std((0, 2, 3), correction=0, keepdim=True)
+    zca = kornia.enhance.ZCAWhitening(eps=0.1, compute_inv=True).fit(pixels)
+    preprocessing = fit(images, kind)
+    torch.testing.assert_close(preprocessing.to_model(images), zca(pixels), rtol=0, atol=1e-4)
+    assert preprocessing.kind == kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_inverse_gives_the_pixels_back(kind):
+    preprocessing = fit(smooth_images(400), kind)
+    unseen = smooth_images(50, seed=9, brightness=90)
+    pixels = preprocessing.to_pixels(preprocessing.to_model(unseen))
+    torch.testing.assert_close(pixels, unseen.float() / 255, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_training_images_are_fitted(kind):
+    train, test = smooth_images(400), smooth_images(400, seed=3, brightness=70)
+    preprocessing = fit(train, kind)
+    assert preprocessing.to_model(train).mean().abs() < 1e-3
+    before = {name: tensor.clone() for name, tensor in preprocessing.tensors().items()}
+    assert preprocessing.to_model(test).mean() < -0.05
+    assert all(torch.equal(before[name], tensor) for name, tensor in preprocessing.tensors().items())
+
+
+@pytest.mark.parametrize("standardised", [False, True], ids=["zca", "zca_standardized"])
+def test_model_space_equals_the_formula(device, standardised):
+    preprocessing = orthonormal_preprocessing(standardised).to(device)
+    images = smooth_images(30).to(device)
+    pixels = images.double() / 255
+    if standardised:
+        pixels = (pixels - preprocessing.mean[:, None, None]) / preprocessing.std[:, None, None]
+    expected = ((pixels - preprocessing.zca_mean).flatten(1) @ preprocessing.zca_matrix.double()).view(images.shape)
+    model = preprocessing.to_model(images)
+    assert model.dtype == torch.float32 and model.device == images.device
+    torch.testing.assert_close(model.double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(preprocessing.to_pixels(model), images.float() / 255, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_bytes_and_fractions_mean_the_same_and_are_not_written_to(dtype):
+    images = smooth_images(20)
+    fractions = (images.double() / 255).to(dtype)
+    kept = fractions.clone()
+    tolerance = 1e-2 if dtype == torch.float16 else 1e-5
+    for preprocessing in (orthonormal_preprocessing(), fit(images, "standard")):
+        model = preprocessing.to_model(fractions)
+        assert model.dtype == torch.float32
+        torch.testing.assert_close(model, preprocessing.to_model(images), rtol=0, atol=tolerance)
+        preprocessing.to_pixels(model)
+        assert torch.equal(fractions, kept)
+
+
+def test_pixels_are_clamped():
+    preprocessing = fit(smooth_images(50), "standard")
+    pixels = preprocessing.to_pixels(torch.tensor([-100.0, 100.0]).view(2, 1, 1, 1).expand(2, *SHAPE))
+    assert torch.equal(pixels, torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, *SHAPE))
+
+
+def test_tensors_are_enough_to_rebuild_it(device):
+    images = smooth_images(20)
+    for preprocessing in (orthonormal_preprocessing(), orthonormal_preprocessing(True), fit(images, "standard")):
+        rebuilt = Preprocessing.from_tensors({name: tensor.clone() for name, tensor in preprocessing.tensors().items()})
+        assert rebuilt.kind == preprocessing.kind
+        assert torch.equal(rebuilt.to_model(images), preprocessing.to_model(images))
+        assert all(tensor.device.type == device.type for tensor in rebuilt.to(device).tensors().values())
+    with pytest.raises(ValueError, match=r"got \['mean', 'zca_mean'\]"):
+        Preprocessing.from_tensors({"mean": torch.zeros(3), "zca_mean": torch.zeros(SHAPE)})
+
+
+def test_other_shapes_and_types_are_refused():
+    standard, zca = fit(smooth_images(20), "standard"), orthonormal_preprocessing()
+    with pytest.raises(ValueError, match=r"images must be \[B, 3, H, W\]; got \[2, 1, 6, 5\]"):
+        standard.to_model(torch.zeros(2, 1, 6, 5))
+    with pytest.raises(ValueError, match=r"images must be \[B, 3, 6, 5\]; got \[2, 3, 5, 6\]"):
+        zca.to_pixels(torch.zeros(2, 3, 5, 6))
+    with pytest.raises(ValueError, match="uint8 or floating point.*int64"):
+        zca.to_model(torch.zeros(2, *SHAPE, dtype=torch.int64))
+    with pytest.raises(ValueError, match="model space must be floating point; got torch.uint8"):
+        zca.to_pixels(torch.zeros(2, *SHAPE, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="standard, zca, zca_standardized; got 'pca'"):
+        fit_preprocessing(smooth_images(20), "pca")
+    with pytest.raises(ValueError, match="must be uint8.*float32"):
+        fit_preprocessing(torch.zeros(2, *SHAPE), "standard")
+
+
+def test_without_kornia_the_error_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "kornia", None)
+    monkeypatch.setitem(sys.modules, "kornia.enhance", None)
+    assert fit_preprocessing(smooth_images(20), "standard").kind == "standard"
+    with pytest.raises(ImportError, match="pip install kornia"):
+        fit_preprocessing(smooth_images(20), "zca")
+
+
+def test_the_fit_is_announced_unless_progress_is_off(capsys):
+    pytest.importorskip("kornia")
+    fit_preprocessing(smooth_images(30), "zca", progress=False)
+    assert capsys.readouterr() == ("", "")
+    fit_preprocessing(smooth_images(30), "zca")
+    out, err = capsys.readouterr()
+    assert out == "" and "ZCA: fitting 90 x 90 on 30 training images" in err
+
+
+def data_of(images, device):
+    labels = torch.arange(len(images)) % 2
+    return ImageData.from_tensors("made", ("a", "b"), images, labels, images, labels).to(device)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("whitened", [False, True], ids=["standard", "zca"])
+def test_gathered_images_are_those_of_the_indices_in_model_space(device, whitened, memory_format):
+    images = smooth_images(40)
+    preprocessing = (orthonormal_preprocessing() if whitened else fit(images, "standard")).to(device)
+    data = data_of(images, device)
+    gather = real_image_gatherer(data, preprocessing, memory_format=memory_format, progress=False)
+    indices = torch.tensor([[3, 17, 0], [39, 3, 8]], device=device)
+    real = gather(indices)
+    assert real.shape == (6, *SHAPE) and real.dtype == torch.float32
+    assert real.is_contiguous(memory_format=memory_format)
+    expected = preprocessing.to_model(data.train_images[indices.flatten()])
+    torch.testing.assert_close(real, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("whitened", [False, True], ids=["standard", "zca"])
+def test_gathering_runs_in_a_cuda_graph(device, whitened):
+    images = smooth_images(40)
+    preprocessing = (orthonormal_preprocessing() if whitened else fit(images, "standard")).to(device)
+    gather = real_image_gatherer(data_of(images, device), preprocessing, progress=False)
+    indices = torch.tensor([[1, 2], [3, 4]], device=device)
+    gather(indices)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        real = gather(indices)
+    indices.copy_(torch.tensor([[9, 8], [7, 6]]))
+    graph.replay()
+    torch.testing.assert_close(real, gather(indices), rtol=0, atol=1e-6)
