@@ -1,0 +1,237 @@
+"""The ConvNet of the distillation literature: logits, or the embedding and the feature maps for attention."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+ACTIVATIONS = ("relu", "leakyrelu", "sigmoid")
+NORMS = ("instance", "batch", "layer", "group", "none")
+POOLINGS = ("avg2", "avg3", "max2", "none")
+INITIALIZATIONS = ("default", "normal", "uniform")
+
+GROUPS = 4  # of norm "group", as in the DC and DM code
+LEAKY_SLOPE = 0.01  # as in the DC and DM code
+
+# Half the width of the uniform interval, or the standard deviation of the normal: PyTorch's default (He uniform with
+# a = √5), and He et al. (2015) for ReLU.
+_INITIAL_SCALES = {
+    "default": lambda fan_in: 1 / math.sqrt(fan_in),
+    "uniform": lambda fan_in: math.sqrt(6 / fan_in),
+    "normal": lambda fan_in: math.sqrt(2 / fan_in),
+}
+
+
+class ConvBlock(nn.Module):
+    """3×3 convolution, normalisation, activation, pooling.
+
+    Attributes:
+        convolution, norm, activation, pool: the four modules; what a setting leaves out is an ``nn.Identity``.
+    """
+
+    def __init__(self, convolution: nn.Conv2d, norm: nn.Module, activation: nn.Module, pool: nn.Module):
+        super().__init__()
+        self.convolution = convolution
+        self.norm = norm
+        self.activation = activation
+        self.pool = pool
+
+    def feature_map(self, x: Tensor) -> Tensor:
+        """The activation's output before pooling: [B, C_in, H, W] -> [B, C, H, W]."""
+        return self.activation(self.norm(self.convolution(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C_in, H, W] -> the pooled feature map."""
+        return self.pool(self.feature_map(x))
+
+
+class ConvNet(nn.Module):
+    """``depth`` blocks of convolution, normalisation, activation and pooling, then a linear classifier.
+
+    The default is the network of DC, DM, DataDAM and ATOM: 3×3 convolutions of 128 channels, InstanceNorm, ReLU,
+    2×2 average pooling; depth 3 at 32×32 and 4 at 64×64. Every point of the search space of the ATOM paper's Table 6
+    is a setting of this class.
+
+    Args:
+        channels: channels of the images.
+        num_classes: number of logits.
+        image_size: height and width of the images in pixels; one number for a square.
+        width: channels of every block.
+        depth: number of blocks.
+        activation: ``"relu"``, ``"leakyrelu"`` (slope 0.01) or ``"sigmoid"``.
+        norm: ``"instance"`` (one group a channel), ``"batch"``, ``"layer"`` (over C, H and W), ``"group"`` (4 groups),
+            all with scale and shift, or ``"none"``.
+        pooling: ``"avg2"`` (2×2 mean), ``"avg3"`` (3×3 mean, stride 2, padding 1: the one the ATOM paper describes),
+            ``"max2"`` or ``"none"``.
+        initialization: ``"default"`` (PyTorch's: uniform within ±1/√fan_in, biases too), ``"normal"`` (He normal, zero
+            biases) or ``"uniform"`` (He uniform, zero biases).
+
+    Raises:
+        ValueError: a name or number is not accepted, or the images are too small for that many blocks.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        image_size: int | tuple[int, int],
+        *,
+        width: int = 128,
+        depth: int = 3,
+        activation: str = "relu",
+        norm: str = "instance",
+        pooling: str = "avg2",
+        initialization: str = "default",
+    ):
+        super().__init__()
+        for name, value in (("channels", channels), ("num_classes", num_classes), ("width", width), ("depth", depth)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        _check_choice("activation", activation, ACTIVATIONS)
+        _check_choice("norm", norm, NORMS)
+        _check_choice("pooling", pooling, POOLINGS)
+        _check_choice("initialization", initialization, INITIALIZATIONS)
+        if norm == "group" and width % GROUPS:
+            raise ValueError(f"norm 'group' needs a width divisible by {GROUPS}; got {width}")
+        self.initialization = initialization
+
+        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        blocks = []
+        for index, block_size in enumerate(_block_sizes(size, depth, pooling, norm)):
+            blocks.append(
+                ConvBlock(
+                    nn.Conv2d(channels if index == 0 else width, width, kernel_size=3, padding=1),
+                    _make_norm(norm, width, block_size),
+                    _make_activation(activation),
+                    _make_pool(pooling),
+                )
+            )
+        height, breadth = _pooled(block_size, pooling)
+        self.blocks = nn.ModuleList(blocks)
+        self.embedding_size = width * height * breadth
+        self.classifier = nn.Linear(self.embedding_size, num_classes)
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, num_classes] of images [B, channels, H, W]."""
+        for block in self.blocks:
+            x = block(x)
+        return self.classifier(x.flatten(1))
+
+    def features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The embedding and the feature maps of images [B, channels, H, W].
+
+        Returns:
+            The flattened pooled output of the last block [B, embedding_size], and the activations of every block before
+            pooling, [B, width, H_l, W_l] each. ATOM's attention is taken of all but the last.
+        """
+        maps = []
+        for block in self.blocks:
+            maps.append(block.feature_map(x))
+            x = block.pool(maps[-1])
+        return x.flatten(1), maps
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw a new network in place, from ``initialization``, on the device the parameters are on.
+
+        One draw in float32 serves all parameters, so a call is a handful of kernels, reads nothing back, can be
+        captured in a CUDA graph, and gives the same network in every dtype. Running statistics of BatchNorm are reset
+        too.
+
+        Args:
+            generator: on the parameters' device; None draws from PyTorch's default generator.
+        """
+        drawn, scales, zeros, ones = [], [], [], []
+        for layer in (*(block.convolution for block in self.blocks), self.classifier):
+            fan_in = layer.weight[0].numel()
+            drawn.append(layer.weight)
+            scales.append(_INITIAL_SCALES[self.initialization](fan_in))
+            if self.initialization == "default":
+                drawn.append(layer.bias)
+                scales.append(scales[-1])
+            else:
+                zeros.append(layer.bias)
+        for block in self.blocks:
+            for name, tensor in (*block.norm.named_parameters(), *block.norm.named_buffers()):
+                (ones if name in ("weight", "running_var") else zeros).append(tensor)
+
+        flat = torch.empty(sum(p.numel() for p in drawn), device=self.classifier.weight.device)
+        if self.initialization == "normal":
+            flat.normal_(generator=generator)
+        else:
+            flat.uniform_(-1, 1, generator=generator)
+        values = [piece.view_as(p) for piece, p in zip(flat.split([p.numel() for p in drawn]), drawn, strict=True)]
+        torch._foreach_mul_(values, scales)
+        torch._foreach_copy_(drawn, values)
+        if zeros or ones:
+            torch._foreach_zero_(zeros + ones)
+        if ones:
+            torch._foreach_add_(ones, 1.0)
+
+
+def default_depth(height: int, width: int) -> int:
+    """The depth of the literature for an image size: 3 blocks up to 32×32, 4 at 64×64, one more per doubling."""
+    return max(3, round(math.log2(min(height, width))) - 2)
+
+
+def _check_choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {value!r}")
+
+
+def _pooled(size: tuple[int, int], pooling: str) -> tuple[int, int]:
+    """Height and width after one pooling."""
+    if pooling == "none":
+        return size
+    if pooling == "avg3":
+        return (size[0] + 1) // 2, (size[1] + 1) // 2
+    return size[0] // 2, size[1] // 2
+
+
+def _block_sizes(size: tuple[int, int], depth: int, pooling: str, norm: str) -> list[tuple[int, int]]:
+    """Height and width of every block's feature map."""
+    sizes = [size]
+    for _ in range(depth - 1):
+        sizes.append(_pooled(sizes[-1], pooling))
+    for index, (height, width) in enumerate(sizes):
+        unpoolable = pooling in ("avg2", "max2") and min(height, width) < 2
+        constant = norm == "instance" and height * width < 2  # InstanceNorm of one pixel is zero whatever the image
+        if unpoolable or constant:
+            raise ValueError(
+                f"images of {size[0]}x{size[1]} are too small for depth {depth} with pooling {pooling!r} and norm "
+                f"{norm!r}: block {index + 1} would see {height}x{width}; use depth {index} or less, or larger images"
+            )
+    return sizes
+
+
+def _make_norm(norm: str, width: int, size: tuple[int, int]) -> nn.Module:
+    if norm == "instance":
+        return nn.GroupNorm(width, width)
+    if norm == "batch":
+        return nn.BatchNorm2d(width)
+    if norm == "layer":
+        return nn.LayerNorm((width, *size))
+    if norm == "group":
+        return nn.GroupNorm(GROUPS, width)
+    return nn.Identity()
+
+
+def _make_activation(activation: str) -> nn.Module:
+    if activation == "relu":
+        return nn.ReLU()
+    if activation == "leakyrelu":
+        return nn.LeakyReLU(LEAKY_SLOPE)
+    return nn.Sigmoid()
+
+
+def _make_pool(pooling: str) -> nn.Module:
+    if pooling == "avg2":
+        return nn.AvgPool2d(2)
+    if pooling == "avg3":
+        return nn.AvgPool2d(3, stride=2, padding=1)
+    if pooling == "max2":
+        return nn.MaxPool2d(2)
+    return nn.Identity()

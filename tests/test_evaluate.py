@@ -1,0 +1,422 @@
+"""Evaluation: equal to a plain training loop, repeatable network by network, and honest about what it reports."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from atom_fast.data.augmentation import augment, draw_augmentation
+from atom_fast.data.dataset import ImageData
+from atom_fast.data.whitening import Preprocessing, fit_preprocessing
+from atom_fast.evaluate import PROTOCOLS, EvaluationResult, evaluate, get_protocol, random_selection, training
+from atom_fast.evaluate.training import Trainer, accuracy, network_seed
+from atom_fast.networks import ConvNet
+
+SMALL = {"width": 8, "depth": 2}
+
+
+def stripes(train=60, test=90, classes=3, size=8):
+    """Classes that differ in where a bright bar lies, under noise."""
+    generator = torch.Generator().manual_seed(0)
+
+    def split(count):
+        labels = torch.randint(classes, (count,), generator=generator)
+        labels[:classes] = torch.arange(classes)
+        images = torch.randint(0, 120, (count, 2, size, size), generator=generator)
+        bar = torch.arange(size) // (size // classes) == labels[:, None]
+        return (images + 130 * bar[:, None, :, None]).to(torch.uint8), labels
+
+    names = [f"class {k}" for k in range(classes)]
+    return ImageData.from_tensors("stripes", names, *split(train), *split(test))
+
+
+@pytest.fixture(scope="module")
+def data(device):
+    return stripes().to(device)
+
+
+@pytest.fixture(scope="module")
+def preprocessing(data):
+    return fit_preprocessing(data.train_images, "standard", progress=False)
+
+
+@pytest.fixture(scope="module")
+def small_set(data, preprocessing):
+    """23 images in model space and their labels: two batches of 10 and one of 3."""
+    return preprocessing.to_model(data.train_images[:23]), data.train_labels[:23]
+
+
+PROTOCOL = get_protocol("paper", epochs=6, batch_size=10, learning_rate=0.05, decay_every=2, decay_factor=0.5)
+
+
+def plain_loop(images, labels, protocol, seed, network):
+    """One network trained as anyone would write it, from the same draws."""
+    generator = torch.Generator(images.device).manual_seed(seed)
+    network.reset_parameters(generator)
+    network.train()
+    velocity = [torch.zeros_like(p) for p in network.parameters()]
+    for epoch in range(protocol.epochs):
+        order = torch.randperm(len(images), generator=generator, device=images.device)
+        for start in range(0, len(images), protocol.batch_size):
+            index = order[start : start + protocol.batch_size]
+            batch = images[index]
+            if protocol.augmentation != "none":
+                parameters = draw_augmentation(
+                    len(index),
+                    generator,
+                    strategy=protocol.augmentation,
+                    shared_operation=True,
+                    device=images.device,
+                )
+                batch = augment(batch, parameters, torch.arange(len(index), device=images.device))
+            loss = F.cross_entropy(network(batch), labels[index])
+            gradients = torch.autograd.grad(loss, list(network.parameters()))
+            with torch.no_grad():
+                for p, v, g in zip(network.parameters(), velocity, gradients, strict=True):
+                    v.mul_(protocol.momentum).add_(g + protocol.weight_decay * p)
+                    p.sub_(protocol.learning_rate_at(epoch) * v)
+    return network
+
+
+def train(trainer, seed):
+    trainer.restart(seed)
+    for epoch in range(trainer.protocol.epochs):
+        trainer.train_epoch(epoch)
+    return {name: tensor.clone() for name, tensor in trainer.network.state_dict().items()}
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+@pytest.mark.parametrize("augmentation", ["none", "color_crop_cutout_flip_scale_rotate"])
+def test_training_equals_a_plain_loop(augmentation, norm, small_set, device):
+    images, labels = (small_set[0].double(), small_set[1])
+    protocol = get_protocol(
+        "paper", epochs=7, batch_size=10, learning_rate=0.05, decay_every=2, decay_factor=0.5, augmentation=augmentation
+    )
+
+    def network():
+        return ConvNet(2, 3, 8, norm=norm, **SMALL).to(device, torch.float64)
+
+    expected = plain_loop(images, labels, protocol, 4, network())  # 21 steps
+    got = train(Trainer(network(), images, labels, protocol), 4)
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_evaluation_is_training_and_testing(small_set, data, preprocessing, device):
+    """The public function adds the seeds and the test, and nothing else, to the loop above."""
+    result = evaluate(
+        *small_set, data, preprocessing, protocol=PROTOCOL, networks=2, seed=9, architecture=SMALL, progress=False
+    )
+    for index, got in enumerate(result.accuracies):
+        network = ConvNet(2, 3, 8, **SMALL).to(device)
+        plain_loop(*small_set, PROTOCOL, network_seed(9, index), network)
+        with torch.no_grad():
+            correct = (network(preprocessing.to_model(data.test_images)).argmax(1) == data.test_labels).sum().item()
+        assert got == pytest.approx(100 * correct / len(data.test_images), abs=100 / len(data.test_images))
+
+
+def test_a_network_is_the_same_alone_or_among_others(small_set, device):
+    def trainer():
+        return Trainer(ConvNet(2, 3, 8, norm="batch", **SMALL).to(device), *small_set, PROTOCOL)
+
+    among = trainer()
+    states = [train(among, network_seed(0, index)) for index in range(3)]
+    for index in (2, 0):
+        alone = train(trainer(), network_seed(0, index))
+        for name, tensor in states[index].items():
+            torch.testing.assert_close(alone[name], tensor, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(states[0]["classifier.weight"], states[1]["classifier.weight"])
+
+
+def test_results_are_repeatable_and_depend_on_the_seed(small_set, data, preprocessing):
+    def curves(seed, networks):
+        settings = {"protocol": PROTOCOL, "architecture": SMALL, "evaluate_every": 1, "progress": False}
+        return evaluate(*small_set, data, preprocessing, networks=networks, seed=seed, **settings).curves
+
+    three = curves(1, 3)
+    assert curves(1, 3) == three
+    assert curves(1, 2) == three[:2]
+    assert len({tuple(curve.values()) for curve in three}) == 3
+    assert curves(2, 3) != three
+
+
+def test_the_default_generator_and_the_inputs_are_left_alone(small_set, data, preprocessing):
+    images, labels = (tensor.clone() for tensor in small_set)
+    state = torch.get_rng_state()
+    evaluate(*small_set, data, preprocessing, protocol=PROTOCOL, networks=1, architecture=SMALL, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(small_set[0], images) and torch.equal(small_set[1], labels)
+
+
+def test_momentum_is_forgotten_between_networks_and_may_be_zero(small_set, device):
+    for momentum in (0.0, 0.9):
+        protocol = dataclasses.replace(PROTOCOL, momentum=momentum)
+        trainer = Trainer(ConvNet(2, 3, 8, **SMALL).to(device), *small_set, protocol)
+        first, again = train(trainer, 0), train(trainer, 0)
+        for name, tensor in first.items():
+            torch.testing.assert_close(again[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_network_seeds_differ():
+    seeds = {network_seed(seed, index) for seed in range(20) for index in range(20)}
+    assert len(seeds) == 400
+    assert len({seed % 2**32 for seed in seeds}) == 400  # the CPU's generator takes 32 bits of a seed
+
+
+class Recorder(nn.Module):
+    """Remembers the images it is trained on, each of which holds its own number."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.batches = []
+
+    def reset_parameters(self, generator):
+        pass
+
+    def forward(self, x):
+        self.batches.append(x[:, 0, 0, 0].long().tolist())
+        return torch.stack([x[:, 0, 0, 0] * self.weight] * 2, 1)
+
+
+@pytest.mark.parametrize("batch, sizes", [(10, [10, 10, 3]), (23, [23]), (256, [23]), (1, [1] * 23)])
+def test_an_epoch_shows_every_image_once_in_random_order(batch, sizes):
+    numbered = torch.arange(23.0)[:, None, None, None].expand(23, 1, 2, 2).contiguous()
+    recorder = Recorder()
+    protocol = get_protocol("paper", batch_size=batch, augmentation="none")
+    trainer = Trainer(recorder, numbered, torch.zeros(23, dtype=torch.int64), protocol)
+    trainer.restart(0)
+    orders = []
+    for epoch in range(3):
+        recorder.batches.clear()
+        trainer.train_epoch(epoch)
+        assert [len(seen) for seen in recorder.batches] == sizes
+        orders.append([number for seen in recorder.batches for number in seen])
+        assert sorted(orders[-1]) == list(range(23))
+    assert orders[0] != orders[1] != orders[2] and orders[0] != list(range(23))
+
+
+def test_the_whole_test_set_is_counted_once(data, preprocessing, device, monkeypatch):
+    network = ConvNet(2, 3, 8, **SMALL).to(device)
+    with torch.no_grad():
+        correct = (network(preprocessing.to_model(data.test_images)).argmax(1) == data.test_labels).sum().item()
+    monkeypatch.setattr(training, "_TEST_PIXELS", 7 * 64)  # 90 test images in batches of 7
+    assert accuracy(network, data.test_images, data.test_labels, preprocessing) == pytest.approx(100 * correct / 90)
+
+
+def test_networks_are_tested_in_evaluation_mode(data, preprocessing, device):
+    network = ConvNet(2, 3, 8, norm="batch", **SMALL).to(device)
+    with torch.no_grad():
+        network.blocks[0].norm.running_mean.fill_(0.3)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    accuracy(network, data.test_images, data.test_labels, preprocessing)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_learns_digits(device):
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.from_numpy(pixels).mul(15.9).byte().view(-1, 1, 8, 8)
+    labels = torch.from_numpy(labels).long()
+    data = ImageData.from_tensors(
+        "digits", list("0123456789"), images[:1000], labels[:1000], images[1000:], labels[1000:]
+    ).to(device)
+    preprocessing = fit_preprocessing(data.train_images, "standard", progress=False)
+    chosen = random_selection(data, 10, seed=0)
+    result = evaluate(
+        preprocessing.to_model(data.train_images[chosen]),
+        data.train_labels[chosen],
+        data,
+        preprocessing,
+        protocol=get_protocol("digits", epochs=40, batch_size=25),
+        networks=2,
+        architecture={"width": 32, "depth": 2},
+        progress=False,
+    )
+    assert min(result.accuracies) > 60
+
+
+def test_best_accuracy_is_told_only_when_asked_for(small_set, data, preprocessing):
+    settings = {"protocol": PROTOCOL, "networks": 2, "architecture": SMALL, "progress": False}
+    last = evaluate(*small_set, data, preprocessing, **settings)
+    assert last.best_accuracies is None
+    assert [list(curve) for curve in last.curves] == [[6], [6]]
+    every = evaluate(*small_set, data, preprocessing, evaluate_every=4, **settings)
+    assert [list(curve) for curve in every.curves] == [[4, 6], [4, 6]]
+    assert every.accuracies == last.accuracies == tuple(curve[6] for curve in every.curves)
+    assert every.best_accuracies == tuple(max(curve.values()) for curve in every.curves)
+
+
+def result_of(*accuracies):
+    curves = tuple({6: accuracy} for accuracy in accuracies)
+    return EvaluationResult(curves, PROTOCOL, SMALL, seed=0, seconds=1.0, device="cpu")
+
+
+def test_mean_and_population_deviation():
+    result = result_of(90.0, 93.0, 96.0)
+    assert result.mean == pytest.approx(93)
+    assert result.std == pytest.approx(math.sqrt(6))
+    assert str(result) == "93.0 ± 2.4 % (3 networks, last epoch)"
+    assert str(result_of(90.0)) == "90.0 ± 0.0 % (1 network, last epoch)"
+
+
+def test_a_diverged_network_is_reported_and_the_others_finish(small_set, data, preprocessing, monkeypatch):
+    settings = {"protocol": PROTOCOL, "networks": 3, "architecture": SMALL, "progress": False}
+    expected = evaluate(*small_set, data, preprocessing, **settings)
+    restart = Trainer.restart
+
+    def poisoned(trainer, seed):
+        restart(trainer, seed)
+        if seed == network_seed(0, 1):
+            with torch.no_grad():
+                trainer.network.classifier.bias.fill_(torch.nan)
+
+    monkeypatch.setattr(Trainer, "restart", poisoned)
+    result = evaluate(*small_set, data, preprocessing, **settings)
+    assert result.diverged == (1,)
+    assert result.accuracies == (expected.accuracies[0], None, expected.accuracies[2])
+    assert result.mean == pytest.approx((expected.accuracies[0] + expected.accuracies[2]) / 2)
+    assert str(result).endswith("diverged: 1")
+    written = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert written["diverged"] == [1] and written["accuracies"][1] is None
+
+
+def test_no_result_is_invented_where_all_networks_diverge(small_set, data, preprocessing):
+    protocol = dataclasses.replace(PROTOCOL, learning_rate=1e30)
+    result = evaluate(
+        *small_set,
+        data,
+        preprocessing,
+        protocol=protocol,
+        networks=2,
+        evaluate_every=5,
+        architecture={**SMALL, "norm": "none"},
+        progress=False,
+    )
+    assert result.diverged == (0, 1)
+    assert math.isnan(result.mean) and math.isnan(result.std)
+    assert result.best_accuracies == (None, None)
+    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["accuracy_mean"] is None
+
+
+def test_result_records_what_ran(small_set, data, preprocessing):
+    result = evaluate(
+        *small_set, data, preprocessing, protocol=PROTOCOL, networks=1, seed=5, architecture=SMALL, progress=False
+    )
+    written = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert written["protocol"] == dataclasses.asdict(PROTOCOL)
+    assert written["architecture"] == SMALL
+    assert written["seed"] == 5 and written["networks"] == 1 and written["seconds"] > 0
+    assert written["accuracy_mean"] == result.accuracies[0] == written["curves"][0]["6"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"images": lambda x: x.byte()}, r"images must be floating point in model space; got torch.uint8"),
+        ({"images": lambda x: x[:, :1]}, r"images must be \[N, 2, 8, 8\] .* stripes; got \[23, 1, 8, 8\]"),
+        ({"images": lambda x: x[..., :4]}, r"got \[23, 2, 8, 4\]"),
+        ({"images": lambda x: x[0]}, r"got \[2, 8, 8\]"),
+        ({"images": lambda x: x[:0]}, r"got \[0, 2, 8, 8\]"),
+        ({"images": lambda x: x / 0}, r"images must be finite"),
+        ({"labels": lambda y: y[:5]}, r"labels must be integers \[23\], one an image; got torch.int64 \[5\]"),
+        ({"labels": lambda y: y.float()}, r"got torch.float32 \[23\]"),
+        ({"labels": lambda y: y + 1}, r"labels must be 0 to 2, the 3 classes of stripes; got 1 to 3"),
+        ({"labels": lambda y: y - 1}, r"got -1 to 1"),
+        ({"protocol": "papr"}, r"protocol must be one of paper, .*; got 'papr'"),
+        ({"networks": 0}, r"networks must be at least 1; got 0"),
+        ({"evaluate_every": -1}, r"evaluate_every must be .*; got -1"),
+        ({"architecture": {"norm": "bach"}}, r"norm must be one of .*; got 'bach'"),
+        ({"architecture": {"depth": 4}}, r"too small for depth 4"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message, small_set, data, preprocessing):
+    arguments = {"images": small_set[0], "labels": small_set[1], "architecture": SMALL, "progress": False}
+    for name, value in change.items():
+        arguments[name] = value(arguments[name]) if callable(value) else value
+    with pytest.raises(ValueError, match=message):
+        evaluate(data=data, preprocessing=preprocessing, **arguments)
+
+
+def test_learning_rates_of_the_protocols():
+    def rates(name):
+        protocol = PROTOCOLS[name]
+        return [protocol.learning_rate_at(epoch) for epoch in (0, 14, 15, 30, 499, 500, protocol.epochs - 1)]
+
+    assert rates("paper") == pytest.approx([0.01] * 5 + [0.001] * 2)
+    assert rates("dm") == rates("paper")
+    assert rates("paper-fixed") == [0.01] * 7
+    assert rates("paper-table7") == pytest.approx([0.01, 0.01, 0.005, 0.0025, 0.01 / 2**33, 0.01 / 2**33, 0.01 / 2**66])
+    assert PROTOCOLS["dc"].learning_rate_at(149) == 0.01
+    assert PROTOCOLS["dc"].learning_rate_at(150) == pytest.approx(0.001)
+    assert (PROTOCOLS["datadam-code"].epochs, PROTOCOLS["datadam-code"].batch_size) == (1800, 64)
+    assert all(name == protocol.name for name, protocol in PROTOCOLS.items())
+
+
+def test_an_overridden_protocol_says_so():
+    assert get_protocol("paper") is PROTOCOLS["paper"]
+    assert get_protocol("paper", epochs=1000) is PROTOCOLS["paper"]
+    shorter = get_protocol("paper", epochs=30, batch_size=8)
+    assert shorter.name == "paper (epochs=30, batch_size=8)"
+    assert dataclasses.replace(shorter, name="paper", epochs=1000, batch_size=256) == PROTOCOLS["paper"]
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"epochs": 0}, "epochs must be a whole number, at least 1; got 0"),
+        ({"batch_size": 2.5}, "batch_size must be a whole number, at least 1; got 2.5"),
+        ({"learning_rate": -0.1}, "learning_rate must be above 0; got -0.1"),
+        ({"learning_rate": math.nan}, "learning_rate must be above 0; got nan"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\); got 1.0"),
+        ({"weight_decay": -1}, "weight_decay must be 0 or above; got -1"),
+        ({"decay_every": 0}, "decay_every must be a whole number, at least 1; got 0"),
+        ({"augmentation": "flip_flap"}, "no operation 'flap'"),
+        ({"epoch": 3}, "settings are epochs, .*; got 'epoch'"),
+    ],
+)
+def test_protocol_settings_that_are_not_accepted(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        get_protocol("paper", **overrides)
+
+
+def test_random_selection_is_ordered_by_class_and_without_replacement(data):
+    ipc = min(data.class_sizes)
+    chosen = random_selection(data, ipc, seed=1)
+    assert chosen.shape == (3 * ipc,) and chosen.dtype == torch.int64 and chosen.device == data.train_labels.device
+    assert torch.equal(data.train_labels[chosen], torch.arange(3, device=chosen.device).repeat_interleave(ipc))
+    assert len(set(chosen.tolist())) == 3 * ipc
+
+
+def test_random_selection_depends_on_the_seed_alone(data):
+    assert torch.equal(random_selection(data, 4, seed=1), random_selection(data, 4, seed=1))
+    assert torch.equal(random_selection(data, 4, seed=1).cpu(), random_selection(data.to("cpu"), 4, seed=1))
+    counts = torch.zeros(len(data.train_labels))
+    for seed in range(600):
+        counts[random_selection(data, 4, seed).cpu()] += 1
+    expected = 600 * 4 / torch.tensor(data.class_sizes)[data.train_labels.cpu()]
+    assert ((counts - expected).abs() < 5 * expected.sqrt()).all()
+
+
+def test_random_selection_of_more_than_a_class_has(data):
+    with pytest.raises(ValueError, match="asked for"):
+        random_selection(data, 61, seed=0)
+    with pytest.raises(ValueError, match="got 0"):
+        random_selection(data, 0, seed=0)
+
+
+def test_preprocessing_is_applied_to_the_test_set(small_set, data, preprocessing):
+    """A set in another model space is no use where the test images are brought to this one."""
+    shifted = Preprocessing(mean=preprocessing.mean - 3, std=preprocessing.std / 9)
+    protocol = get_protocol("paper", epochs=60, batch_size=20, learning_rate=0.02, augmentation="none")
+    settings = {"protocol": protocol, "networks": 1, "architecture": SMALL | {"norm": "none"}, "progress": False}
+    images = preprocessing.to_model(data.train_images)
+    right = evaluate(images, data.train_labels, data, preprocessing, **settings)
+    wrong = evaluate(images, data.train_labels, data, shifted, **settings)
+    assert right.mean > 90 > wrong.mean + 20
