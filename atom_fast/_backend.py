@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -13,12 +12,12 @@ import torch
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ("auto", "triton", "torch", "reference")
 
-_selected = contextvars.ContextVar("atom_fast_backend", default="auto")
+_selected = "auto"  # a plain global: torch.compile guards it, and not every release can trace a ContextVar
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run the enclosed calls with one backend; the results mean the same with each.
+    """Run the enclosed calls, of every thread, with one backend; the results mean the same with each.
 
     Args:
         name: ``"auto"`` (Triton on CUDA tensors where Triton can be imported, otherwise lean PyTorch),
@@ -30,11 +29,12 @@ def backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
-    token = _selected.set(name)
+    global _selected
+    before, _selected = _selected, name
     try:
         yield
     finally:
-        _selected.reset(token)
+        _selected = before
 
 
 def resolve_backend(tensor: torch.Tensor) -> str:
@@ -43,7 +43,7 @@ def resolve_backend(tensor: torch.Tensor) -> str:
     Raises:
         RuntimeError: ``"triton"`` was asked for where its kernels cannot run.
     """
-    name = _selected.get()
+    name = _selected
     if name == "auto":
         return "triton" if tensor.is_cuda and HAS_TRITON else "torch"
     if name == "triton":

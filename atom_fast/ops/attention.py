@@ -103,7 +103,7 @@ def _forward_triton(features, spatial_power, channel_power, normalize, maps, sta
     batch, channels, height, width = features.shape
     positions = height * width
     n_spatial, _ = map_sizes(features, spatial_power, channel_power)
-    launch = kernels.attention_launch(channels, positions)
+    launch = kernels.forward_launch(channels, positions, features.element_size())
     tiles = triton.cdiv(positions, launch["BLOCK_P"])
     chunks = triton.cdiv(channels, launch["BLOCK_C"])
     spatial = maps.new_empty((batch, n_spatial))
@@ -131,7 +131,7 @@ def _backward_triton(features, gradient, maps, statistics, spatial_power, channe
     positions = height * width
     powers = {"SPATIAL": _constant(spatial_power), "CHANNEL": _constant(channel_power)}
     projection = maps.new_empty((2, batch))
-    launch = kernels.attention_launch(channels, positions)
+    launch = kernels.backward_launch(channels, positions, features.stride(1) == 1)
     tiles = triton.cdiv(positions, launch["BLOCK_P"])
     with _device_of(features):
         if normalize:
