@@ -102,6 +102,8 @@ def _compile(job: dict) -> CubinReport:
 
     function = getattr(importlib.import_module(f"atom_fast.kernels.{job['module']}"), job["kernel"])
     names = list(job["signature"])
+    if names != function.arg_names:
+        raise ValueError(f"signature must list {function.arg_names} in this order; got {names}")
     constants = {
         (names.index(name),): getattr(tl, value[3:]) if str(value).startswith("tl.") else value
         for name, value in job["constants"].items()

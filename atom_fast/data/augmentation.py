@@ -1,0 +1,140 @@
+"""Differentiable siamese augmentation (DSA, Zhao and Bilen 2021), "single" mode: one operation a call.
+
+With r uniform in [0, 1), drawn apart for each use, and images [H, W]:
+
+======== ==============================================================================================================
+color    brightness ``x + r - 0.5``, saturation ``(x - m) * 2r + m`` about the mean m of a pixel's channels, then
+         contrast ``(x - m) * (r + 0.5) + m`` about the mean m of the image
+crop     shift by whole pixels, up to ``int(H / 8 + 0.5)`` each way, down and across apart; zeros come in
+cutout   a square of ``int(H / 2 + 0.5)``, centred anywhere in the image, clipped at its border, set to zero
+flip     left to right, with probability 0.5
+scale    by factors in [1 / 1.2, 1.2], down and across apart, bilinear, zeros around the image
+rotate   up to 15 degrees either way, bilinear, zeros around the image
+======== ==============================================================================================================
+
+Scale and rotate turn coordinates from -1 to 1 about the image's centre, as ``affine_grid`` and ``grid_sample`` do. For
+square images ``align_corners`` makes no difference to either; for others a rotation is that of ``align_corners=False``.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from atom_fast._backend import resolve_backend
+from atom_fast.ops.augmentation import OPERATIONS, augment_op
+
+STRATEGY = "_".join(OPERATIONS)
+_BITS = 4  # enough for every operation
+
+
+class AugmentationParameters(NamedTuple):
+    """What each of G groups of images is put through. It fits images of every size.
+
+    Attributes:
+        operation: int64 [G], places in ``OPERATIONS``; -1 leaves images as they are.
+        uniforms: float32 [G, 3] in [0, 1), the r of an operation in its order; down before across.
+    """
+
+    operation: Tensor
+    uniforms: Tensor
+
+
+def draw_augmentation(
+    groups: int,
+    generator: torch.Generator,
+    *,
+    strategy: str = STRATEGY,
+    shared_operation: bool = False,
+    device: torch.device | str | None = None,
+) -> AugmentationParameters:
+    """Draw each group's operation and parameters, without a host synchronisation.
+
+    While distilling, a group is a class, and both its real and its synthetic images get the same parameters. While a
+    network is trained, a group is a sample, and ``shared_operation`` gives one operation to the mini-batch.
+
+    Args:
+        groups: G, their number.
+        generator: where all randomness comes from, on ``device``.
+        strategy: the operations to draw from with equal probability, joined by underscores; "none" or "" for none.
+        shared_operation: draw one operation for all groups; the parameters stay each group's own.
+        device: where the tensors are made; the generator's by default.
+
+    Raises:
+        ValueError: a name in ``strategy`` is unknown or given twice, or ``groups`` is negative.
+    """
+    codes = _codes(strategy)
+    if groups < 0:
+        raise ValueError(f"groups must be 0 or more; got {groups}")
+    device = generator.device if device is None else device
+    if codes:
+        drawn = torch.randint(len(codes), (1 if shared_operation else groups,), generator=generator, device=device)
+        # A table of so few codes fits one integer; as a tensor it would be copied from the host.
+        table = sum(code << (_BITS * place) for place, code in enumerate(codes))
+        operation = torch.bitwise_right_shift(table, drawn * _BITS).bitwise_and_(2**_BITS - 1)
+        operation = operation.expand(groups).contiguous()
+    else:
+        operation = torch.full((groups,), -1, device=device)
+    return AugmentationParameters(operation, torch.rand((groups, 3), generator=generator, device=device))
+
+
+@functools.cache
+def _codes(strategy: str) -> tuple[int, ...]:
+    """The operations that a strategy names."""
+    names = [] if strategy.lower() in ("", "none") else strategy.lower().split("_")
+    if unknown := [name for name in names if name not in OPERATIONS]:
+        raise ValueError(
+            f"augmentation strategy {strategy!r} has no operation {unknown[0]!r}; "
+            f"join any of {', '.join(OPERATIONS)} by underscores, or use 'none'"
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"augmentation strategy {strategy!r} names an operation twice")
+    return tuple(OPERATIONS.index(name) for name in names)
+
+
+def augment(images: Tensor, parameters: AugmentationParameters, groups: Tensor | None = None) -> Tensor:
+    """Put each image through its group's operation; differentiable in the images to every order.
+
+    The same inputs give the same bits, forward and backward. Crop, cutout and flip copy values exactly.
+
+    Args:
+        images: [B, C, H, W], floating point, any strides. Half-precision types are computed in float32.
+        parameters: of G groups, on the images' device.
+        groups: int64 [B] in [0, G), each image's group (not checked on a GPU); None where image i is group i.
+
+    Returns:
+        [B, C, H, W] in the images' type, channels_last where they are.
+
+    Raises:
+        ValueError: a shape, type or device does not fit the others.
+    """
+    _check(images, parameters, groups)
+    fused = resolve_backend(images) == "triton"
+    return augment_op(images, parameters.operation, parameters.uniforms, groups, False, True, fused)
+
+
+def _check(images: Tensor, parameters: AugmentationParameters, groups: Tensor | None) -> None:
+    if images.dim() != 4 or not images.is_floating_point():
+        raise ValueError(
+            f"images must be floating point [B, C, H, W]; got {images.dtype} of shape {tuple(images.shape)}"
+        )
+    operation, uniforms = parameters
+    if operation.dim() != 1 or operation.dtype != torch.int64:
+        raise ValueError(f"operation must be int64 [G]; got {operation.dtype} of shape {tuple(operation.shape)}")
+    if uniforms.shape != (operation.shape[0], 3) or uniforms.dtype != torch.float32:
+        raise ValueError(
+            f"uniforms must be float32 [{operation.shape[0]}, 3]; got {uniforms.dtype} of shape {tuple(uniforms.shape)}"
+        )
+    if groups is None and operation.shape[0] != images.shape[0]:
+        raise ValueError(
+            f"without groups each image needs its own parameters; got {images.shape[0]} images and "
+            f"{operation.shape[0]} groups"
+        )
+    if groups is not None and (groups.shape != images.shape[:1] or groups.dtype != torch.int64):
+        raise ValueError(f"groups must be int64 [{images.shape[0]}]; got {groups.dtype} of shape {tuple(groups.shape)}")
+    for name, tensor in (("operation", operation), ("uniforms", uniforms), ("groups", groups)):
+        if tensor is not None and tensor.device != images.device:
+            raise ValueError(f"{name} must be on the images' device {images.device}; got {tensor.device}")

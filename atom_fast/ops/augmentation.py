@@ -1,0 +1,321 @@
+"""Differentiable siamese augmentation as one operator, whose derivative is itself, transposed.
+
+Every operation is ``mask * colour(bilinear(image, source(pixel)))``, affine in the image. ``source`` maps an output
+pixel to where it is read, ``pixel + M (pixel - centre) + shift`` in pixels, and zeros lie around the image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
+COLOR, CROP, CUTOUT, FLIP, SCALE, ROTATE = range(len(OPERATIONS))
+
+# The settings of the public DSA, DM and DataDAM code.
+CROP_FRACTION = 0.125
+CUTOUT_FRACTION = 0.5
+MAX_SCALE = 1.2
+MAX_ANGLE = math.radians(15)
+
+BLOCK_PIXELS = 2**18  # pixels whose taps PyTorch operators work on at a time: some tens of megabytes
+
+
+class Extent(NamedTuple):
+    """Sizes in pixels, down and across, that follow from an image's size."""
+
+    pad: tuple[int, int]  # largest shift of a crop
+    cut: tuple[int, int]  # sides of a cutout
+    reach: tuple[int, int]  # how far around a pixel's own image the output pixels that read it lie
+
+
+def extent(height: int, width: int) -> Extent:
+    """The sizes for images [height, width]."""
+    return Extent(
+        pad=(int(CROP_FRACTION * height + 0.5), int(CROP_FRACTION * width + 0.5)),
+        cut=(int(CUTOUT_FRACTION * height + 0.5), int(CUTOUT_FRACTION * width + 0.5)),
+        reach=(_reach(height / width), _reach(width / height)),
+    )
+
+
+def _reach(aspect: float) -> int:
+    """Whole pixels within the inverse image of a bilinear tent, around the pixel nearest to its middle.
+
+    A tent spans one pixel each way. Scaling stretches that to ``MAX_SCALE``; a rotation by t, in coordinates
+    from -1 to 1, to cos t + aspect sin t.
+    """
+    steepest = min(MAX_ANGLE, math.atan(aspect))
+    stretched = max(MAX_SCALE, math.cos(steepest) + aspect * math.sin(steepest))
+    return int(stretched + 0.5)
+
+
+@torch.library.custom_op(
+    "atom_fast::augment",
+    mutates_args=(),
+    schema="(Tensor images, Tensor operation, Tensor uniforms, Tensor? groups, bool transposed, bool offset, "
+    "bool fused) -> Tensor",
+)
+def augment_op(
+    images: Tensor,
+    operation: Tensor,
+    uniforms: Tensor,
+    groups: Tensor | None,
+    transposed: bool,
+    offset: bool,
+    fused: bool,
+) -> Tensor:
+    """Apply each image's operation, or the transpose of its linear part.
+
+    Args:
+        images: [B, C, H, W], floating point, any strides.
+        operation: int64 [G], places in ``OPERATIONS``; images of any other stay as they are.
+        uniforms: float32 [G, 3] in [0, 1).
+        groups: int64 [B], each image's group; None where image i is of group i.
+        transposed: apply the transpose, as a gradient needs it.
+        offset: add the brightness, the one part that does not depend on the image; a derivative is without it.
+        fused: run the Triton kernel.
+
+    Returns:
+        [B, C, H, W] of the same type, channels_last where ``images`` is.
+    """
+    output = _empty_result(images)
+    if images.numel() == 0:
+        return output
+    run = _launch if fused else _gather
+    run(images, operation.contiguous(), uniforms.contiguous(), groups, transposed, offset, output)
+    return output
+
+
+@augment_op.register_fake
+def _(images, operation, uniforms, groups, transposed, offset, fused):
+    return _empty_result(images)
+
+
+def _save(ctx, inputs, output):
+    _, operation, uniforms, groups, ctx.transposed, _, ctx.fused = inputs
+    ctx.save_for_backward(operation, uniforms, groups)
+
+
+def _differentiate(ctx, gradient):
+    operation, uniforms, groups = ctx.saved_tensors
+    gradient = augment_op(gradient, operation, uniforms, groups, not ctx.transposed, False, ctx.fused)
+    return gradient, None, None, None, None, None, None
+
+
+augment_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def _empty_result(images: Tensor) -> Tensor:
+    """Uninitialised, in the layout that the next convolution gets the images in."""
+    return torch.empty_like(images, memory_format=_layout(images))
+
+
+def _layout(images: Tensor) -> torch.memory_format:
+    if images.is_contiguous() or not images.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def _launch(images, operation, uniforms, groups, transposed, offset, output):
+    """Fill ``output`` by the Triton kernel."""
+    from atom_fast.kernels.augmentation import BLOCK, WARPS, augmentation_kernel, split
+
+    batch, channels, height, width = images.shape
+    sizes = extent(height, width)
+    programs, tiles = split(batch, channels * height * width)
+    guard = torch.cuda.device(images.device) if images.is_cuda else contextlib.nullcontext()
+    with guard:
+        augmentation_kernel[(batch, programs)](
+            images,
+            operation,
+            uniforms,
+            operation if groups is None else groups.contiguous(),
+            output,
+            *images.stride(),
+            CHANNELS=channels,
+            HEIGHT=height,
+            WIDTH=width,
+            PAD_Y=sizes.pad[0],
+            PAD_X=sizes.pad[1],
+            CUT_Y=sizes.cut[0],
+            CUT_X=sizes.cut[1],
+            REACH_Y=sizes.reach[0],
+            REACH_X=sizes.reach[1],
+            MAX_SCALE=MAX_SCALE,
+            MAX_ANGLE=MAX_ANGLE,
+            HAS_GROUPS=groups is not None,
+            CHANNELS_LAST=_layout(images) == torch.channels_last,
+            TRANSPOSED=transposed,
+            OFFSET=offset,
+            TILES=tiles,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        )
+
+
+class _Table(NamedTuple):
+    """What each of G groups does to its images: weighted sums of pixels, plus the means that color needs."""
+
+    place: Tensor  # int32 [G, H * W, taps], the pixels that each output pixel sums
+    weight: Tensor  # [G, H * W, taps]
+    pixel: Tensor  # [G, 1, 1], factor of a pixel's mean over its channels
+    level: Tensor  # [G, 1, 1], factor of an image's mean
+    brightness: Tensor  # [G, 1, 1]
+
+    def select(self, groups: Tensor) -> _Table:
+        """The same for each image."""
+        return _Table(*(entry.index_select(0, groups) for entry in self))
+
+
+def _gather(images, operation, uniforms, groups, transposed, offset, output):
+    """Fill ``output`` by PyTorch operators, a block of images at a time to keep the tables small."""
+    batch, _, height, width = images.shape
+    compute = torch.float64 if images.dtype == torch.float64 else torch.float32
+    if groups is not None and operation.shape[0] >= batch:
+        operation, uniforms, groups = operation[groups], uniforms[groups], None
+    if groups is not None:
+        shared = _table(operation, uniforms, height, width, transposed, compute)
+    block = max(1, BLOCK_PIXELS // (height * width))
+    for first in range(0, batch, block):
+        rows = slice(first, first + block)
+        if groups is not None:
+            table = shared.select(groups[rows])
+        else:
+            table = _table(operation[rows], uniforms[rows], height, width, transposed, compute)
+        _weighted_sums(images[rows].to(compute), table, offset, output[rows])
+
+
+def _weighted_sums(images: Tensor, table: _Table, offset: bool, output: Tensor) -> None:
+    """Fill ``output`` by the sums that ``table`` holds for each image, in the order of its taps.
+
+    The places in ``table`` become those in the whole block.
+    """
+    batch, channels, height, width = images.shape
+    first = torch.arange(batch, device=images.device, dtype=table.place.dtype) * (height * width)
+    sums = F.embedding_bag(
+        table.place.add_(first.view(-1, 1, 1)).flatten(0, 1),
+        images.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(-1, channels),
+        per_sample_weights=table.weight.flatten(0, 1),
+        mode="sum",
+    )
+    means = sum(images.unbind(1)) / channels
+    colour = table.pixel * means + table.level * means.mean((1, 2), keepdim=True)
+    if offset:
+        colour = colour + table.brightness
+    torch.add(sums.view(batch, height, width, channels).permute(0, 3, 1, 2), colour[:, None], out=output)
+
+
+class _Coefficients(NamedTuple):
+    """Of each group, [G, 1] each."""
+
+    move: tuple[Tensor, ...]  # from an output pixel to where it is read, see ``_displacement``
+    back: tuple[Tensor, ...]  # from an input pixel to where it appears
+    corner: tuple[Tensor, Tensor]  # first row and column of the cleared square; beyond the image without cutout
+    own: Tensor  # factor of a value
+    pixel: Tensor
+    level: Tensor
+    brightness: Tensor
+
+
+def _coefficients(operation: Tensor, uniforms: Tensor, height: int, width: int, compute: torch.dtype) -> _Coefficients:
+    """Each group's map of pixels, cleared square and colour factors, from its operation and its three uniforms."""
+    sizes = extent(height, width)
+    operation = operation[:, None]
+    drawn = uniforms[:, None].unbind(-1)
+    down, across, last = (u.to(compute) for u in drawn)
+
+    def when(code, value, otherwise):
+        return torch.where(operation == code, value, otherwise)
+
+    # Whole numbers are drawn in float32 for every type of image, so that all get the same ones.
+    shift_y, shift_x = (
+        when(CROP, (u * (2 * pad + 1)).floor() - pad, 0.0).to(compute) for u, pad in zip(drawn, sizes.pad, strict=False)
+    )
+    corner_y, corner_x = (
+        when(CUTOUT, (u * (size + 1 - cut % 2)).floor() - cut // 2, float(size))
+        for u, cut, size in zip(drawn, sizes.cut, (height, width), strict=False)
+    )
+    stretch_y, stretch_x = (
+        when(SCALE, 1 / MAX_SCALE - 1 + u * (MAX_SCALE - 1 / MAX_SCALE), 0.0) for u in (down, across)
+    )
+    stretch_x = torch.where((operation == FLIP) & (down < 0.5), -2.0, stretch_x)
+    unstretch_y, unstretch_x = -stretch_y / (1 + stretch_y), -stretch_x / (1 + stretch_x)
+    angle = when(ROTATE, (down - 0.5) * (2 * MAX_ANGLE), 0.0)
+    sine, turn = angle.sin(), -2 * (angle / 2).sin().square()
+    skew_y, skew_x = sine * (height / width), -sine * (width / height)
+    contrast, saturation = when(COLOR, last + 0.5, 1.0), when(COLOR, across * 2, 1.0)
+    return _Coefficients(
+        move=(turn + stretch_y, skew_y, skew_x, turn + stretch_x, shift_y, shift_x),
+        back=(turn + unstretch_y, -skew_y, -skew_x, turn + unstretch_x, -shift_y, -shift_x),
+        corner=(corner_y, corner_x),
+        own=contrast * saturation,
+        pixel=contrast * (1 - saturation),
+        level=1 - contrast,
+        brightness=when(COLOR, down - 0.5, 0.0),
+    )
+
+
+def _displacement(move: tuple[Tensor, ...], y: Tensor, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """How far down and across a map takes pixels: a 2x2 matrix times their place from the centre, plus a shift.
+
+    A displacement is some pixels where a position may be a hundred, so its fraction has more correct digits.
+    """
+    yy, yx, xy, xx, shift_y, shift_x = move
+    y, x = y - (height - 1) / 2, x - (width - 1) / 2
+    return yy * y + yx * x + shift_y, xy * y + xx * x + shift_x
+
+
+def _table(operation, uniforms, height, width, transposed, compute) -> _Table:
+    """Every group's sums and factors.
+
+    The taps of the transpose are the output pixels that read an input pixel: a gather too, so the order is fixed.
+    """
+    coefficients = _coefficients(operation, uniforms, height, width, compute)
+    pixels = torch.arange(height * width, device=operation.device)
+    y, x = (pixels // width).to(compute), (pixels % width).to(compute)
+    if transposed:
+        back_y, back_x = _displacement(coefficients.back, y, x, height, width)
+        reach_y, reach_x = extent(height, width).reach
+        away_y = _steps((back_y + 0.5).floor(), -reach_y, reach_y)[:, None]
+        away_x = _steps((back_x + 0.5).floor(), -reach_x, reach_x)
+        move_y, move_x = _displacement(coefficients.move, y + away_y, x + away_x, height, width)
+        weight_y, weight_x = _tent(away_y + move_y), _tent(away_x + move_x)
+    else:
+        move_y, move_x = _displacement(coefficients.move, y, x, height, width)
+        away_y = _steps(move_y.floor(), 0, 1)[:, None]
+        away_x = _steps(move_x.floor(), 0, 1)
+        weight_y, weight_x = _tent(move_y - away_y), _tent(move_x - away_x)
+    tap_y, tap_x = y + away_y, x + away_x
+    near_y, near_x = tap_y.clamp(0, height - 1), tap_x.clamp(0, width - 1)
+    kept = coefficients.own * ~_cleared(coefficients.corner, y, x, height, width)
+    weight = (weight_y * (kept * (near_y == tap_y))) * (weight_x * (near_x == tap_x))
+    place = near_y.int() * width + near_x.int()
+    return _Table(_taps_last(place), _taps_last(weight), *(factor[..., None] for factor in coefficients[-3:]))
+
+
+def _steps(whole: Tensor, first: int, last: int) -> Tensor:
+    """``whole`` plus each whole number from ``first`` to ``last``, along a new first dimension."""
+    return whole + torch.arange(first, last + 1, device=whole.device).view(-1, *(1,) * whole.dim())
+
+
+def _taps_last(taps: Tensor) -> Tensor:
+    """[down, across, G, P] as [G, P, down * across], by way of two dimensions, which PyTorch transposes fast."""
+    down, across, groups, pixels = taps.shape
+    return taps.view(down * across, groups * pixels).t().contiguous().view(groups, pixels, down * across)
+
+
+def _cleared(corner: tuple[Tensor, Tensor], y: Tensor, x: Tensor, height: int, width: int) -> Tensor:
+    """Which pixels lie in a cutout's square."""
+    cut_y, cut_x = extent(height, width).cut
+    corner_y, corner_x = corner
+    return (y >= corner_y) & (y < corner_y + cut_y) & (x >= corner_x) & (x < corner_x + cut_x)
+
+
+def _tent(distance: Tensor) -> Tensor:
+    """The bilinear weight at a distance along one axis, pixels."""
+    return (1 - distance.abs()).clamp_(min=0)
