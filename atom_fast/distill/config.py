@@ -1,0 +1,368 @@
+"""Every setting of a distillation, with its unit and its source; presets, and configurations as files."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from atom_fast._files import write_atomically
+from atom_fast.data.augmentation import STRATEGY, draw_augmentation
+from atom_fast.data.whitening import KINDS as PREPROCESSINGS
+from atom_fast.networks.convnet import INITIALIZATIONS, NORMS, POOLINGS, default_depth
+
+IMAGE_INITIALIZATIONS = ("real", "noise", "given")
+PRECISIONS = ("float32", "tf32", "bfloat16")
+
+# MTT and DataDAM whiten CIFAR; the ATOM paper (section 7.2) does not whiten Tiny ImageNet, DM whitens nothing.
+_WHITENED = ("cifar10", "cifar100")
+
+
+def _setting(
+    default,
+    help: str,
+    *,
+    unit: str = "",
+    source: str = "",
+    choices: tuple[str, ...] | None = None,
+    minimum: float | None = None,
+    maximum: float = math.inf,
+    affects_result: bool = True,
+):
+    metadata = {
+        "help": help,
+        "unit": unit,
+        "source": source,
+        "choices": choices,
+        "minimum": minimum,
+        "maximum": maximum,
+        "affects_result": affects_result,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """Settings of Algorithm 1 of the ATOM paper; the defaults are the preset ``"paper"``.
+
+    Each field's metadata says what it is (``help``), its ``unit``, where its default comes from (``source``), what is
+    accepted (``choices``, ``minimum``, ``maximum``), and whether the images depend on it (``affects_result``). None and
+    ``"auto"`` are settings that `resolve` derives from the data and the device.
+
+    Raises:
+        ValueError: a value is not accepted; the message names the setting, the value and what is.
+    """
+
+    ipc: int = _setting(
+        1, "synthetic images of each class", unit="images a class", source="paper: 1, 10, 50", minimum=1
+    )
+    iterations: int = _setting(
+        8000,
+        "steps, each with a new network",
+        unit="steps",
+        source="paper section 4.1; DataDAM's code 20000",
+        minimum=1,
+    )
+    real_batch: int = _setting(
+        128,
+        "real images of each class in a step",
+        unit="images a class",
+        source="paper section 7.3; DataDAM's code 64, DM 256",
+        minimum=1,
+    )
+    spatial_power: float | None = _setting(
+        4.0,
+        "exponent p_s of spatial attention; None leaves it out",
+        source="paper section 4.1; DataDAM's code 1",
+        minimum=1,
+        maximum=16,
+    )
+    channel_power: float | None = _setting(
+        4.0,
+        "exponent p_c of channel attention; None leaves it out",
+        source="paper section 4.1; Table 5's best is p_c 8 with p_s 1",
+        minimum=1,
+        maximum=16,
+    )
+    mmd_weight: float | None = _setting(
+        None,
+        "weight lambda of the mean-embedding term; None: 0.01 below 64x64, 0.02 from there",
+        source="paper Table 7",
+        minimum=0,
+    )
+    # With the paper's learning rate of 1 the equations' own scale, 1, moves the images too slowly: CIFAR-10 (JPEG q75,
+    # ZCA) at 10 images a class reaches 46.2, 50.0 and 48.4 % after 1000 steps with scales 1, 10 and 100; whitened CIFAR
+    # at 1 a class and digits hardly tell the three apart.
+    loss_scale: float = _setting(
+        10.0,
+        "factor on the whole loss; under SGD only its product with image_lr counts",
+        source="measured; the paper's equations have none (1), DataDAM's code 100",
+        minimum=0,
+    )
+    image_lr: float | None = _setting(
+        None,
+        "learning rate of the images; None: 1 up to 50 images a class, 10 above",
+        source="paper Table 7",
+        minimum=0,
+    )
+    momentum: float = _setting(0.5, "momentum of the images' SGD", source="paper Table 7", minimum=0, maximum=1)
+    image_init: str = _setting(
+        "real",
+        "what images start from: random real ones, Gaussian noise, or a given set",
+        source="paper section 3: random sampling",
+        choices=IMAGE_INITIALIZATIONS,
+    )
+    augmentation: str = _setting(
+        STRATEGY,
+        "operations of siamese augmentation, joined by underscores, one of them a class and step; 'none' for none",
+        source="paper section 7.2, DSA",
+    )
+    preprocessing: str = _setting(
+        "auto",
+        "map from pixels to model space; auto: zca for CIFAR, standard (mean and std) otherwise",
+        source="paper section 7.2; DataDAM's code standardises and then whitens",
+        choices=("auto", *PREPROCESSINGS),
+    )
+    width: int = _setting(128, "channels of every convolution", unit="channels", source="paper section 4.1", minimum=1)
+    depth: int | None = _setting(
+        None,
+        "convolution blocks; None by resolution: 3 up to 32x32, 4 at 64x64, one more per doubling",
+        unit="blocks",
+        source="paper section 4.1",
+        minimum=1,
+    )
+    norm: str = _setting("instance", "normalisation", source="paper section 4.1; DataDAM's code batch", choices=NORMS)
+    pooling: str = _setting(
+        "avg2",
+        "pooling: 2x2 mean, 3x3 mean with stride 2, 2x2 maximum, or none",
+        source="the code of DC, DM and DataDAM; paper section 4.1 says avg3",
+        choices=POOLINGS,
+    )
+    network_init: str = _setting(
+        "normal",
+        "distribution of the networks' weights",
+        source="paper section 4.1 (Table 7 says uniform); DataDAM's code default",
+        choices=INITIALIZATIONS,
+    )
+    precision: str = _setting(
+        "auto",
+        "arithmetic of the convolutions, all else being float32; auto: tf32 on GPUs that have it, float32 elsewhere",
+        choices=("auto", *PRECISIONS),
+    )
+    seed: int = _setting(0, "all randomness comes from it", minimum=0, maximum=2**63 - 1)
+    cuda_graph: bool = _setting(
+        True, "on a GPU, capture a step once and replay it: the same images, faster", affects_result=False
+    )
+    log_every: int = _setting(10, "steps between records in the log", unit="steps", minimum=1, affects_result=False)
+    image_every: int = _setting(
+        500, "steps between pictures of the images", unit="steps", minimum=1, affects_result=False
+    )
+    checkpoint_every: int = _setting(500, "steps between checkpoints", unit="steps", minimum=1, affects_result=False)
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = _checked(field, hints[field.name], getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+        draw_augmentation(0, torch.Generator(), strategy=self.augmentation)  # refuses what it does not know
+        if self.spatial_power is None and self.channel_power is None and self.mmd_weight == 0:
+            raise ValueError("nothing to match: spatial_power and channel_power are None and mmd_weight is 0")
+
+    def to_dict(self) -> dict[str, object]:
+        """The settings by name, as plain values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, object]) -> DistillConfig:
+        """A configuration from settings by name; those not given have their defaults.
+
+        Raises:
+            ValueError: a name is unknown (the nearest one is suggested), or a value is not accepted.
+        """
+        check_names(settings)
+        return cls(**settings)
+
+    def config_hash(self) -> str:
+        """The first 16 hex digits of the SHA-256 of the settings that the images depend on."""
+        settings = {name: value for name, value in self.to_dict().items() if affects_result(name)}
+        canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def resolve(self, image_shape: tuple[int, int, int], dataset: str, device: torch.device) -> DistillConfig:
+        """The same configuration with nothing left open: no None but a power's, no "auto".
+
+        Args:
+            image_shape: (C, H, W) of the data.
+            dataset: its name, as in ``ImageData.name``.
+            device: where the distillation will run.
+
+        Raises:
+            ValueError: the device cannot compute in ``precision``.
+        """
+        height, width = image_shape[1:]
+        derived = {
+            "mmd_weight": 0.02 if min(height, width) >= 64 else 0.01,
+            "image_lr": 10.0 if self.ipc > 50 else 1.0,
+            "depth": default_depth(height, width),
+            "preprocessing": "zca" if dataset in _WHITENED else "standard",
+            "precision": "tf32" if _has_tf32(device) else "float32",
+        }
+        missing = {name: value for name, value in derived.items() if getattr(self, name) in (None, "auto")}
+        resolved = dataclasses.replace(self, **missing)
+        if resolved.precision == "tf32" and not _has_tf32(device):
+            raise ValueError(f"precision 'tf32' needs a GPU of compute capability 8.0 or above; got {device}")
+        return resolved
+
+
+# Settings in which papers and released code differ; what is not named is the paper's.
+PRESETS: dict[str, dict[str, object]] = {
+    "paper": {},
+    "channel": {"spatial_power": None},
+    "datadam-code": {
+        "iterations": 20_000,
+        "real_batch": 64,
+        "spatial_power": 1.0,
+        "channel_power": None,
+        "loss_scale": 100.0,
+        "preprocessing": "zca_standardized",
+        "norm": "batch",
+        "network_init": "default",
+    },
+    "dm": {
+        "iterations": 20_000,
+        "real_batch": 256,
+        "spatial_power": None,
+        "channel_power": None,
+        "mmd_weight": 1.0,
+        "loss_scale": 1.0,
+        "preprocessing": "standard",
+        "network_init": "default",
+    },
+}
+
+
+def preset(name: str = "paper", **overrides) -> DistillConfig:
+    """A named configuration with some settings changed.
+
+    - ``"paper"``: ATOM.
+    - ``"channel"``: ATOM†, channel attention only (Table 3).
+    - ``"datadam-code"``: what DataDAM's released code runs, spatial attention only.
+    - ``"dm"``: distribution matching (Zhao and Bilen 2023), mean embeddings only.
+
+    Raises:
+        ValueError: an unknown preset or setting, or a value that is not accepted.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {name!r}{_suggestion(name, PRESETS)}")
+    return DistillConfig.from_dict({**PRESETS[name], **overrides})
+
+
+def affects_result(name: str) -> bool:
+    """Whether the distilled images depend on a setting."""
+    return DistillConfig.__dataclass_fields__[name].metadata["affects_result"]
+
+
+def check_names(settings: Mapping[str, object]) -> None:
+    """Make sure that every name is a setting's.
+
+    Raises:
+        ValueError: one is not; the nearest setting is named.
+    """
+    known = [field.name for field in dataclasses.fields(DistillConfig)]
+    for name in settings:
+        if name not in known:
+            hint = _suggestion(name, known) or f"; accepted are {', '.join(known)}"
+            raise ValueError(f"unknown setting {name!r}{hint}")
+
+
+def read_settings(path: str | os.PathLike) -> dict[str, object]:
+    """Settings in a YAML file: a mapping of names to values, and perhaps the name of a ``preset``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no YAML mapping, or names an unknown setting.
+    """
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration file {path}")
+    try:
+        settings = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable as YAML: {error}") from error
+    settings = {} if settings is None else settings
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold settings as `name: value` lines; got a {type(settings).__name__}")
+    check_names({name: value for name, value in settings.items() if name != "preset"})
+    return settings
+
+
+def read_config(path: str | os.PathLike) -> DistillConfig:
+    """The configuration in a YAML file; what the file leaves out is its ``preset``'s, or the paper's.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_settings`, and for a value that is not accepted.
+    """
+    settings = read_settings(path)
+    return preset(settings.pop("preset", "paper"), **settings)
+
+
+def write_config(config: DistillConfig, path: str | os.PathLike) -> Path:
+    """Write every setting to a YAML file that `read_config` reads back.
+
+    Raises:
+        OSError: the file could not be written.
+    """
+    import yaml
+
+    text = f"# atom_fast distillation, configuration {config.config_hash()}\n"
+    return write_atomically(path, text + yaml.safe_dump(config.to_dict(), sort_keys=False))
+
+
+def _checked(field: dataclasses.Field, hint: object, value: object) -> object:
+    """``value`` in the field's type, if it is accepted."""
+    accepted = typing.get_args(hint) or (hint,)
+    if value is None and type(None) in accepted:
+        return None
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if float in accepted and number:
+        value = float(value)
+    expected = _expectation(field, accepted)
+    if type(value) not in accepted:
+        raise ValueError(f"{field.name} must be {expected}; got {value!r}")
+    choices, minimum = field.metadata["choices"], field.metadata["minimum"]
+    if choices is not None and value not in choices:
+        raise ValueError(f"{field.name} must be {expected}; got {value!r}{_suggestion(value, choices)}")
+    if minimum is not None and not (minimum <= value <= field.metadata["maximum"] and math.isfinite(value)):
+        raise ValueError(f"{field.name} must be {expected}; got {value!r}")
+    return value
+
+
+def _expectation(field: dataclasses.Field, accepted: tuple[type, ...]) -> str:
+    """What a field accepts, in words."""
+    if field.metadata["choices"] is not None:
+        return f"one of {', '.join(field.metadata['choices'])}"
+    kinds = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    words = next(kinds[kind] for kind in accepted if kind in kinds)
+    minimum, maximum = field.metadata["minimum"], field.metadata["maximum"]
+    if minimum is not None:
+        words += f" of at least {minimum}" if maximum == math.inf else f" in [{minimum}, {maximum}]"
+    return words + (", or None" if type(None) in accepted else "")
+
+
+def _suggestion(name: object, known) -> str:
+    nearest = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def _has_tf32(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,0 +1,158 @@
+"""What is written about a run while it goes: JSON lines, TensorBoard, and the record of what it ran on."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import atom_fast
+from atom_fast._files import write_atomically
+
+_PACKAGES = ("torch", "triton", "torchvision", "kornia", "numpy", "safetensors")
+
+
+class RunLog:
+    """Records of a run as JSON lines in ``log.jsonl`` and, where it can be imported, in TensorBoard.
+
+    A run that goes on from iteration i drops the records after i: those steps are computed again.
+
+    Args:
+        folder: of the run.
+        iteration: the run goes on after this one.
+
+    Raises:
+        OSError: the log could not be written.
+    """
+
+    def __init__(self, folder: Path, iteration: int):
+        self.path = folder / "log.jsonl"
+        if self.path.exists():
+            write_atomically(self.path, "".join(_lines_until(self.path, iteration)))
+        # Unbuffered: a record is on its way when write() returns, and closing cannot fail on what is left in a buffer.
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  closed by close()
+        self._board = _open_tensorboard(folder / "tensorboard", iteration)
+
+    def write(self, record: dict[str, float]) -> None:
+        """Append one record; ``record["iteration"]`` says where it belongs.
+
+        Raises:
+            OSError: the log could not be written; the message names it.
+        """
+        line = f"{json.dumps(record)}\n".encode()
+        try:
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise type(error)(error.errno, f"cannot write {self.path}: {error.strerror}") from error
+        if self._board is not None:
+            for name, value in record.items():
+                if name != "iteration":
+                    self._board.add_scalar(name, value, record["iteration"])
+
+    def close(self) -> None:
+        """Close the files; what TensorBoard cannot write by now must not hide the error that ends a run."""
+        self._file.close()
+        if self._board is not None:
+            with contextlib.suppress(OSError):
+                self._board.close()
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """What a run ran on: time, device, versions and, in a git checkout, the commit."""
+    cuda = device.type == "cuda"
+    return {
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+        "cuda": torch.version.cuda if cuda else None,
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "versions": versions(),
+        "commit": _commit(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this package, and of the packages its results depend on, where they are installed."""
+    found = {"python": platform.python_version(), "atom_fast": atom_fast.__version__}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def append_environment(path: Path, record: dict[str, object]) -> None:
+    """Add a record to a JSON list of the starts of a run.
+
+    Raises:
+        OSError: the file could not be written.
+    """
+    try:
+        starts = list(json.loads(path.read_text("utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        starts = []
+    write_atomically(path, json.dumps([*starts, record], indent=2) + "\n")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that was allocated on a GPU, or that this process occupied."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def say(message: str) -> None:
+    """Print to standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def _lines_until(path: Path, iteration: int) -> list[str]:
+    """Complete records of iterations up to ``iteration``; a killed run may have cut the last line short."""
+    kept = []
+    for line in path.read_text("utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            if json.loads(line)["iteration"] <= iteration:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return kept
+
+
+def _open_tensorboard(folder: Path, iteration: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        say("TensorBoard cannot be imported: no logs for it are written (`pip install tensorboard`)")
+        return None
+    return SummaryWriter(os.fspath(folder), purge_step=iteration + 1)
+
+
+def _commit() -> str | None:
+    """Commit of the checkout this package lies in, marked where files differ from it; None outside of one."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        run = {"cwd": root, "capture_output": True, "text": True, "check": True, "timeout": 10}
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **run).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{commit} (changed)" if changed else commit

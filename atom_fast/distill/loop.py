@@ -1,0 +1,374 @@
+"""Algorithm 1 from its first iteration to its last: a run's folder, logs, pictures, checkpoints and synthetic set."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from atom_fast.data.dataset import ImageData
+from atom_fast.data.sampling import check_class_sizes
+from atom_fast.data.whitening import Preprocessing, fit_preprocessing
+from atom_fast.distill.checkpoint import Checkpoint, latest_checkpoint, remove_unfinished, save_checkpoint
+from atom_fast.distill.config import DistillConfig, affects_result, write_config
+from atom_fast.distill.logs import RunLog, append_environment, environment, peak_memory, say, versions
+from atom_fast.distill.step import Distillation, NonFiniteError, initial_images, make_network
+from atom_fast.report import save_image_grid
+from atom_fast.synthetic import SyntheticSet
+
+CONFIG_FILE = "config.yaml"
+ENVIRONMENT_FILE = "environment.json"
+CHECKPOINT_FOLDER = "checkpoints"
+IMAGE_FOLDER = "images"
+SYNTHETIC_FILE = "synthetic.safetensors"
+LOCK_FILE = ".lock"
+
+
+def distill(
+    config: DistillConfig,
+    data: ImageData,
+    output: str | os.PathLike,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    synthetic_init: SyntheticSet | None = None,
+    device: torch.device | str | None = None,
+) -> SyntheticSet:
+    """Distil ``data`` into ``config.ipc`` images a class, and keep everything about it in one folder.
+
+    The folder holds ``config.yaml`` (every setting, nothing left open), ``environment.json``, ``log.jsonl``,
+    ``tensorboard/``, ``images/`` (PNG grids), ``checkpoints/`` and, at the end, ``synthetic.safetensors``.
+
+    SIGTERM and Ctrl-C finish the step, save, say how to resume, and exit with 143 and 130.
+
+    Args:
+        config: the settings; what they leave open is derived from data and device.
+        data: the real images.
+        output: the run's folder, new or empty; with ``resume`` a run to go on with, which is started where there is
+            none yet. A run of the same settings may be resumed with more iterations.
+        resume: go on from the newest intact checkpoint. On one CPU the result has the same bits as a run that was never
+            stopped.
+        progress: show a progress bar on standard error.
+        synthetic_init: start from this set in place of ``config.image_init``; same classes, ipc and image shape.
+        device: where to compute; None: the GPU, if there is one.
+
+    Returns:
+        The synthetic set, on the CPU.
+
+    Raises:
+        ValueError: settings that do not fit the data or the device, or the run to be resumed; nothing was changed.
+        FileExistsError: the folder is not empty and ``resume`` is not set.
+        RuntimeError: another process is writing to the folder; or a loss or an image became NaN or infinite
+            (`NonFiniteError`: the last good checkpoint is kept and named).
+        OSError: a file could not be written (a full disk); the newest checkpoint is named.
+        SystemExit: the run was interrupted, and saved.
+    """
+    output = Path(output)
+    device = _device(device)
+    if synthetic_init is not None:
+        config = dataclasses.replace(config, image_init="given")
+    config = config.resolve(data.image_shape, data.name, device)
+    _check_fit(config, data)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with _locked(output, resume):
+        checkpoint = _checkpoint_to_resume(output, config, data) if resume else None
+        real = data.to(device)
+        preprocessing = fit_preprocessing(real.train_images, config.preprocessing, progress=progress)
+        run = _start(config, real, preprocessing, checkpoint, synthetic_init, progress)
+        write_config(config, output / CONFIG_FILE)
+        append_environment(output / ENVIRONMENT_FILE, environment(device))
+        recorder = _Recorder(run, output, checkpoint, preprocessing, progress)
+        _iterate(run, recorder)
+        result = _synthetic_set(recorder)
+        result.save(output / SYNTHETIC_FILE)
+    return result
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {str(device)!r} is not available: PyTorch sees no GPU; use 'cpu'")
+    return device
+
+
+def _check_fit(config: DistillConfig, data: ImageData) -> None:
+    """Refuse what cannot work before anything is written."""
+    check_class_sizes(data, config.real_batch)
+    if config.image_init == "real":
+        check_class_sizes(data, config.ipc)
+    make_network(config, data)
+
+
+@contextlib.contextmanager
+def _locked(output: Path, resume: bool) -> Iterator[None]:
+    """Hold the run's folder, which is made where it is missing, for this process alone (POSIX)."""
+    output.mkdir(parents=True, exist_ok=True)
+    _check_folder(output, resume)  # before even a lock is left in it
+    with open(output / LOCK_FILE, "w") as lock:
+        _lock(lock, output)
+        _check_folder(output, resume)  # again: another process may have had the lock
+        remove_unfinished(output)
+        remove_unfinished(output / CHECKPOINT_FOLDER)
+        yield
+
+
+def _check_folder(output: Path, resume: bool) -> None:
+    """Refuse a folder that is not empty, unless it holds a run and that is to be resumed."""
+    entries = [entry.name for entry in output.iterdir() if not entry.match(f".{CONFIG_FILE}.*.part")]
+    if not set(entries) - {LOCK_FILE}:
+        return
+    if not resume:
+        raise FileExistsError(
+            f"{output} is not empty: choose another folder, or resume the run in it (resume=True, --resume)"
+        )
+    if CONFIG_FILE not in entries:
+        raise ValueError(f"{output} holds no run to resume: it is not empty, but has no {CONFIG_FILE}")
+
+
+def _lock(file, output: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RuntimeError(f"another process is writing to {output}; wait for it, or choose another folder") from error
+
+
+def _checkpoint_to_resume(output: Path, config: DistillConfig, data: ImageData) -> Checkpoint | None:
+    """The newest intact checkpoint, if it belongs to this configuration and data."""
+    checkpoint = latest_checkpoint(output / CHECKPOINT_FOLDER, report=say)
+    if checkpoint is None:
+        say(f"no checkpoint in {output}: starting at the first iteration")
+        return None
+    current = config.to_dict()
+    names = (name for name in current if affects_result(name) and name != "iterations")
+    changed = [
+        f"{name} was {checkpoint.config.get(name)!r}, is {current[name]!r}"
+        for name in names
+        if current[name] != checkpoint.config.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"the run in {output} has other settings: {'; '.join(changed)}; use the same, or another folder"
+        )
+    if checkpoint.data_fingerprint != data.fingerprint:
+        raise ValueError(
+            f"the run in {output} was started on other data: its fingerprint is {checkpoint.data_fingerprint[:16]}, "
+            f"that of {data.name} is {data.fingerprint[:16]}; use the same data, or another folder"
+        )
+    if checkpoint.iteration > config.iterations:
+        raise ValueError(
+            f"the run in {output} has done {checkpoint.iteration} iterations; got iterations {config.iterations}"
+        )
+    say(f"resuming {output} after iteration {checkpoint.iteration}")
+    return checkpoint
+
+
+def _start(
+    config: DistillConfig,
+    data: ImageData,
+    preprocessing: Preprocessing,
+    checkpoint: Checkpoint | None,
+    synthetic_init: SyntheticSet | None,
+    progress: bool,
+) -> Distillation:
+    if checkpoint is not None:
+        images = checkpoint.tensors["images"]
+    elif synthetic_init is not None:
+        images = _given_images(synthetic_init, config, data, preprocessing)
+    else:
+        images = initial_images(config, data, preprocessing)
+    run = Distillation(config, data, preprocessing, images, progress=progress)
+    if checkpoint is not None:
+        run.restore(checkpoint.tensors)
+    if config.cuda_graph and run.images.device.type == "cuda":
+        run.capture()
+    return run
+
+
+def _given_images(given: SyntheticSet, config: DistillConfig, data: ImageData, preprocessing: Preprocessing):
+    """A set's images, class-major, in this run's model space."""
+    shape = tuple(given.images.shape[1:])
+    if given.class_names != data.class_names or given.ipc != config.ipc or shape != data.image_shape:
+        raise ValueError(
+            f"the set to start from must have {config.ipc} images {list(data.image_shape)} of each of the "
+            f"{data.num_classes} classes {', '.join(data.class_names[:3])} ...; got {max(given.class_sizes)} images "
+            f"{list(shape)} of {len(given.class_names)} classes {', '.join(given.class_names[:3])} ..."
+        )
+    given = given.to(data.train_images.device)
+    order = torch.argsort(given.labels, stable=True)
+    own, others = preprocessing.tensors(), given.preprocessing.tensors()
+    if own.keys() == others.keys() and all(torch.equal(own[name], others[name]) for name in own):
+        return given.images[order]  # not by way of pixels: they are clamped
+    return preprocessing.to_model(given.pixels()[order])
+
+
+class _Recorder:
+    """Everything that is kept of a run as it goes: log and progress bar, pictures, checkpoints."""
+
+    def __init__(
+        self, run: Distillation, output: Path, start: Checkpoint | None, preprocessing: Preprocessing, progress: bool
+    ):
+        from tqdm import tqdm
+
+        self.first = start.iteration if start else 0
+        self.run = run
+        self.output = output
+        self.preprocessing = preprocessing
+        self.saved: Path | None = None  # the newest checkpoint that this process wrote
+        self.saved_iteration = start.iteration if start else None
+        self._fingerprint = run.data.fingerprint
+        self._started = time.monotonic() - (start.seconds if start else 0.0)
+        self._last_reading = self.first, time.monotonic()
+        self._log = RunLog(output, self.first)
+        self._bar = tqdm(
+            total=run.config.iterations, initial=self.first, desc="distilling", unit="step", disable=not progress
+        )
+
+    def seconds(self) -> float:
+        """Spent on this run so far, in this process and before it."""
+        return time.monotonic() - self._started
+
+    def advance(self) -> None:
+        """Count one finished step."""
+        self._bar.update()
+
+    def log(self, iteration: int) -> None:
+        """Read the loss terms back from the device, unless that was done at this iteration, and write them down.
+
+        Raises:
+            NonFiniteError: one of them, or an image, is NaN or infinite.
+        """
+        if iteration == self._last_reading[0]:
+            return
+        try:
+            terms = self.run.read_terms()
+        except NonFiniteError as error:
+            kept = self.saved or f"in {self.output / CHECKPOINT_FOLDER}"
+            raise NonFiniteError(f"{error}; the last good checkpoint is {kept}") from error
+        before, then = self._last_reading
+        now = time.monotonic()
+        self._last_reading = iteration, now
+        memory = peak_memory(self.run.images.device)
+        speed = (iteration - before) / max(now - then, 1e-9)
+        record = {"iteration": iteration, **terms._asdict(), "steps_per_second": speed, "peak_memory_bytes": memory}
+        self._log.write({**record, "seconds": self.seconds()})
+        self._bar.set_postfix_str(
+            f"loss {terms.loss:.4g} attention {terms.attention_loss:.4g} mmd {terms.mmd_loss:.4g} "
+            f"peak {memory / 2**20:.0f} MiB"
+        )
+
+    def save(self, iteration: int) -> None:
+        """Write a checkpoint of images that are known to be finite."""
+        self.log(iteration)
+        run, config = self.run, self.run.config
+        checkpoint = Checkpoint(iteration, run.state(), config.to_dict(), self._fingerprint, self.seconds(), versions())
+        self.saved = save_checkpoint(self.output / CHECKPOINT_FOLDER, checkpoint)
+        self.saved_iteration = iteration
+
+    def draw(self, iteration: int) -> None:
+        """Write a picture of the images, a row a class, or ten a row at one image a class."""
+        pixels = self.preprocessing.to_pixels(self.run.images.detach())
+        path = self.output / IMAGE_FOLDER / f"iteration-{iteration:08d}.png"
+        save_image_grid(pixels, path, columns=self.run.config.ipc if self.run.config.ipc > 1 else 10)
+
+    @contextlib.contextmanager
+    def saying_what_is_saved(self) -> Iterator[None]:
+        """Where an error ends the run, say from which iteration it can go on."""
+        try:
+            yield
+        except (OSError, RuntimeError):
+            if self.saved_iteration is not None:
+                say(f"stopped by an error; iteration {self.saved_iteration} is saved in {self.output}, see --resume")
+            raise
+
+    def close(self) -> None:
+        """Close the log and the progress bar."""
+        self._bar.close()
+        self._log.close()
+
+
+def _iterate(run: Distillation, recorder: _Recorder) -> None:
+    """Run the iterations that are left, and record them.
+
+    Raises:
+        SystemExit: a signal asked to stop; everything up to the last finished step is saved.
+    """
+    config, iteration = run.config, recorder.first
+    with contextlib.closing(recorder), recorder.saying_what_is_saved(), _deferred_signals() as received:
+        if iteration == 0:
+            recorder.save(0)
+            recorder.draw(0)
+        while iteration < config.iterations and not received:
+            iteration += 1
+            run.step(iteration)
+            recorder.advance()
+            if iteration % config.log_every == 0:
+                recorder.log(iteration)
+            if iteration % config.checkpoint_every == 0:
+                recorder.save(iteration)
+            if iteration % config.image_every == 0:
+                recorder.draw(iteration)
+        if recorder.saved_iteration != iteration:
+            recorder.save(iteration)
+            recorder.draw(iteration)
+    if received:
+        name = signal.Signals(received[0]).name
+        say(
+            f"{name}: stopped after iteration {iteration} of {config.iterations}, which is saved in {recorder.output}; "
+            f"to go on, run the same again with --resume (resume=True)"
+        )
+        raise SystemExit(128 + received[0])
+
+
+@contextlib.contextmanager
+def _deferred_signals() -> Iterator[list[int]]:
+    """Note SIGINT and SIGTERM in a list in place of stopping; the second one of a kind acts at once.
+
+    Only the main thread may handle signals; elsewhere they act as they always do.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    for number in previous:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _synthetic_set(recorder: _Recorder) -> SyntheticSet:
+    run, config = recorder.run, recorder.run.config
+    metadata = {
+        "config": config.to_dict(),
+        "config_hash": config.config_hash(),
+        "seed": config.seed,
+        "dataset": run.data.name,
+        "dataset_fingerprint": run.data.fingerprint,
+        "device": str(run.images.device.type),
+        "seconds": recorder.seconds(),
+        "versions": versions(),
+    }
+    images = run.images.detach().cpu().contiguous()
+    return SyntheticSet(images, run.labels.cpu(), run.data.class_names, recorder.preprocessing.to("cpu"), metadata)

@@ -1,0 +1,279 @@
+"""One step of Algorithm 1 of the ATOM paper, entirely on the device, and its capture as a CUDA graph."""
+
+from __future__ import annotations
+
+import contextlib
+import typing
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from atom_fast.data.augmentation import augment, draw_augmentation
+from atom_fast.data.dataset import ImageData
+from atom_fast.data.sampling import check_class_sizes, sample_class_indices
+from atom_fast.data.whitening import Preprocessing, real_image_gatherer
+from atom_fast.distill.config import DistillConfig
+from atom_fast.functional import attention_matching_loss, class_groups, mean_matching_loss
+from atom_fast.networks.convnet import ConvNet
+
+TERMS = ("loss", "attention_loss", "mmd_loss")
+_WARM_UP_STEPS = 3  # before a capture, so that libraries choose algorithms and allocate workspaces outside it
+_MASK = 2**64 - 1
+
+
+class Terms(typing.NamedTuple):
+    """Means over the steps since the last reading.
+
+    Attributes:
+        loss: scale * (attention_loss + mmd_weight * mmd_loss), equation 4.
+        attention_loss: L_ATOM, equation 3, summed over layers and classes.
+        mmd_loss: L_MMD, summed over classes.
+    """
+
+    loss: float
+    attention_loss: float
+    mmd_loss: float
+
+
+class NonFiniteError(RuntimeError):
+    """A loss term or an image became NaN or infinite; the images are lost from that iteration on."""
+
+
+class Distillation:
+    """Synthetic images under distillation: the images, their momentum, and all that a step needs, on one device.
+
+    Attributes:
+        images: float32 [K*ipc, C, H, W], model space, class-major; changed in place by every step.
+        momentum: of the same shape, the buffer of SGD.
+        labels: int64 [K*ipc], the class of each image.
+        config: resolved settings.
+    """
+
+    def __init__(
+        self, config: DistillConfig, data: ImageData, preprocessing: Preprocessing, images: Tensor, *, progress=False
+    ):
+        """Prepare the steps.
+
+        Args:
+            config: resolved settings (`DistillConfig.resolve`).
+            data: real images, on the device that computes.
+            preprocessing: on the same device.
+            images: float32 [K*ipc, C, H, W], what the synthetic images start from; copied.
+            progress: show what takes long on standard error.
+
+        Raises:
+            ValueError: a class has fewer than ``config.real_batch`` images, or ``images`` has another shape.
+        """
+        check_class_sizes(data, config.real_batch)
+        device, classes = data.train_images.device, data.num_classes
+        expected = (classes * config.ipc, *data.image_shape)
+        if tuple(images.shape) != expected:
+            raise ValueError(f"images must be [K*ipc, C, H, W] = {list(expected)}; got {list(images.shape)}")
+        layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
+        self.config = config
+        self.data = data
+        self.images = images.detach().to(device, copy=True, memory_format=layout).requires_grad_()
+        self.momentum = torch.zeros_like(self.images, requires_grad=False)
+        self.labels = torch.arange(classes, device=device).repeat_interleave(config.ipc)
+        self.real_labels = torch.arange(classes, device=device).repeat_interleave(config.real_batch)
+        self.groups = class_groups(self.real_labels, self.labels)
+        self.network = make_network(config, data).to(device, memory_format=layout)
+        self.gather_real = real_image_gatherer(data, preprocessing, memory_format=layout, progress=progress)
+        self.generator = torch.Generator(device)
+        self._iteration = torch.zeros((), dtype=torch.int64, device=device)
+        self._sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
+        self._first_bad = torch.zeros(len(TERMS), dtype=torch.int64, device=device)  # 0: none, iterations start at 1
+        self._steps = 0
+        self._run = self._advance
+
+    def step(self, iteration: int) -> None:
+        """Run iteration ``iteration`` (1, 2, ...); its randomness depends on it and on the seed alone.
+
+        Seeding is all the host does. Nothing is read back.
+        """
+        self.generator.manual_seed(derive_seed(self.config.seed, iteration))
+        self._iteration.fill_(iteration)
+        self._run()
+        self._steps += 1
+
+    def _advance(self) -> None:
+        """Lines 3 to 7 of Algorithm 1, for all classes at once."""
+        config, generator = self.config, self.generator
+        self.network.reset_parameters(generator)
+        real = self.gather_real(sample_class_indices(self.data, config.real_batch, generator))
+        synthetic = self.images
+        if config.augmentation not in ("", "none"):
+            # Siamese: a class draws one operation, and both its sides are put through it.
+            parameters = draw_augmentation(self.data.num_classes, generator, strategy=config.augmentation)
+            real = augment(real, parameters, self.real_labels)
+            synthetic = augment(synthetic, parameters, self.labels)
+        with convolution_precision(config.precision, self.images.device):
+            attention, mmd = matching_terms(self.network, real, synthetic, config, self.groups)
+            loss = config.loss_scale * (attention + config.mmd_weight * mmd)
+            (gradient,) = torch.autograd.grad(loss, self.images)
+        with torch.no_grad():
+            self.momentum.mul_(config.momentum).add_(gradient)
+            self.images.sub_(self.momentum, alpha=config.image_lr)
+            self._record(torch.stack((loss, attention, mmd)))
+
+    def _record(self, terms: Tensor) -> None:
+        self._sums.add_(terms)
+        newly_bad = ~torch.isfinite(terms) & (self._first_bad == 0)
+        self._first_bad.add_(newly_bad * self._iteration)
+
+    def read_terms(self) -> Terms:
+        """Wait for the device; mean loss terms since the last reading (NaN where there was no step).
+
+        Raises:
+            NonFiniteError: a loss term or an image is NaN or infinite; names the term, iteration and classes.
+        """
+        classes = self.data.num_classes
+        finite = torch.isfinite(self.images.detach()).flatten(1).all(dim=1).view(classes, -1).all(dim=1)
+        packed = torch.cat((self._sums, self._first_bad.double(), finite.double())).tolist()
+        sums, first_bad, finite = packed[: len(TERMS)], packed[len(TERMS) : -classes], packed[-classes:]
+        if any(first_bad) or not all(finite):
+            raise NonFiniteError(_describe_non_finite(first_bad, finite, self.data.class_names))
+        steps, self._steps = self._steps, 0
+        self._sums.zero_()
+        return Terms(*(total / steps if steps else float("nan") for total in sums))
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold, copied to the CPU. The generators' states follow from seed and iteration."""
+        return {name: getattr(self, name).detach().cpu().contiguous().clone() for name in ("images", "momentum")}
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Continue from what `state` returned.
+
+        Raises:
+            ValueError: a tensor is missing or has another shape.
+        """
+        for name in ("images", "momentum"):
+            target, source = getattr(self, name), state.get(name)
+            if source is None or source.shape != target.shape:
+                found = "nothing" if source is None else list(source.shape)
+                raise ValueError(f"saved {name} must be {list(target.shape)}; got {found}")
+            target.copy_(source)
+
+    def capture(self) -> None:
+        """Capture a step as a CUDA graph that `step` replays from then on; images and momentum stay as they are.
+
+        Raises:
+            RuntimeError: the images are not on a GPU.
+        """
+        if self.images.device.type != "cuda":
+            raise RuntimeError(f"a CUDA graph needs images on a GPU; got {self.images.device}")
+        buffers = self.images.detach(), self.momentum, self._sums, self._first_bad
+        saved = [buffer.clone() for buffer in buffers]
+        stream = torch.cuda.Stream(self.images.device)
+        stream.wait_stream(torch.cuda.current_stream(self.images.device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP_STEPS):
+                self._advance()
+        torch.cuda.current_stream(self.images.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph, stream=stream):
+            self._advance()
+        for buffer, value in zip(buffers, saved, strict=True):
+            buffer.copy_(value)
+        self._run = graph.replay
+
+
+def matching_terms(
+    network: ConvNet, real: Tensor, synthetic: Tensor, config: DistillConfig, groups
+) -> tuple[Tensor, Tensor]:
+    """L_ATOM over layers 1 to L-1 and L_MMD of the embedding: equations 3 and 4, both scalars.
+
+    Args:
+        network: gives the embedding and the feature maps.
+        real: [B, C, H, W], constants; synthetic: [B', C, H, W], to which the gradient flows.
+        config: the powers of the attention.
+        groups: which rows belong to one class (`atom_fast.functional.class_groups`).
+    """
+    with torch.no_grad():
+        real_embedding, real_features = network.features(real)
+    synthetic_embedding, synthetic_features = network.features(synthetic)
+    mmd = mean_matching_loss(real_embedding, synthetic_embedding, groups=groups)
+    if config.spatial_power is None and config.channel_power is None:
+        return torch.zeros_like(mmd), mmd
+    layers = [
+        attention_matching_loss(
+            *pair, spatial_power=config.spatial_power, channel_power=config.channel_power, groups=groups
+        )
+        for pair in zip(real_features[:-1], synthetic_features[:-1], strict=True)
+    ]
+    return sum(layers, torch.zeros_like(mmd)), mmd
+
+
+def make_network(config: DistillConfig, data: ImageData) -> ConvNet:
+    """The ConvNet whose weights every step draws anew; they are constants, only images get a gradient."""
+    channels, *size = data.image_shape
+    network = ConvNet(
+        channels,
+        data.num_classes,
+        tuple(size),
+        width=config.width,
+        depth=config.depth,
+        norm=config.norm,
+        pooling=config.pooling,
+        initialization=config.network_init,
+    )
+    return network.requires_grad_(False)
+
+
+def initial_images(config: DistillConfig, data: ImageData, preprocessing: Preprocessing) -> Tensor:
+    """What the synthetic images start from: float32 [K*ipc, C, H, W] in model space, class-major (line 1).
+
+    Random distinct real images of each class, or Gaussian noise; drawn from ``config.seed``.
+
+    Raises:
+        ValueError: a class has fewer than ``config.ipc`` real images, or the images were to be given.
+    """
+    generator = torch.Generator(data.train_images.device).manual_seed(derive_seed(config.seed, 0))
+    if config.image_init == "real":
+        indices = sample_class_indices(data, config.ipc, generator).flatten()
+        return preprocessing.to_model(data.train_images[indices])
+    if config.image_init == "noise":
+        shape = (data.num_classes * config.ipc, *data.image_shape)
+        return torch.randn(shape, generator=generator, device=generator.device)
+    raise ValueError("image_init 'given' needs a synthetic set to start from")
+
+
+def derive_seed(seed: int, index: int) -> int:
+    """A 64-bit seed for stream ``index`` of ``seed``: the finaliser of SplitMix64 (Steele et al. 2014), twice.
+
+    Neighbouring seeds and indices give unrelated streams, where ``seed + index`` would repeat them.
+    """
+    return _mix(_mix(seed & _MASK) ^ (index & _MASK))
+
+
+def _mix(value: int) -> int:
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+@contextlib.contextmanager
+def convolution_precision(precision: str, device: torch.device) -> Iterator[None]:
+    """Run the enclosed convolutions in ``"float32"``, ``"tf32"`` or ``"bfloat16"``."""
+    settings = torch.backends.cudnn.conv
+    before = settings.fp32_precision
+    settings.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            yield
+    finally:
+        settings.fp32_precision = before
+
+
+def _describe_non_finite(first_bad: Sequence[float], finite: Sequence[float], class_names: Sequence[str]) -> str:
+    terms = [f"{name} at iteration {int(bad)}" for name, bad in zip(TERMS, first_bad, strict=True) if bad]
+    lost = [name for name, good in zip(class_names, finite, strict=True) if not good]
+    message = f"NaN or infinity in {', '.join(terms)}" if terms else "NaN or infinity in the images"
+    if lost:
+        message += f"; images lost in {len(lost)} of {len(class_names)} classes: {', '.join(lost[:5])}"
+        message += ", ..." if len(lost) > 5 else ""
+    return message + "; a smaller loss_scale or image_lr may help"
