@@ -144,8 +144,8 @@ def main(arguments: list[str] | None = None) -> None:
         record["cases"].append(result)
         save_results(options.out, record)
         print(
-            f"{case.operator:10} {case.direction:8} {case.provider:6} {case.shape!s:22} {case.dtype:9} {case.layout:13} "
-            f"{result['milliseconds'] * 1e3:9.1f} us {100 * result['share_of_copy']:5.1f} % of copy"
+            f"{case.operator:10} {case.direction:8} {case.provider:6} {case.shape!s:22} {case.dtype:9} "
+            f"{case.layout:13} {result['milliseconds'] * 1e3:9.1f} us {100 * result['share_of_copy']:5.1f} % of copy"
         )
 
 
@@ -166,7 +166,7 @@ def _all_cases(operator: str | None) -> Iterator[Case]:
             yield from matching_cases(shape)
 
 
-def _both_directions(operator, provider, function, x: Tensor, forward_bytes: int, backward_bytes: int) -> Iterator[Case]:
+def _both_directions(operator, provider, function, x: Tensor, forward_bytes, backward_bytes) -> Iterator[Case]:
     about = (tuple(x.shape), str(x.dtype).removeprefix("torch."), _layout(x))
     with torch.no_grad():
         detached = x.detach()

@@ -1,0 +1,186 @@
+"""Everything worth measuring on a GPU, the most valuable first: ``python -m benchmarks.gpu --out DIR``.
+
+Needs a checkout and a Python with torch, triton, numpy and pytest; nothing is installed or fetched. Each part has its
+own time limit, and what a part has measured is kept however it ends. In DIR, at most eight files: ``summary.json``,
+``log.txt``, ``table3-gpu.json``, ``scaling-gpu.json``, ``kernels.json``, and with ``--cifar`` ``distillation.json`` and
+two pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from . import cells, report, scaling, table3
+from .harness import ROOT, Plan, environment, save_results
+
+PLANNED_MINUTES = 8  # what the parts' limits below add up to, roughly; they are scaled to --minutes
+
+
+@dataclasses.dataclass
+class GpuRun:
+    """One run: where it writes, and until when it may.
+
+    Attributes:
+        out: folder of the results.
+        deadline: on ``time.monotonic()``'s clock.
+        cifar: folder of CIFAR-10 as images, or None.
+        parts: what has been run, for the summary.
+    """
+
+    out: Path
+    deadline: float
+    cifar: Path | None
+    parts: list[dict]
+
+    def command(self, arguments: list[str], limit: float) -> tuple[str, str]:
+        """Run Python with arguments in the checkout; returns how it ended, and its last line."""
+        with open(self.out / "log.txt", "a+") as log:
+            print(f"$ python {' '.join(arguments)}", file=log, flush=True)
+            before = log.tell()
+            process = subprocess.Popen(
+                [sys.executable, *arguments], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            try:
+                code = process.wait(limit)
+                ending = "ok" if code == 0 else f"failed (exit status {code})"
+            except subprocess.TimeoutExpired:
+                ending = f"stopped after {limit:.0f} s"
+            finally:
+                _end(process)
+            log.seek(before)
+            lines = [line.strip() for line in log if line.strip()]
+        return ending, lines[-1] if lines else ""
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End a command and whatever it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def gpu_tests(run: GpuRun, limit: float) -> str:
+    """The tests that need CUDA."""
+    arguments = ["-m", "pytest", "tests", "-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    return ": ".join(run.command([*arguments, "--tb=short"], limit))
+
+
+def kernel_benchmarks(run: GpuRun, limit: float) -> str:
+    """Every operator against the bandwidth of a copy."""
+    return ": ".join(run.command(["-m", "benchmarks.kernels", "--out", str(run.out / "kernels.json")], limit))
+
+
+def headline(run: GpuRun, limit: float) -> str:
+    """ATOM at 50 images a class, every provider."""
+    return _table3(run, limit, methods=["atom"], ipcs=[50], seconds=10)
+
+
+def whole_table(run: GpuRun, limit: float) -> str:
+    """The rest of Table 3."""
+    return _table3(run, limit, methods=None, ipcs=None, seconds=8)
+
+
+def _table3(run: GpuRun, limit: float, methods: list[str] | None, ipcs: list[int] | None, seconds: float) -> str:
+    plan = Plan(iterations=100, seconds=seconds, limit=120)
+    path = table3.run("gpu", run.out, methods=methods, ipcs=ipcs, plan=plan, deadline=time.monotonic() + limit)
+    return _count(path)
+
+
+def growth(run: GpuRun, limit: float) -> str:
+    """Time and memory against classes, images a class and resolution."""
+    return _count(scaling.run("gpu", run.out, deadline=time.monotonic() + limit))
+
+
+def _count(path: Path) -> str:
+    records = json.loads(path.read_text())["cells"] if path.exists() else []
+    return f"{sum(record['status'] in cells.FINISHED for record in records)} cells measured"
+
+
+def distillations(run: GpuRun, limit: float) -> str:
+    """CIFAR-10 distilled at every size of the paper, and evaluated."""
+    if run.cifar is None:
+        return "left out: no --cifar DIR"
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = ["-m", "benchmarks.distillation", "--data", str(run.cifar), "--out", folder]
+        outcome = ": ".join(run.command(arguments, limit))
+        for name in ("distillation.json", "distilled-ipc1.png", "distilled-ipc10.png"):
+            if (Path(folder) / name).exists():
+                shutil.copy(Path(folder) / name, run.out)
+    return outcome
+
+
+# By worth; seconds that each may take of the eight minutes. What one leaves over, the later ones may use.
+PARTS: tuple[tuple[Callable[[GpuRun, float], str], float], ...] = (
+    (gpu_tests, 90),
+    (headline, 100),
+    (kernel_benchmarks, 60),
+    (distillations, 150),
+    (whole_table, 600),
+    (growth, 120),
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the parts; the exit status is 0 when the time was kept, whatever the parts' outcomes."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--minutes", type=float, default=PLANNED_MINUTES, help="time for everything (default 8)")
+    parser.add_argument("--cifar", type=Path, help="CIFAR-10 as folders of images, train/ and test/")
+    parser.add_argument("--part", action="append", choices=[part.__name__ for part, _ in PARTS], help="only this part")
+    options = parser.parse_args(arguments)
+    if options.minutes <= 0:
+        parser.error(f"--minutes must be above 0; got {options.minutes}")
+    if options.cifar and not (options.cifar / "train").is_dir():
+        parser.error(f"--cifar must hold train/ and test/; {options.cifar} does not")
+    options.out = options.out.resolve()
+    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        where = environment("cuda")
+    except RuntimeError as error:
+        parser.error(str(error))
+    run = GpuRun(options.out, time.monotonic() + options.minutes * 60, options.cifar, [])
+    for part, seconds in PARTS:
+        if not options.part or part.__name__ in options.part:
+            _run_part(run, part, seconds * options.minutes / PLANNED_MINUTES)
+            save_results(options.out / "summary.json", {"environment": where, "parts": run.parts})
+    _print_summary(run)
+    return 0
+
+
+def _run_part(run: GpuRun, part: Callable[[GpuRun, float], str], limit: float) -> None:
+    started = time.monotonic()
+    limit = min(limit, run.deadline - started)
+    if limit < 5:
+        outcome = "left out: no time left"
+    else:
+        try:
+            outcome = part(run, limit)
+        except Exception as error:  # one part's defect must not cost the others' figures
+            outcome = f"failed ({type(error).__name__}: {error})"
+    seconds = round(time.monotonic() - started, 1)
+    run.parts.append({"part": part.__name__, "outcome": outcome, "seconds": seconds})
+    print(f"{part.__name__} ({seconds:.0f} s): {outcome}", flush=True)
+
+
+def _print_summary(run: GpuRun) -> None:
+    path = table3.results_path(run.out, "gpu")
+    if path.exists():
+        print(report.table3_markdown([path]))
+    for part in run.parts:
+        print(f"{part['part']:20} {part['seconds']:6.0f} s  {part['outcome']}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,322 @@
+"""How anything here is measured: a step in a process of its own, timed call by call, with the memory it took."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import multiprocessing
+import platform
+import statistics
+import subprocess
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from atom_fast._files import write_atomically
+
+from .memory import LiveBytes
+from .methods import Setting, build_step
+
+ROOT = Path(__file__).resolve().parent.parent
+FORMAT = 1  # of the JSON files; raised when their meaning changes
+WARMUP, FEWEST = 3, 3
+Step = Callable[[], object]  # runs one step; returns its loss on the device, or a function that reads it
+MEASURED = ("atom_fast", "kernels", "benchmarks/methods", "benchmarks/harness.py", "benchmarks/memory.py")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How long a cell is measured.
+
+    Attributes:
+        iterations: timed calls, at most.
+        seconds: after this time no further call is timed, once there are three; warm-up has as long again.
+        limit: seconds after which the cell's process is ended.
+    """
+
+    iterations: int = 100
+    seconds: float = 60.0
+    limit: float = 600.0
+
+
+def run_cell(setting: Setting, plan: Plan) -> dict:
+    """Measure one cell in a process of its own, so that it starts with clean memory and may crash.
+
+    Returns:
+        A record for JSON: ``status`` ("ok", "OOM", "timeout" or "failed"), and the figures of :func:`measure` when ok,
+        or a ``message``.
+    """
+    started = time.time()
+    context = multiprocessing.get_context("forkserver")
+    # Imported once by the server and inherited by every cell's process; it never touches the GPU.
+    context.set_forkserver_preload(["benchmarks.harness", "benchmarks.methods.atom"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure_and_send, args=(setting, plan, sender))
+    process.start()
+    sender.close()
+    try:
+        if receiver.poll(plan.limit):
+            record = receiver.recv()
+            process.join(10)  # its figures are here; what it still has to close may take a while, but not for ever
+        else:
+            record = _ended("timeout", f"not done in {plan.limit:.0f} s")
+    except EOFError:
+        process.join()
+        record = _ended("failed", f"the process ended with code {process.exitcode}")
+    finally:
+        process.kill()
+        process.join()
+    record["cell_seconds"] = round(time.time() - started, 2)
+    return record
+
+
+def _measure_and_send(setting: Setting, plan: Plan, sender) -> None:
+    try:
+        record = {"status": "ok", **measure(setting, plan)}
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        record = _ended("OOM", str(error))
+    except Exception as error:
+        traceback.print_exc()
+        # The CPU allocator and some libraries have no exception class of their own.
+        short = any(words in str(error) for words in ("can't allocate memory", "out of memory", "ALLOC_FAILED"))
+        status = "OOM" if short else "failed"
+        record = _ended(status, f"{type(error).__name__}: {error}")
+    sender.send(record)
+
+
+def _ended(status: str, message: str) -> dict:
+    return {"status": status, "message": message[:1000]}
+
+
+def measure(setting: Setting, plan: Plan) -> dict:
+    """Build a setting's step and measure it in this process.
+
+    Returns:
+        ``seconds``: one figure an iteration; on a GPU between device events, so that nothing waits for the device in
+        between. ``time``: their summary. ``memory``: see :func:`_cuda_memory` and :func:`_cpu_memory`; ``loss``: of the
+        last step; ``setup_seconds``: data, compilation or capture, and the first step.
+    """
+    set_precision(setting)
+    torch.manual_seed(setting.seed)
+    started = time.perf_counter()
+    step = build_step(setting)
+    loss = step()
+    synchronize(setting.device)
+    setup = time.perf_counter() - started
+
+    on_gpu = setting.device == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()  # what only the first step needed: trials of convolutions, compilation
+    for _ in range(WARMUP - 1):
+        if time.perf_counter() - started > plan.seconds:
+            break
+        step()
+        synchronize(setting.device)
+
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        resident = torch.cuda.memory_allocated()
+        seconds, loss = _time_with_events(step, plan)
+        memory = _cuda_memory(resident)
+    else:
+        seconds, loss = _time_with_clock(step, plan)
+        memory = _cpu_memory(step, setting)
+    return {
+        "time": summary(seconds),
+        "memory": memory,
+        "loss": float(loss() if callable(loss) else loss),
+        "setup_seconds": round(setup, 3),
+        "seconds": seconds,
+    }
+
+
+def set_precision(setting: Setting) -> None:
+    """PyTorch's switches for the baselines; this project's step sets its own from its configuration.
+
+    TF32 convolutions are PyTorch's default, which the public code leaves alone. cuDNN's search for the fastest
+    algorithm is off for ``eager``, as there, and on for what a careful author writes, as fixed shapes allow.
+    """
+    if setting.precision == "float32":
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.backends.cudnn.benchmark = setting.provider in ("eager-batched", "compile")
+
+
+def synchronize(device: str) -> None:
+    """Wait for a GPU; nothing on the CPU."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _time_with_events(step: Step, plan: Plan) -> tuple[list[float], object]:
+    started = time.perf_counter()
+    events = [_recorded_event()]
+    while len(events) <= plan.iterations:
+        loss = step()
+        events.append(_recorded_event())
+        if len(events) > FEWEST and time.perf_counter() - started > plan.seconds:
+            break
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(events)], loss
+
+
+def _recorded_event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _time_with_clock(step: Step, plan: Plan) -> tuple[list[float], object]:
+    seconds = []
+    while len(seconds) < plan.iterations:
+        started = time.perf_counter()
+        loss = step()
+        seconds.append(time.perf_counter() - started)
+        if len(seconds) >= FEWEST and sum(seconds) > plan.seconds:
+            break
+    return seconds, loss
+
+
+def summary(seconds: list[float]) -> dict:
+    """Median, 20 % and 80 % quantiles, mean and standard deviation in seconds, and how many there were."""
+    quantiles = statistics.quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 4
+    return {
+        "iterations": len(seconds),
+        "median": statistics.median(seconds),
+        "q20": quantiles[0],
+        "q80": quantiles[3],
+        "mean": statistics.fmean(seconds),
+        "std": statistics.pstdev(seconds),
+    }
+
+
+def _cuda_memory(resident: int) -> dict:
+    """Bytes at the peak of the timed steps; the process started with none, so the data set and all state count.
+
+    A captured graph keeps its memory in a pool of its own that replays do not report: the whole pool counts.
+    """
+    held = 0
+    for segment in torch.cuda.memory_snapshot():
+        captured = tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0)
+        held += segment["total_size"] if captured else segment["allocated_size"]
+    return {
+        "counted": "CUDA allocator",
+        "peak_allocated": max(torch.cuda.max_memory_allocated(), held),
+        "peak_reserved": torch.cuda.max_memory_reserved(),
+        "resident": resident,
+    }
+
+
+def _cpu_memory(step: Step, setting: Setting) -> dict:
+    """Bytes of the tensors one more step makes, at their peak; the data set and state between steps do not count."""
+    if setting.provider == "compile":
+        return {"counted": "no: compiled code makes its tensors where they cannot be counted", "peak_allocated": None}
+    with LiveBytes() as counter:
+        step()
+    return {"counted": "live tensors made by a step", "peak_allocated": counter.peak}
+
+
+@functools.lru_cache(maxsize=1)
+def environment(device: str) -> dict:
+    """Where and with what figures are measured.
+
+    Raises:
+        RuntimeError: there is no such device.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(
+            "device 'cuda' needs a CUDA GPU that PyTorch can use; none was found; the CPU editions need none"
+        )
+    return {
+        "device": _gpu_name() if device == "cuda" else _processor_name(),
+        "driver": _driver() if device == "cuda" else None,
+        "cuda": torch.version.cuda if device == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "source": source_identity(),
+        **_commit(),
+    }
+
+
+def _gpu_name() -> str:
+    # Asked of the driver's tool: asking PyTorch would open a context in this process and take memory from the cells.
+    return _run("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or torch.cuda.get_device_name()
+
+
+def _driver() -> str | None:
+    return _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+
+
+def _processor_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(module: str) -> str | None:
+    try:
+        return __import__(module).__version__
+    except ImportError:
+        return None
+
+
+def _commit() -> dict:
+    commit = _run("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    changes = _run("git", "-C", str(ROOT), "status", "--porcelain", "--", *MEASURED)
+    return {"commit": commit, "clean": None if commit is None else changes is None}
+
+
+def _run(*command: str) -> str | None:
+    """First line a command prints; None when it prints nothing, fails or is not there."""
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return output.splitlines()[0].strip() if output.strip() else None
+
+
+def source_identity() -> str:
+    """Hash of the code that is measured; it names a version where there is no git, and a changed tree too."""
+    digest = hashlib.sha256()
+    for place in MEASURED:
+        files = sorted((ROOT / place).rglob("*.py")) if (ROOT / place).is_dir() else [ROOT / place]
+        for file in files:
+            digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def load_results(path: Path) -> dict:
+    """Read a results file.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is not JSON, or not a results file of this format.
+    """
+    try:
+        results = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); move it away, it is left as it is") from error
+    if not isinstance(results, dict) or results.get("format") != FORMAT or "cells" not in results:
+        found = results.get("format") if isinstance(results, dict) else type(results).__name__
+        raise ValueError(f"{path} is not a results file of format {FORMAT} (found {found!r}); it is left as it is")
+    return results
+
+
+def save_results(path: Path, results: dict) -> None:
+    """Write a results file whole or not at all: one line a cell or part, so that a change shows as that line."""
+    fields = []
+    for name, value in results.items():
+        if isinstance(value, list) and value:
+            lines = ",\n".join(f"  {json.dumps(item, ensure_ascii=False)}" for item in value)
+            fields.append(f"{json.dumps(name)}: [\n{lines}\n ]")
+        else:
+            fields.append(f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}")
+    write_atomically(path, "{\n " + ",\n ".join(fields) + "\n}\n")

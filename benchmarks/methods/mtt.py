@@ -1,0 +1,98 @@
+"""MTT: dataset distillation by matching training trajectories (Cazenavette et al., CVPR 2022).
+
+One step takes a segment of an expert's trajectory, trains a student from the segment's start for 20 steps on all
+synthetic images, and differentiates the distance to the segment's end through all 20 steps: into the images and into
+the learned step size. Settings: 3 expert epochs, start epoch at most 25, image learning rate 1000, step size 0.01 with
+learning rate 1e-5, DSA on. The experts are synthesised: a random network followed by small random changes, 29 epochs
+of the right shapes on the host, where the public code keeps its own; the 100 x 50 epochs of training real ones take are
+outside the step, in the paper's table as here. No real images are held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from . import published
+from .setting import Setting
+
+STUDENT_STEPS, EXPERT_EPOCHS, LAST_START = 20, 3, 25
+IMAGE_RATE, STEP_SIZE, STEP_SIZE_RATE = 1000.0, 0.01, 1e-5
+
+
+def build(setting: Setting) -> Callable[[], Tensor]:
+    """A function that runs one step and returns its loss."""
+    random = np.random.RandomState(setting.seed)
+    network = published.fresh_network(setting)
+    expert = synthesised_expert(network, setting.seed)
+    labels = published.synthetic_labels(setting)
+    pixels = published.random_pixels(setting)[: setting.classes * setting.ipc]
+    images = published.normalize(pixels).requires_grad_(True)
+    step_size = torch.tensor(STEP_SIZE, device=setting.device, requires_grad=True)
+    optimizer = published.image_optimizer(images, IMAGE_RATE)
+    step_size_optimizer = torch.optim.SGD([step_size], lr=STEP_SIZE_RATE, momentum=0.5)
+
+    def step() -> Tensor:
+        epoch = random.randint(LAST_START + 1)
+        start, target = (expert[at].to(setting.device) for at in (epoch, epoch + EXPERT_EPOCHS))
+        seeds = random.randint(100_000, size=STUDENT_STEPS).tolist()
+        student = unroll(network, start, images, labels, step_size, seeds)
+        loss = trajectory_distance(student, start, target)
+        optimizer.zero_grad()
+        step_size_optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        step_size_optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def synthesised_expert(network: nn.Module, seed: int) -> list[Tensor]:
+    """Flat weights after each epoch, start included, on the host."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.cat([p.detach().flatten() for p in network.parameters()]).cpu()]
+    for _ in range(LAST_START + EXPERT_EPOCHS):
+        weights.append(weights[-1] + 1e-2 * torch.randn(weights[0].shape, generator=generator))
+    return weights
+
+
+def unroll(
+    network: nn.Module, start: Tensor, images: Tensor, labels: Tensor, step_size: Tensor, seeds: list[int | None]
+) -> Tensor:
+    """The student's flat weights after ``len(seeds)`` steps, differentiable in the images and in the step size.
+
+    Args:
+        network: gives the shapes; its own weights are not used.
+        start: flat weights [P].
+        images: synthetic images [N, C, H, W].
+        labels: int64 [N].
+        step_size: scalar.
+        seeds: of each step's augmentation; None for a step without.
+    """
+    weights = start.clone().requires_grad_(True)
+    for seed in seeds:
+        order = torch.randperm(len(images), device=images.device)
+        batch, batch_labels = images[order], labels[order]
+        if seed is not None:
+            batch = published.augment(batch, seed, siamese=False)
+        loss = F.cross_entropy(functional_call(network, _unflatten(network, weights), (batch,)), batch_labels)
+        (gradient,) = torch.autograd.grad(loss, weights, create_graph=True)
+        weights = weights - step_size * gradient
+    return weights
+
+
+def trajectory_distance(student: Tensor, start: Tensor, target: Tensor) -> Tensor:
+    """Squared distance of the student to the expert's later weights, relative to how far the expert moved."""
+    return (student - target).square().sum() / (start - target).square().sum()
+
+
+def _unflatten(network: nn.Module, weights: Tensor) -> dict[str, Tensor]:
+    named = dict(network.named_parameters())
+    pieces = weights.split([p.numel() for p in named.values()])
+    return {name: piece.view_as(p) for (name, p), piece in zip(named.items(), pieces, strict=True)}

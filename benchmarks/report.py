@@ -1,0 +1,204 @@
+"""Tables and plots of what was measured, and the README's sections kept equal to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from atom_fast._files import write_atomically
+
+from . import paper, plots, scaling
+from .harness import ROOT, load_results
+from .merging import digest, merge
+from .methods import METHODS, Setting
+from .plots import PRECISION_NAMES
+from .table3 import EDITIONS
+
+FIGURES = ROOT / "docs" / "figures"
+NOT_MEASURED = "not measured yet"
+
+
+def refresh(results: Path, readme: Path, *, check: bool = False) -> list[str]:
+    """Render every section from the results and put it between its marks in the README; draw the plots.
+
+    Args:
+        results: folder of results files.
+        readme: file with ``<!-- table3-cpu:start -->`` and ``:end`` marks, and the like for other sections.
+        check: write nothing.
+
+    Returns:
+        A sentence for everything that was, or is, out of date.
+
+    Raises:
+        FileNotFoundError: there is no such folder or README.
+        ValueError: a results file is corrupt, or the README lacks a mark.
+    """
+    if not results.is_dir():
+        raise FileNotFoundError(f"no results folder at {results}")
+    text = readme.read_text()
+    stale = []
+    for edition in EDITIONS:
+        files = _files(results, "table3", edition)
+        updated = replace_section(text, f"table3-{edition}", edition_markdown(edition, files), readme)
+        if updated != text:
+            stale.append(f"{readme.name}: section table3-{edition} does not show {results}")
+        text = updated
+        if files:
+            stale += _refresh_plot(FIGURES / f"table3-{edition}.png", plots.plot_table3, edition, files, check)
+    for edition in scaling.EDITIONS:
+        if files := _files(results, "scaling", edition):
+            stale += _refresh_plot(FIGURES / f"scaling-{edition}.png", plots.plot_scaling, edition, files, check)
+    if stale and not check:
+        write_atomically(readme, text)
+    return stale
+
+
+def _files(results: Path, kind: str, edition: str) -> list[Path]:
+    """The results files of an edition; there may be several, see :func:`benchmarks.merging.merge`."""
+    files = sorted(results.glob(f"{kind}-*.json"))
+    return [path for path in files if load_results(path)["edition"] == edition]
+
+
+def replace_section(text: str, name: str, section: str, readme: Path) -> str:
+    """The text with what is between a section's marks replaced.
+
+    Raises:
+        ValueError: the marks are not there, once each and in order.
+    """
+    start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise ValueError(f"{readme} must have {start} and, after it, {end}, once each")
+    before, rest = text.split(start)
+    return f"{before}{start}\n{section}\n{end}{rest.split(end)[1]}"
+
+
+def table3_markdown(paths: Sequence[Path]) -> str:
+    """Every edition that the files hold, as Markdown."""
+    found = {}
+    for path in paths:
+        found.setdefault(load_results(path)["edition"], []).append(path)
+    return "\n\n".join(edition_markdown(edition, chosen) for edition, chosen in found.items())
+
+
+def edition_markdown(edition: str, paths: Sequence[Path]) -> str:
+    """One edition's tables, from one file or from several that were measured on one machine."""
+    if not paths:
+        return f"{EDITIONS[edition].title}: {NOT_MEASURED}."
+    merged = merge(paths)
+    return "\n\n".join(
+        [
+            _caption(edition, [load_results(path) for path in paths]),
+            "Milliseconds a step, median (in brackets: times faster than `eager` in the same run):",
+            _table(edition, merged, _time_entry, _paper_milliseconds),
+            f"Peak memory in MB, {_memory_note(edition)} (in brackets: share of `eager`'s):",
+            _table(edition, merged, _memory_entry, _paper_megabytes),
+        ]
+    )
+
+
+def _caption(edition: str, results: list[dict]) -> str:
+    where = results[0]["environment"]
+    place = where["device"]
+    if EDITIONS[edition].device == "cpu":
+        place += f", {where['threads']} thread{'s' if where['threads'] > 1 else ''}"
+    elif where["driver"]:
+        place += f", driver {where['driver']}"
+    sources = sorted({f"{r['environment']['commit'] or r['environment']['source']}"[:12] for r in results})
+    cells = [cell for r in results for cell in r["cells"]]
+    dates = sorted({cell["measured_at"][:10] for cell in cells})
+    counts = [cell["time"]["iterations"] for cell in cells if cell["status"] == "ok"]
+    return (
+        f"{EDITIONS[edition].title}. Measured on {place}; torch {where['torch']}, triton {where['triton']}; "
+        f"{_sizes(results)}; {min(counts, default=0)} to {max(counts, default=0)} steps timed a cell; "
+        f"{', '.join(dates)}, {', '.join(sources)}."
+    )
+
+
+def _sizes(results: list[dict]) -> str:
+    setting = results[0]["cells"][0]["setting"]
+    batches = {}
+    for name, method in METHODS.items():
+        for size in {c["setting"]["real_batch"] for r in results for c in r["cells"] if c["setting"]["method"] == name}:
+            batches.setdefault(size, []).append(method.title)
+    batch = ", ".join(f"{size} ({', '.join(titles)})" for size, titles in batches.items() if size)
+    return (
+        f"{setting['classes']} classes, {setting['resolution']}×{setting['resolution']}, "
+        f"ConvNet-D{setting['depth']} W{setting['width']}, {setting['precision']} unless named; "
+        f"{batch} real images a class"
+    )
+
+
+def _memory_note(edition: str) -> str:
+    if EDITIONS[edition].device == "cpu":
+        return "counted as the live tensors a step makes, without data set and state"
+    return "as PyTorch allocated it, with data set and all state, without the CUDA context"
+
+
+def _table(edition: str, merged: dict[Setting, dict], entry: Callable, printed: Callable) -> str:
+    ipcs = EDITIONS[edition].ipcs
+    lines = ["| Method | | " + " | ".join(f"IPC {ipc}" for ipc in ipcs) + " |", "|---|---|" + "---:|" * len(ipcs)]
+    by_key = {(s.method, s.provider, s.precision, s.ipc): cell for s, cell in merged.items()}
+    for method, described in METHODS.items():
+        rows = []
+        if EDITIONS[edition].device == "cuda":
+            rows.append((f"paper, {paper.DEVICE}", [printed(method, place) for place in range(len(ipcs))]))
+        for provider in described.providers:
+            for precision, name in PRECISION_NAMES.items():
+                found = [by_key.get((method, provider, precision, ipc)) for ipc in ipcs]
+                if any(found):
+                    rows.append((f"{provider}{name}", [entry(cell) if cell else "–" for cell in found]))
+        for row, (label, entries) in enumerate(rows):
+            lines.append(f"| {described.title if row == 0 else ''} | {label} | {' | '.join(entries)} |")
+    return "\n".join(lines)
+
+
+def _time_entry(cell: dict) -> str:
+    if cell["status"] != "ok":
+        return cell["status"]
+    median = cell["time"]["median"]
+    text = _three_digits(median * 1e3)
+    if cell["setting"]["provider"] != "eager" and cell["eager"] and cell["eager"]["status"] == "ok":
+        text += f" ({_three_digits(cell['eager']['time']['median'] / median)}×)"
+    return text
+
+
+def _memory_entry(cell: dict) -> str:
+    if cell["status"] != "ok":
+        return cell["status"]
+    peak = cell["memory"]["peak_allocated"]
+    if peak is None:
+        return "–"
+    text = f"{peak / 1e6:,.0f}" if peak >= 1e7 else f"{peak / 1e6:.1f}"
+    if cell["setting"]["provider"] != "eager" and cell["eager"] and cell["eager"]["status"] == "ok":
+        text += f" ({peak / cell['eager']['memory']['peak_allocated']:.0%})"
+    return text
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _paper_milliseconds(method: str, place: int) -> str:
+    seconds = paper.SECONDS[method][place]
+    return seconds if isinstance(seconds, str) else f"{seconds[0] * 1e3:,.0f} ± {seconds[1] * 1e3:,.0f}"
+
+
+def _paper_megabytes(method: str, place: int) -> str:
+    megabytes = paper.MEGABYTES[method][place]
+    return megabytes if isinstance(megabytes, str) else f"{megabytes:,}"
+
+
+def _refresh_plot(path: Path, draw: Callable, edition: str, results: Sequence[Path], check: bool) -> list[str]:
+    """Draw a picture, unless it was drawn from the same figures."""
+    if path.is_file() and _picture_digest(path) == digest(results):
+        return []
+    if not check:
+        draw(path, edition, results)
+    return [f"{path.relative_to(ROOT)} was not drawn from the figures in {results[0].parent}"]
+
+
+def _picture_digest(path: Path) -> str | None:
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        return picture.info.get("Source")

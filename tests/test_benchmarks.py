@@ -1,0 +1,496 @@
+"""The benchmarks' opponents take honest steps, and what was measured is never lost."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import atom_fast as af
+from atom_fast import reference
+from benchmarks import cells, compare, gpu, harness, plots, report, scaling, table3
+from benchmarks.__main__ import main
+from benchmarks.memory import LiveBytes, count_peak
+from benchmarks.merging import merge
+from benchmarks.methods import METHODS, Setting, attention, batched, build_step, dc, dm, fused, mtt, published
+from benchmarks.methods import batched_augmentation as batch_wise
+
+SMALL = Setting(
+    "atom", "eager", ipc=2, classes=3, resolution=16, class_images=12, real_batch=4, width=8, precision="float32",
+    device="cpu", inner_divisor=10,
+)  # fmt: skip
+
+
+def small(method, provider="eager", **changes):
+    return dataclasses.replace(SMALL, method=method, provider=provider, **changes)
+
+
+def images(count, seed=0, **changes):
+    setting = dataclasses.replace(SMALL, **changes)
+    shape = (count, setting.channels, setting.resolution, setting.resolution)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return published.fresh_network(SMALL)
+
+
+# The network and the augmentation
+
+
+def test_network_is_the_projects_convnet(network):
+    other = af.networks.ConvNet(3, SMALL.classes, SMALL.resolution, width=SMALL.width)
+    with torch.no_grad():
+        for target, source in zip(other.parameters(), network.parameters(), strict=True):
+            assert target.shape == source.shape
+            target.copy_(source)
+    x = images(5)
+    torch.testing.assert_close(network(x), other(x))
+    features, embedding = attention.hooked_features(network, x)
+    other_embedding, other_features = other.features(x)
+    torch.testing.assert_close(embedding, other_embedding)
+    for feature, other_feature in zip(features, other_features, strict=True):
+        torch.testing.assert_close(feature, other_feature)
+
+
+def test_redrawn_network_has_the_distribution_of_a_new_one(network):
+    generator = torch.Generator().manual_seed(1)
+    new = torch.stack([flat(published.fresh_network(SMALL)) for _ in range(300)])
+    redrawn = []
+    for _ in range(300):
+        batched.redraw(network, generator)
+        redrawn.append(flat(network))
+    redrawn = torch.stack(redrawn)
+    torch.testing.assert_close(new.std(0), redrawn.std(0), atol=0.02, rtol=0.15)
+    assert (new.mean(0) - redrawn.mean(0)).abs().max() < 0.06
+
+
+def flat(network):
+    return torch.cat([p.detach().flatten() for p in network.parameters()])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_published_augmentation_is_siamese(seed):
+    one = images(1)
+    many = one.expand(7, -1, -1, -1).contiguous()
+    torch.testing.assert_close(published.augment(many, seed), published.augment(one, seed).expand(7, -1, -1, -1))
+
+
+def test_published_augmentation_draws_every_operation():
+    x = images(4)
+    results = [published.augment(x, seed, siamese=False) for seed in range(40)]
+    assert all(result.shape == x.shape and result.isfinite().all() for result in results)
+    drawn = {published.np.random.RandomState(seed).randint(6) for seed in range(40)}
+    assert drawn == set(range(6))
+
+
+def test_batched_augmentation_is_the_projects():
+    parameters = torch.arange(6), torch.rand(6, 3, generator=torch.Generator().manual_seed(3))
+    x = images(18)
+    with af.backend("torch"):
+        expected = af.data.augmentation.augment(
+            x, af.data.augmentation.AugmentationParameters(*parameters), torch.arange(6).repeat_interleave(3)
+        )
+    torch.testing.assert_close(batch_wise.augment(x, *parameters), expected, atol=1e-4, rtol=1e-4)
+
+
+# Every method's step
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_step_moves_the_images_and_gives_a_finite_loss(method, monkeypatch):
+    moved = []
+    create = published.image_optimizer
+    remember = lambda x, rate: moved.append((x, x.detach().clone())) or create(x, rate)  # noqa: E731
+    monkeypatch.setattr(published, "image_optimizer", remember)
+    step = build_step(small(method, ipc=10, class_images=256, real_batch=4))
+    loss = step()
+    ((now, before),) = moved
+    assert loss.dim() == 0 and loss.isfinite()
+    assert now.isfinite().all() and not torch.equal(now, before)
+
+
+@pytest.mark.parametrize("provider", ["eager-batched", "fused"])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if "fused" in method.providers])
+def test_providers_reach_the_loss_of_eager(method, provider):
+    """Their random numbers differ, so single steps do too; the mean over many is one expectation for all."""
+    setting = small(method, real_batch=6, ipc=6, class_images=64)
+    eager, other = (mean_loss(build_step(dataclasses.replace(setting, provider=name))) for name in ("eager", provider))
+    assert other == pytest.approx(eager, rel=0.2)
+
+
+def mean_loss(step, steps=60):
+    losses = [step() for _ in range(steps)]
+    return losses[-1]() if callable(losses[-1]) else torch.stack(losses).mean().item()
+
+
+def test_gradient_matching_lowers_its_loss():
+    torch.manual_seed(0)
+    network = published.fresh_network(SMALL, trained=True)
+    real, synthetic = images(8), images(2, seed=1).requires_grad_()
+    optimizer = published.image_optimizer(synthetic, dc.IMAGE_RATE)
+    losses = []
+    for _ in range(10):
+        loss = dc.class_matching_loss(network, real, synthetic, label=1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_gradient_distance_is_zero_for_parallel_and_two_a_row_for_opposite_gradients():
+    gradient = torch.randn(5, 3, 2, 2), torch.randn(5), torch.randn(4, 6)
+    assert dc.gradient_distance(gradient, tuple(3 * g for g in gradient)).item() == pytest.approx(0, abs=1e-4)
+    assert dc.gradient_distance(gradient, tuple(-g for g in gradient)).item() == pytest.approx(2 * 9, rel=1e-3)
+
+
+def test_student_ends_where_a_plain_training_loop_does(network):
+    x, labels, rate = images(6), torch.arange(3).repeat(2), 0.05
+    start = flat(network)
+    student = mtt.unroll(network, start, x, labels, torch.tensor(rate), [None] * 5)
+    trained = published.fresh_network(SMALL, trained=True)
+    torch.nn.utils.vector_to_parameters(start, trained.parameters())
+    optimizer = torch.optim.SGD(trained.parameters(), lr=rate)
+    for _ in range(5):
+        optimizer.zero_grad()
+        F.cross_entropy(trained(x), labels).backward()
+        optimizer.step()
+    torch.testing.assert_close(student.detach(), flat(trained), atol=1e-5, rtol=1e-4)
+
+
+def test_trajectory_gradient_is_that_of_finite_differences(network):
+    network = network.double()
+    x, labels = images(3).double(), torch.arange(3)
+    start = flat(network)
+    target = start + 0.01 * torch.randn(start.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def loss(x, rate):
+        # Batches are the whole set: their order is drawn, and does not matter.
+        return mtt.trajectory_distance(mtt.unroll(network, start, x, labels, rate, [None] * 3), start, target)
+
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    rate = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
+    leaf = x.clone().requires_grad_()
+    gradient, rate_gradient = torch.autograd.grad(loss(leaf, rate), (leaf, rate))
+    h = 1e-7  # the student's path has kinks
+    slope = (loss(x + h * direction, rate) - loss(x - h * direction, rate)).item() / (2 * h)
+    assert (gradient * direction).sum().item() == pytest.approx(slope, rel=1e-3)
+    rate_slope = (loss(x, rate + h) - loss(x, rate - h)).item() / (2 * h)
+    assert rate_gradient.item() == pytest.approx(rate_slope, rel=1e-3)
+
+
+def test_distribution_matching_gradient_is_the_formulas(network):
+    """d/dS |mean r - mean e(S)|^2 = -2/n J^T (mean r - mean e(S))."""
+    real, synthetic = images(5), images(4, seed=1).requires_grad_()
+    (gradient,) = torch.autograd.grad(dm.class_loss(network, real, synthetic), synthetic)
+    embedding = network.embed(synthetic)
+    difference = network.embed(real).mean(0) - embedding.mean(0)
+    (expected,) = torch.autograd.grad(embedding, synthetic, (-2 / 4 * difference).detach().expand_as(embedding))
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("spatial, channel", [(True, False), (False, True), (True, True)])
+def test_attention_losses_are_the_reference(network, spatial, channel):
+    real, synthetic = images(3 * 4), images(3 * 2, seed=1)
+    real_features, real_embedding = attention.hooked_features(network, real)
+    features, embedding = attention.hooked_features(network, synthetic)
+    labels = torch.arange(3).repeat_interleave(4), torch.arange(3).repeat_interleave(2)
+    expected = reference.atom_loss(
+        real_features[:-1], features[:-1], real_embedding, embedding, *labels,
+        spatial_power=4.0 if spatial else None, channel_power=4.0 if channel else None,
+    )  # fmt: skip
+    loop = attention.matching_loss(network, real, synthetic, 3, spatial, channel)
+    at_once = batched.matching_loss(network, real, synthetic, 3, spatial, channel, attention.MMD_WEIGHT)
+    torch.testing.assert_close(loop, expected)
+    torch.testing.assert_close(at_once, expected)
+
+
+def test_fused_step_sees_the_baselines_images():
+    setting = small("atom", "fused")
+    data = fused.image_data(setting)
+    expected = published.normalize(published.random_pixels(setting))
+    torch.testing.assert_close(fused.whitening(data).to_model(data.train_images), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_unknown_method_and_provider():
+    with pytest.raises(ValueError, match=r"method must be one of dc, .*'nope'"):
+        build_step(small("nope"))
+    with pytest.raises(ValueError, match=r"provider of dc must be one of eager; got 'fused'"):
+        build_step(small("dc", "fused"))
+    with pytest.raises(ValueError, match="7"):
+        build_step(small("dc", ipc=7))
+
+
+# Memory
+
+
+def test_live_bytes_counts_storages_once_and_until_they_end():
+    def work():
+        a = torch.zeros(1000)
+        b = a.view(10, 100).t()
+        c = b + 1
+        del a, b
+        return c * 2 + 1
+
+    assert count_peak(work) == 3 * 4000
+
+
+def test_live_bytes_enters_custom_operators():
+    @torch.library.custom_op("atom_fast_benchmarks_test::wasteful", mutates_args=())
+    def wasteful(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x, x, x]).sum(0)
+
+    assert count_peak(lambda: wasteful(torch.ones(100))) >= 400 * (1 + 3 + 1)
+
+
+def test_live_bytes_counts_what_autograd_keeps():
+    x = torch.ones(1000, requires_grad=True)
+    with LiveBytes() as counter:
+        y = x.exp().exp()
+        held = counter.live
+        y.sum().backward()
+        del y
+    assert held == 8000  # both results are saved for the backward
+    assert counter.live == 4000  # the gradient
+
+
+# Measuring
+
+PLAN = harness.Plan(iterations=4, seconds=5, limit=60)
+
+
+def test_cell_is_measured_in_its_own_process():
+    record = harness.run_cell(small("dm"), PLAN)
+    assert record["status"] == "ok" and len(record["seconds"]) == record["time"]["iterations"] == 4
+    assert record["time"]["q20"] <= record["time"]["median"] <= record["time"]["q80"]
+    assert record["memory"]["peak_allocated"] > 0
+
+
+def test_out_of_memory_is_an_entry():
+    record = harness.run_cell(small("dm", class_images=10**12), PLAN)
+    assert record["status"] == "OOM"
+
+
+def test_cell_that_fails_or_takes_too_long_is_an_entry():
+    assert harness.run_cell(small("dm", real_batch=0, ipc=-1), PLAN)["status"] == "failed"
+    assert harness.run_cell(small("dm"), dataclasses.replace(PLAN, limit=0.01))["status"] == "timeout"
+
+
+def test_summary():
+    figures = harness.summary([4.0, 1.0, 2.0, 3.0, 5.0])
+    assert figures["median"] == 3 and figures["mean"] == 3 and figures["std"] == pytest.approx(2**0.5)
+    assert harness.summary([2.0])["q80"] == 2.0
+
+
+@pytest.fixture
+def edition(monkeypatch):
+    """An edition of two cells that are not really measured; returns how often each was."""
+    counts = {}
+
+    def run_cell(setting, plan):
+        key = setting.method, setting.provider
+        counts[key] = counts.get(key, 0) + 1
+        if setting.method == "mtt":
+            return {"status": "OOM", "message": "", "cell_seconds": 0}
+        seconds = [0.1 / (1 + METHODS[setting.method].providers.index(setting.provider))] * 3
+        memory = {"counted": "", "peak_allocated": 10**7 * len(setting.provider)}
+        return {"status": "ok", "time": harness.summary(seconds), "memory": memory, "seconds": seconds}
+
+    monkeypatch.setattr(cells, "run_cell", run_cell)
+    return counts
+
+
+def test_second_call_continues(edition, tmp_path):
+    path = table3.run("cpu", tmp_path, methods=["atom"], ipcs=[1])
+    assert edition == {("atom", provider): 1 for provider in ("eager", "eager-batched", "compile", "fused")}
+    table3.run("cpu", tmp_path, methods=["atom", "mtt"], ipcs=[1])
+    table3.run("cpu", tmp_path, methods=["atom", "mtt"], ipcs=[1])
+    assert set(edition.values()) == {1}
+    results = json.loads(path.read_text())
+    assert len(results["cells"]) == 5
+    assert {"device", "driver", "torch", "triton", "commit", "clean", "source"} <= results["environment"].keys()
+
+
+def test_what_failed_is_tried_again_and_what_was_measured_is_kept(edition, tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "run_cell", lambda setting, plan: {"status": "failed", "message": "gone"})
+    path = table3.run("cpu", tmp_path, methods=["dc"], ipcs=[1])
+    assert json.loads(path.read_text())["cells"][0]["status"] == "failed"
+    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(cells, "run_cell", lambda setting, plan: {"status": "OOM", "message": ""})
+        table3.run("cpu", tmp_path, methods=["dc"], ipcs=[1])
+    (cell,) = json.loads(path.read_text())["cells"]
+    assert cell["status"] == "OOM"
+
+
+def test_every_edition_has_all_seven_methods():
+    for edition in table3.EDITIONS.values():
+        cells = table3.settings(edition)
+        assert {cell.method for cell in cells} == set(METHODS)
+        assert len(set(cells)) == len(cells)
+        assert all(cell.device == edition.device for cell in cells)
+
+
+def test_figures_of_another_version_are_neither_mixed_nor_overwritten(edition, tmp_path):
+    path = table3.run("cpu", tmp_path, methods=["dm"], ipcs=[1])
+    results = json.loads(path.read_text())
+    results["environment"]["source"] = "0123456789ab"
+    path.write_text(json.dumps(results))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="source '0123456789ab'"):
+        table3.run("cpu", tmp_path, methods=["atom"], ipcs=[1])
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["{ not json", "[]", '{"format": 99, "cells": []}', '{"format": 1}'])
+def test_corrupt_results_are_refused_and_left(edition, tmp_path, content):
+    path = table3.results_path(tmp_path, "cpu")
+    path.write_text(content)
+    with pytest.raises(ValueError, match="table3-cpu.json"):
+        table3.run("cpu", tmp_path)
+    assert path.read_text() == content and not edition
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--edition", "tpu"], "edition must be one of gpu, cpu; got 'tpu'"),
+        (["--method", "nope"], "method must be one of"),
+        (["--provider", "nope"], "provider must be one of"),
+        (["--ipc", "3"], "ipc must be one of 1, 10; got 3"),
+        (["--iterations", "0"], "--iterations must be above 0"),
+    ],
+)
+def test_bad_names_are_named(arguments, words, tmp_path, capsys):
+    assert main(["table3", "--out", str(tmp_path), *arguments]) == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_edition_without_a_gpu(tmp_path, capsys):
+    assert main(["table3", "--edition", "gpu", "--out", str(tmp_path)]) == 2
+    assert "needs a CUDA GPU" in capsys.readouterr().err
+
+
+# Showing
+
+MARKS = "\n".join(f"<!-- table3-{name}:start -->\nold\n<!-- table3-{name}:end -->" for name in table3.EDITIONS)
+
+
+@pytest.fixture
+def measured(edition, tmp_path, monkeypatch):
+    """A folder of results, and a README beside it."""
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "FIGURES", tmp_path / "docs" / "figures")
+    table3.run("cpu", tmp_path / "results")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{MARKS}\nafter\n")
+    return tmp_path
+
+
+def test_readme_shows_what_was_measured(measured):
+    readme = measured / "README.md"
+    assert len(report.refresh(measured / "results", readme, check=True)) == 3
+    assert "old" in readme.read_text()
+    report.refresh(measured / "results", readme)
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "not measured yet" in text  # the GPU edition
+    assert (
+        "| ATOM | eager | 100 | 100 |" in text and "fused | 25 (4×)" in text and "| MTT | eager | OOM | OOM |" in text
+    )
+    assert (measured / "docs" / "figures" / "table3-cpu.png").stat().st_size > 10_000
+    assert report.refresh(measured / "results", readme, check=True) == []
+
+
+def test_scaling_is_drawn(edition, tmp_path):
+    path = scaling.run("cpu", tmp_path)
+    assert sum(edition.values()) == len(scaling.settings(scaling.EDITIONS["cpu"])) == 2 * (4 + 4 + 3 - 2)
+    plots.plot_scaling(tmp_path / "scaling.png", "cpu", [path])
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+def test_the_projects_own_readme_shows_the_figures_kept_with_it():
+    root = harness.ROOT
+    assert report.refresh(root / "benchmarks" / "results", root / "README.md", check=True) == []
+
+
+def test_check_sees_a_figure_changed_by_hand(measured):
+    readme = measured / "README.md"
+    report.refresh(measured / "results", readme)
+    readme.write_text(readme.read_text().replace("25 (4×)", "5 (20×)"))
+    assert report.refresh(measured / "results", readme, check=True)
+
+
+def test_readme_without_marks_is_refused(measured):
+    readme = measured / "README.md"
+    readme.write_text("nothing")
+    with pytest.raises(ValueError, match="table3-gpu:start"):
+        report.refresh(measured / "results", readme)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        report.refresh(measured / "nowhere", readme)
+
+
+def test_ratios_come_from_the_same_run(measured):
+    """A slower machine's eager must not make another run's fused look fast."""
+    first = table3.results_path(measured / "results", "cpu")
+    results = json.loads(first.read_text())
+    (fused_cell,) = [
+        cell for cell in results["cells"]
+        if (cell["setting"]["method"], cell["setting"]["provider"], cell["setting"]["ipc"]) == ("atom", "fused", 1)
+    ]  # fmt: skip
+    fused_cell["measured_at"] = "2999-01-01T00:00:00+00:00"
+    second = first.with_name("table3-cpu-later.json")
+    second.write_text(json.dumps({**results, "cells": [fused_cell]}))
+    merged = merge([first, second])
+    own = Setting(**fused_cell["setting"])
+    assert merged[own]["eager"] is None
+    assert merged[dataclasses.replace(own, provider="compile")]["eager"]["status"] == "ok"
+    second.write_text(json.dumps({**results, "environment": {"device": "other"}}))
+    with pytest.raises(ValueError, match="several machines"):
+        merge([first, second])
+
+
+def test_compare_names_what_got_slower_by_ratio(measured, tmp_path):
+    old = table3.results_path(measured / "results", "cpu")
+    results = json.loads(old.read_text())
+    for cell in results["cells"]:  # a machine of half the speed
+        if cell["status"] == "ok":
+            cell["time"]["median"] *= 2
+    new = tmp_path / "new.json"
+    new.write_text(json.dumps(results))
+    assert compare.compare(old, new, 0.15) == []
+    for cell in results["cells"]:
+        if (cell["setting"]["method"], cell["setting"]["provider"]) == ("dm", "fused"):
+            cell["time"]["median"] *= 1.3
+    new.write_text(json.dumps(results))
+    assert len(compare.compare(old, new, 0.15)) == 2  # both sizes
+    assert compare.compare(old, new, 0.4) == []
+    with pytest.raises(FileNotFoundError):
+        compare.compare(old, tmp_path / "nowhere.json", 0.15)
+
+
+def test_gpu_script_keeps_going_when_a_part_fails(monkeypatch, tmp_path, capsys):
+    def broken(run, limit):
+        raise OSError("no")
+
+    monkeypatch.setattr(gpu, "environment", lambda device: {"device": device})
+    monkeypatch.setattr(gpu, "PARTS", ((broken, 10), (lambda run, limit: f"{limit:.0f} s", 20)))
+    assert gpu.main(["--out", str(tmp_path / "out"), "--minutes", "4"]) == 0
+    first, second = json.loads((tmp_path / "out" / "summary.json").read_text())["parts"]
+    assert "OSError: no" in first["outcome"] and second["outcome"] == "10 s"
+
+
+def test_gpu_script_ends_what_takes_too_long(tmp_path):
+    run = gpu.GpuRun(tmp_path, 0, None, [])
+    assert run.command(["-c", "print('first'); print('last')"], 60) == ("ok", "last")
+    assert run.command(["-c", "raise SystemExit(3)"], 60)[0] == "failed (exit status 3)"
+    assert run.command(["-u", "-c", "print('begun'); import time; time.sleep(60)"], 2) == (
+        "stopped after 2 s",
+        "begun",
+    )
