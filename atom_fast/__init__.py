@@ -19,9 +19,11 @@ from .functional import (  # noqa: E402
     spatial_attention,
 )
 from .losses import ATOMLoss  # noqa: E402
+from .synthetic import SyntheticSet  # noqa: E402
 
 __all__ = [
     "ATOMLoss",
+    "SyntheticSet",
     "attention_matching_from_maps",
     "attention_matching_loss",
     "backend",

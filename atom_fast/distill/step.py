@@ -14,8 +14,15 @@ from atom_fast.data.dataset import ImageData
 from atom_fast.data.sampling import check_class_sizes, sample_class_indices
 from atom_fast.data.whitening import Preprocessing, real_image_gatherer
 from atom_fast.distill.config import DistillConfig
-from atom_fast.functional import attention_matching_loss, class_groups, mean_matching_loss
+from atom_fast.functional import (
+    attention_matching_from_maps,
+    attention_matching_loss,
+    class_groups,
+    mean_matching_loss,
+)
 from atom_fast.networks.convnet import ConvNet
+from atom_fast.networks.fused_convnet import FusedConvNet
+from atom_fast.ops.matching import ClassGroups
 
 TERMS = ("loss", "attention_loss", "mmd_loss")
 _WARM_UP_STEPS = 3  # before a capture, so that libraries choose algorithms and allocate workspaces outside it
@@ -48,6 +55,7 @@ class Distillation:
         momentum: of the same shape, the buffer of SGD.
         labels: int64 [K*ipc], the class of each image.
         config: resolved settings.
+        fusion: how the network runs, for the log: "fused blocks", or why they do not fit.
     """
 
     def __init__(
@@ -70,7 +78,7 @@ class Distillation:
         expected = (classes * config.ipc, *data.image_shape)
         if tuple(images.shape) != expected:
             raise ValueError(f"images must be [K*ipc, C, H, W] = {list(expected)}; got {list(images.shape)}")
-        layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
+        layout = torch.channels_last  # what the CPU's and the tensor cores' convolutions work on
         self.config = config
         self.data = data
         self.images = images.detach().to(device, copy=True, memory_format=layout).requires_grad_()
@@ -79,6 +87,7 @@ class Distillation:
         self.real_labels = torch.arange(classes, device=device).repeat_interleave(config.real_batch)
         self.groups = class_groups(self.real_labels, self.labels)
         self.network = make_network(config, data).to(device, memory_format=layout)
+        self.extractor, self.fusion = fused_if_possible(self.network, config)
         self.gather_real = real_image_gatherer(data, preprocessing, memory_format=layout, progress=progress)
         self.generator = torch.Generator(device)
         self._iteration = torch.zeros((), dtype=torch.int64, device=device)
@@ -109,7 +118,7 @@ class Distillation:
             real = augment(real, parameters, self.real_labels)
             synthetic = augment(synthetic, parameters, self.labels)
         with convolution_precision(config.precision, self.images.device):
-            attention, mmd = matching_terms(self.network, real, synthetic, config, self.groups)
+            attention, mmd = matching_terms(self.extractor, real, synthetic, config, self.groups)
             loss = config.loss_scale * (attention + config.mmd_weight * mmd)
             (gradient,) = torch.autograd.grad(loss, self.images)
         with torch.no_grad():
@@ -181,29 +190,38 @@ class Distillation:
         self._run = graph.replay
 
 
+def fused_if_possible(network: ConvNet, config: DistillConfig) -> tuple[ConvNet | FusedConvNet, str]:
+    """The network with fused blocks where they compute what it does, otherwise itself; and which, in words."""
+    try:
+        return network.fused(config.spatial_power, config.channel_power), "fused blocks"
+    except ValueError as refusal:
+        return network, f"unfused: {refusal}"
+
+
 def matching_terms(
-    network: ConvNet, real: Tensor, synthetic: Tensor, config: DistillConfig, groups
+    extractor: ConvNet | FusedConvNet, real: Tensor, synthetic: Tensor, config: DistillConfig, groups: ClassGroups
 ) -> tuple[Tensor, Tensor]:
     """L_ATOM over layers 1 to L-1 and L_MMD of the embedding: equations 3 and 4, both scalars.
 
     Args:
-        network: gives the embedding and the feature maps.
+        extractor: gives the embedding, and the feature maps or, fused, their attention maps.
         real: [B, C, H, W], constants; synthetic: [B', C, H, W], to which the gradient flows.
         config: the powers of the attention.
         groups: which rows belong to one class (`atom_fast.functional.class_groups`).
     """
     with torch.no_grad():
-        real_embedding, real_features = network.features(real)
-    synthetic_embedding, synthetic_features = network.features(synthetic)
+        real_embedding, real_layers = extractor.features(real)
+    synthetic_embedding, synthetic_layers = extractor.features(synthetic)
     mmd = mean_matching_loss(real_embedding, synthetic_embedding, groups=groups)
     if config.spatial_power is None and config.channel_power is None:
         return torch.zeros_like(mmd), mmd
-    layers = [
-        attention_matching_loss(
-            *pair, spatial_power=config.spatial_power, channel_power=config.channel_power, groups=groups
-        )
-        for pair in zip(real_features[:-1], synthetic_features[:-1], strict=True)
-    ]
+    if isinstance(extractor, FusedConvNet):
+        pairs = zip(real_layers, synthetic_layers, strict=True)
+        layers = [attention_matching_from_maps(*pair, groups=groups) for pair in pairs]
+    else:
+        powers = {"spatial_power": config.spatial_power, "channel_power": config.channel_power}
+        pairs = zip(real_layers[:-1], synthetic_layers[:-1], strict=True)
+        layers = [attention_matching_loss(*pair, **powers, groups=groups) for pair in pairs]
     return sum(layers, torch.zeros_like(mmd)), mmd
 
 

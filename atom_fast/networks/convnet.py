@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .fused_convnet import FusedConvNet
 
 ACTIVATIONS = ("relu", "leakyrelu", "sigmoid")
 NORMS = ("instance", "batch", "layer", "group", "none")
@@ -132,6 +136,16 @@ class ConvNet(nn.Module):
             maps.append(block.feature_map(x))
             x = block.pool(maps[-1])
         return x.flatten(1), maps
+
+    def fused(self, spatial_power: float | None = 4.0, channel_power: float | None = 4.0) -> FusedConvNet:
+        """This network with its attention maps taken while it computes; weights are shared, ``.network`` leads back.
+
+        Raises:
+            ValueError: a block is not 3×3 convolution, InstanceNorm, ReLU and 2×2 average pooling, with the reason.
+        """
+        from .fused_convnet import FusedConvNet
+
+        return FusedConvNet(self, spatial_power, channel_power)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

@@ -1,0 +1,463 @@
+"""The block after a convolution as one operator: InstanceNorm, ReLU, both attention maps, 2x2 average pooling.
+
+The feature map between ReLU and pooling, which the maps are taken of, is never written. The backward pass keeps the
+convolution's output, the maps and a few numbers a plane, and recomputes the rest. Scale and shift of the norm are
+constants, as they are while distilling. There is no formula for a second derivative: asking for one raises.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from .._backend import resolve_backend
+from .attention import _constant, _device_of, accumulation_dtype
+
+
+class BlockOutput(NamedTuple):
+    """What a block hands on."""
+
+    pooled: Tensor  # [B, C, H // 2, W // 2], the input's dtype
+    maps: Tensor  # [B, M]: spatial map (H W values), then channel map (C values), each of L2 norm 1; float32 or float64
+
+
+def attention_block(
+    convolved: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    spatial_power: float | None = 4.0,
+    channel_power: float | None = 4.0,
+) -> BlockOutput:
+    """InstanceNorm, ReLU, attention maps (equations 1 to 3 of the ATOM paper) and 2x2 average pooling, fused.
+
+    Args:
+        convolved: [B, C, H, W] output of a convolution, H and W at least 2; float64, float32, float16 or bfloat16, any
+            strides; channels_last in gives channels_last out.
+        weight: [C] scale of the norm, a constant; None for 1. Given or left out together with ``bias``.
+        bias: [C] shift of the norm, a constant; None for 0.
+        eps: added to the variance.
+        spatial_power: exponent p_s of the spatial map, in [1, 16]; None leaves that map out of ``maps``.
+        channel_power: exponent p_c of the channel map, likewise.
+
+    Returns:
+        The pooled features and the maps. Differentiable once, in ``convolved``. A zero sample has zero maps.
+
+    Raises:
+        TypeError: ``convolved`` is no floating-point tensor.
+        ValueError: a shape or power is not accepted, or the scale or shift requires a gradient.
+    """
+    check_powers(spatial_power, channel_power)
+    check_constants(weight=weight, bias=bias)
+    _check_input(convolved, weight, bias)
+    backend = resolve_backend(convolved)
+    if backend == "reference":
+        return reference_block(convolved, weight, bias, eps, spatial_power, channel_power)
+    pooled, maps, *_ = block_op(convolved, weight, bias, eps, spatial_power, channel_power, backend)
+    return BlockOutput(pooled, maps)
+
+
+def check_powers(spatial_power: float | None, channel_power: float | None) -> None:
+    """Raise ValueError for an exponent outside [1, 16]."""
+    for name, power in (("spatial_power", spatial_power), ("channel_power", channel_power)):
+        if power is not None and not 1 <= power <= 16:
+            raise ValueError(f"{name} must be in [1, 16] or None; got {power}")
+
+
+def check_constants(**parameters: Tensor | None) -> None:
+    """Raise ValueError for a parameter that asks for a gradient, which the fused blocks do not compute."""
+    for name, parameter in parameters.items():
+        if parameter is not None and parameter.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} requires a gradient, but the fused blocks compute only that of their input; "
+                "freeze the network (requires_grad_(False)), or use it unfused"
+            )
+
+
+def _check_input(convolved: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    if not convolved.is_floating_point():
+        raise TypeError(f"convolved must be a floating-point tensor; got {convolved.dtype}")
+    if convolved.dim() != 4 or min(convolved.shape[2:]) < 2:
+        raise ValueError(f"convolved must be [B, C, H, W] with H and W at least 2; got {tuple(convolved.shape)}")
+    check_affine(weight, bias, convolved.shape[1])
+
+
+def check_affine(weight: Tensor | None, bias: Tensor | None, channels: int) -> None:
+    """Raise ValueError unless scale and shift are both [channels], or both left out."""
+    if (weight is None) != (bias is None):
+        raise ValueError("weight and bias must be given together or left out together")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.shape != (channels,):
+            raise ValueError(f"{name} must be [{channels}]; got {tuple(parameter.shape)}")
+
+
+def reference_block(
+    convolved: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    spatial_power: float | None,
+    channel_power: float | None,
+) -> BlockOutput:
+    """`attention_block` in plain PyTorch: what the fused block is compared with."""
+    features = F.relu(F.group_norm(convolved, convolved.shape[1], weight, bias, eps))
+    wide = features.to(accumulation_dtype(features.dtype))
+    maps = [wide.new_empty((wide.shape[0], 0))]
+    if spatial_power is not None:
+        maps.append(reference.spatial_attention(wide, spatial_power))
+    if channel_power is not None:
+        maps.append(reference.channel_attention(wide, channel_power))
+    return BlockOutput(F.avg_pool2d(features, 2), torch.cat(maps, dim=1))
+
+
+@torch.library.custom_op("atom_fast::block", mutates_args=())
+def block_op(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    spatial_power: float | None,
+    channel_power: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Pooled features; maps [B, M]; mean and 1 / standard deviation [B, C] of each plane; and [B, 3] the largest feature
+    and 1 / norm of each map relative to it (1 if not taken).
+    """
+    outputs = empty_outputs(x.shape, x, is_channels_last(x), spatial_power, channel_power)
+    if x.numel() > 0:
+        forward = _forward_triton if backend == "triton" else forward_torch
+        forward(x, weight, bias, eps, spatial_power, channel_power, *outputs)
+    return outputs
+
+
+def empty_outputs(
+    shape: tuple[int, ...], like: Tensor, channels_last: bool, spatial_power: float | None, channel_power: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Memory for what a block returns for a convolution's output of this shape; dtype and device as ``like``."""
+    batch, channels, height, width = shape
+    wide = {"dtype": accumulation_dtype(like.dtype), "device": like.device}
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return (
+        torch.empty(
+            (batch, channels, height // 2, width // 2), dtype=like.dtype, device=like.device, memory_format=layout
+        ),
+        torch.empty((batch, sum(map_sizes(shape, spatial_power, channel_power))), **wide),
+        torch.empty((batch, channels), **wide),
+        torch.empty((batch, channels), **wide),
+        torch.empty((batch, 3), **wide),
+    )
+
+
+def map_sizes(shape: tuple[int, ...], spatial_power: float | None, channel_power: float | None) -> tuple[int, int]:
+    """How many values the spatial and the channel map of one sample have; 0 for a map that is left out."""
+    _, channels, height, width = shape
+    return (0 if spatial_power is None else height * width), (0 if channel_power is None else channels)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a position's channels are adjacent in memory, and its neighbours in the plane are not."""
+    return x.stride(1) == 1 and x.stride(3) != 1
+
+
+@block_op.register_fake
+def _(x, weight, bias, eps, spatial_power, channel_power, backend):
+    return empty_outputs(x.shape, x, is_channels_last(x), spatial_power, channel_power)
+
+
+@torch.library.custom_op("atom_fast::block_backward", mutates_args=())
+def block_backward_op(
+    grad_pooled: Tensor | None,
+    grad_maps: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    maps: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    statistics: Tensor,
+    spatial_power: float | None,
+    channel_power: float | None,
+    backend: str,
+) -> Tensor:
+    """Gradient [B, C, H, W] of the convolution's output; a gradient that is None is zero."""
+    grad_x = _empty_gradient(x)
+    if x.numel() > 0:
+        batch, channels, height, width = x.shape
+        if grad_pooled is None:
+            grad_pooled = x.new_zeros(()).expand(batch, channels, height // 2, width // 2)
+        powers = (None, None) if grad_maps is None else (spatial_power, channel_power)
+        backward = _backward_triton if backend == "triton" else backward_torch
+        backward(grad_pooled, grad_maps, x, weight, bias, maps, mean, rstd, statistics, *powers, grad_x)
+    return grad_x
+
+
+def _empty_gradient(x: Tensor) -> Tensor:
+    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    return torch.empty_like(x, memory_format=layout)
+
+
+@block_backward_op.register_fake
+def _(grad_pooled, grad_maps, x, *_):
+    return _empty_gradient(x)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, _, *ctx.options = inputs
+    _, *saved = output
+    ctx.mark_non_differentiable(*saved[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, bias, *saved)
+
+
+def _backward(ctx, grad_pooled, grad_maps, *_):
+    grad_x = None
+    if grad_pooled is not None or grad_maps is not None:
+        grad_x = block_backward_op(grad_pooled, grad_maps, *ctx.saved_tensors, *ctx.options)
+    return grad_x, None, None, None, None, None, None
+
+
+block_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+# Triton: see kernels/block.py.
+
+
+def _forward_triton(x, weight, bias, eps, spatial_power, channel_power, pooled, maps, mean, rstd, statistics):
+    import triton
+
+    from ..kernels import block as kernels
+
+    batch, channels, height, width = x.shape
+    x = _addressable(x)
+    constants = _constants(x, weight, spatial_power, channel_power)
+    launch = kernels.block_launch(channels, height, width, x.element_size(), constants["CHANNELS_LAST"])
+    with _device_of(x):
+        if launch is not None:
+            kernels.block_forward_kernel[(batch,)](
+                x, weight, bias, pooled, maps, mean, rstd, statistics, *x.stride(), *pooled.stride(), eps,
+                **constants, EXACT=kernels.is_exact(channels, height, width, launch),
+                GROUP=kernels.channel_group(launch["BLOCK_C"], constants["CHANNELS_LAST"]),
+                CHUNKS=triton.next_power_of_2(triton.cdiv(channels, launch["BLOCK_C"])), **launch,
+            )  # fmt: skip
+            return
+        launch = kernels.tiled_launch(channels, height, width, constants["CHANNELS_LAST"])
+        chunks = triton.cdiv(channels, launch["BLOCK_C"])
+        n_spatial, n_channel = map_sizes(x.shape, spatial_power, channel_power)
+        spatial, channel = maps.new_empty((batch, chunks, n_spatial)), maps.new_empty((batch, n_channel))
+        peaks = maps.new_empty((batch, chunks))
+        kernels.tiled_forward_kernel[(batch, chunks)](
+            x, weight, bias, pooled, spatial, channel, peaks, mean, rstd, *x.stride(), *pooled.stride(), eps,
+            **constants, **launch,
+        )  # fmt: skip
+    join_chunks(spatial, channel, peaks, launch["BLOCK_C"], spatial_power, channel_power, maps, statistics)
+
+
+def join_chunks(
+    spatial: Tensor,
+    channel: Tensor,
+    peaks: Tensor,
+    block_c: int,
+    spatial_power: float | None,
+    channel_power: float | None,
+    maps: Tensor,
+    statistics: Tensor,
+) -> None:
+    """Bring the chunks of a sample to its largest feature, and its maps to unit length.
+
+    Args:
+        spatial: [B, chunks, H W or 0] sums over a chunk's channels, relative to the chunk's peak.
+        channel: [B, C or 0] sums over positions, relative to the peak of the channel's chunk of ``block_c``.
+        peaks: [B, chunks]
+        maps, statistics: [B, M] and [B, 3], written.
+    """
+    peak = peaks.amax(1, keepdim=True)
+    statistics.fill_(1.0)[:, :1] = peak
+    ratio = peaks / peak
+    n_spatial = spatial.shape[2]
+    if spatial_power is not None:
+        total = spatial[:, 0] if ratio.shape[1] == 1 else (spatial * ratio.pow(spatial_power)[:, :, None]).sum(1)
+        unit_length(total, statistics[:, 1], maps[:, :n_spatial])
+    if channel_power is not None:
+        total = channel * ratio.pow(channel_power).repeat_interleave(block_c, 1)[:, : channel.shape[1]]
+        unit_length(total, statistics[:, 2], maps[:, n_spatial:])
+
+
+def unit_length(attention: Tensor, factor: Tensor, out: Tensor) -> None:
+    """Write the maps [B, M] with L2 norm 1, and 1 / norm (1 for a zero map) into ``factor`` [B]."""
+    norm = torch.linalg.vector_norm(attention, dim=1)
+    factor.copy_(norm.masked_fill_(norm == 0, 1.0).reciprocal_())
+    torch.mul(attention, factor[:, None], out=out)
+
+
+def _backward_triton(
+    grad_pooled, grad_maps, x, weight, bias, maps, mean, rstd, statistics, spatial_power, channel_power, grad_x
+):
+    import triton
+
+    from ..kernels import block as kernels
+
+    batch, channels, height, width = x.shape
+    x, grad_pooled = _addressable(x), _addressable(grad_pooled)
+    constants = _constants(x, weight, spatial_power, channel_power)
+    strides = *x.stride(), *grad_pooled.stride(), *grad_x.stride()
+    launch = kernels.block_launch(channels, height, width, x.element_size(), constants["CHANNELS_LAST"])
+    with _device_of(x):
+        if launch is not None:
+            grad_maps = maps if grad_maps is None else grad_maps.contiguous()  # not read without powers
+            kernels.block_backward_kernel[(batch,)](
+                x, weight, bias, grad_pooled, grad_maps, maps, mean, rstd, statistics, grad_x, *strides,
+                **constants, EXACT=kernels.is_exact(channels, height, width, launch),
+                CHUNKS=triton.next_power_of_2(triton.cdiv(channels, launch["BLOCK_C"])), **launch,
+            )  # fmt: skip
+            return
+        launch = kernels.tiled_launch(channels, height, width, constants["CHANNELS_LAST"])
+        weights = map_weights(grad_maps, maps, statistics, x.shape, spatial_power, channel_power)
+        kernels.tiled_backward_kernel[(batch, triton.cdiv(channels, launch["BLOCK_C"]))](
+            x, weight, bias, grad_pooled, *weights, mean, rstd, statistics, grad_x, *strides, **constants, **launch
+        )
+
+
+def map_weights(
+    grad_maps: Tensor | None,
+    maps: Tensor,
+    statistics: Tensor,
+    shape: tuple[int, ...],
+    spatial_power: float | None,
+    channel_power: float | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """What multiplies the derivative of the power, for the spatial map [B, H W] and the channel map [B, C].
+
+    A map's gradient without its part along the map, over the map's norm and the largest feature; None for a map that
+    was not taken.
+    """
+    sizes = map_sizes(shape, spatial_power, channel_power)
+    if grad_maps is None or sum(sizes) == 0:
+        return None, None
+    weights = []
+    for gradient, unit, inverse_norm in zip(
+        grad_maps.split(sizes, 1), maps.split(sizes, 1), statistics.T[1:], strict=True
+    ):
+        along = (gradient * unit).sum(1, keepdim=True)
+        weight = torch.addcmul(gradient, unit, along, value=-1.0).mul_((inverse_norm / statistics[:, 0])[:, None])
+        weights.append(weight if weight.shape[1] > 0 else None)
+    return tuple(weights)
+
+
+def _constants(x: Tensor, weight: Tensor | None, spatial_power: float | None, channel_power: float | None) -> dict:
+    _, channels, height, width = x.shape
+    return {
+        "C": channels,
+        "H": height,
+        "W": width,
+        "SPATIAL": _constant(spatial_power),
+        "CHANNEL": _constant(channel_power),
+        "AFFINE": weight is not None,
+        "CHANNELS_LAST": is_channels_last(x),
+    }
+
+
+def _addressable(x: Tensor) -> Tensor:
+    """``x``, copied if 32 bits do not address one of its samples (slices of far larger tensors)."""
+    span = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
+    return x.contiguous() if span >= 2**31 else x
+
+
+# Lean PyTorch: the same arithmetic in pieces of samples that stay in the cache.
+
+# Bytes of convolution output worked on at once on a CPU, a second-level cache's worth.
+PIECE_BYTES = 1 << 20
+
+
+def piece_bytes(device: torch.device) -> int:
+    """Bytes of convolution output worked on at once."""
+    return PIECE_BYTES if device.type == "cpu" else 128 * PIECE_BYTES
+
+
+def _sample_pieces(x: Tensor) -> list[slice]:
+    """Runs of samples that are worked on at once."""
+    rows = max(1, piece_bytes(x.device) * x.shape[0] // (x.numel() * x.element_size()))
+    return [slice(start, start + rows) for start in range(0, x.shape[0], rows)]
+
+
+def forward_torch(x, weight, bias, eps, spatial_power, channel_power, pooled, maps, mean, rstd, statistics):
+    """`block_op` into given memory."""
+    channels = x.shape[1]
+    n_spatial, _ = map_sizes(x.shape, spatial_power, channel_power)
+    statistics.fill_(1.0)
+    for rows in _sample_pieces(x):
+        piece = x[rows].to(mean.dtype)
+        features, mean[rows], rstd[rows] = torch.native_group_norm(
+            piece, weight, bias, piece.shape[0], channels, piece[0, 0].numel(), channels, eps
+        )
+        features.relu_()
+        pooled[rows] = F.avg_pool2d(features, 2)
+        if spatial_power is None and channel_power is None:
+            continue
+        peak = features.amax((1, 2, 3))
+        statistics[rows, 0] = peak.masked_fill_(peak == 0, 1.0)
+        features /= peak.view(-1, 1, 1, 1)
+        for power in {spatial_power, channel_power} - {None}:
+            raised = _raise(features, power)
+            if power == spatial_power:
+                unit_length(raised.sum(1).flatten(1), statistics[rows, 1], maps[rows, :n_spatial])
+            if power == channel_power:
+                unit_length(raised.sum((2, 3)), statistics[rows, 2], maps[rows, n_spatial:])
+
+
+def backward_torch(
+    grad_pooled, grad_maps, x, weight, bias, maps, mean, rstd, statistics, spatial_power, channel_power, grad_x
+):
+    """`block_backward_op` into given memory."""
+    batch, channels, height, width = x.shape
+    wide = mean.dtype
+    scale = rstd if weight is None else rstd * weight.to(wide)
+    shift = -mean * scale if bias is None else bias.to(wide) - mean * scale
+    spatial, channel = map_weights(grad_maps, maps, statistics, x.shape, spatial_power, channel_power)
+    weights = {}
+    if spatial is not None:
+        weights.setdefault(spatial_power, []).append(spatial.mul_(spatial_power).view(batch, 1, height, width))
+    if channel is not None:
+        weights.setdefault(channel_power, []).append(channel.mul_(channel_power).view(batch, channels, 1, 1))
+    for rows in _sample_pieces(x):
+        piece = x[rows].to(wide)
+        features = torch.addcmul(shift[rows, :, None, None], piece, scale[rows, :, None, None]).relu_()
+        gradient = _upsample(grad_pooled[rows].to(wide), height, width)
+        for power, factors in weights.items():
+            derivative = _raise(features / statistics[rows, 0].view(-1, 1, 1, 1), power - 1)
+            for factor in factors:
+                gradient.addcmul_(derivative, factor[rows])
+        gradient = torch.ops.aten.threshold_backward(gradient, features, 0.0)
+        grad_x[rows] = torch.ops.aten.native_group_norm_backward(
+            gradient, piece, mean[rows], rstd[rows], weight, piece.shape[0], channels, height * width, channels,
+            [True, False, False],
+        )[0]  # fmt: skip
+
+
+def _raise(features: Tensor, power: float) -> Tensor:
+    """features^power for features >= 0, by products where the power is a small whole number."""
+    if power == 0:
+        return torch.ones_like(features)
+    if power == 1:
+        return features
+    if power not in (2, 3, 4, 7, 8):
+        return features.pow(power)
+    square = features * features
+    if power == 3:
+        return square.mul_(features)
+    if power in (4, 8):
+        square.mul_(square)
+    if power == 7:
+        cube = square.mul_(features)
+        return (cube * cube).mul_(features)
+    return square.mul_(square) if power == 8 else square
+
+
+def _upsample(grad_pooled: Tensor, height: int, width: int) -> Tensor:
+    """Backward of 2x2 average pooling."""
+    upsampled = grad_pooled.repeat_interleave(2, 2).repeat_interleave(2, 3).mul_(0.25)
+    return F.pad(upsampled, (0, width - upsampled.shape[3], 0, height - upsampled.shape[2]))

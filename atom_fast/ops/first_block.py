@@ -1,0 +1,289 @@
+"""The first block from the image as one operator: 3x3 convolution, then the block of `atom_fast.ops.block`.
+
+Nothing of the size of the convolution's output is written, forward or backward: it is recomputed from the image.
+Filters, scale and shift are constants, as they are while distilling. There is no formula for a second derivative.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._backend import resolve_backend
+from . import block
+from .attention import _constant, _device_of
+from .block import BlockOutput
+
+IMAGE_CHANNELS = 4  # at most, for the fused kernels
+
+
+def first_block(
+    images: Tensor,
+    filters: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    spatial_power: float | None = 4.0,
+    channel_power: float | None = 4.0,
+) -> BlockOutput:
+    """3x3 convolution with padding 1, then `atom_fast.ops.block.attention_block`, fused.
+
+    The convolution takes no bias: InstanceNorm takes the mean of every plane away, so nothing depends on one.
+    Precision is that of PyTorch's convolutions: autocast, and TF32 by ``torch.backends.cudnn.conv.fp32_precision``.
+
+    Args:
+        images: [B, C_in, H, W], H and W at least 2, any floating dtype, rounded to that of the filters.
+        filters: [C, C_in, 3, 3], constants; float64, float32, float16 or bfloat16.
+        weight, bias, eps, spatial_power, channel_power: as in `attention_block`.
+
+    Returns:
+        The pooled features in the filters' dtype, channels_last, and the maps. Differentiable once, in ``images``.
+
+    Raises:
+        TypeError: images or filters are no floating-point tensors.
+        ValueError: a shape or power is not accepted, or filters, scale or shift require a gradient.
+    """
+    block.check_powers(spatial_power, channel_power)
+    block.check_constants(filters=filters, weight=weight, bias=bias)
+    _check_input(images, filters)
+    backend = resolve_backend(images)
+    if backend == "reference" or (backend == "triton" and not _is_fusible(images, filters)):
+        convolved = F.conv2d(images.to(filters.dtype), filters, padding=1)
+        return block.attention_block(
+            convolved, weight, bias, eps=eps, spatial_power=spatial_power, channel_power=channel_power
+        )
+    block.check_affine(weight, bias, filters.shape[0])
+    if torch.is_autocast_enabled(images.device.type):
+        filters = filters.to(torch.get_autocast_dtype(images.device.type))
+    tf32 = torch.backends.cudnn.conv.fp32_precision != "ieee"
+    pooled, maps, *_ = first_block_op(images, filters, weight, bias, eps, spatial_power, channel_power, tf32, backend)
+    return BlockOutput(pooled, maps)
+
+
+def _check_input(images: Tensor, filters: Tensor) -> None:
+    for name, tensor in (("images", images), ("filters", filters)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor; got {tensor.dtype}")
+    if images.dim() != 4 or min(images.shape[2:]) < 2:
+        raise ValueError(f"images must be [B, C, H, W] with H and W at least 2; got {tuple(images.shape)}")
+    if filters.dim() != 4 or filters.shape[1:] != (images.shape[1], 3, 3):
+        raise ValueError(f"filters must be [C, {images.shape[1]}, 3, 3]; got {tuple(filters.shape)}")
+
+
+def _is_fusible(images: Tensor, filters: Tensor) -> bool:
+    """Whether the kernels take these images: a plane's neighbourhoods fit on the chip, and it multiplies the dtype."""
+    from ..kernels.first_block import first_block_launch
+
+    _, image_channels, height, width = images.shape
+    multiplies = filters.dtype != torch.float64 or not images.is_cuda
+    fits = first_block_launch(image_channels, filters.shape[0], height, width) is not None
+    return image_channels <= IMAGE_CHANNELS and multiplies and fits
+
+
+@torch.library.custom_op("atom_fast::first_block", mutates_args=())
+def first_block_op(
+    images: Tensor,
+    filters: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    spatial_power: float | None,
+    channel_power: float | None,
+    tf32: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `atom_fast.ops.block.block_op` returns for the convolution of the images."""
+    outputs = _empty_outputs(images, filters, spatial_power, channel_power)
+    if images.numel() > 0:
+        forward = _forward_triton if backend == "triton" else _forward_torch
+        forward(images, filters, weight, bias, eps, spatial_power, channel_power, tf32, outputs)
+    return outputs
+
+
+def _empty_outputs(images, filters, spatial_power, channel_power):
+    batch, _, height, width = images.shape
+    shape = (batch, filters.shape[0], height, width)
+    return block.empty_outputs(shape, filters, True, spatial_power, channel_power)
+
+
+@first_block_op.register_fake
+def _(images, filters, weight, bias, eps, spatial_power, channel_power, tf32, backend):
+    return _empty_outputs(images, filters, spatial_power, channel_power)
+
+
+@torch.library.custom_op("atom_fast::first_block_backward", mutates_args=())
+def first_block_backward_op(
+    grad_pooled: Tensor | None,
+    grad_maps: Tensor | None,
+    images: Tensor,
+    filters: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    maps: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    statistics: Tensor,
+    spatial_power: float | None,
+    channel_power: float | None,
+    tf32: bool,
+    backend: str,
+) -> Tensor:
+    """Gradient [B, C_in, H, W] of the images; a gradient that is None is zero."""
+    if images.numel() == 0:
+        return torch.empty_like(images, memory_format=torch.contiguous_format)
+    batch, _, height, width = images.shape
+    if grad_pooled is None:
+        grad_pooled = filters.new_zeros(()).expand(batch, filters.shape[0], height // 2, width // 2)
+    powers = (None, None) if grad_maps is None else (spatial_power, channel_power)
+    backward = _backward_triton if backend == "triton" else _backward_torch
+    return backward(grad_pooled, grad_maps, images, filters, weight, bias, maps, mean, rstd, statistics, *powers, tf32)
+
+
+@first_block_backward_op.register_fake
+def _(grad_pooled, grad_maps, images, *_):
+    return torch.empty_like(images, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx, inputs, output):
+    images, filters, weight, bias, _, *ctx.options = inputs
+    _, *saved = output
+    ctx.mark_non_differentiable(*saved[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(images, filters, weight, bias, *saved)
+
+
+def _backward(ctx, grad_pooled, grad_maps, *_):
+    gradient = None
+    if grad_pooled is not None or grad_maps is not None:
+        gradient = first_block_backward_op(grad_pooled, grad_maps, *ctx.saved_tensors, *ctx.options)
+    return gradient, None, None, None, None, None, None, None, None
+
+
+first_block_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+# Triton: see kernels/first_block.py.
+
+
+def _forward_triton(images, filters, weight, bias, eps, spatial_power, channel_power, tf32, outputs):
+    import triton
+
+    from ..kernels import first_block as kernels
+    from ..kernels.block import is_exact
+
+    batch, image_channels, height, width = images.shape
+    channels = filters.shape[0]
+    launch = kernels.first_block_launch(image_channels, channels, height, width)
+    with _device_of(images):
+        kernels.first_block_forward_kernel[(batch,)](
+            images, filters.contiguous(), weight, bias, *outputs, *images.stride(), *outputs[0].stride(), eps,
+            **_constants(images, filters, weight, spatial_power, channel_power, tf32),
+            EXACT=is_exact(channels, height, width, launch),
+            CHUNKS=triton.next_power_of_2(triton.cdiv(channels, launch["BLOCK_C"])), **launch,
+        )  # fmt: skip
+
+
+def _backward_triton(
+    grad_pooled,
+    grad_maps,
+    images,
+    filters,
+    weight,
+    bias,
+    maps,
+    mean,
+    rstd,
+    statistics,
+    spatial_power,
+    channel_power,
+    tf32,
+):
+    import triton
+
+    from ..kernels import first_block as kernels
+
+    batch, image_channels, height, width = images.shape
+    channels = filters.shape[0]
+    filters = filters.contiguous()
+    constants = _constants(images, filters, weight, spatial_power, channel_power, tf32)
+    launch = kernels.first_block_backward_launch(image_channels, channels, height, width, constants["PRECISION"])
+    tiles = triton.cdiv(triton.cdiv(height, 2) * triton.cdiv(width, 2), launch["BLOCK_P"])
+    sums = mean.new_empty((batch, tiles, 2, channels))
+    columns = mean.new_empty((batch, 9 * image_channels, height * width))
+    shape = (batch, channels, height, width)
+    weights = block.map_weights(grad_maps, maps, statistics, shape, spatial_power, channel_power)
+    inputs = (images, filters, weight, bias, grad_pooled, *weights, mean, rstd, statistics, sums)
+    strides = *images.stride(), *grad_pooled.stride()
+    with _device_of(images):
+        kernels.first_block_sums_kernel[(batch, tiles)](*inputs, *strides, **constants, **launch)
+        kernels.first_block_columns_kernel[(batch, tiles)](
+            *inputs, columns, *strides, **constants, TILES=tiles, **launch
+        )
+    return F.fold(columns, (height, width), kernel_size=3, padding=1).to(images.dtype)
+
+
+def _constants(images, filters, weight, spatial_power, channel_power, tf32) -> dict:
+    _, image_channels, height, width = images.shape
+    return {
+        "CI": image_channels,
+        "C": filters.shape[0],
+        "H": height,
+        "W": width,
+        "SPATIAL": _constant(spatial_power),
+        "CHANNEL": _constant(channel_power),
+        "AFFINE": weight is not None,
+        "PRECISION": "tf32" if tf32 and filters.dtype == torch.float32 else "ieee",
+    }
+
+
+# Lean PyTorch: pieces of samples go through the convolution and the block while they are in the cache.
+
+
+def _sample_pieces(images: Tensor, filters: Tensor) -> list[slice]:
+    output_bytes = filters.shape[0] * images[0, 0].numel() * filters.element_size()
+    rows = max(1, block.piece_bytes(images.device) // output_bytes)
+    return [slice(start, start + rows) for start in range(0, images.shape[0], rows)]
+
+
+def _convolve(images: Tensor, filters: Tensor) -> Tensor:
+    images = images.to(filters.dtype).contiguous(memory_format=torch.channels_last)
+    return F.conv2d(images, filters, padding=1)
+
+
+def _forward_torch(images, filters, weight, bias, eps, spatial_power, channel_power, tf32, outputs):
+    filters = filters.contiguous(memory_format=torch.channels_last)
+    for rows in _sample_pieces(images, filters):
+        block.forward_torch(
+            _convolve(images[rows], filters), weight, bias, eps, spatial_power, channel_power,
+            *(output[rows] for output in outputs),
+        )  # fmt: skip
+
+
+def _backward_torch(
+    grad_pooled,
+    grad_maps,
+    images,
+    filters,
+    weight,
+    bias,
+    maps,
+    mean,
+    rstd,
+    statistics,
+    spatial_power,
+    channel_power,
+    tf32,
+):
+    filters = filters.contiguous(memory_format=torch.channels_last)
+    gradient = torch.empty_like(images, memory_format=torch.contiguous_format)
+    for rows in _sample_pieces(images, filters):
+        convolved = _convolve(images[rows], filters)
+        grad_convolved = torch.empty_like(convolved)
+        block.backward_torch(
+            grad_pooled[rows], None if grad_maps is None else grad_maps[rows], convolved, weight, bias,
+            *(saved[rows] for saved in (maps, mean, rstd, statistics)), spatial_power, channel_power, grad_convolved,
+        )  # fmt: skip
+        gradient[rows] = torch.nn.grad.conv2d_input(images[rows].shape, filters, grad_convolved, padding=1)
+    return gradient

@@ -1,0 +1,399 @@
+"""The first block from the image: 3x3 convolution, then everything `kernels/block.py` does, in one kernel.
+
+An image is a few kilobytes and its convolution 128 times as much, so nothing of the convolution is ever written: it is
+recomputed from the image wherever it is needed, by a product of the image's 3x3 neighbourhoods [positions, 9 channels]
+with the filters. The convolution's bias is left out, because InstanceNorm takes the mean of a plane away.
+
+Backward: `first_block_sums_kernel` takes the two sums of a plane that InstanceNorm's gradient needs,
+`first_block_columns_kernel` multiplies the gradient of the convolution's output with the filters. What it writes, the
+gradient of every position's neighbourhood, is then added up where neighbourhoods overlap (fold).
+"""
+
+import triton
+import triton.language as tl
+
+from .block import (
+    add_maps,
+    centre_quad,
+    dot_quad,
+    empty_maps,
+    gradient_quad,
+    load_affine,
+    load_map,
+    load_tile,
+    map_length,
+    normalize_planes,
+    pooled_pointers,
+    rectify_quad,
+    store_maps,
+    store_tile,
+    sum_quad,
+    through_norm,
+    valid_quad,
+)
+
+# Values of the neighbourhoods of one sample that fit shared memory beside the rest: 128 KB in float32.
+RESIDENT = 32768
+
+
+def first_block_launch(image_channels: int, channels: int, height: int, width: int) -> dict[str, int] | None:
+    """Launch table of `first_block_forward_kernel`; None where a plane does not fit."""
+    block_k = max(16, triton.next_power_of_2(9 * image_channels))
+    block_p = max(16, triton.next_power_of_2(triton.cdiv(height, 2) * triton.cdiv(width, 2)))
+    if 4 * block_p * block_k > RESIDENT:
+        return None
+    block_c = max(16, min(triton.next_power_of_2(channels), 16384 // (4 * block_p), 128))
+    num_warps = 8 if block_p >= 64 else 4
+    return {"BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_K": block_k, "GROUP": 2, "num_warps": num_warps}
+
+
+def first_block_backward_launch(
+    image_channels: int, channels: int, height: int, width: int, precision: str
+) -> dict[str, int]:
+    """Launch table of the backward kernels, which walk a tile of BLOCK_P places through the channels."""
+    block_k = max(16, triton.next_power_of_2(9 * image_channels))
+    largest = 32 if precision == "ieee" else 64  # without tensor cores the products take more registers
+    block_p = max(16, min(largest, triton.next_power_of_2(triton.cdiv(height, 2) * triton.cdiv(width, 2))))
+    return {"BLOCK_P": block_p, "BLOCK_C": 16, "BLOCK_K": block_k, "num_warps": 4}
+
+
+@triton.jit
+def _columns(
+    p_image,
+    start,
+    stride_c,
+    stride_h,
+    stride_w,
+    ROW: tl.constexpr,
+    COLUMN: tl.constexpr,
+    operand: tl.constexpr,
+    CI: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """3x3 neighbourhoods [BLOCK_P, BLOCK_K] of the positions (2i + ROW, 2j + COLUMN): channel, row, column in order."""
+    o_p = start + tl.arange(0, BLOCK_P)
+    o_h = 2 * (o_p // ((W + 1) // 2)) + ROW
+    o_w = 2 * (o_p % ((W + 1) // 2)) + COLUMN
+    o_k = tl.arange(0, BLOCK_K)
+    n_h = o_h[:, None] + ((o_k % 9) // 3 - 1)[None, :]
+    n_w = o_w[:, None] + (o_k % 3 - 1)[None, :]
+    mask = (n_h >= 0) & (n_h < H) & (n_w >= 0) & (n_w < W) & (o_k < 9 * CI)[None, :]
+    mask = mask & ((o_h < H) & (o_w < W))[:, None]
+    pointers = p_image + (o_k // 9 * stride_c)[None, :] + n_h * stride_h + n_w * stride_w
+    return tl.load(pointers, mask=mask, other=0.0).to(operand)
+
+
+@triton.jit
+def _columns_quad(
+    p_image,
+    start,
+    stride_c,
+    stride_h,
+    stride_w,
+    operand: tl.constexpr,
+    CI: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Neighbourhoods of the four positions of each place."""
+    b_00 = _columns(p_image, start, stride_c, stride_h, stride_w, 0, 0, operand, CI, H, W, BLOCK_P, BLOCK_K)
+    b_01 = _columns(p_image, start, stride_c, stride_h, stride_w, 0, 1, operand, CI, H, W, BLOCK_P, BLOCK_K)
+    b_10 = _columns(p_image, start, stride_c, stride_h, stride_w, 1, 0, operand, CI, H, W, BLOCK_P, BLOCK_K)
+    b_11 = _columns(p_image, start, stride_c, stride_h, stride_w, 1, 1, operand, CI, H, W, BLOCK_P, BLOCK_K)
+    return b_00, b_01, b_10, b_11
+
+
+@triton.jit
+def _filters(p_filter, o_k, o_c, operand: tl.constexpr, CI: tl.constexpr, C: tl.constexpr):
+    """Filters [C, 9 CI] as [BLOCK_K, BLOCK_C]."""
+    mask = (o_k < 9 * CI)[:, None] & (o_c < C)[None, :]
+    return tl.load(p_filter + o_k[:, None] + (o_c * (9 * CI))[None, :], mask=mask, other=0.0).to(operand)
+
+
+@triton.jit
+def _convolve(columns, b_filter, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """The convolution's output: four tiles [BLOCK_P, BLOCK_C]."""
+    b_00 = tl.dot(columns[0], b_filter, input_precision=PRECISION, out_dtype=dtype)
+    b_01 = tl.dot(columns[1], b_filter, input_precision=PRECISION, out_dtype=dtype)
+    b_10 = tl.dot(columns[2], b_filter, input_precision=PRECISION, out_dtype=dtype)
+    b_11 = tl.dot(columns[3], b_filter, input_precision=PRECISION, out_dtype=dtype)
+    return b_00, b_01, b_10, b_11
+
+
+@triton.jit
+def first_block_forward_kernel(
+    p_image,
+    p_filter,
+    p_weight,
+    p_bias,
+    p_pooled,
+    p_maps,
+    p_mean,
+    p_rstd,
+    p_statistics,
+    image_stride_b,
+    image_stride_c: tl.constexpr,
+    image_stride_h: tl.constexpr,
+    image_stride_w: tl.constexpr,
+    pooled_stride_b,
+    pooled_stride_c: tl.constexpr,
+    pooled_stride_h: tl.constexpr,
+    pooled_stride_w: tl.constexpr,
+    eps,
+    CI: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    SPATIAL: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    AFFINE: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """One sample: pooled features, normalised maps, and what the backward pass needs. Grid: (samples,).
+
+    Args:
+        p_image: [B, CI, H, W] by its strides.
+        p_filter: [C, CI, 3, 3] contiguous; the image is rounded to its dtype.
+        PRECISION: how float32 operands are multiplied, "ieee" or "tf32".
+        The others as in `block_forward_kernel`.
+    """
+    i_b = tl.program_id(0).to(tl.int64)
+    dtype: tl.constexpr = p_mean.dtype.element_ty
+    operand: tl.constexpr = p_filter.dtype.element_ty
+    p_pooled += i_b * pooled_stride_b
+    o_k = tl.arange(0, BLOCK_K)
+    valid = valid_quad(0, H, W, BLOCK_P)
+    columns = _columns_quad(
+        p_image + i_b * image_stride_b, 0, image_stride_c, image_stride_h, image_stride_w,
+        operand, CI, H, W, BLOCK_P, BLOCK_K,
+    )  # fmt: skip
+    peak, spatial, b_channel = empty_maps(dtype, BLOCK_P, BLOCK_C, GROUP, CHUNKS)
+    for i_c in range(tl.cdiv(C, BLOCK_C)):
+        o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+        quad = _convolve(columns, _filters(p_filter, o_k, o_c, operand, CI, C), dtype, PRECISION)
+        quad, b_mean, b_rstd = normalize_planes(quad, valid, eps, H, W, EXACT)
+        tl.store(p_mean + i_b * C + o_c, b_mean, mask=o_c < C)
+        tl.store(p_rstd + i_b * C + o_c, b_rstd, mask=o_c < C)
+        b_weight, b_bias = load_affine(p_weight, p_bias, o_c, dtype, C, AFFINE, BLOCK_C)
+        quad = rectify_quad(quad, b_rstd * b_weight, b_bias, valid, EXACT)
+        pointers, mask = pooled_pointers(
+            p_pooled, 0, o_c, pooled_stride_c, pooled_stride_h, pooled_stride_w, C, H, W, BLOCK_P
+        )
+        store_tile(pointers, sum_quad(quad) * 0.25, mask, EXACT)
+        peak, spatial, b_channel = add_maps(
+            quad, i_c, peak, spatial, b_channel, SPATIAL, CHANNEL, BLOCK_P, BLOCK_C, GROUP, CHUNKS
+        )
+    store_maps(
+        p_maps + i_b * map_length(C, H, W, SPATIAL, CHANNEL), p_statistics + i_b * 3, peak, spatial, b_channel,
+        SPATIAL, CHANNEL, C, H, W, BLOCK_P, BLOCK_C, CHUNKS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _tile_gradient(
+    columns, b_filter, p_grad_pooled, i_b, start, o_c, b_mean, b_scale, b_bias, b_channel, inverse_peak, spatial,
+    pooled_stride_c: tl.constexpr, pooled_stride_h: tl.constexpr, pooled_stride_w: tl.constexpr,
+    dtype: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
+    SPATIAL: tl.constexpr, CHANNEL: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The convolution's output, centred, and the gradient of the norm's output, for one tile of places."""
+    valid = valid_quad(start, H, W, BLOCK_P)
+    quad = centre_quad(_convolve(columns, b_filter, dtype, PRECISION), b_mean, valid, False)
+    pointers, mask = pooled_pointers(
+        p_grad_pooled, start, o_c, pooled_stride_c, pooled_stride_h, pooled_stride_w, C, H, W, BLOCK_P
+    )
+    b_pooled = load_tile(pointers, mask, dtype, False) * 0.25
+    gradient = gradient_quad(
+        quad, b_scale, b_bias, inverse_peak, b_pooled, spatial, b_channel, valid, SPATIAL, CHANNEL, False
+    )
+    return quad, gradient
+
+
+@triton.jit
+def first_block_sums_kernel(
+    p_image,
+    p_filter,
+    p_weight,
+    p_bias,
+    p_grad_pooled,
+    p_spatial_weight,
+    p_channel_weight,
+    p_mean,
+    p_rstd,
+    p_statistics,
+    p_sums,
+    image_stride_b,
+    image_stride_c: tl.constexpr,
+    image_stride_h: tl.constexpr,
+    image_stride_w: tl.constexpr,
+    pooled_stride_b,
+    pooled_stride_c: tl.constexpr,
+    pooled_stride_h: tl.constexpr,
+    pooled_stride_w: tl.constexpr,
+    CI: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    SPATIAL: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    AFFINE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Two sums over a tile's positions that the norm's gradient needs. Grid: (samples, tiles of BLOCK_P places).
+
+    Args:
+        p_spatial_weight, p_channel_weight: [B, H W] and [B, C] factors of the derivatives of the powers.
+        p_sums: [B, tiles, 2, C] the gradient of the norm's output, and its product with the centred input.
+        The others as in `first_block_forward_kernel`.
+    """
+    i_b = tl.program_id(0).to(tl.int64)
+    i_t = tl.program_id(1)
+    dtype: tl.constexpr = p_mean.dtype.element_ty
+    operand: tl.constexpr = p_filter.dtype.element_ty
+    start = i_t * BLOCK_P
+    p_grad_pooled += i_b * pooled_stride_b
+    p_sums += (i_b * tl.num_programs(1) + i_t) * (2 * C)
+    o_k = tl.arange(0, BLOCK_K)
+    columns = _columns_quad(
+        p_image + i_b * image_stride_b, start, image_stride_c, image_stride_h, image_stride_w,
+        operand, CI, H, W, BLOCK_P, BLOCK_K,
+    )  # fmt: skip
+    inverse_peak = 1.0 / tl.load(p_statistics + i_b * 3)
+    unread = tl.zeros([1], dtype)
+    spatial = (unread, unread, unread, unread)
+    if SPATIAL > 0:
+        spatial = load_map(p_spatial_weight + i_b * (H * W), start, H, W, BLOCK_P)
+    for i_c in range(tl.cdiv(C, BLOCK_C)):
+        o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+        m_c = o_c < C
+        b_mean = tl.load(p_mean + i_b * C + o_c, mask=m_c, other=0.0)
+        b_rstd = tl.load(p_rstd + i_b * C + o_c, mask=m_c, other=0.0)
+        b_channel = b_mean
+        if CHANNEL > 0:
+            b_channel = tl.load(p_channel_weight + i_b * C + o_c, mask=m_c, other=0.0)
+        b_weight, b_bias = load_affine(p_weight, p_bias, o_c, dtype, C, AFFINE, BLOCK_C)
+        quad, gradient = _tile_gradient(
+            columns, _filters(p_filter, o_k, o_c, operand, CI, C), p_grad_pooled, i_b, start, o_c,
+            b_mean, b_rstd * b_weight, b_bias, b_channel, inverse_peak, spatial,
+            pooled_stride_c, pooled_stride_h, pooled_stride_w, dtype, C, H, W, SPATIAL, CHANNEL, BLOCK_P, PRECISION,
+        )  # fmt: skip
+        tl.store(p_sums + o_c, tl.sum(sum_quad(gradient), axis=0), mask=m_c)
+        tl.store(p_sums + C + o_c, tl.sum(dot_quad(gradient, quad), axis=0), mask=m_c)
+
+
+@triton.jit
+def _total(p_sums, i_b, tiles, row: tl.constexpr, o_c, dtype: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """One of the plane's sums [BLOCK_C]: its tiles added in their order."""
+    b_total = tl.zeros([BLOCK_C], dtype)
+    for i_t in range(tiles):
+        b_total += tl.load(p_sums + (i_b * tiles + i_t) * (2 * C) + row * C + o_c, mask=o_c < C, other=0.0)
+    return b_total
+
+
+@triton.jit
+def first_block_columns_kernel(
+    p_image,
+    p_filter,
+    p_weight,
+    p_bias,
+    p_grad_pooled,
+    p_spatial_weight,
+    p_channel_weight,
+    p_mean,
+    p_rstd,
+    p_statistics,
+    p_sums,
+    p_columns,
+    image_stride_b,
+    image_stride_c: tl.constexpr,
+    image_stride_h: tl.constexpr,
+    image_stride_w: tl.constexpr,
+    pooled_stride_b,
+    pooled_stride_c: tl.constexpr,
+    pooled_stride_h: tl.constexpr,
+    pooled_stride_w: tl.constexpr,
+    CI: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    TILES: tl.constexpr,
+    SPATIAL: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    AFFINE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Gradient of each position's neighbourhood. Grid: (samples, tiles of BLOCK_P places).
+
+    Args:
+        p_sums: [B, tiles, 2, C] of `first_block_sums_kernel`.
+        p_columns: [B, 9 CI, H W] the gradient: channel, row and column of the neighbourhood in order.
+        The others as in `first_block_sums_kernel`.
+    """
+    i_b = tl.program_id(0).to(tl.int64)
+    dtype: tl.constexpr = p_mean.dtype.element_ty
+    operand: tl.constexpr = p_filter.dtype.element_ty
+    start = tl.program_id(1) * BLOCK_P
+    p_grad_pooled += i_b * pooled_stride_b
+    o_k = tl.arange(0, BLOCK_K)
+    columns = _columns_quad(
+        p_image + i_b * image_stride_b, start, image_stride_c, image_stride_h, image_stride_w,
+        operand, CI, H, W, BLOCK_P, BLOCK_K,
+    )  # fmt: skip
+    inverse_peak = 1.0 / tl.load(p_statistics + i_b * 3)
+    unread = tl.zeros([1], dtype)
+    spatial = (unread, unread, unread, unread)
+    if SPATIAL > 0:
+        spatial = load_map(p_spatial_weight + i_b * (H * W), start, H, W, BLOCK_P)
+    zero = tl.zeros([BLOCK_P, BLOCK_K], dtype)
+    g_00, g_01, g_10, g_11 = zero, zero, zero, zero
+    for i_c in range(tl.cdiv(C, BLOCK_C)):
+        o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+        m_c = o_c < C
+        b_mean = tl.load(p_mean + i_b * C + o_c, mask=m_c, other=0.0)
+        b_rstd = tl.load(p_rstd + i_b * C + o_c, mask=m_c, other=0.0)
+        b_channel = b_mean
+        if CHANNEL > 0:
+            b_channel = tl.load(p_channel_weight + i_b * C + o_c, mask=m_c, other=0.0)
+        b_weight, b_bias = load_affine(p_weight, p_bias, o_c, dtype, C, AFFINE, BLOCK_C)
+        b_scale = b_rstd * b_weight
+        b_filter = _filters(p_filter, o_k, o_c, operand, CI, C)
+        quad, gradient = _tile_gradient(
+            columns, b_filter, p_grad_pooled, i_b, start, o_c,
+            b_mean, b_scale, b_bias, b_channel, inverse_peak, spatial,
+            pooled_stride_c, pooled_stride_h, pooled_stride_w, dtype, C, H, W, SPATIAL, CHANNEL, BLOCK_P, PRECISION,
+        )  # fmt: skip
+        b_sum = _total(p_sums, i_b, TILES, 0, o_c, dtype, C, BLOCK_C)
+        b_dot = _total(p_sums, i_b, TILES, 1, o_c, dtype, C, BLOCK_C)
+        gradient = through_norm(gradient, quad, b_sum, b_dot, b_rstd, b_scale, H, W)
+        b_transposed = tl.trans(b_filter)
+        g_00 = tl.dot(gradient[0].to(operand), b_transposed, g_00, input_precision=PRECISION, out_dtype=dtype)
+        g_01 = tl.dot(gradient[1].to(operand), b_transposed, g_01, input_precision=PRECISION, out_dtype=dtype)
+        g_10 = tl.dot(gradient[2].to(operand), b_transposed, g_10, input_precision=PRECISION, out_dtype=dtype)
+        g_11 = tl.dot(gradient[3].to(operand), b_transposed, g_11, input_precision=PRECISION, out_dtype=dtype)
+
+    o_p = start + tl.arange(0, BLOCK_P)
+    o_position = 2 * (o_p // ((W + 1) // 2)) * W + 2 * (o_p % ((W + 1) // 2))
+    pointers = p_columns + i_b * (9 * CI * H * W) + (o_k * (H * W))[None, :] + o_position[:, None]
+    valid = valid_quad(start, H, W, BLOCK_P)
+    m_k = (o_k < 9 * CI)[None, :]
+    tl.store(pointers, g_00, mask=valid[0] & m_k)
+    tl.store(pointers + 1, g_01, mask=valid[1] & m_k)
+    tl.store(pointers + W, g_10, mask=valid[2] & m_k)
+    tl.store(pointers + (W + 1), g_11, mask=valid[3] & m_k)
