@@ -528,7 +528,8 @@ def test_a_captured_step_draws_anew_and_never_waits(device):
 
     def step(generator):
         result = augment(images, draw_augmentation(10, generator), groups)
-        return result, torch.autograd.grad(result, images, direction)[0]
+        # Detached: a graph kept from one step would tie the leaf to that step's stream.
+        return result.detach(), torch.autograd.grad(result, images, direction)[0]
 
     step(seeded(device))
     torch.cuda.synchronize()
