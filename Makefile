@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint clean gpu table3-cpu report
 
 install: $(VENV)/.installed
 
@@ -21,6 +21,16 @@ test: install
 
 lint: install
 	$(BIN)/ruff check .
+
+# Everything worth measuring on a GPU, with the Python that has torch; nothing is installed. CIFAR=DIR for distillations.
+gpu:
+	$(PYTHON) -m benchmarks.gpu --out runs/gpu $(if $(CIFAR),--cifar $(CIFAR))
+
+table3-cpu: install
+	$(BIN)/python -m benchmarks table3 --edition cpu --out runs/benchmarks
+
+report: install
+	$(BIN)/python -m benchmarks report
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .ruff_cache

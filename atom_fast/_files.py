@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 
@@ -11,31 +12,34 @@ def write_atomically(path: str | os.PathLike, content: bytes | str) -> Path:
     """Write ``content`` to ``path``; whatever stood there before stays intact until the new file is on the disk.
 
     Args:
-        path: file to write; missing parent folders are made.
+        path: file to write, or a link to it; missing parent folders are made.
         content: bytes, or text, which is written as UTF-8.
 
     Returns:
         The path written.
 
     Raises:
-        OSError: the file could not be written (a full disk, no permission, the path is a folder). The message names
-            the path, and an earlier file at the path is unchanged.
+        OSError: the file could not be written (a full disk, no permission, the path is a folder or a device). The
+            message names the path, and an earlier file at the path is unchanged.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not target.is_file():  # moving a file onto a device would remove the device
+            raise OSError(errno.EINVAL, "it is no file")
+        target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         kept = "; the earlier file is unchanged" if path.is_file() else ""
         raise type(error)(error.errno, f"cannot write {path}: {error.strerror or error}{kept}") from error
-    _sync_folder(path.parent)
+    _sync_folder(target.parent)
     return path
 
 

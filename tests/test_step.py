@@ -13,9 +13,11 @@ from atom_fast.data.dataset import ImageData
 from atom_fast.data.sampling import sample_class_indices
 from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.distill.config import preset
+from atom_fast.distill.memory import fit_class_chunk
 from atom_fast.distill.step import (
     Distillation,
     NonFiniteError,
+    _Chunk,
     convolution_precision,
     derive_seed,
     initial_images,
@@ -317,3 +319,95 @@ def test_a_step_never_waits_for_the_device(graph):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     run.read_terms()
+
+
+@pytest.mark.parametrize("backend_name", ["torch", "triton"])
+def test_chunks_of_classes_give_the_gradients_of_all_at_once(backend_name, device):
+    results = []
+    for chunk in (None, 1, 3):
+        run = make_run(make_data(4, device=device), class_chunk=chunk)[0]
+        with af.backend(backend_name):
+            run.step(1)
+        results.append(run.momentum.double())
+    for chunked in results[1:]:
+        assert (chunked - results[0]).norm() <= 1e-6 * results[0].norm()
+
+
+def test_chunks_are_refused_where_the_norm_couples_the_classes(device):
+    with pytest.raises(ValueError, match="class_chunk must be all 4 classes under norm 'batch'.*got 2"):
+        make_run(make_data(4, device=device), class_chunk=2, norm="batch")[0]
+    with pytest.raises(ValueError, match="class_chunk must be .*; got 0"):
+        make_run(make_data(4, device=device), class_chunk=0)[0]
+
+
+def test_running_out_of_memory_halves_the_chunk_and_goes_on_from_the_same_step(device, monkeypatch, capsys):
+    expected, run = make_run(make_data(4, device=device))[0], make_run(make_data(4, device=device))[0]
+    for iteration in (1, 2):
+        expected.step(iteration)
+    match = run._match
+
+    def limited(chunk, *rest):
+        if chunk.classes.stop - chunk.classes.start > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return match(chunk, *rest)
+
+    run.step(1)
+    monkeypatch.setattr(run, "_match", limited)
+    run.step(2)
+    assert run.class_chunk == 1
+    assert "out of memory with 4 classes at once: going on with 2" in capsys.readouterr().err
+    assert (run.images - expected.images).norm() <= 1e-6 * expected.images.norm()
+    monkeypatch.setattr(run, "_match", lambda *_: limited(_Chunk(slice(0, 2), None, None, None, None)))
+    with pytest.raises(torch.OutOfMemoryError):
+        run.step(3)
+
+
+def test_an_error_that_is_not_about_memory_is_not_retried(device, monkeypatch):
+    run = make_run(make_data(4, device=device))[0]
+
+    def broken(*_):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(run, "_match", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        run.step(1)
+    assert run.class_chunk == 4
+
+
+def test_a_memory_budget_needs_a_gpu_to_be_measured_on():
+    run = make_run()[0]
+    with pytest.raises(ValueError, match="'2 GB' needs a GPU.*class_chunk"):
+        fit_class_chunk(run, "2 GB")
+
+
+@pytest.mark.gpu
+def test_a_memory_budget_is_kept(device):
+    run = make_run(make_data(4, device=device))[0]
+    one, all_classes = run.peak_memory(1), run.peak_memory(4)
+    assert one < all_classes
+    assert fit_class_chunk(run, "fit") == 4
+    assert fit_class_chunk(run, str(one)) == 1
+    assert run.peak_memory(run.class_chunk) <= one * 1.01
+    with pytest.raises(ValueError, match=f"too small: 1000 bytes; the smallest that works here is {one} bytes"):
+        fit_class_chunk(run, "1000")
+
+
+class _CountOperators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_dispatches_as_many_operators_for_2_classes_as_for_100():
+    counts = []
+    for classes in (2, 100):
+        run = make_run(make_data(classes))[0]
+        run.step(1)
+        with _CountOperators() as counter:
+            run.step(2)
+        counts.append(counter.count)
+    assert counts[0] == counts[1] <= 250

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -157,6 +158,20 @@ class DistillConfig:
         "arithmetic of the convolutions, all else being float32; auto: tf32 on GPUs that have it, float32 elsewhere",
         choices=("auto", *PRECISIONS),
     )
+    class_chunk: int | None = _setting(
+        None,
+        "classes that run through the network at once: less memory, the same images to rounding; None for all, or as "
+        "memory_budget allows",
+        unit="classes",
+        minimum=1,
+        affects_result=False,
+    )
+    memory_budget: str | None = _setting(
+        None,
+        "GPU memory a run may take, data included: bytes, or a number with KB, MB or GB, or 'fit' for what is free; "
+        "chooses class_chunk; None for no limit",
+        affects_result=False,
+    )
     seed: int = _setting(0, "all randomness comes from it", minimum=0, maximum=2**63 - 1)
     cuda_graph: bool = _setting(
         True, "on a GPU, capture a step once and replay it: the same images, faster", affects_result=False
@@ -173,6 +188,10 @@ class DistillConfig:
             value = _checked(field, hints[field.name], getattr(self, field.name))
             object.__setattr__(self, field.name, value)
         draw_augmentation(0, torch.Generator(), strategy=self.augmentation)  # refuses what it does not know
+        if self.memory_budget is not None:
+            parse_budget(self.memory_budget)
+            if self.class_chunk is not None:
+                raise ValueError("give class_chunk or memory_budget, not both: the budget chooses the chunk")
         if self.spatial_power is None and self.channel_power is None and self.mmd_weight == 0:
             raise ValueError("nothing to match: spatial_power and channel_power are None and mmd_weight is 0")
 
@@ -263,6 +282,21 @@ def preset(name: str = "paper", **overrides) -> DistillConfig:
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {name!r}{_suggestion(name, PRESETS)}")
     return DistillConfig.from_dict({**PRESETS[name], **overrides})
+
+
+def parse_budget(budget: str) -> int | None:
+    """Bytes of a memory budget such as ``"600000000"`` or ``"600 MB"`` (a MB is 10^6 bytes); None for ``"fit"``.
+
+    Raises:
+        ValueError: it is neither, or not above 0.
+    """
+    if budget == "fit":
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(KB|MB|GB|B)?\s*", budget, re.IGNORECASE)
+    size = float(match[1]) * {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}[(match[2] or "B").upper()] if match else 0
+    if size < 1:
+        raise ValueError(f"memory_budget must be 'fit', or bytes such as 600000000, '600 MB' or '2 GB'; got {budget!r}")
+    return int(size)
 
 
 def affects_result(name: str) -> bool:

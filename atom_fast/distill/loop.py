@@ -19,6 +19,7 @@ from atom_fast.data.whitening import Preprocessing, fit_preprocessing
 from atom_fast.distill.checkpoint import Checkpoint, latest_checkpoint, remove_unfinished, save_checkpoint
 from atom_fast.distill.config import DistillConfig, affects_result, write_config
 from atom_fast.distill.logs import RunLog, append_environment, environment, peak_memory, say, versions
+from atom_fast.distill.memory import fit_class_chunk
 from atom_fast.distill.step import Distillation, NonFiniteError, initial_images, make_network
 from atom_fast.report import save_image_grid
 from atom_fast.synthetic import SyntheticSet
@@ -75,7 +76,7 @@ def distill(
     if synthetic_init is not None:
         config = dataclasses.replace(config, image_init="given")
     config = config.resolve(data.image_shape, data.name, device)
-    _check_fit(config, data)
+    _check_fit(config, data, synthetic_init is not None or resume)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with _locked(output, resume):
@@ -101,9 +102,11 @@ def _device(device: torch.device | str | None) -> torch.device:
     return device
 
 
-def _check_fit(config: DistillConfig, data: ImageData) -> None:
+def _check_fit(config: DistillConfig, data: ImageData, given: bool) -> None:
     """Refuse what cannot work before anything is written."""
     check_class_sizes(data, config.real_batch)
+    if config.image_init == "given" and not given:
+        raise ValueError("image_init 'given' needs a synthetic set to start from (synthetic_init, --set)")
     if config.image_init == "real":
         check_class_sizes(data, config.ipc)
     make_network(config, data)
@@ -193,6 +196,10 @@ def _start(
     run = Distillation(config, data, preprocessing, images, progress=progress)
     if checkpoint is not None:
         run.restore(checkpoint.tensors)
+    if config.memory_budget is not None:
+        say(f"memory_budget {config.memory_budget}: {fit_class_chunk(run, config.memory_budget)} classes at once")
+    if run.fusion != "fused blocks":
+        say(f"the network runs without fused blocks ({run.fusion.removeprefix('unfused: ')})")
     if config.cuda_graph and run.images.device.type == "cuda":
         run.capture()
     return run
@@ -280,9 +287,10 @@ class _Recorder:
 
     def draw(self, iteration: int) -> None:
         """Write a picture of the images, a row a class, or ten a row at one image a class."""
-        pixels = self.preprocessing.to_pixels(self.run.images.detach())
+        pixels = self.preprocessing.to_pixels(self.run.images)
         path = self.output / IMAGE_FOLDER / f"iteration-{iteration:08d}.png"
-        save_image_grid(pixels, path, columns=self.run.config.ipc if self.run.config.ipc > 1 else 10)
+        columns = self.run.config.ipc if self.run.config.ipc > 1 else 10
+        save_image_grid(pixels, path, columns=columns, class_names=self.run.data.class_names)
 
     @contextlib.contextmanager
     def saying_what_is_saved(self) -> Iterator[None]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from atom_fast.data.augmentation import augment, draw_augmentation
+from atom_fast.data.augmentation import AugmentationParameters, augment, draw_augmentation
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.sampling import check_class_sizes, sample_class_indices
 from atom_fast.data.whitening import Preprocessing, real_image_gatherer
 from atom_fast.distill.config import DistillConfig
+from atom_fast.distill.logs import say
 from atom_fast.functional import (
     attention_matching_from_maps,
     attention_matching_loss,
@@ -47,6 +48,16 @@ class NonFiniteError(RuntimeError):
     """A loss term or an image became NaN or infinite; the images are lost from that iteration on."""
 
 
+class _Chunk(typing.NamedTuple):
+    """Classes that run through the network together."""
+
+    classes: slice  # of the K classes
+    rows: slice  # of the synthetic images
+    real_labels: Tensor  # int64, the class of each real image of the chunk
+    labels: Tensor  # int64, the class of each synthetic image of the chunk
+    groups: ClassGroups
+
+
 class Distillation:
     """Synthetic images under distillation: the images, their momentum, and all that a step needs, on one device.
 
@@ -55,6 +66,8 @@ class Distillation:
         momentum: of the same shape, the buffer of SGD.
         labels: int64 [K*ipc], the class of each image.
         config: resolved settings.
+        class_chunk: classes that run at once; the gradient is exactly the sum over chunks, since under a norm of each
+            sample no class depends on another.
         fusion: how the network runs, for the log: "fused blocks", or why they do not fit.
     """
 
@@ -71,7 +84,8 @@ class Distillation:
             progress: show what takes long on standard error.
 
         Raises:
-            ValueError: a class has fewer than ``config.real_batch`` images, or ``images`` has another shape.
+            ValueError: a class has fewer than ``config.real_batch`` images, ``images`` has another shape, or classes
+                shall run in chunks under a norm that couples them.
         """
         check_class_sizes(data, config.real_batch)
         device, classes = data.train_images.device, data.num_classes
@@ -81,11 +95,9 @@ class Distillation:
         layout = torch.channels_last  # what the CPU's and the tensor cores' convolutions work on
         self.config = config
         self.data = data
-        self.images = images.detach().to(device, copy=True, memory_format=layout).requires_grad_()
-        self.momentum = torch.zeros_like(self.images, requires_grad=False)
+        self.images = images.detach().to(device, copy=True, memory_format=layout)
+        self.momentum = torch.zeros_like(self.images)
         self.labels = torch.arange(classes, device=device).repeat_interleave(config.ipc)
-        self.real_labels = torch.arange(classes, device=device).repeat_interleave(config.real_batch)
-        self.groups = class_groups(self.real_labels, self.labels)
         self.network = make_network(config, data).to(device, memory_format=layout)
         self.extractor, self.fusion = fused_if_possible(self.network, config)
         self.gather_real = real_image_gatherer(data, preprocessing, memory_format=layout, progress=progress)
@@ -95,36 +107,88 @@ class Distillation:
         self._first_bad = torch.zeros(len(TERMS), dtype=torch.int64, device=device)  # 0: none, iterations start at 1
         self._steps = 0
         self._run = self._advance
+        self.set_class_chunk(config.class_chunk or classes)
+
+    def set_class_chunk(self, size: int) -> None:
+        """Run ``size`` classes at once from the next step on; a captured step is dropped.
+
+        Raises:
+            ValueError: ``size`` is below 1, or below the number of classes under a norm that couples them.
+        """
+        classes, device = self.data.num_classes, self.images.device
+        if size < 1:
+            raise ValueError(f"class_chunk must be at least 1; got {size}")
+        if size < classes and self.config.norm == "batch":
+            raise ValueError(
+                f"class_chunk must be all {classes} classes under norm 'batch', which computes its statistics over "
+                f"them together; got {size}. Norms of each sample (instance, layer, group) can run in chunks"
+            )
+        self.class_chunk = min(size, classes)
+        self._chunks = []
+        for start in range(0, classes, self.class_chunk):
+            chosen = torch.arange(start, min(start + self.class_chunk, classes), device=device)
+            real_labels = chosen.repeat_interleave(self.config.real_batch)
+            labels = chosen.repeat_interleave(self.config.ipc)
+            rows = slice(start * self.config.ipc, start * self.config.ipc + len(labels))
+            groups = class_groups(real_labels, labels)
+            self._chunks.append(_Chunk(slice(start, start + len(chosen)), rows, real_labels, labels, groups))
+        self._run = self._advance
 
     def step(self, iteration: int) -> None:
         """Run iteration ``iteration`` (1, 2, ...); its randomness depends on it and on the seed alone.
 
-        Seeding is all the host does. Nothing is read back.
+        Seeding is all the host does. Nothing is read back. Where memory runs out, half as many classes run at once from
+        this step on.
         """
-        self.generator.manual_seed(derive_seed(self.config.seed, iteration))
         self._iteration.fill_(iteration)
-        self._run()
+        self._with_less_memory(lambda: self._seed_and_run(iteration))
         self._steps += 1
+
+    def _seed_and_run(self, iteration: int) -> None:
+        self.generator.manual_seed(derive_seed(self.config.seed, iteration))
+        self._run()
+
+    def _with_less_memory(self, work: Callable[[], None]) -> None:
+        """Do ``work``, which changes nothing before all its memory is had, in ever smaller chunks until it fits."""
+        while True:
+            try:
+                return work()
+            except RuntimeError as error:
+                if not _is_out_of_memory(error) or self.class_chunk == 1 or self.config.norm == "batch":
+                    raise
+            # Here, not in the handler: there the traceback would keep the failed step's tensors alive.
+            if self.images.is_cuda:
+                torch.cuda.empty_cache()
+            smaller = (self.class_chunk + 1) // 2
+            say(f"out of memory with {self.class_chunk} classes at once: going on with {smaller}")
+            self.set_class_chunk(smaller)
 
     def _advance(self) -> None:
         """Lines 3 to 7 of Algorithm 1, for all classes at once."""
         config, generator = self.config, self.generator
         self.network.reset_parameters(generator)
-        real = self.gather_real(sample_class_indices(self.data, config.real_batch, generator))
-        synthetic = self.images
+        indices = sample_class_indices(self.data, config.real_batch, generator)
+        # Siamese: a class draws one operation, and both its sides are put through it.
+        augmentation = draw_augmentation(self.data.num_classes, generator, strategy=config.augmentation)
+        terms, gradients = zip(*(self._match(chunk, indices, augmentation) for chunk in self._chunks), strict=True)
+        self.momentum.mul_(config.momentum).add_(torch.cat(gradients) if len(gradients) > 1 else gradients[0])
+        self.images.sub_(self.momentum, alpha=config.image_lr)
+        self._record(sum(terms[1:], terms[0]))
+
+    def _match(self, chunk: _Chunk, indices: Tensor, augmentation: AugmentationParameters) -> tuple[Tensor, Tensor]:
+        """Loss terms of a chunk of classes, and the gradient of its synthetic images."""
+        config = self.config
+        real = self.gather_real(indices[chunk.classes])
+        images = self.images[chunk.rows].detach().requires_grad_()
+        synthetic = images
         if config.augmentation not in ("", "none"):
-            # Siamese: a class draws one operation, and both its sides are put through it.
-            parameters = draw_augmentation(self.data.num_classes, generator, strategy=config.augmentation)
-            real = augment(real, parameters, self.real_labels)
-            synthetic = augment(synthetic, parameters, self.labels)
-        with convolution_precision(config.precision, self.images.device):
-            attention, mmd = matching_terms(self.extractor, real, synthetic, config, self.groups)
+            real = augment(real, augmentation, chunk.real_labels)
+            synthetic = augment(images, augmentation, chunk.labels)
+        with convolution_precision(config.precision, images.device):
+            attention, mmd = matching_terms(self.extractor, real, synthetic, config, chunk.groups)
             loss = config.loss_scale * (attention + config.mmd_weight * mmd)
-            (gradient,) = torch.autograd.grad(loss, self.images)
-        with torch.no_grad():
-            self.momentum.mul_(config.momentum).add_(gradient)
-            self.images.sub_(self.momentum, alpha=config.image_lr)
-            self._record(torch.stack((loss, attention, mmd)))
+            (gradient,) = torch.autograd.grad(loss, images)
+        return torch.stack((loss, attention, mmd)).detach(), gradient
 
     def _record(self, terms: Tensor) -> None:
         self._sums.add_(terms)
@@ -138,7 +202,7 @@ class Distillation:
             NonFiniteError: a loss term or an image is NaN or infinite; names the term, iteration and classes.
         """
         classes = self.data.num_classes
-        finite = torch.isfinite(self.images.detach()).flatten(1).all(dim=1).view(classes, -1).all(dim=1)
+        finite = torch.isfinite(self.images).flatten(1).all(dim=1).view(classes, -1).all(dim=1)
         packed = torch.cat((self._sums, self._first_bad.double(), finite.double())).tolist()
         sums, first_bad, finite = packed[: len(TERMS)], packed[len(TERMS) : -classes], packed[-classes:]
         if any(first_bad) or not all(finite):
@@ -149,9 +213,8 @@ class Distillation:
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold, copied to the CPU. The generators' states follow from seed and iteration."""
-        return {name: getattr(self, name).detach().cpu().contiguous().clone() for name in ("images", "momentum")}
+        return {name: getattr(self, name).cpu().contiguous().clone() for name in ("images", "momentum")}
 
-    @torch.no_grad()
     def restore(self, state: dict[str, Tensor]) -> None:
         """Continue from what `state` returned.
 
@@ -173,21 +236,44 @@ class Distillation:
         """
         if self.images.device.type != "cuda":
             raise RuntimeError(f"a CUDA graph needs images on a GPU; got {self.images.device}")
-        buffers = self.images.detach(), self.momentum, self._sums, self._first_bad
-        saved = [buffer.clone() for buffer in buffers]
-        stream = torch.cuda.Stream(self.images.device)
-        stream.wait_stream(torch.cuda.current_stream(self.images.device))
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP_STEPS):
-                self._advance()
-        torch.cuda.current_stream(self.images.device).wait_stream(stream)
+        self._with_less_memory(self._capture)
+
+    def _capture(self) -> None:
+        device = self.images.device
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.generator)
-        with torch.cuda.graph(graph, stream=stream):
-            self._advance()
-        for buffer, value in zip(buffers, saved, strict=True):
-            buffer.copy_(value)
+        with self._unchanged():
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UP_STEPS):
+                    self._advance()
+            torch.cuda.current_stream(device).wait_stream(stream)
+            graph.register_generator_state(self.generator)
+            with torch.cuda.graph(graph, stream=stream):
+                self._advance()
         self._run = graph.replay
+
+    def peak_memory(self, class_chunk: int) -> int:
+        """Bytes on the GPU at the peak of a step with ``class_chunk`` classes at once, everything included."""
+        self.set_class_chunk(class_chunk)
+        with self._unchanged():
+            self._advance()  # what only a first step needs: compiled kernels, chosen algorithms
+            torch.cuda.synchronize(self.images.device)
+            torch.cuda.reset_peak_memory_stats(self.images.device)
+            self._advance()
+            torch.cuda.synchronize(self.images.device)
+        return torch.cuda.max_memory_allocated(self.images.device)
+
+    @contextlib.contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """Undo what the enclosed steps do to images, momentum and terms."""
+        buffers = self.images, self.momentum, self._sums, self._first_bad
+        saved = [buffer.clone() for buffer in buffers]
+        try:
+            yield
+        finally:
+            for buffer, value in zip(buffers, saved, strict=True):
+                buffer.copy_(value)
 
 
 def fused_if_possible(network: ConvNet, config: DistillConfig) -> tuple[ConvNet | FusedConvNet, str]:
@@ -285,6 +371,11 @@ def convolution_precision(precision: str, device: torch.device) -> Iterator[None
             yield
     finally:
         settings.fp32_precision = before
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # The CPU's allocator has no exception class of its own.
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _describe_non_finite(first_bad: Sequence[float], finite: Sequence[float], class_names: Sequence[str]) -> str:

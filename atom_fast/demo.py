@@ -1,0 +1,112 @@
+"""The demonstration: digits distilled at 1 and 10 images a class, evaluated beside Random, with pictures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from atom_fast import __version__
+from atom_fast._files import write_atomically
+from atom_fast.comparison import compare, default_protocol
+from atom_fast.data.dataset import ImageData
+from atom_fast.data.sources import load_data
+from atom_fast.distill import DistillConfig, distill, preset
+from atom_fast.report import comparison_table, result_line, save_run_pictures
+
+IPCS = (1, 10)
+NETWORKS = 3
+
+# The preset "paper" but for what lets it finish in minutes on a CPU, and what handwritten digits do not bear: there are
+# about 140 real ones a class, and a mirrored one is another sign.
+OVERRIDES = {"iterations": 300, "real_batch": 64, "augmentation": "color_crop_cutout_scale_rotate"}
+
+_RECORD = "demo.json"
+
+
+def run_demo(
+    output: Path, *, device: torch.device | str | None = None, progress: bool = True, ipcs=IPCS, overrides=None
+) -> list[dict]:
+    """Run what is missing of the demonstration, and print one line for each number of images a class.
+
+    A part that an earlier demonstration finished with the same settings is kept, an unfinished one resumed, one with
+    other settings made anew. Folders that no demonstration made are never touched.
+
+    Args:
+        output: folder; holds ``summary.json``, ``summary.md`` and a run's folder for each part.
+        device: where to compute; None: the GPU, if there is one.
+        progress: show progress bars on standard error.
+        ipcs: images a class of each part.
+        overrides: settings in place of ``OVERRIDES``.
+
+    Returns:
+        What ``summary.json`` holds: for every part ``dataset``, ``ipc``, ``method``, ``accuracy_mean``,
+        ``accuracy_std``, ``random_mean``, ``random_std`` (per cent), ``seconds`` (of the distillation), ``device`` and
+        ``config_hash``.
+
+    Raises:
+        FileExistsError: a part's folder exists and no demonstration made it.
+    """
+    output = Path(output)
+    data = load_data("digits", progress=progress)
+    summary = []
+    for ipc in ipcs:
+        config = preset("paper", ipc=ipc, **(OVERRIDES if overrides is None else overrides))
+        result = _part(output, data, config, device, progress)
+        print(result_line(result), flush=True)
+        summary.append({name: value for name, value in result.items() if not isinstance(value, (dict, bool))})
+        write_atomically(output / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_atomically(output / "summary.md", comparison_table(summary) + "\n")
+    print(f"pictures and figures are in {output}", file=sys.stderr)
+    return summary
+
+
+def _part(output: Path, data: ImageData, config: DistillConfig, device, progress: bool) -> dict:
+    """One number of images a class: its result, as kept or as computed now."""
+    folder = output / f"{data.name}-ipc{config.ipc}"
+    settings = {"version": __version__, "networks": NETWORKS, "config": config.to_dict()}
+    resume = _prepare(output, folder, settings)
+    result_file = folder / "result.json"
+    if resume and result_file.is_file():
+        print(f"kept from an earlier demo: {folder} (remove the folder to make it anew)", file=sys.stderr)
+        return json.loads(result_file.read_text("utf-8"))
+    synthetic = distill(config, data, folder, resume=resume, progress=progress, device=device)
+    save_run_pictures(folder, synthetic)
+    result = compare(
+        synthetic,
+        data,
+        protocol=default_protocol(data.name),
+        networks=NETWORKS,
+        seed=config.seed,
+        device=device,
+        progress=progress,
+    )
+    write_atomically(result_file, json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def _prepare(output: Path, folder: Path, settings: dict) -> bool:
+    """Make sure that ``folder`` may be used and note that it is the demo's; whether to go on with what is in it."""
+    record = _read_record(output / _RECORD)
+    known = record.get(folder.name)
+    started = folder.is_dir() and any(folder.iterdir())
+    if started and known is None:
+        raise FileExistsError(f"{folder} was not made by the demo; move it, or give the demo another --output")
+    if started and known != settings:
+        print(f"made anew, since the demo's settings have changed: {folder}", file=sys.stderr)
+        shutil.rmtree(folder)
+        started = False
+    write_atomically(output / _RECORD, json.dumps({**record, folder.name: settings}, indent=2) + "\n")
+    return started
+
+
+def _read_record(path: Path) -> dict:
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not what the demo wrote; move it, or give the demo another --output") from error

@@ -1,0 +1,255 @@
+"""What a person looks at: grids of images, loss curves, tables of accuracies."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from atom_fast._files import write_atomically
+
+CELL_SIZE = 64  # an image is enlarged to about this many pixels, so that 8 x 8 digits and 64 x 64 photographs both show
+MARGIN = 8  # pixels around the grid and beside the names
+LARGEST_SIDE = 6000  # a grid of thousands of images is enlarged less, so that its file can still be opened
+
+
+def save_image_grid(
+    pixels: torch.Tensor,
+    path: str | os.PathLike,
+    *,
+    columns: int,
+    class_names: Sequence[str] | None = None,
+    title: str | None = None,
+) -> Path:
+    """Write images as one PNG, row after row, each enlarged to a visible size by repeating its pixels.
+
+    Args:
+        pixels: float ``[N, C, H, W]`` in [0, 1] with 1 or 3 channels, on any device; values outside are clamped.
+        path: PNG file to write; replaced where it exists.
+        columns: images in a row; a class-major set with ``columns=ipc`` shows one class a row.
+        class_names: one name a row, written at its left, or one name an image, written under it.
+        title: a line above the images.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: a wrong shape, no images, or names that fit neither the rows nor the images.
+        OSError: the file could not be written.
+    """
+    if pixels.ndim != 4 or pixels.shape[1] not in (1, 3) or 0 in pixels.shape:
+        raise ValueError(f"pixels must be [N, 1 or 3, H, W] and not empty; got {list(pixels.shape)}")
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1; got {columns}")
+    count, rows = len(pixels), math.ceil(len(pixels) / columns)
+    if class_names is not None and len(class_names) not in (rows, count):
+        accepted = f"{rows} names (one a row) or {count} (one an image)"
+        raise ValueError(f"class_names must hold {accepted}; got {len(class_names)}")
+    columns = min(columns, count)
+    image = _draw_grid(pixels, rows, columns, class_names, title)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return write_atomically(path, buffer.getvalue())
+
+
+def save_synthetic_grid(synthetic, path: str | os.PathLike, title: str | None = None) -> Path:
+    """Write a :class:`~atom_fast.synthetic.SyntheticSet` as one PNG: a row per class, or ten a row at one per class.
+
+    Uneven classes leave their rows short. Returns and raises as :func:`save_image_grid`.
+    """
+    pixels = synthetic.pixels()[torch.argsort(synthetic.labels, stable=True)]
+    sizes, largest = synthetic.class_sizes, max(synthetic.class_sizes)
+    names = [name for name, size in zip(synthetic.class_names, sizes, strict=True) if size]
+    if largest == 1:
+        return save_image_grid(pixels, path, columns=min(10, len(pixels)), class_names=names, title=title)
+    blank = pixels.new_ones(1, *pixels.shape[1:])
+    rows = [torch.cat([row, blank.expand(largest - len(row), -1, -1, -1)]) for row in pixels.split(sizes) if len(row)]
+    return save_image_grid(torch.cat(rows), path, columns=largest, class_names=names, title=title)
+
+
+def save_run_pictures(folder: str | os.PathLike, synthetic) -> None:
+    """Write ``synthetic.png``, the images of a finished run, and ``loss.png``, its loss curves, into its folder.
+
+    Raises:
+        OSError: a file could not be written.
+    """
+    folder = Path(folder)
+    save_synthetic_grid(synthetic, folder / "synthetic.png", title=describe(synthetic))
+    save_loss_curves(folder / "log.jsonl", folder / "loss.png", title=describe(synthetic))
+
+
+def describe(synthetic) -> str:
+    """A :class:`~atom_fast.synthetic.SyntheticSet` in a line: data set, size, method, iterations, as far as known."""
+    metadata, config = synthetic.metadata, synthetic.metadata.get("config", {})
+    size = f"{len(synthetic)} images" if synthetic.ipc is None else f"{synthetic.ipc} per class"
+    parts = [metadata.get("dataset"), size, method_name(config)]
+    parts.append(f"{config['iterations']} iterations" if "iterations" in config else None)
+    return ", ".join(part for part in parts if part)
+
+
+def method_name(config: Mapping[str, object]) -> str:
+    """What a configuration's loss is called, by the attention maps it matches; "synthetic" where it is not known."""
+    if not config:
+        return "synthetic"
+    names = {(True, True): "atom", (False, True): "atom-channel", (True, False): "datadam", (False, False): "dm"}
+    return names[config.get("spatial_power") is not None, config.get("channel_power") is not None]
+
+
+def _draw_grid(pixels, rows: int, columns: int, class_names: Sequence[str] | None, title: str | None):
+    from PIL import Image, ImageDraw, ImageFont
+
+    height, width = pixels.shape[2:]
+    scale = _scale(rows, columns, height, width)
+    cell_height, cell_width = scale * height, scale * width
+    by_row = class_names is not None and len(class_names) == rows
+    font, heading = ImageFont.load_default(size=13 if by_row else 11), ImageFont.load_default(size=14)
+    names = [_fit(name, font, 160 if by_row else cell_width) for name in class_names or ()]
+    left = MARGIN + (math.ceil(max(map(font.getlength, names))) + MARGIN if by_row else 0)
+    top = MARGIN + (24 if title else 0)
+    row_height, column_width = cell_height + (2 if by_row or not names else 18), cell_width + 2
+    canvas_width = max(left + columns * column_width, math.ceil(heading.getlength(title or "")) + MARGIN) + MARGIN
+    canvas = Image.new("RGB", (canvas_width, top + rows * row_height + MARGIN), "white")
+    draw = ImageDraw.Draw(canvas)
+    if title:
+        draw.text((MARGIN, MARGIN), title, fill="black", font=heading)
+    for row in range(rows if by_row else 0):
+        draw.text((left - MARGIN, top + row * row_height + cell_height / 2), names[row], "black", font, anchor="rm")
+    for index, array in enumerate(_rgb_bytes(pixels)):
+        x, y = left + index % columns * column_width, top + index // columns * row_height
+        canvas.paste(Image.fromarray(array).resize((cell_width, cell_height), Image.Resampling.NEAREST), (x, y))
+        if names and not by_row:
+            draw.text((x + cell_width / 2, y + cell_height + 2), names[index], "black", font, anchor="ma")
+    return canvas
+
+
+def _rgb_bytes(pixels: torch.Tensor):
+    rgb = pixels.detach().expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+    return (rgb.clamp(0, 1) * 255).round().to(torch.uint8).contiguous().cpu().numpy()
+
+
+def _scale(rows: int, columns: int, height: int, width: int) -> int:
+    wanted = math.ceil(CELL_SIZE / max(height, width))
+    allowed = LARGEST_SIDE // max(rows * height, columns * width)
+    return max(1, min(wanted, allowed))
+
+
+def _fit(name: str, font, width: float) -> str:
+    shortened, characters = name, len(name)
+    while characters > 1 and font.getlength(shortened) > width:
+        characters -= 1
+        shortened = name[:characters] + "…"
+    return shortened
+
+
+def read_log(path: str | os.PathLike) -> list[dict]:
+    """The records of a JSON-lines log, in order; a last line cut short by a crash is left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line before the last is no JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no log {path}")
+    lines = path.read_text("utf-8", errors="replace").splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path} line {number} is no JSON object: {line[:80]!r}") from error
+    return records
+
+
+def save_loss_curves(log: str | os.PathLike, path: str | os.PathLike, title: str | None = None) -> Path:
+    """Draw the loss terms of a run against its iterations, on a logarithmic scale, as one PNG.
+
+    Args:
+        log: JSON lines that ``distill`` wrote; every number whose name is or ends in ``loss`` becomes a curve.
+        path: PNG file to write; replaced where it exists.
+        title: a line above the plot.
+
+    Returns:
+        The path written.
+
+    Raises:
+        FileNotFoundError: there is no such log.
+        ValueError: the log is damaged or holds no losses.
+        OSError: the file could not be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    curves = _loss_curves(read_log(log))
+    if not curves:
+        raise ValueError(f"{log} holds no losses: expected records such as {{'iteration': 10, 'loss': 0.5}}")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, points in curves.items():
+        iterations, values = zip(*points, strict=True)
+        marker = "." if len(points) == 1 else ""
+        axes.plot(iterations, values, marker=marker, linewidth=1.2, label=name.replace("_", " "))
+    positive = all(value > 0 for points in curves.values() for _, value in points)
+    axes.set(xlabel="iteration", ylabel="loss", yscale="log" if positive else "linear", title=title or "")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return write_atomically(path, buffer.getvalue())
+
+
+def _loss_curves(records: Iterable[dict]) -> dict[str, list[tuple[int, float]]]:
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for record in records:
+        for name, value in record.items():
+            numeric = isinstance(value, (int, float)) and math.isfinite(value)
+            if name.endswith("loss") and numeric and "iteration" in record:
+                curves.setdefault(name, []).append((record["iteration"], value))
+    return curves
+
+
+def result_line(result: dict) -> str:
+    """One result as one line, such as ``digits ipc=10 atom 96.1 ± 0.3 random 91.1 ± 1.0`` (per cent).
+
+    Args:
+        result: ``dataset``, ``ipc``, ``method``, ``accuracy_mean``, ``accuracy_std`` and, where Random was measured
+            beside it, ``random_mean`` and ``random_std``.
+    """
+    line = f"{result['dataset']} ipc={result['ipc']} {result['method']} {_accuracy(result, 'accuracy')}"
+    return f"{line} random {_accuracy(result, 'random')}" if result.get("random_mean") is not None else line
+
+
+def comparison_table(results: Iterable[dict]) -> str:
+    """Results as an aligned Markdown table; each is a mapping as in :func:`result_line`, ``seconds`` where known."""
+    head = ("data set", "images per class", "method", "accuracy %", "random %", "distillation s")
+    rows = [
+        (
+            result["dataset"],
+            str(result["ipc"]),
+            result["method"],
+            _accuracy(result, "accuracy"),
+            _accuracy(result, "random") if result.get("random_mean") is not None else "",
+            f"{result['seconds']:.0f}" if result.get("seconds") is not None else "",
+        )
+        for result in results
+    ]
+    widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
+    table = (head, ["-" * width for width in widths], *rows)
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in table
+    )
+
+
+def _accuracy(result: dict, name: str) -> str:
+    if result[f"{name}_mean"] is None:
+        return "diverged"
+    return f"{result[f'{name}_mean']:.1f} ± {result[f'{name}_std']:.1f}"

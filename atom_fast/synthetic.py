@@ -1,0 +1,342 @@
+"""The distilled data set: one file that explains itself, and its export to what other programs read."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from atom_fast._files import write_atomically
+from atom_fast.data.whitening import Preprocessing
+
+FORMAT = "atom_fast.synthetic_set"
+FORMAT_VERSION = 1
+EXPORT_FORMATS = ("folder", "pt")
+
+# Mean and standard deviation by which the public DC, DM and DataDAM programs normalise their test images. CIFAR-10's
+# are not those of its pixels (0.247, 0.243, 0.262): a set normalised by its pixels would have another contrast there.
+PUBLIC_NORMALIZATION = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "tiny": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+class SyntheticSet(torch.utils.data.Dataset):
+    """Distilled images with their labels, class names, preprocessing and origin.
+
+    As a ``torch.utils.data.Dataset`` it yields ``(image, label)``: float32 ``[C, H, W]`` in model space and an int.
+
+    Attributes:
+        images: float32 ``[N, C, H, W]`` in model space, that is normalised, and whitened where the preprocessing is.
+        labels: int64 ``[N]``, each in ``[0, len(class_names))``.
+        class_names: one name per class.
+        preprocessing: :class:`~atom_fast.data.whitening.Preprocessing` between pixels and model space.
+        metadata: what made the set; anything JSON can hold. ``distill`` writes ``config``, ``config_hash``, ``seed``,
+            ``dataset``, ``dataset_fingerprint`` and ``versions``.
+    """
+
+    def __init__(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        class_names: Sequence[str],
+        preprocessing: Preprocessing,
+        metadata: dict | None = None,
+    ):
+        """Check and keep the parts; nothing is copied.
+
+        Raises:
+            ValueError: a wrong shape or dtype, a value that is not finite, a label without a class name.
+        """
+        class_names = tuple(class_names)
+        _check_parts(images, labels, class_names)
+        self.images = images.detach()
+        self.labels = labels
+        self.class_names = class_names
+        self.preprocessing = preprocessing
+        self.metadata = dict(metadata or {})
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.images[index], int(self.labels[index])
+
+    @property
+    def class_sizes(self) -> tuple[int, ...]:
+        """Number of images in each class."""
+        return tuple(torch.bincount(self.labels, minlength=len(self.class_names)).tolist())
+
+    @property
+    def ipc(self) -> int | None:
+        """Images per class, or None where the classes differ in size."""
+        sizes = set(self.class_sizes)
+        return sizes.pop() if len(sizes) == 1 else None
+
+    def pixels(self) -> torch.Tensor:
+        """The images as they are looked at: float32 ``[N, C, H, W]`` in [0, 1], clamped."""
+        return self.preprocessing.to_pixels(self.images)
+
+    def to(self, device: torch.device | str) -> SyntheticSet:
+        """The same set with its tensors on ``device``."""
+        return SyntheticSet(
+            self.images.to(device),
+            self.labels.to(device),
+            self.class_names,
+            self.preprocessing.to(device),
+            self.metadata,
+        )
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write the set to one ``.safetensors`` file, completely or not at all.
+
+        The tensors are ``images``, ``labels`` and ``preprocessing.*``; the header holds the class names and the
+        metadata as JSON, and a SHA-256 of everything, so that damage is noticed when the file is read.
+
+        Returns:
+            The path written.
+
+        Raises:
+            OSError: the file could not be written (a full disk); an earlier file at the path is unchanged.
+            ValueError: the metadata cannot be written as JSON.
+        """
+        from safetensors.torch import save
+
+        tensors = {"images": self.images, "labels": self.labels}
+        tensors |= {f"preprocessing.{name}": tensor for name, tensor in self.preprocessing.tensors().items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        description = {"format_version": FORMAT_VERSION, "class_names": self.class_names, "metadata": self.metadata}
+        description = json.loads(_to_json(description))  # keys that are numbers become text before they are sorted
+        description["sha256"] = _digest(tensors, description)
+        # One entry: safetensors writes several in an order that changes from run to run.
+        return write_atomically(path, save(tensors, metadata={FORMAT: _to_json(description)}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> SyntheticSet:
+        """Read a set that :meth:`save` wrote, on the CPU. Nothing in the file is executed.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no synthetic set, was written by a newer version, or is damaged.
+        """
+        description, tensors = _read_file(Path(path))
+        try:
+            parts = {
+                name.removeprefix("preprocessing."): tensor
+                for name, tensor in tensors.items()
+                if name.startswith("preprocessing.")
+            }
+            if not all(tensor.isfinite().all() for tensor in parts.values()):
+                raise ValueError("its preprocessing must be finite; got NaN or infinity")
+            preprocessing = Preprocessing.from_tensors(parts)
+            synthetic = cls(
+                tensors["images"], tensors["labels"], description["class_names"], preprocessing, description["metadata"]
+            )
+            preprocessing.to_pixels(synthetic.images[:1])
+        except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{path} does not hold a usable synthetic set: {error}") from error
+        return synthetic
+
+    def export(self, path: str | os.PathLike, format: str = "folder") -> Path:
+        """Write the set in a format that other programs read.
+
+        Args:
+            path: the folder or file to write. A folder must not exist or be empty; a file is replaced.
+            format: ``"folder"`` writes ``train/<class>/0000.png`` as torchvision's ``ImageFolder`` reads it, in 8-bit
+                pixels (values outside [0, 1] are clamped), and ``metadata.json``. Folder names are the class names
+                where these are safe as file names and sort in the order of the labels; otherwise each gets the label
+                in front, so that ``ImageFolder`` always numbers the classes as this set does.
+                ``"pt"`` writes what the public DC, DM and DataDAM programs save, ``{"data": [[images, labels]],
+                "accs_all_exps": {}}``, float32 on the CPU. Images are normalised as those programs normalise the data
+                set (CIFAR-10, CIFAR-100 and Tiny ImageNet by the constants in their code, others by this set's own mean
+                and standard deviation); a whitened set is saved in its whitened space.
+
+        Returns:
+            The path written.
+
+        Raises:
+            ValueError: an unknown format, or images that are neither grey nor RGB for ``"folder"``.
+            FileExistsError: the folder exists and is not empty.
+            OSError: the files could not be written.
+        """
+        path = Path(path)
+        if format == "folder":
+            return _export_folder(self, path)
+        if format == "pt":
+            return _export_public(self, path)
+        raise ValueError(f"export format must be one of {', '.join(EXPORT_FORMATS)}; got {format!r}")
+
+
+def load_public(path: str | os.PathLike) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Read a ``.pt`` that the public DC, DSA, DM or DataDAM program saved, on the CPU. Nothing in it is executed.
+
+    Returns:
+        ``(images, labels)`` of every experiment in the file: float32 ``[N, C, H, W]`` in the model space of the program
+        that wrote it, and int64 ``[N]``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        with torch.serialization.safe_globals(_numpy_scalar_globals()):
+            content = dict(torch.load(path, map_location="cpu", weights_only=True))
+        pairs = [(images.detach().float(), labels.detach()) for images, labels in content["data"]]
+        for images, labels in pairs:
+            _check_parts(images, labels)
+    except Exception as error:  # a foreign file can fail in as many ways as unpickling knows
+        accepted = "{'data': [[images, labels], ...], 'accs_all_exps': ...}"
+        raise ValueError(f"{path} is not a synthetic set of the form {accepted}: {error}") from error
+    return pairs
+
+
+def _numpy_scalar_globals() -> list:
+    # The public programs save accuracies as numpy.float64; old files name its constructor by numpy's old module path.
+    import numpy
+
+    scalar = numpy.float64(0.0).__reduce__()[0]
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+    return [*((scalar, name) for name in names), numpy.dtype, type(numpy.dtype(numpy.float64))]
+
+
+def _check_parts(images: torch.Tensor, labels: torch.Tensor, class_names: tuple[str, ...] | None = None) -> None:
+    if images.ndim != 4 or images.dtype != torch.float32 or 0 in images.shape:
+        raise ValueError(f"images must be float32 [N, C, H, W] and not empty; got {images.dtype} {list(images.shape)}")
+    if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
+        expected = f"int64 [{len(images)}], one per image"
+        raise ValueError(f"labels must be {expected}; got {labels.dtype} {list(labels.shape)}")
+    if not images.isfinite().all():
+        raise ValueError("images must be finite; got NaN or infinity")
+    smallest, largest = labels.min().item(), labels.max().item()
+    if smallest < 0:
+        raise ValueError(f"labels must be at least 0; got {smallest}")
+    if class_names is None:
+        return
+    if not all(isinstance(name, str) for name in class_names):
+        raise ValueError(f"class_names must be strings; got {class_names!r}")
+    if largest >= len(class_names):
+        raise ValueError(f"labels must be below {len(class_names)}, the number of class names; got {largest}")
+
+
+def _to_json(description: dict) -> str:
+    try:
+        return json.dumps(description, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the metadata of a synthetic set must be writable as JSON: {error}") from error
+
+
+def _digest(tensors: dict[str, torch.Tensor], description: dict) -> str:
+    digest = hashlib.sha256(_to_json({key: value for key, value in description.items() if key != "sha256"}).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _read_file(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The description and the tensors of a file that is intact and of this version."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header = file.metadata() or {}
+            # cloned: the tensors would otherwise stay mapped to a file that may change under them
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    if FORMAT not in header:
+        raise ValueError(f"{path} is no synthetic set: its header has no {FORMAT!r}, but {sorted(header)}")
+    try:
+        description = dict(json.loads(header[FORMAT]))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: its header is no JSON object: {error}") from error
+    if description.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {description.get('format_version')!r}, this atom_fast reads {FORMAT_VERSION}; "
+            "install the version that wrote it"
+        )
+    if _digest(tensors, description) != description.get("sha256"):
+        raise ValueError(f"{path} is damaged: its content does not match its checksum; use another copy of it")
+    return description, tensors
+
+
+def folder_names(class_names: Sequence[str]) -> list[str]:
+    """Names safe in every file system, distinct, and sorted in the order of ``class_names``.
+
+    Letters, digits, ``.``, ``-`` and ``_`` stay, all else becomes ``_``; where the result would not be distinct and in
+    order, or could be hidden, reserved or too long, every name gets its position in front.
+    """
+    safe = [re.sub(r"[^\w.-]", "_", name)[:60] for name in class_names]
+    folded = [name.casefold() for name in safe]
+    ordered = safe == sorted(safe) and len(set(folded)) == len(safe)
+    reserved = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
+    plain = all(name.strip("._- ") == name and name and name.split(".")[0] not in reserved for name in folded)
+    if ordered and plain:
+        return safe
+    width = len(str(len(safe) - 1))
+    return [f"{index:0{width}d}_{name.rstrip('.')}" for index, name in enumerate(safe)]
+
+
+def _export_folder(synthetic: SyntheticSet, path: Path) -> Path:
+    from PIL import Image
+
+    channels = synthetic.images.shape[1]
+    if channels not in (1, 3):
+        raise ValueError(f"PNG files need images with 1 or 3 channels; got {channels}")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not an empty folder; give a new one")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    content = temporary / "content"  # made by mkdir, with everyone's permissions; mkdtemp's own folder is private
+    try:
+        pixels = (synthetic.pixels() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        labels = synthetic.labels.cpu()
+        for label, name in enumerate(folder_names(synthetic.class_names)):
+            folder = content / "train" / name
+            folder.mkdir(parents=True)
+            for number, index in enumerate((labels == label).nonzero().flatten().tolist()):
+                image = Image.fromarray(pixels[index].squeeze(-1) if channels == 1 else pixels[index])
+                image.save(folder / f"{number:04d}.png")
+        description = {"class_names": synthetic.class_names, "metadata": synthetic.metadata}
+        (content / "metadata.json").write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", "utf-8")
+        if path.exists():
+            path.rmdir()
+        os.replace(content, path)
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+def _public_model_space(synthetic: SyntheticSet) -> torch.Tensor:
+    preprocessing = synthetic.preprocessing
+    constants = PUBLIC_NORMALIZATION.get(synthetic.metadata.get("dataset"))
+    if preprocessing.kind != "standard" or constants is None:
+        return synthetic.images
+    mean, std = (synthetic.images.new_tensor(values)[:, None, None] for values in constants)
+    # Not by way of to_pixels: that clamps, and distilled images reach outside [0, 1].
+    pixels = synthetic.images * preprocessing.std[:, None, None] + preprocessing.mean[:, None, None]
+    return (pixels - mean) / std
+
+
+def _export_public(synthetic: SyntheticSet, path: Path) -> Path:
+    images = _public_model_space(synthetic).float().cpu().contiguous()
+    buffer = io.BytesIO()
+    torch.save({"data": [[images, synthetic.labels.cpu()]], "accs_all_exps": {}}, buffer)
+    return write_atomically(path, buffer.getvalue())

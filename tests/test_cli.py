@@ -1,0 +1,309 @@
+"""The command line: its help, its precedence of settings, its errors, and one small run from end to end."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import click
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+
+import atom_fast.distill
+from atom_fast import demo
+from atom_fast.cli import main
+from atom_fast.comparison import architecture_of, compare, evaluate_random
+from atom_fast.data.sources import load_data
+from atom_fast.distill import PRESETS, DistillConfig, preset, read_config
+from atom_fast.synthetic import SyntheticSet
+
+TINY = ["--width", "8", "--depth", "2", "--iterations", "4", "--real-batch", "8", "--log-every", "2"]
+
+
+def run(*arguments, code=0):
+    """Standard output and standard error of a command that must exit with ``code``, and never by a traceback."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    assert "Traceback" not in result.output
+    return result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run's folder."""
+    output = tmp_path_factory.mktemp("runs") / "digits"
+    run("distill", "--output", output, "--ipc", 2, "--device", "cpu", "--quiet", *TINY)
+    return output
+
+
+def help_of(command):
+    """The help of every option of a command, as one line by its first name."""
+    entries = {}
+    for line in run(command, "--help")[0].split("Options:")[1].splitlines():
+        if line.startswith(("  -h", "  --")):
+            name = line.split()[0]
+            entries[name] = line
+        elif line:
+            entries[name] += " " + line
+    return {name: " ".join(entry.split()).replace("- ", "-") for name, entry in entries.items()}
+
+
+@pytest.mark.parametrize("command", main.commands)
+def test_help_gives_every_option_with_its_default(command):
+    entries = help_of(command)
+    options = [parameter for parameter in main.commands[command].params if isinstance(parameter, click.Option)]
+    assert set(entries) == {option.opts[0] for option in options} | {"-h,"}
+    for option in options:
+        assert "[default: " in entries[option.opts[0]], option.name
+
+
+def test_help_gives_every_setting_with_default_and_unit():
+    entries = help_of("distill")
+    for field in dataclasses.fields(DistillConfig):
+        default, unit = field.default, field.metadata["unit"]
+        shown = "none" if default is None else f"{str(default).lower()} {unit}".rstrip()
+        assert entries[f"--{field.name.replace('_', '-')}"].endswith(f"[default: {shown}]"), field.name
+
+
+def test_module_and_version():
+    command = [sys.executable, "-m", "atom_fast", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert result.stdout == f"atom-fast, version {atom_fast.__version__}\n"
+
+
+@pytest.fixture
+def configured(monkeypatch):
+    """Runs nothing; returns the configuration that ``distill`` was called with."""
+
+    class Stop(Exception):
+        pass
+
+    def configuration(*arguments):
+        caught = {}
+
+        def record(config, data, output, **options):
+            caught.update(config=config, output=output, **options)
+            raise Stop
+
+        monkeypatch.setattr(atom_fast.distill, "distill", record)
+        result = CliRunner().invoke(main, ["distill", "--quiet", *map(str, arguments)])
+        assert isinstance(result.exception, Stop), result.output
+        return caught
+
+    return configuration
+
+
+def test_precedence_is_preset_then_file_then_options(tmp_path, configured):
+    file = tmp_path / "settings.yaml"
+    file.write_text("preset: datadam-code\niterations: 7\nspatial_power: 2\nipc: 3\n")
+    assert configured()["config"] == DistillConfig()
+    assert configured("--preset", "dm")["config"] == preset("dm")
+    expected = preset("datadam-code", iterations=7, spatial_power=2.0, ipc=3)
+    assert configured("--config", file)["config"] == expected
+    expected = preset("datadam-code", iterations=9, spatial_power=None, mmd_weight=1.0, ipc=3)
+    options = ["--iterations", 9, "--spatial-power", "none", "--mmd-weight", 1]
+    assert configured("--config", file, *options)["config"] == expected
+    expected = preset("channel", iterations=7, spatial_power=2.0, ipc=3)
+    assert configured("--config", file, "--preset", "channel")["config"] == expected
+
+
+def test_a_default_given_explicitly_counts(tmp_path, configured):
+    file = tmp_path / "settings.yaml"
+    file.write_text("ipc: 3\ncuda_graph: false\n")
+    assert configured("--config", file, "--ipc", 1, "--cuda-graph")["config"] == DistillConfig()
+
+
+def test_every_setting_can_be_given(configured):
+    for field in dataclasses.fields(DistillConfig):
+        flag = f"--{field.name.replace('_', '-')}"
+        if isinstance(field.default, bool):
+            assert getattr(configured(f"--no-{flag[2:]}")["config"], field.name) is not field.default
+            continue
+        value = field.metadata["choices"][-1] if field.metadata["choices"] else field.default
+        given = "none" if value is None else value
+        assert getattr(configured(flag, given)["config"], field.name) == value
+
+
+def test_default_output_names_data_size_and_preset(configured):
+    assert str(configured("--ipc", 10, "--preset", "dm")["output"]) == os.path.join("runs", "digits-ipc10-dm")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (["distill", "--iteration", 5], ["No such option", "--iterations"]),
+        (["distill", "--preset", "papre"], ["'papre' is not one of", *PRESETS, "Did you mean 'paper'?"]),
+        (["distill", "--dataset", "cifar"], ["'cifar' is not one of", "Did you mean 'cifar10"]),
+        (["distill", "--ipc", "many"], ["--ipc", "'many' is not a valid integer"]),
+        (["distill", "--ipc", 0], ["ipc must be a whole number of at least 1; got 0"]),
+        (["distill", "--spatial-power", 17], ["spatial_power", "17"]),
+        (["distill", "--config", "missing.yaml"], ["no configuration file missing.yaml"]),
+        (["distill", "--set", "missing.safetensors"], ["no file missing.safetensors"]),
+        (["distill", "--dataset", "folder", "--data-dir", "missing"], ["missing"]),
+        (["distill", "--device", "gpu"], ["gpu"]),
+        (["distil"], ["No such command 'distil'"]),
+        (["evaluate", "missing.safetensors"], ["no file missing.safetensors"]),
+        (["show", "missing.safetensors"], ["no file missing.safetensors"]),
+        (["info"], ["Missing argument 'FILE'"]),
+    ],
+)
+def test_errors_are_one_clear_line(tmp_path, monkeypatch, arguments, messages):
+    monkeypatch.chdir(tmp_path)
+    stdout, stderr = run(*arguments, code=2)
+    assert stdout == ""
+    errors = [line for line in stderr.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1 and all(message in errors[0] for message in messages), stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_settings_in_a_file_are_suggested(tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("iteration: 5\n")
+    _, stderr = run("distill", "--config", file, code=2)
+    assert "Error: unknown setting 'iteration'; did you mean 'iterations'?" in stderr
+
+
+def test_debugging_shows_the_traceback(monkeypatch, tmp_path):
+    monkeypatch.setenv("ATOM_FAST_DEBUG", "1")
+    result = CliRunner().invoke(main, ["info", str(tmp_path / "missing")])
+    assert isinstance(result.exception, FileNotFoundError)
+
+
+def test_a_long_failure_is_cut_to_its_first_line(monkeypatch, finished):
+    def fail(path):
+        raise RuntimeError("first line\n  second line\n")
+
+    monkeypatch.setattr(SyntheticSet, "load", fail)
+    _, stderr = run("info", finished / "synthetic.safetensors", code=2)
+    assert stderr == "Error: first line (ATOM_FAST_DEBUG=1 shows all of it)\n"
+
+
+def test_distil_writes_what_it_says(finished):
+    synthetic = SyntheticSet.load(finished / "synthetic.safetensors")
+    assert synthetic.ipc == 2 and synthetic.class_names == tuple("0123456789")
+    assert synthetic.metadata["dataset"] == "digits"
+    assert read_config(finished / "config.yaml").iterations == 4
+    assert {"synthetic.png", "loss.png", "log.jsonl"} <= {path.name for path in finished.iterdir()}
+
+
+def test_a_finished_run_is_not_overwritten(finished):
+    before = (finished / "synthetic.safetensors").read_bytes()
+    _, stderr = run("distill", "--output", finished, "--ipc", 2, "--device", "cpu", "--quiet", *TINY, code=2)
+    assert "Error: " in stderr and str(finished) in stderr and "--resume" in stderr
+    _, stderr = run("distill", "--output", finished, "--ipc", 1, "--resume", "--device", "cpu", *TINY, code=2)
+    assert "ipc was 2, is 1" in stderr
+    assert (finished / "synthetic.safetensors").read_bytes() == before
+
+
+def test_a_run_starts_from_a_given_set(finished, tmp_path):
+    settings = ["--ipc", 2, "--device", "cpu", "--quiet", *TINY, "--image-lr", 0]
+    file = finished / "synthetic.safetensors"
+    run("distill", "--output", tmp_path / "run", "--set", file, *settings)
+    given, kept = SyntheticSet.load(file), SyntheticSet.load(tmp_path / "run" / "synthetic.safetensors")
+    assert torch.equal(given.images, kept.images)
+
+
+def test_evaluate_prints_one_line_and_writes_json(finished, tmp_path):
+    json_path = tmp_path / "result.json"
+    options = ["--networks", 2, "--device", "cpu", "--quiet", "--json", json_path]
+    stdout, stderr = run("evaluate", finished / "synthetic.safetensors", *options)
+    result = json.loads(json_path.read_text())
+    accuracy = f"{result['accuracy_mean']:.1f} ± {result['accuracy_std']:.1f}"
+    random = f"{result['random_mean']:.1f} ± {result['random_std']:.1f}"
+    assert stdout == f"digits ipc=2 atom {accuracy} random {random}\n"
+    assert stderr == ""  # the same data: no note
+    assert result["same_data"] and result["evaluation"]["protocol"]["name"] == "digits"
+    assert result["evaluation"]["architecture"] | {"width": 8, "depth": 2} == result["evaluation"]["architecture"]
+    assert len(result["random_evaluation"]["accuracies"]) == 2
+
+
+def test_evaluate_without_random(finished):
+    file = finished / "synthetic.safetensors"
+    stdout, _ = run("evaluate", file, "--networks", 1, "--no-random", "--protocol", "dc", "--device", "cpu", "--quiet")
+    assert stdout.startswith("digits ipc=2 atom ") and "random" not in stdout
+
+
+def test_show_export_info(finished, tmp_path):
+    datasets = pytest.importorskip("torchvision.datasets")
+    file = finished / "synthetic.safetensors"
+    stdout, _ = run("show", file, "--output", tmp_path / "grid.png")
+    assert stdout == f"{tmp_path / 'grid.png'}\n" and (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+    run("export", file, tmp_path / "images")
+    assert len(datasets.ImageFolder(tmp_path / "images" / "train")) == 20
+    run("export", file, tmp_path / "set.pt", "--format", "pt")
+    assert torch.load(tmp_path / "set.pt", weights_only=True)["data"][0][0].shape == (20, 1, 8, 8)
+    stdout, _ = run("info", file)
+    assert stdout.startswith("digits, 2 per class, atom, 4 iterations\n")
+    assert "preprocessing: standard" in stdout and "  real_batch: 8" in stdout and "config_hash: " in stdout
+    facts = json.loads(run("info", file, "--json")[0])
+    assert facts["images"] == [20, 1, 8, 8] and facts["config"]["width"] == 8 and facts["class_sizes"] == [2] * 10
+    _, stderr = run("export", file, tmp_path / "images", code=2)
+    assert "exists and is not an empty folder" in stderr
+
+
+def test_evaluation_on_other_classes_is_refused(finished):
+    synthetic = SyntheticSet.load(finished / "synthetic.safetensors")
+    synthetic.class_names = tuple("abcdefghij")
+    with pytest.raises(ValueError, match=r"the 10 classes a, b, c, \.\.\.; digits has the 10 classes 0, 1, 2, \.\.\."):
+        compare(synthetic, load_data("digits"), networks=1)
+
+
+def test_random_draws_a_selection_for_every_network(finished):
+    synthetic, data = SyntheticSet.load(finished / "synthetic.safetensors"), load_data("digits")
+    settings = {
+        "protocol": dataclasses.replace(atom_fast.evaluate.PROTOCOLS["dc"], epochs=3),
+        "architecture": architecture_of(synthetic),
+        "progress": False,
+    }
+    two = evaluate_random(data, 1, synthetic.preprocessing, networks=2, seed=5, **settings)
+    again = evaluate_random(data, 1, synthetic.preprocessing, networks=2, seed=5, **settings)
+    assert two.accuracies == again.accuracies and two.accuracies[0] != two.accuracies[1]
+    one = evaluate_random(data, 1, synthetic.preprocessing, networks=1, seed=5, **settings)
+    assert one.accuracies == two.accuracies[:1]
+
+
+def test_demo_keeps_what_it_finished_and_nothing_that_is_not_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "NETWORKS", 1)
+    overrides = {"iterations": 2, "real_batch": 8, "width": 8, "depth": 1}
+    options = {"device": "cpu", "progress": False, "ipcs": (1,), "overrides": overrides}
+    output = tmp_path / "demo"
+    first = demo.run_demo(output, **options)
+    line = capsys.readouterr().out
+    assert line.startswith("digits ipc=1 atom ") and " random " in line and line.count("\n") == 1
+    assert json.loads((output / "summary.json").read_text()) == first
+    assert set(first[0]) == {
+        *("dataset", "ipc", "method", "accuracy_mean", "accuracy_std", "random_mean", "random_std"),
+        *("seconds", "device", "config_hash"),
+    }
+    cell = output / "digits-ipc1"
+    assert {"synthetic.png", "loss.png", "synthetic.safetensors"} <= {path.name for path in cell.iterdir()}
+
+    (cell / "synthetic.png").unlink()
+    assert demo.run_demo(output, **options) == first
+    kept = capsys.readouterr()
+    assert kept.out == line and "kept from an earlier demo" in kept.err and not (cell / "synthetic.png").exists()
+
+    (cell / "result.json").unlink()  # as if it had been stopped before the evaluation was over
+    resumed = demo.run_demo(output, **options)
+    assert resumed[0]["accuracy_mean"] == first[0]["accuracy_mean"] and (cell / "synthetic.png").exists()
+
+    changed = demo.run_demo(output, **{**options, "overrides": {**overrides, "iterations": 3}})
+    assert "made anew" in capsys.readouterr().err and changed[0]["config_hash"] != first[0]["config_hash"]
+
+    (output / "demo.json").unlink()
+    with pytest.raises(FileExistsError, match="digits-ipc1 was not made by the demo"):
+        demo.run_demo(output, **options)
+    assert (cell / "synthetic.safetensors").exists()
+
+
+def test_settings_written_beside_the_result_repeat_it(finished, tmp_path):
+    output = tmp_path / "again"
+    run("distill", "--output", output, "--config", finished / "config.yaml", "--device", "cpu", "--quiet")
+    first, second = (SyntheticSet.load(folder / "synthetic.safetensors") for folder in (finished, output))
+    assert torch.equal(first.images, second.images)
+    assert first.metadata["config_hash"] == second.metadata["config_hash"]
+    assert yaml.safe_load((output / "config.yaml").read_text())["width"] == 8

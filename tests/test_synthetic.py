@@ -1,0 +1,366 @@
+"""The synthetic set's file: what is read is what was written, damage is noticed, exports open elsewhere."""
+
+import builtins
+import errno
+import json
+import os
+import pickle
+
+import numpy
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from atom_fast.data.whitening import fit_preprocessing
+from atom_fast.synthetic import PUBLIC_NORMALIZATION, SyntheticSet, folder_names, load_public
+
+METADATA = {"dataset": "shapes", "seed": 3, "config": {"ipc": 2, "mmd_weight": 0.01}, "note": "café ✓"}
+
+
+def make_set(kind="standard", channels=3, classes=("cat", "dog", "emu"), ipc=2, dataset="shapes"):
+    generator = torch.Generator().manual_seed(0)
+    train = torch.randint(0, 256, (40, channels, 6, 5), generator=generator, dtype=torch.uint8)
+    preprocessing = fit_preprocessing(train, kind, progress=False)
+    images = preprocessing.to_model(train[: ipc * len(classes)]) + 0.25
+    labels = torch.arange(len(classes)).repeat_interleave(ipc)
+    return SyntheticSet(images, labels, classes, preprocessing, {**METADATA, "dataset": dataset})
+
+
+@pytest.fixture
+def saved(tmp_path):
+    synthetic = make_set()
+    return synthetic, synthetic.save(tmp_path / "set.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["standard", "zca", "zca_standardized"])
+def test_round_trip_is_bit_exact(tmp_path, kind):
+    if kind != "standard":
+        pytest.importorskip("kornia", reason="ZCA is fitted by kornia")
+    synthetic = make_set(kind)
+    read = SyntheticSet.load(synthetic.save(tmp_path / "new" / "set.safetensors"))
+    assert torch.equal(read.images.view(torch.int32), synthetic.images.view(torch.int32))
+    assert torch.equal(read.labels, synthetic.labels)
+    assert read.class_names == synthetic.class_names
+    assert read.metadata == synthetic.metadata
+    assert read.preprocessing.kind == kind
+    for name, tensor in synthetic.preprocessing.tensors().items():
+        assert torch.equal(read.preprocessing.tensors()[name], tensor)
+    assert torch.equal(read.pixels(), synthetic.pixels())
+
+
+def test_same_set_gives_the_same_file(tmp_path):
+    first, second = make_set().save(tmp_path / "a"), make_set().save(tmp_path / "b")
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_is_a_dataset():
+    synthetic = make_set()
+    image, label = synthetic[3]
+    assert torch.equal(image, synthetic.images[3]) and label == 1 and type(label) is int
+    assert len(synthetic) == len(list(synthetic)) == 6
+    batches = list(torch.utils.data.DataLoader(synthetic, batch_size=4))
+    assert [tuple(images.shape) for images, _ in batches] == [(4, 3, 6, 5), (2, 3, 6, 5)]
+    assert torch.cat([labels for _, labels in batches]).equal(synthetic.labels)
+    with pytest.raises(IndexError):
+        synthetic[6]
+
+
+def test_class_sizes():
+    synthetic = make_set()
+    assert synthetic.class_sizes == (2, 2, 2) and synthetic.ipc == 2
+    uneven = SyntheticSet(synthetic.images, torch.tensor([0, 0, 0, 2, 2, 2]), "abc", synthetic.preprocessing)
+    assert uneven.class_sizes == (3, 0, 3) and uneven.ipc is None
+
+
+def test_any_flipped_byte_is_noticed_or_harmless(tmp_path):
+    synthetic = make_set(ipc=1)
+    content = synthetic.save(tmp_path / "set.safetensors").read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    positions = [*range(header), *range(header, len(content), 7)]  # every byte of the header, a seventh of the rest
+    damaged = tmp_path / "damaged.safetensors"
+    for position in positions:
+        for mask in (0x01, 0x20, 0xFF):
+            changed = bytearray(content)
+            changed[position] ^= mask
+            damaged.write_bytes(changed)
+            try:
+                read = SyntheticSet.load(damaged)
+            except ValueError as error:
+                assert str(damaged) in str(error)
+                continue
+            assert read.metadata == synthetic.metadata and read.class_names == synthetic.class_names, position
+            assert torch.equal(read.images, synthetic.images) and torch.equal(read.labels, synthetic.labels), position
+
+
+def test_any_truncation_is_noticed(saved, tmp_path):
+    content = saved[1].read_bytes()
+    damaged = tmp_path / "damaged.safetensors"
+    for length in (0, 1, 7, 8, 100, len(content) // 2, len(content) - 1):
+        damaged.write_bytes(content[:length])
+        with pytest.raises(ValueError, match="damaged.safetensors"):
+            SyntheticSet.load(damaged)
+
+
+def rewrite(path, tensors=None, **changes):
+    """The file with some tensors and entries of its description replaced, its checksum made right again."""
+    from safetensors.torch import save_file
+
+    from atom_fast.synthetic import FORMAT, _digest, _read_file
+
+    description, content = _read_file(path)
+    content = {name: tensor for name, tensor in {**content, **(tensors or {})}.items() if tensor is not None}
+    description |= changes
+    description["sha256"] = _digest(content, description)
+    save_file(content, path, metadata={FORMAT: json.dumps(description)})
+
+
+@pytest.mark.parametrize("version", [2, 0, "1", None])
+def test_another_version_is_refused(saved, version):
+    rewrite(saved[1], format_version=version)
+    with pytest.raises(ValueError, match=f"format version {version!r}, this atom_fast reads 1"):
+        SyntheticSet.load(saved[1])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"images": torch.zeros(6, 3, 30)}, r"images must be float32 \[N, C, H, W\]"),
+        ({"images": torch.zeros(6, 3, 6, 5).double()}, "images must be float32"),
+        ({"images": torch.full((6, 3, 6, 5), float("nan"))}, "finite"),
+        ({"images": torch.zeros(6, 1, 6, 5)}, "images must be"),
+        ({"images": None}, "images"),
+        ({"labels": torch.zeros(5, dtype=torch.int64)}, r"int64 \[6\], one per image"),
+        ({"labels": torch.zeros(6, dtype=torch.int32)}, "int64"),
+        ({"labels": torch.full((6,), 3)}, "below 3"),
+        ({"labels": torch.full((6,), -1)}, "at least 0"),
+        ({"preprocessing.std": None}, "mean"),
+        ({"preprocessing.mean": torch.zeros(7)}, "preprocessing|size|images"),
+        ({"preprocessing.std": torch.full((3,), float("inf"))}, "finite"),
+    ],
+)
+def test_wrong_content_is_refused(saved, tensors, message):
+    rewrite(saved[1], tensors)
+    with pytest.raises(ValueError, match=message):
+        SyntheticSet.load(saved[1])
+
+
+def test_what_is_no_synthetic_set_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    other = tmp_path / "other.safetensors"
+    save_file({"images": torch.zeros(1)}, other)
+    with pytest.raises(ValueError, match="no synthetic set"):
+        SyntheticSet.load(other)
+    other.write_bytes(pickle.dumps({"images": 1}))
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        SyntheticSet.load(other)
+    with pytest.raises(FileNotFoundError, match="missing.safetensors"):
+        SyntheticSet.load(tmp_path / "missing.safetensors")
+
+
+def test_numbers_as_keys_become_text(tmp_path):
+    synthetic = make_set()
+    synthetic.metadata = {"curve": {2: 0.5, 10: 0.25}}
+    assert SyntheticSet.load(synthetic.save(tmp_path / "set")).metadata == {"curve": {"2": 0.5, "10": 0.25}}
+
+
+def test_metadata_must_be_json(tmp_path):
+    synthetic = make_set()
+    for value in (float("nan"), {1, 2}):
+        synthetic.metadata["bad"] = value
+        with pytest.raises(ValueError, match="metadata .* JSON"):
+            synthetic.save(tmp_path / "set.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace", "write"])
+def test_a_full_disk_leaves_the_earlier_file(saved, monkeypatch, failing):
+    synthetic, path = saved
+    before = path.read_bytes()
+
+    def full(*arguments, **keywords):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    real_open = builtins.open
+
+    def open_full(name, mode="r", *arguments, **keywords):
+        file = real_open(name, mode, *arguments, **keywords)
+        return _FullFile(file) if "w" in mode else file
+
+    class _FullFile:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        write = full
+
+    if failing == "write":
+        monkeypatch.setattr(builtins, "open", open_full)
+    else:
+        monkeypatch.setattr(os, failing, full)
+    synthetic.metadata["seed"] = 4
+    message = "cannot write .*set.safetensors: No space left.*earlier file is unchanged"
+    with pytest.raises(OSError, match=message) as caught:
+        synthetic.save(path)
+    monkeypatch.undo()
+    assert caught.value.errno == errno.ENOSPC
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_saves_to_what_a_link_names_and_to_no_folder_or_device(tmp_path):
+    synthetic = make_set()
+    (tmp_path / "link").symlink_to(tmp_path / "set.safetensors")
+    synthetic.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and len(SyntheticSet.load(tmp_path / "set.safetensors")) == len(synthetic)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(OSError, match="cannot write .*: it is no file"):
+            synthetic.save(path)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_folder_export_is_read_by_torchvision(tmp_path):
+    datasets = pytest.importorskip("torchvision.datasets")
+    synthetic = make_set()
+    synthetic.export(tmp_path / "images")
+    read = datasets.ImageFolder(tmp_path / "images" / "train")
+    assert read.classes == list(synthetic.class_names)
+    assert [label for _, label in read.samples] == synthetic.labels.tolist()
+    expected = (synthetic.pixels() * 255).round().to(torch.uint8)
+    for index, (image, _) in enumerate(read):
+        assert torch.equal(torch.from_numpy(numpy.array(image)).permute(2, 0, 1), expected[index])
+    described = json.loads((tmp_path / "images" / "metadata.json").read_text("utf-8"))
+    assert described == {"class_names": list(synthetic.class_names), "metadata": synthetic.metadata}
+
+
+def test_folder_export_of_grey_images(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    synthetic = make_set(channels=1)
+    synthetic.export(tmp_path / "grey", format="folder")
+    with image.open(tmp_path / "grey" / "train" / "dog" / "0001.png") as picture:
+        assert picture.mode == "L" and picture.size == (5, 6)
+
+
+def test_folder_export_refuses_what_is_there(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("kept")
+    with pytest.raises(FileExistsError, match="full exists and is not an empty folder"):
+        make_set().export(tmp_path / "full")
+    assert (tmp_path / "full" / "mine.txt").read_text() == "kept"
+    with pytest.raises(ValueError, match="1 or 3 channels; got 2"):
+        make_set(channels=2).export(tmp_path / "two")
+    with pytest.raises(ValueError, match="folder, pt; got 'zip'"):
+        make_set().export(tmp_path / "zip", format="zip")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+
+
+@given(st.lists(st.text(max_size=100), min_size=1, max_size=12))
+@example(["\U0001f130" * 100, "𝔘" * 100])
+def test_folder_names_are_safe_distinct_and_in_order(names):
+    folders = folder_names(names)
+    assert folders == sorted(folders)
+    assert len({folder.casefold() for folder in folders}) == len(names)
+    for folder in folders:
+        assert folder not in ("", ".", "..") and not set(folder) & set('/\\:*?"<>|\0') and not folder.startswith(".")
+        assert len(folder.encode()) <= 255
+
+
+@pytest.mark.parametrize(
+    ("names", "folders"),
+    [
+        (["cat", "dog"], ["cat", "dog"]),
+        (["dog", "cat"], ["0_dog", "1_cat"]),
+        (["a/../../b", "c d"], ["a_.._.._b", "c_d"]),
+        ([str(number) for number in range(11)], [f"{number:02d}_{number}" for number in range(11)]),
+        (["..", "x"], ["0_", "1_x"]),
+    ],
+)
+def test_folder_names_examples(names, folders):
+    assert folder_names(names) == folders
+
+
+def test_classes_keep_their_labels_in_a_folder_whatever_their_names(tmp_path):
+    datasets = pytest.importorskip("torchvision.datasets")
+    synthetic = make_set(classes=("zebra", "../ape", "zebra"), ipc=1)
+    synthetic.export(tmp_path / "images")
+    read = datasets.ImageFolder(tmp_path / "images" / "train")
+    assert [label for _, label in read.samples] == [0, 1, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
+
+
+def test_pt_export_is_what_the_public_programs_save(tmp_path):
+    synthetic = make_set()
+    path = synthetic.export(tmp_path / "res_ATOM.pt", format="pt")
+    content = torch.load(path, weights_only=True)
+    assert set(content) == {"data", "accs_all_exps"}
+    images, labels = content["data"][0]
+    assert torch.equal(images, synthetic.images) and images.dtype == torch.float32
+    assert torch.equal(labels, synthetic.labels)
+    [(images, labels)] = load_public(path)
+    assert torch.equal(images, synthetic.images) and torch.equal(labels, synthetic.labels)
+
+
+def test_pt_export_of_cifar_is_normalised_as_the_public_programs_do(tmp_path):
+    synthetic = make_set(dataset="cifar10")
+    [(images, _)] = load_public(synthetic.export(tmp_path / "cifar.pt", format="pt"))
+    mean, std = (torch.tensor(values)[:, None, None] for values in PUBLIC_NORMALIZATION["cifar10"])
+    torch.testing.assert_close((images * std + mean).clamp(0, 1), synthetic.pixels())
+
+
+def test_pt_export_of_a_whitened_set_stays_whitened(tmp_path):
+    pytest.importorskip("kornia", reason="ZCA is fitted by kornia")
+    synthetic = make_set("zca", dataset="cifar10")
+    [(images, _)] = load_public(synthetic.export(tmp_path / "cifar.pt", format="pt"))
+    assert torch.equal(images, synthetic.images)
+
+
+@pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
+def test_public_files_with_numpy_accuracies_are_read(tmp_path, module):
+    synthetic = make_set()
+    path = tmp_path / "res_DM.pt"
+    accuracies = {"ConvNet": [numpy.float64(0.48), numpy.float64(0.49)]}
+    torch.save({"data": [[synthetic.images, synthetic.labels]] * 2, "accs_all_exps": accuracies}, path)
+    rename_in_archive(path, b"numpy._core.multiarray", module.encode())
+    assert len(load_public(path)) == 2
+
+
+def rename_in_archive(path, old, new):
+    """Replace a module's name in the pickle inside a file of ``torch.save``."""
+    import zipfile
+
+    with zipfile.ZipFile(path) as archive:
+        members = {item.filename: archive.read(item) for item in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content.replace(old, new) if name.endswith("data.pkl") else content)
+
+
+def test_a_public_file_executes_nothing(tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    path = tmp_path / "bad.pt"
+    torch.save({"data": Malicious()}, path)
+    with pytest.raises(ValueError, match="bad.pt is not a synthetic set"):
+        load_public(path)
+    assert not (tmp_path / "executed").exists()
+    for content in ({"images": 1}, torch.zeros(3), {"data": [[torch.zeros(2, 3), torch.zeros(2)]]}):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match="bad.pt is not a synthetic set"):
+            load_public(path)
+    with pytest.raises(FileNotFoundError, match="missing.pt"):
+        load_public(tmp_path / "missing.pt")
+
+
+def test_moves_to_a_device(device):
+    moved = make_set().to(device)
+    assert moved.images.device.type == moved.labels.device.type == device.type
+    torch.testing.assert_close(moved.pixels().cpu(), make_set().pixels())
