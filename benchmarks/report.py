@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from atom_fast._files import write_atomically
+from atom_fast.report import comparison_table
 
 from . import paper, plots, scaling
 from .harness import ROOT, load_results
@@ -37,6 +39,10 @@ def refresh(results: Path, readme: Path, *, check: bool = False) -> list[str]:
         raise FileNotFoundError(f"no results folder at {results}")
     text = readme.read_text()
     stale = []
+    updated = replace_section(text, "measured", accuracy_markdown(sorted(results.glob("accuracy-*.json"))), readme)
+    if updated != text:
+        stale.append(f"{readme.name}: section measured does not show {results}")
+    text = updated
     for edition in EDITIONS:
         files = _files(results, "table3", edition)
         updated = replace_section(text, f"table3-{edition}", edition_markdown(edition, files), readme)
@@ -57,6 +63,25 @@ def _files(results: Path, kind: str, edition: str) -> list[Path]:
     """The results files of an edition; there may be several, see :func:`benchmarks.merging.merge`."""
     files = sorted(results.glob(f"{kind}-*.json"))
     return [path for path in files if load_results(path)["edition"] == edition]
+
+
+def accuracy_markdown(paths: Sequence[Path]) -> str:
+    """A table for each file of what ``atom-fast demo`` or ``evaluate`` wrote, under its data's name and settings.
+
+    Raises:
+        ValueError: a file is not JSON of that kind.
+    """
+    sections = []
+    for path in paths:
+        try:
+            record = json.loads(path.read_text())
+            results = [{**result, "dataset": record["data"]} for result in record["results"]]
+            devices = " and ".join(sorted({result["device"].upper() for result in results}))
+            section = f"{record['data']}: {record['note']}. Measured on a {devices}.\n\n{comparison_table(results)}"
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a file of accuracies ({error!r}); it is left as it is") from error
+        sections.append(section)
+    return "\n\n".join(sections) or f"Accuracy: {NOT_MEASURED}."
 
 
 def replace_section(text: str, name: str, section: str, readme: Path) -> str:

@@ -379,7 +379,8 @@ def test_gpu_edition_without_a_gpu(tmp_path, capsys):
 
 # Showing
 
-MARKS = "\n".join(f"<!-- table3-{name}:start -->\nold\n<!-- table3-{name}:end -->" for name in table3.EDITIONS)
+SECTIONS = ("measured", *(f"table3-{name}" for name in table3.EDITIONS))
+MARKS = "\n".join(f"<!-- {name}:start -->\nold\n<!-- {name}:end -->" for name in SECTIONS)
 
 
 @pytest.fixture
@@ -395,7 +396,7 @@ def measured(edition, tmp_path, monkeypatch):
 
 def test_readme_shows_what_was_measured(measured):
     readme = measured / "README.md"
-    assert len(report.refresh(measured / "results", readme, check=True)) == 3
+    assert len(report.refresh(measured / "results", readme, check=True)) == 1 + len(SECTIONS)
     assert "old" in readme.read_text()
     report.refresh(measured / "results", readme)
     text = readme.read_text()
@@ -430,7 +431,7 @@ def test_check_sees_a_figure_changed_by_hand(measured):
 def test_readme_without_marks_is_refused(measured):
     readme = measured / "README.md"
     readme.write_text("nothing")
-    with pytest.raises(ValueError, match="table3-gpu:start"):
+    with pytest.raises(ValueError, match="measured:start"):
         report.refresh(measured / "results", readme)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         report.refresh(measured / "nowhere", readme)
@@ -494,3 +495,16 @@ def test_gpu_script_ends_what_takes_too_long(tmp_path):
         "stopped after 2 s",
         "begun",
     )
+
+
+def test_accuracies_are_shown_as_they_were_written(tmp_path):
+    result = {"ipc": 1, "method": "atom", "accuracy_mean": 12.34, "accuracy_std": 0.5, "random_mean": 10.0}
+    result |= {"random_std": 1.0, "seconds": 3.2, "device": "cpu"}
+    path = tmp_path / "accuracy-made.json"
+    path.write_text(json.dumps({"data": "made", "note": "a note", "results": [result]}))
+    text = report.accuracy_markdown([path])
+    assert "made: a note. Measured on a CPU." in text and "12.3 ± 0.5" in text and "10.0 ± 1.0" in text
+    assert "not measured yet" in report.accuracy_markdown([])
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="accuracy-made.json is not a file of accuracies"):
+        report.accuracy_markdown([path])

@@ -1,0 +1,65 @@
+"""One ATOM step, every provider side by side: ``python -m benchmarks.step --classes 2 --ipc 50``.
+
+Prints the time of a step, its ratio to the eager step of the same run (all classes at once, equations 1 to 4 in plain
+PyTorch), and the memory of the tensors it makes. On a CPU the bytes are counted operation by operation and do not
+depend on the machine. Each provider runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from .harness import Plan, environment, run_cell, save_results
+from .methods import Setting
+
+EAGER = "eager-batched"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print a line each, and keep the records."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run (default cpu)")
+    parser.add_argument("--classes", type=int, default=10, help="number of classes (default 10)")
+    parser.add_argument("--ipc", type=int, default=50, help="synthetic images a class (default 50)")
+    parser.add_argument("--real-batch", type=int, default=128, help="real images a class (default 128)")
+    parser.add_argument("--resolution", type=int, default=32, help="pixels a side (default 32)")
+    parser.add_argument("--width", type=int, default=128, help="channels of the ConvNet (default 128)")
+    parser.add_argument("--precision", default="float32", help="float32, tf32 or bfloat16 (default float32)")
+    parser.add_argument("--provider", action="append", help="only this one; may be given again")
+    parser.add_argument("--iterations", type=int, default=5, help="timed steps (default 5)")
+    parser.add_argument("--out", type=Path, help="JSON file of the records")
+    options = parser.parse_args(arguments)
+    setting = Setting(
+        method="atom", provider=EAGER, ipc=options.ipc, classes=options.classes, resolution=options.resolution,
+        real_batch=options.real_batch, class_images=max(200, options.real_batch), width=options.width,
+        precision=options.precision, device=options.device,
+    )  # fmt: skip
+    providers = options.provider or [EAGER, "compile", "fused", *(["fused-graph"] if options.device == "cuda" else [])]
+    record = {"environment": environment(options.device), "setting": dataclasses.asdict(setting), "cells": []}
+    eager = None
+    for provider in providers:
+        cell = run_cell(dataclasses.replace(setting, provider=provider), Plan(options.iterations, 120, 900))
+        record["cells"].append({"provider": provider, **cell})
+        if cell["status"] == "ok" and provider == EAGER:
+            eager = cell
+        print(_line(provider, cell, eager), flush=True)
+        if options.out:
+            save_results(options.out, record)
+
+
+def _line(provider: str, cell: dict, eager: dict | None) -> str:
+    if cell["status"] != "ok":
+        return f"{provider:14} {cell['status']}: {cell['message']}"
+    seconds, peak = cell["time"]["median"], cell["memory"]["peak_allocated"]
+    line = f"{provider:14} {1e3 * seconds:9.1f} ms"
+    line += f" {eager['time']['median'] / seconds:5.2f}x" if eager else ""
+    if peak is not None:
+        line += f"   {peak / 1e6:8.1f} MB"
+        line += f" ({100 * peak / eager['memory']['peak_allocated']:.0f} %)" if eager else ""
+    return line
+
+
+if __name__ == "__main__":
+    main()
