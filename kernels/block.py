@@ -19,40 +19,68 @@ A power of 0 leaves that map out. Sums are taken in a fixed order: the same inpu
 import triton
 import triton.language as tl
 
-from .powers import power, power_derivative
+from .powers import power
 
-# Values of the planes' quads held by one program of 256 threads: 32 a thread, so that two programs and more share a
-# multiprocessor.
-RESIDENT = 8192
-
-# Bytes of adjacent channels that a program must read at once where channels are adjacent in memory: a cache line. With
-# less, the memory opens a page for every few bytes.
+# Where channels are adjacent, bytes of them that a program reads of a position at once: a cache line. With a quarter of
+# it, [1280, 128, 32, 32] takes six times as long on an H100.
 LINE = 128
 
 
 def block_launch(channels: int, height: int, width: int, element_size: int, channels_last: bool) -> dict | None:
-    """Launch table of the kernels that hold planes in registers; None where too few fit."""
-    block_p = triton.next_power_of_2(triton.cdiv(height, 2) * triton.cdiv(width, 2))
-    block_c = min(triton.next_power_of_2(channels), RESIDENT // (4 * block_p))
-    fewest = LINE // element_size if channels_last else 4
-    if block_c < min(fewest, triton.next_power_of_2(channels)):
+    """Launch table of `block_forward_kernel`, measured on an H100; None where too few planes fit registers.
+
+    A program of 8 warps holds 128 values a thread at most, and narrow types stand at that; float32 is faster at 64.
+    """
+    block_p = _places(height, width)
+    if not channels_last:
+        return _plane_launch(channels, height, width)
+    block_c = min(triton.next_power_of_2(channels), LINE // element_size, 32768 // (4 * block_p))
+    if block_c < min(LINE // 4, triton.next_power_of_2(channels)):
         return None
-    elements = 4 * block_p * block_c
-    num_warps = 8 if elements >= 8192 else 4 if elements >= 2048 else 1
-    return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": num_warps}
+    num_warps = 4 * block_p * block_c // (8192 // element_size)
+    return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": min(max(num_warps, 1), 8)}
 
 
-def tiled_launch(channels: int, height: int, width: int, channels_last: bool) -> dict[str, int]:
+def block_backward_launch(
+    channels: int, height: int, width: int, element_size: int, channels_last: bool
+) -> dict | None:
+    """Launch table of `block_backward_kernel`, which holds a gradient beside each value; None as `block_launch`."""
+    block_p = _places(height, width)
+    if not channels_last:
+        return _plane_launch(channels, height, width)
+    block_c = min(triton.next_power_of_2(channels), 64, 8192 // (4 * block_p))
+    if block_c < min(LINE // 4, triton.next_power_of_2(channels)):
+        return None
+    return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": max(4 * block_p * block_c // 2048, 1)}
+
+
+def _places(height: int, width: int) -> int:
+    """Quads of a plane, rounded up to a power of two."""
+    return triton.next_power_of_2(triton.cdiv(height, 2) * triton.cdiv(width, 2))
+
+
+def _plane_launch(channels: int, height: int, width: int) -> dict[str, int] | None:
+    """Planes whose positions are adjacent: a warp, which needs no other for its sums, holds 2048 values.
+
+    Half as many where places are masked, which takes registers.
+    """
+    block_p = _places(height, width)
+    warp = 2048 if height * width == 4 * block_p and width % 2 == 0 else 1024
+    block_c = min(triton.next_power_of_2(channels), max(warp // (4 * block_p), 1))
+    num_warps = max(4 * block_p * block_c // warp, 1)
+    return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": num_warps} if num_warps <= 8 else None
+
+
+def tiled_launch(channels: int, height: int, width: int, element_size: int, channels_last: bool) -> dict[str, int]:
     """Launch table of the kernels that walk planes in tiles of BLOCK_P quads."""
-    block_c = min(triton.next_power_of_2(channels), 128 if channels_last else 16)
-    positions = triton.next_power_of_2(triton.cdiv(height, 2) * triton.cdiv(width, 2))
-    return {"BLOCK_P": min(positions, 1024 // block_c), "BLOCK_C": block_c, "num_warps": 4}
+    block_c = min(triton.next_power_of_2(channels), LINE // element_size if channels_last else 4)
+    return {"BLOCK_P": min(_places(height, width), 4096 // block_c), "BLOCK_C": block_c, "num_warps": 8}
 
 
-def is_exact(channels: int, height: int, width: int, launch: dict[str, int]) -> bool:
+def is_exact(channels: int, height: int, width: int, launch: dict[str, int], tiles: int = 1) -> bool:
     """Whether the tiles cover the planes without a masked place."""
     even = height % 2 == 0 and width % 2 == 0
-    return even and height * width == 4 * launch["BLOCK_P"] and channels % launch["BLOCK_C"] == 0
+    return even and height * width == 4 * launch["BLOCK_P"] * tiles and channels % launch["BLOCK_C"] == 0
 
 
 def channel_group(block_c: int, channels_last: bool) -> int:
@@ -491,17 +519,34 @@ def block_forward_kernel(
 
 
 @triton.jit
+def _slope(u, P: tl.constexpr):
+    """u^(P - 1) for u >= 0: the derivative of u^P without its factor P; anything where u = 0 and P = 1."""
+    if P == 1:
+        result = u * 0 + 1.0
+    elif P == 2:
+        result = u
+    elif P == 4:
+        result = u * u * u
+    elif P == 8:
+        cube = u * u * u
+        result = cube * cube * u
+    else:
+        result = tl.where(u > 0, tl.exp2((P - 1.0) * tl.log2(tl.where(u > 0, u, 1.0))), u)
+    return result
+
+
+@triton.jit
 def _feature_gradient(
-    b_d, b_scale, b_bias, inverse_peak, b_pooled, b_spatial, b_channel, SPATIAL: tl.constexpr, CHANNEL: tl.constexpr
+    b_d, b_scale, b_shift, b_pooled, b_spatial, b_channel, SPATIAL: tl.constexpr, CHANNEL: tl.constexpr
 ):
     """Gradient of the norm's output from that of the pooled features and the weights of both maps' derivatives."""
-    b_y = b_d * b_scale[None, :] + b_bias[None, :]
-    b_u = tl.maximum(b_y, 0.0) * inverse_peak
+    b_y = b_d * b_scale[None, :] + b_shift[None, :]
+    b_u = tl.maximum(b_y, 0.0)
     b_g = b_pooled
     if SPATIAL > 0:
-        b_g = b_g + b_spatial[:, None] * power_derivative(b_u, SPATIAL)
+        b_g = b_g + b_spatial[:, None] * _slope(b_u, SPATIAL)
     if CHANNEL > 0:
-        b_g = b_g + b_channel[None, :] * power_derivative(b_u, CHANNEL)
+        b_g = b_g + b_channel[None, :] * _slope(b_u, CHANNEL)
     return tl.where(b_y > 0, b_g, 0.0)
 
 
@@ -519,11 +564,18 @@ def gradient_quad(
     CHANNEL: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """`_feature_gradient` of centred tiles, zero outside the plane."""
-    g_00 = _feature_gradient(quad[0], b_scale, b_bias, inverse_peak, b_pooled, spatial[0], b_channel, SPATIAL, CHANNEL)
-    g_01 = _feature_gradient(quad[1], b_scale, b_bias, inverse_peak, b_pooled, spatial[1], b_channel, SPATIAL, CHANNEL)
-    g_10 = _feature_gradient(quad[2], b_scale, b_bias, inverse_peak, b_pooled, spatial[2], b_channel, SPATIAL, CHANNEL)
-    g_11 = _feature_gradient(quad[3], b_scale, b_bias, inverse_peak, b_pooled, spatial[3], b_channel, SPATIAL, CHANNEL)
+    """Gradient of the norm's output from centred tiles, zero outside the plane.
+
+    Args:
+        b_pooled: gradient of the pooled features, divided by 4.
+        spatial, b_channel: four blocks [BLOCK_P] and [BLOCK_C], what multiplies (f / peak)^(p - 1).
+    """
+    b_scale = b_scale * inverse_peak
+    b_shift = b_bias * inverse_peak
+    g_00 = _feature_gradient(quad[0], b_scale, b_shift, b_pooled, spatial[0], b_channel, SPATIAL, CHANNEL)
+    g_01 = _feature_gradient(quad[1], b_scale, b_shift, b_pooled, spatial[1], b_channel, SPATIAL, CHANNEL)
+    g_10 = _feature_gradient(quad[2], b_scale, b_shift, b_pooled, spatial[2], b_channel, SPATIAL, CHANNEL)
+    g_11 = _feature_gradient(quad[3], b_scale, b_shift, b_pooled, spatial[3], b_channel, SPATIAL, CHANNEL)
     return mask_quad((g_00, g_01, g_10, g_11), valid, EXACT)
 
 
@@ -535,11 +587,14 @@ def through_norm(gradient, quad, b_sum, b_dot, b_rstd, b_scale, H: tl.constexpr,
         gradient, quad: gradient of the norm's output and centred input, four tiles [BLOCK_P, BLOCK_C] each.
         b_sum, b_dot: [BLOCK_C] sums over the plane of the gradient, and of its product with the centred input.
     """
-    mean = (b_sum / (H * W))[None, :]
-    slope = (b_dot * b_rstd * b_rstd / (H * W))[None, :]
-    b_00, b_01 = gradient[0] - mean - quad[0] * slope, gradient[1] - mean - quad[1] * slope
-    b_10, b_11 = gradient[2] - mean - quad[2] * slope, gradient[3] - mean - quad[3] * slope
-    return scale_quad((b_00, b_01, b_10, b_11), b_scale[None, :])
+    b_offset = (b_sum * b_scale / (H * W))[None, :]
+    b_slope = (b_dot * b_rstd * b_rstd * b_scale / (H * W))[None, :]
+    b_scale = b_scale[None, :]
+    b_00 = gradient[0] * b_scale - b_offset - quad[0] * b_slope
+    b_01 = gradient[1] * b_scale - b_offset - quad[1] * b_slope
+    b_10 = gradient[2] * b_scale - b_offset - quad[2] * b_slope
+    b_11 = gradient[3] * b_scale - b_offset - quad[3] * b_slope
+    return b_00, b_01, b_10, b_11
 
 
 @triton.jit
@@ -606,8 +661,8 @@ def block_backward_kernel(
 ):
     """Gradient of the convolution's output for one sample. Grid: (samples,).
 
-    The L2 normalisation takes <gradient, map> map out of a map's gradient; what is left, times the map's factor in
-    p_statistics, weighs the derivative of the power.
+    The L2 normalisation takes <gradient, map> map out of a map's gradient; what is left, times p / (norm peak), is the
+    factor of (f / peak)^(p - 1).
 
     Args:
         p_grad_pooled: [B, C, H // 2, W // 2] by its strides.
@@ -627,12 +682,12 @@ def block_backward_kernel(
     p_grad_maps += i_b * map_length(C, H, W, SPATIAL, CHANNEL)
     p_maps += i_b * map_length(C, H, W, SPATIAL, CHANNEL)
     if SPATIAL > 0:
-        factor = tl.load(p_statistics + i_b * 3 + 1) * inverse_peak
+        factor = tl.load(p_statistics + i_b * 3 + 1) * inverse_peak * SPATIAL
         spatial = spatial_weights(p_grad_maps, p_maps, factor, H, W, BLOCK_P)
         p_grad_maps += H * W
         p_maps += H * W
     if CHANNEL > 0:
-        channel_factor = tl.load(p_statistics + i_b * 3 + 2) * inverse_peak
+        channel_factor = tl.load(p_statistics + i_b * 3 + 2) * inverse_peak * CHANNEL
         dot = channel_dot(p_grad_maps, p_maps, C, CHUNKS * BLOCK_C)
 
     for i_c in range(tl.cdiv(C, BLOCK_C)):
@@ -791,8 +846,57 @@ def tiled_forward_kernel(
 
 
 @triton.jit
+def _project(p_gradient, p_map, p_weight, factor, N: tl.constexpr, BLOCK: tl.constexpr):
+    """weight = (gradient - <gradient, map> map) factor for one map of N values."""
+    dtype: tl.constexpr = p_map.dtype.element_ty
+    b_dot = tl.zeros([BLOCK], dtype)
+    for start in range(0, N, BLOCK):
+        o_n = start + tl.arange(0, BLOCK)
+        b_g = tl.load(p_gradient + o_n, mask=o_n < N, other=0.0)
+        b_dot += b_g * tl.load(p_map + o_n, mask=o_n < N, other=0.0)
+    dot = tl.sum(b_dot, axis=0)
+    for start in range(0, N, BLOCK):
+        o_n = start + tl.arange(0, BLOCK)
+        b_g = tl.load(p_gradient + o_n, mask=o_n < N, other=0.0)
+        b_g -= tl.load(p_map + o_n, mask=o_n < N, other=0.0) * dot
+        tl.store(p_weight + o_n, b_g * factor, mask=o_n < N)
+
+
+@triton.jit
+def map_weights_kernel(
+    p_gradient,
+    p_maps,
+    p_statistics,
+    p_weights,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    SPATIAL: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What multiplies (f / peak)^(p - 1) in the gradient of each feature. Grid: (samples,).
+
+    Args:
+        p_gradient, p_maps: [B, M] gradient of the maps and the maps.
+        p_statistics: [B, 3] as `block_forward_kernel` writes it.
+        p_weights: [B, M] (gradient - <gradient, map> map) p / (norm peak), for each of the maps.
+    """
+    i_b = tl.program_id(0).to(tl.int64)
+    row = i_b * map_length(C, H, W, SPATIAL, CHANNEL)
+    inverse_peak = 1.0 / tl.load(p_statistics + i_b * 3)
+    if SPATIAL > 0:
+        factor = tl.load(p_statistics + i_b * 3 + 1) * inverse_peak * SPATIAL
+        _project(p_gradient + row, p_maps + row, p_weights + row, factor, H * W, BLOCK)
+        row += H * W
+    if CHANNEL > 0:
+        factor = tl.load(p_statistics + i_b * 3 + 2) * inverse_peak * CHANNEL
+        _project(p_gradient + row, p_maps + row, p_weights + row, factor, C, BLOCK)
+
+
+@triton.jit
 def _tiled_gradient(
-    p_x, p_grad_pooled, p_spatial_weight, start, o_c, b_mean, b_scale, b_bias, b_channel, inverse_peak,
+    p_x, p_grad_pooled, p_weights, start, o_c, b_mean, b_scale, b_bias, b_channel, inverse_peak,
     stride_c: tl.constexpr, stride_h: tl.constexpr, stride_w: tl.constexpr,
     pooled_stride_c: tl.constexpr, pooled_stride_h: tl.constexpr, pooled_stride_w: tl.constexpr,
     dtype: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
@@ -810,7 +914,7 @@ def _tiled_gradient(
     b_pooled = load_tile(pointers, mask, dtype, False) * 0.25
     spatial = (b_channel, b_channel, b_channel, b_channel)  # unread without SPATIAL
     if SPATIAL > 0:
-        spatial = load_map(p_spatial_weight, start, H, W, BLOCK_P)
+        spatial = load_map(p_weights, start, H, W, BLOCK_P)
     quad = centre_quad(quad, b_mean, valid, False)
     gradient = gradient_quad(
         quad, b_scale, b_bias, inverse_peak, b_pooled, spatial, b_channel, valid, SPATIAL, CHANNEL, False
@@ -824,8 +928,7 @@ def tiled_backward_kernel(
     p_weight,
     p_bias,
     p_grad_pooled,
-    p_spatial_weight,
-    p_channel_weight,
+    p_weights,
     p_mean,
     p_rstd,
     p_statistics,
@@ -855,7 +958,7 @@ def tiled_backward_kernel(
     """Gradient of BLOCK_C planes of one sample, too large for registers. Grid: (samples, chunks).
 
     Args:
-        p_spatial_weight, p_channel_weight: [B, H W] and [B, C] factors of the derivatives of the powers.
+        p_weights: [B, M] of `map_weights_kernel`.
         The others as in `block_backward_kernel`.
     """
     i_b = tl.program_id(0).to(tl.int64)
@@ -864,8 +967,7 @@ def tiled_backward_kernel(
     p_x += i_b * stride_b
     p_grad_x += i_b * grad_stride_b
     p_grad_pooled += i_b * pooled_stride_b
-    if SPATIAL > 0:
-        p_spatial_weight += i_b * (H * W)
+    p_weights += i_b * map_length(C, H, W, SPATIAL, CHANNEL)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     b_mean = tl.load(p_mean + i_b * C + o_c, mask=o_c < C, other=0.0)
     b_rstd = tl.load(p_rstd + i_b * C + o_c, mask=o_c < C, other=0.0)
@@ -874,12 +976,12 @@ def tiled_backward_kernel(
     inverse_peak = 1.0 / tl.load(p_statistics + i_b * 3)
     b_channel = b_mean  # unread without CHANNEL
     if CHANNEL > 0:
-        b_channel = tl.load(p_channel_weight + i_b * C + o_c, mask=o_c < C, other=0.0)
+        b_channel = tl.load(p_weights + map_length(0, H, W, SPATIAL, 0) + o_c, mask=o_c < C, other=0.0)
     b_sum = tl.zeros([BLOCK_P, BLOCK_C], dtype)
     b_dot = tl.zeros([BLOCK_P, BLOCK_C], dtype)
     for start in range(0, PLACES, BLOCK_P):
         quad, gradient = _tiled_gradient(
-            p_x, p_grad_pooled, p_spatial_weight, start, o_c, b_mean, b_scale, b_bias, b_channel, inverse_peak,
+            p_x, p_grad_pooled, p_weights, start, o_c, b_mean, b_scale, b_bias, b_channel, inverse_peak,
             stride_c, stride_h, stride_w, pooled_stride_c, pooled_stride_h, pooled_stride_w,
             dtype, C, H, W, SPATIAL, CHANNEL, BLOCK_P, BLOCK_C, CHANNELS_LAST,
         )  # fmt: skip
@@ -889,7 +991,7 @@ def tiled_backward_kernel(
     b_dot = tl.sum(b_dot, axis=0)
     for start in range(0, PLACES, BLOCK_P):
         quad, gradient = _tiled_gradient(
-            p_x, p_grad_pooled, p_spatial_weight, start, o_c, b_mean, b_scale, b_bias, b_channel, inverse_peak,
+            p_x, p_grad_pooled, p_weights, start, o_c, b_mean, b_scale, b_bias, b_channel, inverse_peak,
             stride_c, stride_h, stride_w, pooled_stride_c, pooled_stride_h, pooled_stride_w,
             dtype, C, H, W, SPATIAL, CHANNEL, BLOCK_P, BLOCK_C, CHANNELS_LAST,
         )  # fmt: skip

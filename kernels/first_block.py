@@ -5,8 +5,8 @@ recomputed from the image wherever it is needed, by a product of the image's 3x3
 with the filters. The convolution's bias is left out, because InstanceNorm takes the mean of a plane away.
 
 Backward: `first_block_sums_kernel` takes the two sums of a plane that InstanceNorm's gradient needs,
-`first_block_columns_kernel` multiplies the gradient of the convolution's output with the filters. What it writes, the
-gradient of every position's neighbourhood, is then added up where neighbourhoods overlap (fold).
+`first_block_columns_kernel` multiplies the gradient of the convolution's output with the filters, and `fold_kernel`
+adds the gradients of every position's neighbourhood up where neighbourhoods overlap.
 """
 
 import triton
@@ -38,8 +38,8 @@ RESIDENT = 32768
 
 def first_block_launch(image_channels: int, channels: int, height: int, width: int) -> dict[str, int] | None:
     """Launch table of `first_block_forward_kernel`; None where a plane does not fit."""
-    block_k = max(16, triton.next_power_of_2(9 * image_channels))
-    block_p = max(16, triton.next_power_of_2(triton.cdiv(height, 2) * triton.cdiv(width, 2)))
+    block_k = _columns_block(image_channels)
+    block_p = _places(height, width)
     if 4 * block_p * block_k > RESIDENT:
         return None
     block_c = max(16, min(triton.next_power_of_2(channels), 16384 // (4 * block_p), 128))
@@ -48,13 +48,30 @@ def first_block_launch(image_channels: int, channels: int, height: int, width: i
 
 
 def first_block_backward_launch(
-    image_channels: int, channels: int, height: int, width: int, precision: str
+    image_channels: int, channels: int, height: int, width: int, element_size: int
 ) -> dict[str, int]:
-    """Launch table of the backward kernels, which walk a tile of BLOCK_P places through the channels."""
-    block_k = max(16, triton.next_power_of_2(9 * image_channels))
-    largest = 32 if precision == "ieee" else 64  # without tensor cores the products take more registers
-    block_p = max(16, min(largest, triton.next_power_of_2(triton.cdiv(height, 2) * triton.cdiv(width, 2))))
-    return {"BLOCK_P": block_p, "BLOCK_C": 16, "BLOCK_K": block_k, "num_warps": 4}
+    """Launch table of the backward kernels, which walk a tile of BLOCK_P places through the channels.
+
+    32 places for float32: with 64, TF32 products become warp-group instructions on sm_90, and the gradient came out
+    wrong by a third (Triton 3.6, 27 columns), the same bits every time; narrower types were right.
+    """
+    block_p = min(32 if element_size > 2 else 64, _places(height, width))
+    return {"BLOCK_P": block_p, "BLOCK_C": 16, "BLOCK_K": _columns_block(image_channels), "num_warps": 4}
+
+
+def product_precision(tf32: bool, height: int, width: int) -> str:
+    """How float32 operands are multiplied: in TF32 only for sizes of planes whose products were checked on an H100."""
+    block_p = _places(height, width)
+    return "tf32" if tf32 and (block_p <= 32 or block_p == 256) else "ieee"
+
+
+def _columns_block(image_channels: int) -> int:
+    return max(16, triton.next_power_of_2(9 * image_channels))
+
+
+def _places(height: int, width: int) -> int:
+    """Quads of a plane, rounded up to a power of two that matrix instructions take."""
+    return max(16, triton.next_power_of_2(triton.cdiv(height, 2) * triton.cdiv(width, 2)))
 
 
 @triton.jit
@@ -165,7 +182,7 @@ def first_block_forward_kernel(
     Args:
         p_image: [B, CI, H, W] by its strides.
         p_filter: [C, CI, 3, 3] contiguous; the image is rounded to its dtype.
-        PRECISION: how float32 operands are multiplied, "ieee" or "tf32".
+        PRECISION: of `product_precision`; without effect on narrower operands.
         The others as in `block_forward_kernel`.
     """
     i_b = tl.program_id(0).to(tl.int64)
@@ -202,20 +219,21 @@ def first_block_forward_kernel(
 
 @triton.jit
 def _tile_gradient(
-    columns, b_filter, p_grad_pooled, i_b, start, o_c, b_mean, b_scale, b_bias, b_channel, inverse_peak, spatial,
+    columns, b_filter, p_grad_pooled, start, o_c, b_mean, b_scale, b_bias, b_channel, inverse_peak, spatial,
     pooled_stride_c: tl.constexpr, pooled_stride_h: tl.constexpr, pooled_stride_w: tl.constexpr,
     dtype: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
-    SPATIAL: tl.constexpr, CHANNEL: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
+    SPATIAL: tl.constexpr, CHANNEL: tl.constexpr, BLOCK_P: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The convolution's output, centred, and the gradient of the norm's output, for one tile of places."""
     valid = valid_quad(start, H, W, BLOCK_P)
-    quad = centre_quad(_convolve(columns, b_filter, dtype, PRECISION), b_mean, valid, False)
+    quad = centre_quad(_convolve(columns, b_filter, dtype, PRECISION), b_mean, valid, EXACT)
     pointers, mask = pooled_pointers(
         p_grad_pooled, start, o_c, pooled_stride_c, pooled_stride_h, pooled_stride_w, C, H, W, BLOCK_P
     )
-    b_pooled = load_tile(pointers, mask, dtype, False) * 0.25
+    b_pooled = load_tile(pointers, mask, dtype, EXACT) * 0.25
     gradient = gradient_quad(
-        quad, b_scale, b_bias, inverse_peak, b_pooled, spatial, b_channel, valid, SPATIAL, CHANNEL, False
+        quad, b_scale, b_bias, inverse_peak, b_pooled, spatial, b_channel, valid, SPATIAL, CHANNEL, EXACT
     )
     return quad, gradient
 
@@ -227,8 +245,7 @@ def first_block_sums_kernel(
     p_weight,
     p_bias,
     p_grad_pooled,
-    p_spatial_weight,
-    p_channel_weight,
+    p_weights,
     p_mean,
     p_rstd,
     p_statistics,
@@ -248,6 +265,7 @@ def first_block_sums_kernel(
     SPATIAL: tl.constexpr,
     CHANNEL: tl.constexpr,
     AFFINE: tl.constexpr,
+    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -256,7 +274,7 @@ def first_block_sums_kernel(
     """Two sums over a tile's positions that the norm's gradient needs. Grid: (samples, tiles of BLOCK_P places).
 
     Args:
-        p_spatial_weight, p_channel_weight: [B, H W] and [B, C] factors of the derivatives of the powers.
+        p_weights: [B, M] of `map_weights_kernel`.
         p_sums: [B, tiles, 2, C] the gradient of the norm's output, and its product with the centred input.
         The others as in `first_block_forward_kernel`.
     """
@@ -275,8 +293,9 @@ def first_block_sums_kernel(
     inverse_peak = 1.0 / tl.load(p_statistics + i_b * 3)
     unread = tl.zeros([1], dtype)
     spatial = (unread, unread, unread, unread)
+    p_weights += i_b * map_length(C, H, W, SPATIAL, CHANNEL)
     if SPATIAL > 0:
-        spatial = load_map(p_spatial_weight + i_b * (H * W), start, H, W, BLOCK_P)
+        spatial = load_map(p_weights, start, H, W, BLOCK_P)
     for i_c in range(tl.cdiv(C, BLOCK_C)):
         o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
         m_c = o_c < C
@@ -284,12 +303,13 @@ def first_block_sums_kernel(
         b_rstd = tl.load(p_rstd + i_b * C + o_c, mask=m_c, other=0.0)
         b_channel = b_mean
         if CHANNEL > 0:
-            b_channel = tl.load(p_channel_weight + i_b * C + o_c, mask=m_c, other=0.0)
+            b_channel = tl.load(p_weights + map_length(0, H, W, SPATIAL, 0) + o_c, mask=m_c, other=0.0)
         b_weight, b_bias = load_affine(p_weight, p_bias, o_c, dtype, C, AFFINE, BLOCK_C)
         quad, gradient = _tile_gradient(
-            columns, _filters(p_filter, o_k, o_c, operand, CI, C), p_grad_pooled, i_b, start, o_c,
+            columns, _filters(p_filter, o_k, o_c, operand, CI, C), p_grad_pooled, start, o_c,
             b_mean, b_rstd * b_weight, b_bias, b_channel, inverse_peak, spatial,
-            pooled_stride_c, pooled_stride_h, pooled_stride_w, dtype, C, H, W, SPATIAL, CHANNEL, BLOCK_P, PRECISION,
+            pooled_stride_c, pooled_stride_h, pooled_stride_w,
+            dtype, C, H, W, SPATIAL, CHANNEL, BLOCK_P, EXACT, PRECISION,
         )  # fmt: skip
         tl.store(p_sums + o_c, tl.sum(sum_quad(gradient), axis=0), mask=m_c)
         tl.store(p_sums + C + o_c, tl.sum(dot_quad(gradient, quad), axis=0), mask=m_c)
@@ -311,8 +331,7 @@ def first_block_columns_kernel(
     p_weight,
     p_bias,
     p_grad_pooled,
-    p_spatial_weight,
-    p_channel_weight,
+    p_weights,
     p_mean,
     p_rstd,
     p_statistics,
@@ -334,6 +353,7 @@ def first_block_columns_kernel(
     SPATIAL: tl.constexpr,
     CHANNEL: tl.constexpr,
     AFFINE: tl.constexpr,
+    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -359,8 +379,9 @@ def first_block_columns_kernel(
     inverse_peak = 1.0 / tl.load(p_statistics + i_b * 3)
     unread = tl.zeros([1], dtype)
     spatial = (unread, unread, unread, unread)
+    p_weights += i_b * map_length(C, H, W, SPATIAL, CHANNEL)
     if SPATIAL > 0:
-        spatial = load_map(p_spatial_weight + i_b * (H * W), start, H, W, BLOCK_P)
+        spatial = load_map(p_weights, start, H, W, BLOCK_P)
     zero = tl.zeros([BLOCK_P, BLOCK_K], dtype)
     g_00, g_01, g_10, g_11 = zero, zero, zero, zero
     for i_c in range(tl.cdiv(C, BLOCK_C)):
@@ -370,14 +391,15 @@ def first_block_columns_kernel(
         b_rstd = tl.load(p_rstd + i_b * C + o_c, mask=m_c, other=0.0)
         b_channel = b_mean
         if CHANNEL > 0:
-            b_channel = tl.load(p_channel_weight + i_b * C + o_c, mask=m_c, other=0.0)
+            b_channel = tl.load(p_weights + map_length(0, H, W, SPATIAL, 0) + o_c, mask=m_c, other=0.0)
         b_weight, b_bias = load_affine(p_weight, p_bias, o_c, dtype, C, AFFINE, BLOCK_C)
         b_scale = b_rstd * b_weight
         b_filter = _filters(p_filter, o_k, o_c, operand, CI, C)
         quad, gradient = _tile_gradient(
-            columns, b_filter, p_grad_pooled, i_b, start, o_c,
+            columns, b_filter, p_grad_pooled, start, o_c,
             b_mean, b_scale, b_bias, b_channel, inverse_peak, spatial,
-            pooled_stride_c, pooled_stride_h, pooled_stride_w, dtype, C, H, W, SPATIAL, CHANNEL, BLOCK_P, PRECISION,
+            pooled_stride_c, pooled_stride_h, pooled_stride_w,
+            dtype, C, H, W, SPATIAL, CHANNEL, BLOCK_P, EXACT, PRECISION,
         )  # fmt: skip
         b_sum = _total(p_sums, i_b, TILES, 0, o_c, dtype, C, BLOCK_C)
         b_dot = _total(p_sums, i_b, TILES, 1, o_c, dtype, C, BLOCK_C)
@@ -397,3 +419,30 @@ def first_block_columns_kernel(
     tl.store(pointers + 1, g_01, mask=valid[1] & m_k)
     tl.store(pointers + W, g_10, mask=valid[2] & m_k)
     tl.store(pointers + (W + 1), g_11, mask=valid[3] & m_k)
+
+
+@triton.jit
+def fold_kernel(
+    p_columns,
+    p_grad_image,
+    CI: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gradient of the image: each pixel's part of the nine neighbourhoods it is in. Grid: (samples CI, pixels / BLOCK).
+
+    Args:
+        p_columns: [B, 9 CI, H W] of `first_block_columns_kernel`.
+        p_grad_image: [B, CI, H, W] contiguous.
+    """
+    i_plane = tl.program_id(0).to(tl.int64)
+    o_p = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    o_h, o_w = o_p // W, o_p % W
+    p_columns += i_plane * (9 * H * W)
+    b_sum = tl.zeros([BLOCK], p_columns.dtype.element_ty)
+    for i_k in tl.static_range(9):
+        n_h, n_w = o_h + (1 - i_k // 3), o_w + (1 - i_k % 3)
+        mask = (o_p < H * W) & (n_h >= 0) & (n_h < H) & (n_w >= 0) & (n_w < W)
+        b_sum += tl.load(p_columns + i_k * (H * W) + n_h * W + n_w, mask=mask, other=0.0)
+    tl.store(p_grad_image + i_plane * (H * W) + o_p, b_sum.to(p_grad_image.dtype.element_ty), mask=o_p < H * W)

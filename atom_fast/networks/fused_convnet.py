@@ -96,7 +96,7 @@ def _refusal(block: ConvBlock) -> str | None:
         return f"its norm is not InstanceNorm (a GroupNorm with one group a channel), but {norm}"
     if not isinstance(activation, nn.ReLU):
         return f"its activation is not ReLU, but {activation}"
-    if not isinstance(pool, nn.AvgPool2d) or _pooling(pool) != (2, 2, 0):
+    if not isinstance(pool, nn.AvgPool2d) or _pooling(pool) != (2, 2, 0) or pool.ceil_mode or pool.divisor_override:
         return f"its pooling is not 2x2 average pooling, but {pool}"
     return None
 

@@ -125,8 +125,8 @@ def block_op(
     channel_power: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Pooled features; maps [B, M]; mean and 1 / standard deviation [B, C] of each plane; and [B, 3] the largest feature
-    and 1 / norm of each map relative to it (1 if not taken).
+    """Pooled features; maps [B, M]; mean and 1 / standard deviation [B, C] of each plane; and [B, 3]: the largest
+    feature and 1 / norm of each map relative to it (1 if not taken).
     """
     outputs = empty_outputs(x.shape, x, is_channels_last(x), spatial_power, channel_power)
     if x.numel() > 0:
@@ -233,9 +233,10 @@ def _forward_triton(x, weight, bias, eps, spatial_power, channel_power, pooled, 
     from ..kernels import block as kernels
 
     batch, channels, height, width = x.shape
-    x = _addressable(x)
+    x, weight, bias = _addressable(x), dense(weight), dense(bias)
     constants = _constants(x, weight, spatial_power, channel_power)
-    launch = kernels.block_launch(channels, height, width, x.element_size(), constants["CHANNELS_LAST"])
+    size = channels, height, width, x.element_size(), constants["CHANNELS_LAST"]
+    launch = kernels.block_launch(*size)
     with _device_of(x):
         if launch is not None:
             kernels.block_forward_kernel[(batch,)](
@@ -245,7 +246,7 @@ def _forward_triton(x, weight, bias, eps, spatial_power, channel_power, pooled, 
                 CHUNKS=triton.next_power_of_2(triton.cdiv(channels, launch["BLOCK_C"])), **launch,
             )  # fmt: skip
             return
-        launch = kernels.tiled_launch(channels, height, width, constants["CHANNELS_LAST"])
+        launch = kernels.tiled_launch(*size)
         chunks = triton.cdiv(channels, launch["BLOCK_C"])
         n_spatial, n_channel = map_sizes(x.shape, spatial_power, channel_power)
         spatial, channel = maps.new_empty((batch, chunks, n_spatial)), maps.new_empty((batch, n_channel))
@@ -302,10 +303,11 @@ def _backward_triton(
     from ..kernels import block as kernels
 
     batch, channels, height, width = x.shape
-    x, grad_pooled = _addressable(x), _addressable(grad_pooled)
+    x, grad_pooled, weight, bias = _addressable(x), _addressable(grad_pooled), dense(weight), dense(bias)
     constants = _constants(x, weight, spatial_power, channel_power)
     strides = *x.stride(), *grad_pooled.stride(), *grad_x.stride()
-    launch = kernels.block_launch(channels, height, width, x.element_size(), constants["CHANNELS_LAST"])
+    size = channels, height, width, x.element_size(), constants["CHANNELS_LAST"]
+    launch = kernels.block_backward_launch(*size)
     with _device_of(x):
         if launch is not None:
             grad_maps = maps if grad_maps is None else grad_maps.contiguous()  # not read without powers
@@ -315,10 +317,10 @@ def _backward_triton(
                 CHUNKS=triton.next_power_of_2(triton.cdiv(channels, launch["BLOCK_C"])), **launch,
             )  # fmt: skip
             return
-        launch = kernels.tiled_launch(channels, height, width, constants["CHANNELS_LAST"])
+        launch = kernels.tiled_launch(*size)
         weights = map_weights(grad_maps, maps, statistics, x.shape, spatial_power, channel_power)
         kernels.tiled_backward_kernel[(batch, triton.cdiv(channels, launch["BLOCK_C"]))](
-            x, weight, bias, grad_pooled, *weights, mean, rstd, statistics, grad_x, *strides, **constants, **launch
+            x, weight, bias, grad_pooled, weights, mean, rstd, statistics, grad_x, *strides, **constants, **launch
         )
 
 
@@ -329,23 +331,19 @@ def map_weights(
     shape: tuple[int, ...],
     spatial_power: float | None,
     channel_power: float | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """What multiplies the derivative of the power, for the spatial map [B, H W] and the channel map [B, C].
+) -> Tensor:
+    """What multiplies (f / peak)^(p - 1) in the gradient of each feature: [B, M], laid out as the maps."""
+    from ..kernels import block as kernels
 
-    A map's gradient without its part along the map, over the map's norm and the largest feature; None for a map that
-    was not taken.
-    """
-    sizes = map_sizes(shape, spatial_power, channel_power)
-    if grad_maps is None or sum(sizes) == 0:
-        return None, None
-    weights = []
-    for gradient, unit, inverse_norm in zip(
-        grad_maps.split(sizes, 1), maps.split(sizes, 1), statistics.T[1:], strict=True
-    ):
-        along = (gradient * unit).sum(1, keepdim=True)
-        weight = torch.addcmul(gradient, unit, along, value=-1.0).mul_((inverse_norm / statistics[:, 0])[:, None])
-        weights.append(weight if weight.shape[1] > 0 else None)
-    return tuple(weights)
+    if grad_maps is None:
+        return maps  # not read: without a gradient there are no powers
+    weights = torch.empty_like(maps)
+    batch, channels, height, width = shape
+    kernels.map_weights_kernel[(batch,)](
+        grad_maps.contiguous(), maps, statistics, weights, C=channels, H=height, W=width,
+        SPATIAL=_constant(spatial_power), CHANNEL=_constant(channel_power), BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+    return weights
 
 
 def _constants(x: Tensor, weight: Tensor | None, spatial_power: float | None, channel_power: float | None) -> dict:
@@ -359,6 +357,11 @@ def _constants(x: Tensor, weight: Tensor | None, spatial_power: float | None, ch
         "AFFINE": weight is not None,
         "CHANNELS_LAST": is_channels_last(x),
     }
+
+
+def dense(parameter: Tensor | None) -> Tensor | None:
+    """A parameter as the kernels index it."""
+    return None if parameter is None else parameter.contiguous()
 
 
 def _addressable(x: Tensor) -> Tensor:
@@ -386,15 +389,15 @@ def _sample_pieces(x: Tensor) -> list[slice]:
 
 def forward_torch(x, weight, bias, eps, spatial_power, channel_power, pooled, maps, mean, rstd, statistics):
     """`block_op` into given memory."""
-    channels = x.shape[1]
     n_spatial, _ = map_sizes(x.shape, spatial_power, channel_power)
     statistics.fill_(1.0)
     for rows in _sample_pieces(x):
         piece = x[rows].to(mean.dtype)
-        features, mean[rows], rstd[rows] = torch.native_group_norm(
-            piece, weight, bias, piece.shape[0], channels, piece[0, 0].numel(), channels, eps
-        )
-        features.relu_()
+        features = piece - torch.mean(piece, (2, 3), out=mean[rows])[:, :, None, None]
+        variance = (features * features).mean((2, 3))
+        torch.rsqrt(variance.add_(eps), out=rstd[rows])
+        scale, shift = _scale_and_shift(rstd[rows], weight, bias)
+        features = torch.addcmul(shift, features, scale, out=features).relu_()
         pooled[rows] = F.avg_pool2d(features, 2)
         if spatial_power is None and channel_power is None:
             continue
@@ -413,29 +416,49 @@ def backward_torch(
     grad_pooled, grad_maps, x, weight, bias, maps, mean, rstd, statistics, spatial_power, channel_power, grad_x
 ):
     """`block_backward_op` into given memory."""
-    batch, channels, height, width = x.shape
-    wide = mean.dtype
-    scale = rstd if weight is None else rstd * weight.to(wide)
-    shift = -mean * scale if bias is None else bias.to(wide) - mean * scale
-    spatial, channel = map_weights(grad_maps, maps, statistics, x.shape, spatial_power, channel_power)
-    weights = {}
-    if spatial is not None:
-        weights.setdefault(spatial_power, []).append(spatial.mul_(spatial_power).view(batch, 1, height, width))
-    if channel is not None:
-        weights.setdefault(channel_power, []).append(channel.mul_(channel_power).view(batch, channels, 1, 1))
+    weights = _map_weights(grad_maps, maps, statistics, x.shape, spatial_power, channel_power)
     for rows in _sample_pieces(x):
-        piece = x[rows].to(wide)
-        features = torch.addcmul(shift[rows, :, None, None], piece, scale[rows, :, None, None]).relu_()
-        gradient = _upsample(grad_pooled[rows].to(wide), height, width)
+        centred = x[rows].to(mean.dtype) - mean[rows, :, None, None]
+        scale, shift = _scale_and_shift(rstd[rows], weight, bias)
+        features = torch.addcmul(shift, centred, scale).relu_()
+        gradient = _upsample(grad_pooled[rows].to(mean.dtype), features)
         for power, factors in weights.items():
             derivative = _raise(features / statistics[rows, 0].view(-1, 1, 1, 1), power - 1)
             for factor in factors:
                 gradient.addcmul_(derivative, factor[rows])
         gradient = torch.ops.aten.threshold_backward(gradient, features, 0.0)
-        grad_x[rows] = torch.ops.aten.native_group_norm_backward(
-            gradient, piece, mean[rows], rstd[rows], weight, piece.shape[0], channels, height * width, channels,
-            [True, False, False],
-        )[0]  # fmt: skip
+        slope = (gradient * centred).mean((2, 3)).mul_(rstd[rows]).mul_(rstd[rows])
+        gradient -= gradient.mean((2, 3), keepdim=True)
+        gradient.addcmul_(centred, slope[:, :, None, None], value=-1.0)
+        grad_x[rows] = gradient.mul_(scale)
+
+
+def _scale_and_shift(rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Factor and summand [B, C, 1, 1] that take centred planes to the norm's output."""
+    scale = rstd if weight is None else rstd * weight.to(rstd.dtype)
+    shift = torch.zeros_like(rstd) if bias is None else bias.to(rstd.dtype).expand_as(rstd)
+    return scale[:, :, None, None], shift[:, :, None, None]
+
+
+def _map_weights(grad_maps, maps, statistics, shape, spatial_power, channel_power) -> dict[float, list[Tensor]]:
+    """For each power, what multiplies (f / peak)^(p - 1) in the gradient of each feature, to be broadcast."""
+    batch, channels, height, width = shape
+    n_spatial, _ = map_sizes(shape, spatial_power, channel_power)
+    weights: dict[float, list[Tensor]] = {}
+    for power, columns, index, view in (
+        (spatial_power, slice(0, n_spatial), 1, (batch, 1, height, width)),
+        (channel_power, slice(n_spatial, None), 2, (batch, channels, 1, 1)),
+    ):
+        if power is not None:
+            factor = power * statistics[:, index] / statistics[:, 0]
+            weight = _project(grad_maps[:, columns], maps[:, columns]).mul_(factor[:, None])
+            weights.setdefault(power, []).append(weight.view(view))
+    return weights
+
+
+def _project(gradient: Tensor, unit: Tensor) -> Tensor:
+    """The gradient [B, M] without its part along the maps, which L2 normalisation takes out."""
+    return torch.addcmul(gradient, unit, (gradient * unit).sum(1, keepdim=True), value=-1.0)
 
 
 def _raise(features: Tensor, power: float) -> Tensor:
@@ -457,7 +480,13 @@ def _raise(features: Tensor, power: float) -> Tensor:
     return square.mul_(square) if power == 8 else square
 
 
-def _upsample(grad_pooled: Tensor, height: int, width: int) -> Tensor:
-    """Backward of 2x2 average pooling."""
-    upsampled = grad_pooled.repeat_interleave(2, 2).repeat_interleave(2, 3).mul_(0.25)
-    return F.pad(upsampled, (0, width - upsampled.shape[3], 0, height - upsampled.shape[2]))
+def _upsample(grad_pooled: Tensor, like: Tensor) -> Tensor:
+    """Backward of 2x2 average pooling, in the shape and layout of the features."""
+    height, width = (2 * size for size in grad_pooled.shape[2:])
+    odd = like.shape[2:] != (height, width)
+    upsampled = torch.zeros_like(like) if odd else torch.empty_like(like)
+    quarter = grad_pooled * 0.25
+    for row in (0, 1):
+        for column in (0, 1):
+            upsampled[:, :, row:height:2, column:width:2] = quarter
+    return upsampled

@@ -57,8 +57,7 @@ def first_block(
     block.check_affine(weight, bias, filters.shape[0])
     if torch.is_autocast_enabled(images.device.type):
         filters = filters.to(torch.get_autocast_dtype(images.device.type))
-    tf32 = torch.backends.cudnn.conv.fp32_precision != "ieee"
-    pooled, maps, *_ = first_block_op(images, filters, weight, bias, eps, spatial_power, channel_power, tf32, backend)
+    pooled, maps, *_ = first_block_op(images, filters, weight, bias, eps, spatial_power, channel_power, backend)
     return BlockOutput(pooled, maps)
 
 
@@ -91,14 +90,13 @@ def first_block_op(
     eps: float,
     spatial_power: float | None,
     channel_power: float | None,
-    tf32: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `atom_fast.ops.block.block_op` returns for the convolution of the images."""
     outputs = _empty_outputs(images, filters, spatial_power, channel_power)
     if images.numel() > 0:
         forward = _forward_triton if backend == "triton" else _forward_torch
-        forward(images, filters, weight, bias, eps, spatial_power, channel_power, tf32, outputs)
+        forward(images, filters, weight, bias, eps, spatial_power, channel_power, outputs)
     return outputs
 
 
@@ -109,7 +107,7 @@ def _empty_outputs(images, filters, spatial_power, channel_power):
 
 
 @first_block_op.register_fake
-def _(images, filters, weight, bias, eps, spatial_power, channel_power, tf32, backend):
+def _(images, filters, weight, bias, eps, spatial_power, channel_power, backend):
     return _empty_outputs(images, filters, spatial_power, channel_power)
 
 
@@ -127,7 +125,6 @@ def first_block_backward_op(
     statistics: Tensor,
     spatial_power: float | None,
     channel_power: float | None,
-    tf32: bool,
     backend: str,
 ) -> Tensor:
     """Gradient [B, C_in, H, W] of the images; a gradient that is None is zero."""
@@ -138,7 +135,7 @@ def first_block_backward_op(
         grad_pooled = filters.new_zeros(()).expand(batch, filters.shape[0], height // 2, width // 2)
     powers = (None, None) if grad_maps is None else (spatial_power, channel_power)
     backward = _backward_triton if backend == "triton" else _backward_torch
-    return backward(grad_pooled, grad_maps, images, filters, weight, bias, maps, mean, rstd, statistics, *powers, tf32)
+    return backward(grad_pooled, grad_maps, images, filters, weight, bias, maps, mean, rstd, statistics, *powers)
 
 
 @first_block_backward_op.register_fake
@@ -158,7 +155,7 @@ def _backward(ctx, grad_pooled, grad_maps, *_):
     gradient = None
     if grad_pooled is not None or grad_maps is not None:
         gradient = first_block_backward_op(grad_pooled, grad_maps, *ctx.saved_tensors, *ctx.options)
-    return gradient, None, None, None, None, None, None, None, None
+    return gradient, None, None, None, None, None, None, None
 
 
 first_block_op.register_autograd(_backward, setup_context=_setup_context)
@@ -167,7 +164,7 @@ first_block_op.register_autograd(_backward, setup_context=_setup_context)
 # Triton: see kernels/first_block.py.
 
 
-def _forward_triton(images, filters, weight, bias, eps, spatial_power, channel_power, tf32, outputs):
+def _forward_triton(images, filters, weight, bias, eps, spatial_power, channel_power, outputs):
     import triton
 
     from ..kernels import first_block as kernels
@@ -178,8 +175,9 @@ def _forward_triton(images, filters, weight, bias, eps, spatial_power, channel_p
     launch = kernels.first_block_launch(image_channels, channels, height, width)
     with _device_of(images):
         kernels.first_block_forward_kernel[(batch,)](
-            images, filters.contiguous(), weight, bias, *outputs, *images.stride(), *outputs[0].stride(), eps,
-            **_constants(images, filters, weight, spatial_power, channel_power, tf32),
+            images, filters.contiguous(), block.dense(weight), block.dense(bias), *outputs,
+            *images.stride(), *outputs[0].stride(), eps,
+            **_constants(images, filters, weight, spatial_power, channel_power),
             EXACT=is_exact(channels, height, width, launch),
             CHUNKS=triton.next_power_of_2(triton.cdiv(channels, launch["BLOCK_C"])), **launch,
         )  # fmt: skip
@@ -198,34 +196,44 @@ def _backward_triton(
     statistics,
     spatial_power,
     channel_power,
-    tf32,
 ):
     import triton
 
     from ..kernels import first_block as kernels
+    from ..kernels.block import is_exact
 
     batch, image_channels, height, width = images.shape
     channels = filters.shape[0]
     filters = filters.contiguous()
-    constants = _constants(images, filters, weight, spatial_power, channel_power, tf32)
-    launch = kernels.first_block_backward_launch(image_channels, channels, height, width, constants["PRECISION"])
+    constants = _constants(images, filters, weight, spatial_power, channel_power)
+    launch = kernels.first_block_backward_launch(image_channels, channels, height, width, filters.element_size())
     tiles = triton.cdiv(triton.cdiv(height, 2) * triton.cdiv(width, 2), launch["BLOCK_P"])
+    shape = (batch, channels, height, width)
     sums = mean.new_empty((batch, tiles, 2, channels))
     columns = mean.new_empty((batch, 9 * image_channels, height * width))
-    shape = (batch, channels, height, width)
-    weights = block.map_weights(grad_maps, maps, statistics, shape, spatial_power, channel_power)
-    inputs = (images, filters, weight, bias, grad_pooled, *weights, mean, rstd, statistics, sums)
-    strides = *images.stride(), *grad_pooled.stride()
+    gradient = torch.empty_like(images, memory_format=torch.contiguous_format)
     with _device_of(images):
+        weights = block.map_weights(grad_maps, maps, statistics, shape, spatial_power, channel_power)
+        affine = block.dense(weight), block.dense(bias)
+        inputs = (images, filters, *affine, grad_pooled, weights, mean, rstd, statistics, sums)
+        strides = *images.stride(), *grad_pooled.stride()
+        constants["EXACT"] = is_exact(channels, height, width, launch, tiles)
         kernels.first_block_sums_kernel[(batch, tiles)](*inputs, *strides, **constants, **launch)
         kernels.first_block_columns_kernel[(batch, tiles)](
             *inputs, columns, *strides, **constants, TILES=tiles, **launch
         )
-    return F.fold(columns, (height, width), kernel_size=3, padding=1).to(images.dtype)
+        pixels = min(triton.next_power_of_2(height * width), 1024)
+        kernels.fold_kernel[(batch * image_channels, triton.cdiv(height * width, pixels))](
+            columns, gradient, CI=image_channels, H=height, W=width, BLOCK=pixels, num_warps=4
+        )
+    return gradient
 
 
-def _constants(images, filters, weight, spatial_power, channel_power, tf32) -> dict:
+def _constants(images, filters, weight, spatial_power, channel_power) -> dict:
+    from ..kernels.first_block import product_precision
+
     _, image_channels, height, width = images.shape
+    tf32 = torch.backends.cudnn.conv.fp32_precision != "ieee"  # read here, where torch.compile need not trace it
     return {
         "CI": image_channels,
         "C": filters.shape[0],
@@ -234,7 +242,7 @@ def _constants(images, filters, weight, spatial_power, channel_power, tf32) -> d
         "SPATIAL": _constant(spatial_power),
         "CHANNEL": _constant(channel_power),
         "AFFINE": weight is not None,
-        "PRECISION": "tf32" if tf32 and filters.dtype == torch.float32 else "ieee",
+        "PRECISION": product_precision(tf32 and filters.dtype == torch.float32, height, width),
     }
 
 
@@ -252,7 +260,7 @@ def _convolve(images: Tensor, filters: Tensor) -> Tensor:
     return F.conv2d(images, filters, padding=1)
 
 
-def _forward_torch(images, filters, weight, bias, eps, spatial_power, channel_power, tf32, outputs):
+def _forward_torch(images, filters, weight, bias, eps, spatial_power, channel_power, outputs):
     filters = filters.contiguous(memory_format=torch.channels_last)
     for rows in _sample_pieces(images, filters):
         block.forward_torch(
@@ -274,7 +282,6 @@ def _backward_torch(
     statistics,
     spatial_power,
     channel_power,
-    tf32,
 ):
     filters = filters.contiguous(memory_format=torch.channels_last)
     gradient = torch.empty_like(images, memory_format=torch.contiguous_format)

@@ -1,0 +1,90 @@
+"""What an operator launches: the kernels, their arguments, what these compile to and how many bytes they are.
+
+An operator is run with its kernels replaced by recorders, so that what is compiled and counted is what is launched::
+
+    with recorded(kernels) as launches:
+        attention_block(x)
+    report = compile_launch("block", launches[0], capability=90)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+
+from tests.cubin import CubinReport, compile_kernel
+
+TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
+
+@dataclasses.dataclass
+class Launch:
+    """One call of a kernel."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    arguments: dict[str, object]  # by name, in the kernel's order
+    constants: set[str]  # names of the constexpr arguments
+    options: dict[str, int]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensors the kernel is given, each counted once."""
+        tensors = {value.data_ptr(): value for value in self.arguments.values() if isinstance(value, torch.Tensor)}
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+class _Recorder:
+    def __init__(self, name: str, kernel, launches: list[Launch]):
+        self.name, self.kernel, self.launches = name, kernel, launches
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+            signature = inspect.signature(self.kernel.fn)
+            arguments = signature.bind(*args, **kwargs).arguments
+            constants = {name for name, p in signature.parameters.items() if "constexpr" in str(p.annotation)}
+            self.launches.append(Launch(self.name, grid, dict(arguments), constants, options))
+
+        return launch
+
+
+@contextlib.contextmanager
+def recorded(*modules: ModuleType) -> Iterator[list[Launch]]:
+    """Record the launches of the modules' kernels instead of running them."""
+    launches: list[Launch] = []
+    kernels = [(module, name) for module in modules for name in vars(module) if name.endswith("_kernel")]
+    originals = [getattr(module, name) for module, name in kernels]
+    for (module, name), kernel in zip(kernels, originals, strict=True):
+        setattr(module, name, _Recorder(name, kernel, launches))
+    try:
+        yield launches
+    finally:
+        for (module, name), kernel in zip(kernels, originals, strict=True):
+            setattr(module, name, kernel)
+
+
+def compile_launch(module: str, launch: Launch, capability: int) -> CubinReport:
+    """Compile ``atom_fast.kernels.<module>``'s kernel as it would be specialised for these arguments."""
+    signature, constants, aligned = {}, {}, []
+    for name, value in launch.arguments.items():
+        if name in launch.constants or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            aligned.append(name)
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            aligned += [name] * (value % 16 == 0)
+    return compile_kernel(
+        module, launch.kernel, signature=signature, constants=constants, capability=capability,
+        aligned=tuple(aligned), **{k: v for k, v in launch.options.items() if k != "maxnreg"},
+    )  # fmt: skip

@@ -1,0 +1,297 @@
+"""The fused block equals InstanceNorm, ReLU, the attention equations and average pooling, and moves few bytes."""
+
+import pytest
+import torch
+from atom_fast.kernels import block as kernels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import atom_fast as af
+from atom_fast.ops.block import attention_block, block_op, reference_block
+from benchmarks.roofline import block_bytes
+from tests.cubin import CAPABILITIES
+from tests.launches import compile_launch, recorded
+
+BACKENDS = ("torch", "triton")
+SHARED = 163 * 1024  # bytes a program can have on sm_80, the smaller of the two
+
+
+def draw(shape, device, dtype=torch.float64, channels_last=True, seed=0):
+    """A convolution's output with means unlike zero, and a scale and shift of both signs."""
+    generator = torch.Generator().manual_seed(seed)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(shape, generator=generator, dtype=torch.float64) * 2 + 1
+    affine = [torch.randn(shape[1], generator=generator, dtype=torch.float64) for _ in range(2)]
+    return x.to(device, dtype).contiguous(memory_format=layout), *(p.to(device, dtype) for p in affine)
+
+
+def run(block, x, *args, seed=1):
+    """Pooled features, maps (if any) and the gradient of x for random gradients of both, in float64."""
+    x = x.detach().requires_grad_()
+    outputs = [output for output in block(x, *args) if output[:1].numel() or not len(x)]
+    generator = torch.Generator().manual_seed(seed)
+    gradients = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
+    torch.autograd.backward(outputs, gradients)
+    return [t.detach().double() for t in (*outputs, x.grad)]
+
+
+def fused(backend, x, weight, bias, spatial_power=4.0, channel_power=4.0):
+    with af.backend(backend):
+        return run(
+            lambda x: attention_block(x, weight, bias, spatial_power=spatial_power, channel_power=channel_power), x
+        )
+
+
+def exact(x, weight, bias, spatial_power=4.0, channel_power=4.0):
+    weight, bias = (None if p is None else p.double() for p in (weight, bias))
+    return run(lambda x: reference_block(x, weight, bias, 1e-5, spatial_power, channel_power), x.double())
+
+
+def assert_equal(actual, expected, tolerance=1e-10):
+    for got, wanted in zip(actual, expected, strict=True):
+        assert (got - wanted).norm() <= tolerance * wanted.norm() + 1e-30
+
+
+POWERS = st.sampled_from([None, 1.0, 2.0, 2.5, 4.0, 8.0, 16.0])
+
+
+@given(
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 20), st.integers(2, 12), st.integers(2, 12)),
+    channels_last=st.booleans(),
+    affine=st.booleans(),
+    powers=st.tuples(POWERS, POWERS),
+)
+@settings(max_examples=25)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_results_and_gradient_equal_the_equations(backend, shape, channels_last, affine, powers, device):
+    x, weight, bias = draw(shape, device, channels_last=channels_last)
+    weight, bias = (weight, bias) if affine else (None, None)
+    assert_equal(fused(backend, x, weight, bias, *powers), exact(x, weight, bias, *powers))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape", [(1, 6, 32, 32), (1, 3, 64, 48), (1, 2, 128, 128), (1, 2, 65, 127)])
+def test_planes_of_every_size(shape, channels_last, device):
+    x, weight, bias = draw(shape, device, channels_last=channels_last)
+    assert_equal(fused("triton", x, weight, bias), exact(x, weight, bias))
+
+
+@given(
+    shape=st.tuples(st.just(2), st.integers(1, 40), st.integers(2, 20), st.integers(2, 9)),
+    channels_last=st.booleans(),
+    powers=st.tuples(st.sampled_from([None, 4.0]), st.sampled_from([None, 2.5])),
+)
+@settings(max_examples=8)
+def test_tiles_give_what_whole_planes_give(shape, channels_last, powers, device):
+    x, weight, bias = draw(shape, device, channels_last=channels_last)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "block_launch", lambda *_: None)
+        patch.setattr(kernels, "block_backward_launch", lambda *_: None)
+        patch.setattr(kernels, "tiled_launch", lambda *_: {"BLOCK_P": 8, "BLOCK_C": 16, "num_warps": 4})
+        tiled = fused("triton", x, weight, bias, *powers)
+    assert_equal(tiled, exact(x, weight, bias, *powers))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_low_precision_costs_at_most_twice_what_it_costs_unfused(backend, dtype, device):
+    x, weight, bias = draw((3, 24, 16, 16), device, dtype)
+    expected = exact(x, weight, bias)
+    plain = run(lambda x: reference_block(x, weight, bias, 1e-5, 4.0, 4.0), x)
+    for got, unfused, wanted in zip(fused(backend, x, weight.float(), bias.float()), plain, expected, strict=True):
+        assert (got - wanted).norm() <= 2 * (unfused - wanted).norm() + 1e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("power", [1.0, 4.0, 16.0])
+@pytest.mark.parametrize("magnitude", [1e-6, 1.0, 1e6])
+def test_maps_are_accurate_at_every_magnitude(backend, power, magnitude, device):
+    x, weight, bias = draw((2, 8, 16, 16), device, torch.float32)
+    x[0, :, 3, 5] += 1e3  # one outlier: the others lie near 1/16 of it after the norm
+    scaled = fused(backend, x, magnitude * weight, magnitude * bias, power, power)
+    assert all(value.isfinite().all() for value in scaled)
+    assert_equal(scaled, exact(x, magnitude * weight, magnitude * bias, power, power), 2e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_constant_planes_and_zero_samples(backend, device):
+    x, weight, bias = draw((3, 6, 8, 8), device)
+    x[0, 2] = 7.0  # zero variance: the feature is max(shift, 0)
+    x[1] = 7.0
+    bias[:3], bias[3:] = 0.5, -0.5
+    assert_equal(fused(backend, x, weight, bias), exact(x, weight, bias))
+    silent = fused(backend, x, weight * 0, -bias.abs())
+    assert all((value == 0).all() for value in silent)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_is_not_hidden(backend, device):
+    x, weight, bias = draw((2, 4, 8, 8), device, torch.float32)
+    x[0, 1, 0, 0] = torch.nan
+    pooled, maps, _ = fused(backend, x, weight, bias)
+    assert pooled[0, 1].isnan().all() and maps[0].isnan().any()
+    assert pooled[1].isfinite().all() and maps[1].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_inputs_and_gradients_without_stride(backend, device):
+    x, weight, bias = draw((2, 6, 10, 12), device)
+    sliced = x[:, ::2, 1:9, ::2]
+    assert_equal(fused(backend, sliced, weight[::2], bias[::2]), exact(sliced, weight[::2], bias[::2]))
+
+    gradients = []
+    for name in (backend, "reference"):
+        leaf = x.detach().requires_grad_()
+        with af.backend(name):
+            block = attention_block(leaf, weight, bias)
+        (block.pooled.sum() + block.maps.sum()).backward()
+        gradients.append(leaf.grad)
+    assert_equal(gradients[:1], gradients[1:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("used", ["pooled", "maps"])
+def test_an_output_that_is_not_used_has_no_gradient(backend, used, device):
+    x, weight, bias = draw((2, 6, 8, 8), device)
+    gradients = []
+    for name in (backend, "reference"):
+        leaf = x.detach().requires_grad_()
+        with af.backend(name):
+            getattr(attention_block(leaf, weight, bias), used).cumsum(1).sum().backward()
+        gradients.append(leaf.grad)
+    assert_equal(gradients[:1], gradients[1:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layout_is_kept_and_bits_repeat(backend, device):
+    for channels_last, layout in ((True, torch.channels_last), (False, torch.contiguous_format)):
+        x, weight, bias = draw((2, 8, 8, 8), device, torch.float32, channels_last)
+        first, second = (fused(backend, x, weight, bias) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        with af.backend(backend):
+            assert attention_block(x, weight, bias).pooled.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_batch(backend, device):
+    x, weight, bias = draw((0, 4, 8, 8), device)
+    pooled, maps, gradient = fused(backend, x, weight, bias)
+    assert pooled.shape == (0, 4, 4, 4) and maps.shape == (0, 68) and gradient.shape == x.shape
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_the_gradient_keeps_anything(backend, device):
+    x, weight, bias = draw((2, 16, 16, 16), device, torch.float32)
+    kept = []
+    with af.backend(backend), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        attention_block(x, weight, bias)
+        with torch.no_grad():
+            attention_block(x.requires_grad_(), weight, bias)
+        assert not kept
+        attention_block(x, weight, bias)
+    assert sum(t.numel() * t.element_size() for t in kept) <= 1.1 * x.numel() * x.element_size()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_operator_passes_opcheck_and_compiles_as_one_graph(backend, device):
+    x, weight, bias = draw((2, 4, 8, 8), device, torch.float32)
+    torch.library.opcheck(block_op, (x.requires_grad_(), weight, bias, 1e-5, 4.0, None, backend))
+
+    def loss(x):
+        pooled, maps = attention_block(x, weight, bias)
+        return pooled.square().sum() + maps.square().cumsum(1).sum()
+
+    with af.backend(backend):
+        expected = torch.autograd.grad(loss(x), x)
+        actual = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), x)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_second_derivative_is_refused(backend, device):
+    x, weight, bias = draw((1, 4, 8, 8), device, torch.float32)
+    with af.backend(backend):
+        maps = attention_block(x.requires_grad_(), weight, bias).maps
+    (gradient,) = torch.autograd.grad(maps.cumsum(1).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((4, 8, 8), {}, r"\[B, C, H, W\]"),
+        ((2, 4, 1, 8), {}, "at least 2"),
+        ((2, 4, 8, 8), {"spatial_power": 0.5}, r"spatial_power must be in \[1, 16\] or None; got 0.5"),
+        ((2, 4, 8, 8), {"channel_power": 17}, r"channel_power must be in \[1, 16\] or None; got 17"),
+        ((2, 4, 8, 8), {"weight": torch.ones(4)}, "together"),
+        ((2, 4, 8, 8), {"weight": torch.ones(3), "bias": torch.ones(4)}, r"weight must be \[4\]; got \(3,\)"),
+        ((2, 4, 8, 8), {"weight": torch.ones(4, requires_grad=True), "bias": torch.ones(4)}, "weight requires a grad"),
+    ],
+)
+def test_bad_input_is_refused(shape, options, message):
+    with pytest.raises(ValueError, match=message):
+        attention_block(torch.zeros(shape), **options)
+
+
+def test_integers_are_refused():
+    with pytest.raises(TypeError, match="int64"):
+        attention_block(torch.zeros((1, 2, 4, 4), dtype=torch.int64))
+
+
+def launches_of(shape, dtype=torch.float32, channels_last=True):
+    """What forward and backward launch for x of this shape, without running it."""
+    x, weight, bias = draw(shape, "cpu", dtype, channels_last)
+    with recorded(kernels) as launches, af.backend("triton"):
+        block = attention_block(x.requires_grad_(), weight.float(), bias.float())
+        torch.autograd.backward(list(block), [torch.empty_like(output) for output in block])
+    return launches
+
+
+STREAMING = [
+    ((1, 128, 32, 32), torch.float32, False),
+    ((1, 128, 32, 32), torch.float32, True),
+    ((1, 128, 16, 16), torch.float32, True),
+    ((1, 128, 16, 16), torch.bfloat16, True),
+    ((1, 128, 8, 8), torch.float32, True),
+]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is launched is recorded through the interpreter")
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(("shape", "dtype", "channels_last"), STREAMING)
+def test_kernels_fit_registers_and_access_128_bits(shape, dtype, channels_last, capability):
+    for launch in launches_of(shape, dtype, channels_last):
+        report = compile_launch("block", launch, capability)
+        assert report.spills == 0, launch.kernel
+        assert report.shared <= SHARED, launch.kernel
+        if launch.kernel != "map_weights_kernel":
+            assert report.widest_load == report.widest_store == 128, launch.kernel
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is launched is recorded through the interpreter")
+@pytest.mark.parametrize(("shape", "dtype", "channels_last"), STREAMING)
+def test_bytes_are_at_most_a_quarter_above_the_roofline(shape, dtype, channels_last):
+    forward, *backward = launches_of((4, *shape[1:]), dtype, channels_last)
+    size = 4, *shape[1:], dtype.itemsize, True
+    assert forward.bytes <= 1.25 * block_bytes(*size, backward=False)
+    assert sum(launch.bytes for launch in backward) <= 1.25 * block_bytes(*size, backward=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is launched is recorded through the interpreter")
+@pytest.mark.parametrize(("shape", "channels_last"), [((1, 128, 128, 128), True), ((1, 64, 31, 33), False)])
+def test_tiled_and_odd_planes_do_not_spill(shape, channels_last):
+    for launch in launches_of(shape, channels_last=channels_last):
+        report = compile_launch("block", launch, 80)
+        assert report.spills == 0, launch.kernel
+        assert report.shared <= SHARED, launch.kernel
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [8, 16, 32, 64])
+def test_full_size_on_a_gpu(size, dtype, channels_last, device):
+    x, weight, bias = draw((64, 128, size, size), device, dtype, channels_last)
+    tolerance = 3e-3 if dtype == torch.bfloat16 else 1e-6
+    assert_equal(fused("triton", x, weight.float(), bias.float()), exact(x, weight, bias), tolerance)

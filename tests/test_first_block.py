@@ -1,0 +1,212 @@
+"""The first block from the image equals convolution, InstanceNorm, ReLU, the attention equations and pooling."""
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from atom_fast.kernels import block as block_kernels
+from atom_fast.kernels import first_block as kernels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import atom_fast as af
+from atom_fast.ops.block import reference_block
+from atom_fast.ops.first_block import first_block, first_block_op
+from tests.cubin import CAPABILITIES
+from tests.launches import compile_launch, recorded
+from tests.test_block import BACKENDS, SHARED, assert_equal, run
+
+
+def draw(batch, image_channels, channels, height, width, device="cpu", dtype=torch.float64, seed=0):
+    """Images, filters, and a scale and shift of both signs."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (batch, image_channels, height, width), (channels, image_channels, 3, 3), (channels,), (channels,)
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s in shapes]
+
+
+@contextlib.contextmanager
+def products(precision):
+    """Multiply float32 in "ieee" or "tf32" where convolutions do."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = precision
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+
+
+def fused(backend, images, filters, weight, bias, *powers):
+    powers = dict(zip(("spatial_power", "channel_power"), powers, strict=False))
+    with af.backend(backend):
+        return run(lambda x: first_block(x, filters, weight, bias, **powers), images)
+
+
+def exact(images, filters, weight, bias, spatial_power=4.0, channel_power=4.0):
+    filters, weight, bias = (None if p is None else p.double() for p in (filters, weight, bias))
+
+    def block(x):
+        offset = torch.linspace(-1, 1, len(filters), dtype=torch.float64, device=x.device)  # what the norm takes away
+        convolved = F.conv2d(x, filters, offset, padding=1)
+        return reference_block(convolved, weight, bias, 1e-5, spatial_power, channel_power)
+
+    return run(block, images.double())
+
+
+POWERS = st.sampled_from([None, 1.0, 2.5, 4.0, 16.0])
+
+
+@given(
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 4), st.integers(1, 20), st.integers(2, 11), st.integers(2, 11)),
+    affine=st.booleans(),
+    powers=st.tuples(POWERS, POWERS),
+)
+@settings(max_examples=15)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_results_and_gradient_equal_the_equations(backend, shape, affine, powers, device):
+    images, filters, weight, bias = draw(*shape, device)
+    weight, bias = (weight, bias) if affine else (None, None)
+    assert_equal(fused(backend, images, filters, weight, bias, *powers), exact(images, filters, weight, bias, *powers))
+
+
+@pytest.mark.parametrize(("image_channels", "size"), [(3, 32), (1, 28), (3, 64), (6, 8)])
+def test_sizes_and_channels_beyond_the_kernels_too(image_channels, size, device):
+    inputs = draw(1, image_channels, 20, size, size, device)
+    assert_equal(fused("triton", *inputs), exact(*inputs))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float32_and_channels_last_images(backend, device):
+    images, filters, weight, bias = draw(3, 3, 24, 16, 16, device, torch.float32)
+    expected = exact(images, filters, weight, bias)
+    with products("ieee"):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            actual = fused(backend, images.contiguous(memory_format=layout), filters, weight, bias)
+            assert_equal(actual, expected, 5e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_and_narrow_filters_give_their_dtype(backend, device):
+    images, filters, weight, bias = draw(2, 3, 16, 8, 8, device, torch.float32)
+    with af.backend(backend), torch.autocast(device.type, torch.bfloat16):
+        assert first_block(images, filters, weight, bias).pooled.dtype == torch.bfloat16
+    narrow = filters.half()  # the interpreter multiplies no bfloat16
+    pooled, maps, gradient = fused(backend, images, narrow, weight, bias)
+    assert_equal((pooled, maps), exact(images.half(), narrow, weight, bias)[:2], 2e-3)
+    assert gradient.shape == images.shape and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("used", ["pooled", "maps"])
+def test_gradients_without_stride_and_of_one_output(backend, used, device):
+    images, filters, weight, bias = draw(2, 3, 8, 8, 8, device)
+    gradients = []
+    for name in (backend, "reference"):
+        leaf = images.detach().requires_grad_()
+        with af.backend(name):
+            getattr(first_block(leaf, filters, weight, bias), used).sum().backward()
+        gradients.append(leaf.grad)
+    assert_equal(gradients[:1], gradients[1:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_black_image_and_an_empty_batch(backend, device):
+    images, filters, weight, bias = draw(2, 3, 8, 8, 8, device)
+    images[0] = 0  # every plane is constant
+    assert_equal(fused(backend, images, filters, weight, bias), exact(images, filters, weight, bias))
+    pooled, maps, gradient = fused(backend, images[:0], filters, weight, bias)
+    assert pooled.shape == (0, 8, 4, 4) and maps.shape == (0, 72) and gradient.shape == (0, 3, 8, 8)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_of_the_convolutions_size_is_kept(backend, device):
+    images, filters, weight, bias = draw(4, 3, 32, 16, 16, device, torch.float32)
+    kept = []
+    with af.backend(backend), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        with torch.no_grad():
+            first_block(images.requires_grad_(), filters, weight, bias)
+        assert not kept
+        first_block(images, filters, weight, bias)
+    largest = max(t.numel() for t in kept if t.data_ptr() != images.data_ptr())
+    assert largest <= max(filters.numel(), 4 * (16 * 16 + 32))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_operator_passes_opcheck_and_compiles_as_one_graph(backend, device):
+    images, filters, weight, bias = draw(2, 3, 8, 8, 8, device, torch.float32)
+    torch.library.opcheck(first_block_op, (images.requires_grad_(), filters, weight, bias, 1e-5, None, 4.0, backend))
+
+    def loss(x):
+        pooled, maps = first_block(x, filters, weight, bias)
+        return pooled.square().sum() + maps.square().cumsum(1).sum()
+
+    with af.backend(backend):
+        expected = torch.autograd.grad(loss(images), images)
+        actual = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(images), images)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("images", "filters", "message"),
+    [
+        ((3, 8, 8), (4, 3, 3, 3), r"images must be \[B, C, H, W\]"),
+        ((1, 3, 1, 8), (4, 3, 3, 3), "at least 2"),
+        ((1, 3, 8, 8), (4, 1, 3, 3), r"filters must be \[C, 3, 3, 3\]; got \(4, 1, 3, 3\)"),
+        ((1, 3, 8, 8), (4, 3, 5, 5), r"filters must be \[C, 3, 3, 3\]"),
+    ],
+)
+def test_bad_input_is_refused(images, filters, message):
+    with pytest.raises(ValueError, match=message):
+        first_block(torch.zeros(images), torch.zeros(filters))
+
+
+def test_filters_that_want_a_gradient_are_refused():
+    with pytest.raises(ValueError, match="filters requires a gradient"):
+        first_block(torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3, requires_grad=True))
+
+
+def launches_of(image_channels, size, dtype, precision):
+    images, filters, weight, bias = draw(1, image_channels, 128, size, size, dtype=torch.float32)
+    with products(precision), recorded(kernels, block_kernels) as launches, af.backend("triton"):
+        block = first_block(images.requires_grad_(), filters.to(dtype), weight, bias)
+        torch.autograd.backward(list(block), [torch.empty_like(output) for output in block])
+    return [launch for launch in launches if launch.kernel != "map_weights_kernel"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is launched is recorded through the interpreter")
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    ("image_channels", "size", "dtype", "precision"),
+    [
+        (3, 32, torch.float32, "tf32"),
+        (3, 32, torch.bfloat16, "tf32"),
+        (3, 32, torch.float32, "ieee"),
+        (1, 8, torch.float32, "tf32"),
+    ],
+)
+def test_kernels_fit_and_use_the_tensor_cores(image_channels, size, dtype, precision, capability):
+    for launch in launches_of(image_channels, size, dtype, precision):
+        report = compile_launch("first_block", launch, capability)
+        assert report.spills == 0, launch.kernel
+        assert report.shared <= SHARED, launch.kernel
+        if launch.kernel == "fold_kernel":
+            continue
+        assert report.tensor_core == (precision == "tf32"), launch.kernel
+        if launch.kernel == "first_block_forward_kernel" and size == 32:
+            assert report.widest_store == 128
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("image_channels", "size"), [(1, 8), (1, 28), (3, 16), (3, 32), (2, 32), (4, 16)])
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "bfloat16"])
+def test_products_of_every_precision_on_a_gpu(precision, image_channels, size, device):
+    images, filters, weight, bias = draw(64, image_channels, 128, size, size, device, torch.float32)
+    filters = filters.bfloat16() if precision == "bfloat16" else filters
+    # Rounding the operands turns some features off or on, each of which changes the gradient by a whole term: 1e-3 of
+    # them in TF32 and 4e-3 in bfloat16 make errors of the square root.
+    tolerances = {"ieee": (1e-6, 2e-6), "tf32": (2e-3, 5e-2), "bfloat16": (1e-2, 1e-1)}[precision]
+    with products("tf32" if precision == "tf32" else "ieee"):
+        *outputs, gradient = fused("triton", images, filters, weight, bias)
+    *wanted_outputs, wanted_gradient = exact(images, filters, weight, bias)
+    assert_equal(outputs, wanted_outputs, tolerances[0])
+    assert_equal([gradient], [wanted_gradient], tolerances[1])
