@@ -15,8 +15,13 @@ from click.core import ParameterSource
 from atom_fast import __version__
 from atom_fast._files import write_atomically
 from atom_fast.data.sources import SOURCES
+from atom_fast.data.whitening import KINDS
 from atom_fast.distill.config import PRESETS, DistillConfig, preset, read_settings
+from atom_fast.evaluate.coresets import EPOCHS, METHODS
 from atom_fast.evaluate.protocols import PROTOCOLS
+from atom_fast.evaluate.sets import FEATURES
+from atom_fast.evaluate.training import PRECISIONS
+from atom_fast.networks import NETWORKS
 from atom_fast.synthetic import EXPORT_FORMATS
 
 
@@ -42,6 +47,18 @@ class _OrNone(click.ParamType):
 
     def convert(self, value, param, ctx):
         return None if value is None or value.lower() == "none" else self.inner.convert(value, param, ctx)
+
+
+class _List(click.ParamType):
+    """Values of another type, joined by commas."""
+
+    def __init__(self, inner: click.ParamType):
+        self.inner = inner
+        self.name = f"{inner.name},..."
+
+    def convert(self, value, param, ctx):
+        parts = value.split(",") if isinstance(value, str) else value
+        return [self.inner.convert(part.strip() if isinstance(part, str) else part, param, ctx) for part in parts]
 
 
 class _Commands(click.Group):
@@ -190,42 +207,96 @@ def _device(name: str) -> str | None:
 @_data_options(None, "the one the set was distilled from")
 @click.option("--networks", default=5, help="networks to train on each side  [default: 5 networks]")
 @click.option(
+    "--arch",
+    type=_List(_Choice(list(NETWORKS))),
+    default="convnet",
+    show_default=True,
+    help=f"their architecture, or several joined by commas: {', '.join(NETWORKS)}",
+)
+@click.option(
     "--protocol", type=_Choice(list(PROTOCOLS)), help="how to train  [default: digits for digits, paper for others]"
 )
 @click.option("--random/--no-random", default=True, help="measure random real images beside it  [default: random]")
 @click.option("--seed", default=0, show_default=True, help="of networks and random images")
+@click.option("--precision", type=_Choice(PRECISIONS), default="float32", show_default=True, help="of the training")
 @click.option(
     "--evaluate-every", default=0, help="epochs between further tests, kept in --json  [default: 0 epochs: last only]"
 )
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="file for the full result  [default: none]")
+@click.option("--together", type=int, help="networks trained at a time  [default: chosen for the device]")
+@click.option(
+    "--preprocessing",
+    type=_Choice(KINDS),
+    help="model space of a .pt, or for a folder's images  [default: that of the public code, standard for others]",
+)
+@click.option("--experiment", default=0, help="which set of a .pt with several  [default: 0: the first]")
+@click.option(
+    "--json",
+    "json_path",
+    type=click.Path(path_type=Path),
+    help="file for the full result, written whenever networks finish; an interrupted one is gone on with  "
+    "[default: none]",
+)
 @_device_option
 @_quiet_option
-def evaluate(
-    file, dataset, data_dir, download, networks, protocol, random, seed, evaluate_every, json_path, device, quiet
-):
-    """Train fresh networks on the set in FILE and test them: mean ± standard deviation of last-epoch accuracy, in %."""
+def evaluate(file, dataset, data_dir, download, arch, preprocessing, experiment, json_path, device, quiet, **settings):
+    """Train fresh networks on the set in FILE and test them: mean ± standard deviation of last-epoch accuracy, in %.
+
+    FILE is a synthetic set, a .pt that the public DC, DM or DataDAM program saved, or a folder of images; the last two
+    need --dataset.
+    """
     from atom_fast.comparison import compare
     from atom_fast.report import result_line
+
+    synthetic, data = _set_and_data(file, dataset, data_dir, download, preprocessing, experiment, not quiet)
+    earlier, records = _read_records(json_path), []
+
+    def keep(record: dict) -> None:
+        if json_path:
+            found = [*records, record]
+            write_atomically(json_path, json.dumps(found if len(arch) > 1 else record, indent=2) + "\n")
+
+    for network in arch:
+        position = len(records)
+        record = compare(
+            synthetic, data, network=network, device=_device(device), progress=not quiet, on_network=keep,
+            earlier=earlier[position] if position < len(earlier) else None, **settings,
+        )  # fmt: skip
+        keep(record)
+        records.append(record)
+        if record["same_data"] is False and position == 0:
+            click.echo(f"note: these {data.name} images are not those the set was distilled from", err=True)
+        click.echo((f"{network}: " if len(arch) > 1 else "") + result_line(record))
+
+
+def _set_and_data(file, dataset, data_dir, download, preprocessing, experiment, progress):
+    """The set in a file or folder of any kind, and the data set that it is tested on."""
+    from atom_fast.data.sources import load_data
+    from atom_fast.evaluate.sets import read_set
     from atom_fast.synthetic import SyntheticSet
 
+    if file.is_dir() or file.suffix in (".pt", ".pth"):
+        if dataset is None:
+            raise ValueError(
+                f"{file} does not say what data set it is for; give --dataset, one of {', '.join(SOURCES)}"
+            )
+        data = load_data(dataset, data_dir, download=download, progress=progress)
+        options = {"preprocessing": preprocessing, "experiment": experiment, "progress": progress}
+        return read_set(file, data, **options), data
     synthetic = SyntheticSet.load(file)
-    data = _data_of(synthetic, dataset, data_dir, download, not quiet)
-    result = compare(
-        synthetic,
-        data,
-        protocol=protocol,
-        networks=networks,
-        seed=seed,
-        random=random,
-        evaluate_every=evaluate_every,
-        device=_device(device),
-        progress=not quiet,
-    )
-    if not result["same_data"]:
-        click.echo(f"note: these {data.name} images are not those the set was distilled from", err=True)
-    click.echo(result_line(result))
-    if json_path:
-        write_atomically(json_path, json.dumps(result, indent=2) + "\n")
+    if preprocessing is not None:
+        raise ValueError(f"{file} holds its own preprocessing; --preprocessing is for a .pt or a folder")
+    return synthetic, _data_of(synthetic, dataset, data_dir, download, progress)
+
+
+def _read_records(path: Path | None) -> list[dict]:
+    """What an earlier call left in a result file, if it can be read."""
+    if path is None or not path.is_file():
+        return []
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        return []
+    return [record for record in (content if isinstance(content, list) else [content]) if isinstance(record, dict)]
 
 
 def _data_of(synthetic, dataset: str | None, data_dir: Path | None, download: bool, progress: bool):
@@ -238,6 +309,49 @@ def _data_of(synthetic, dataset: str | None, data_dir: Path | None, download: bo
     height, width = synthetic.images.shape[2:]
     resolution = height if height == width else None
     return load_data(dataset, data_dir, download=download, resolution=resolution, progress=progress)
+
+
+@main.command()
+@_data_options("digits", "digits")
+@click.option("--resolution", type=int, help="resize images to squares of this side, in pixels  [default: as they are]")
+@click.option("--method", type=_Choice(METHODS), default="random", show_default=True, help="how to choose")
+@click.option("--ipc", default=1, help="images to choose in each class; not for full  [default: 1 per class]")
+@click.option("--output", type=click.Path(path_type=Path), help="file to write  [default: runs/DATASET-ipcN-METHOD...]")
+@click.option("--preprocessing", type=_Choice(KINDS), default="standard", show_default=True, help="model space")
+@click.option(
+    "--features",
+    type=_Choice(FEATURES),
+    default="embedding",
+    show_default=True,
+    help="what herding and k-center compare: the embedding of a network trained on all images, or pixels",
+)
+@click.option("--epochs", default=EPOCHS, help=f"how long that network is trained  [default: {EPOCHS} epochs]")
+@click.option(
+    "--protocol", type=_Choice(list(PROTOCOLS)), help="how to train it  [default: digits for digits, paper for others]"
+)
+@click.option("--seed", default=0, show_default=True, help="of the random choice, or of the network")
+@_device_option
+@_quiet_option
+def select(dataset, data_dir, download, resolution, method, ipc, output, device, protocol, quiet, **settings):
+    """Choose real images of a data set, as a set to evaluate beside distilled ones.
+
+    Methods: random; herding; k-center; forgetting, the images that a network forgets most often, and
+    least-forgetting; full, all training images.
+    """
+    import torch
+
+    from atom_fast.comparison import default_protocol
+    from atom_fast.data.sources import load_data
+    from atom_fast.evaluate.sets import select as choose
+
+    data = load_data(dataset, data_dir, download=download, resolution=resolution, progress=not quiet)
+    size = "full" if method == "full" else f"ipc{ipc}-{method}"
+    output = output or Path("runs") / f"{dataset}-{size}.safetensors"
+    chosen = choose(
+        data, method, ipc, protocol=protocol or default_protocol(data.name), progress=not quiet,
+        device=_device(device) or ("cuda" if torch.cuda.is_available() else "cpu"), **settings,
+    )  # fmt: skip
+    click.echo(f"{len(chosen)} images in {chosen.save(output)}")
 
 
 @main.command()

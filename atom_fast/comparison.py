@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping
 
 import torch
 
+from atom_fast import __version__
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing
-from atom_fast.evaluate import EvaluationResult, Protocol, evaluate, random_selection
-from atom_fast.evaluate.training import network_seed
+from atom_fast.evaluate import EvaluationResult, Protocol, evaluate, get_protocol, random_selection
 from atom_fast.report import method_name
 from atom_fast.synthetic import SyntheticSet
 
@@ -21,14 +25,19 @@ def compare(
     protocol: Protocol | str | None = None,
     networks: int = 5,
     seed: int = 0,
+    network: str = "convnet",
+    precision: str = "float32",
     random: bool = True,
     evaluate_every: int = 0,
+    together: int | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
+    earlier: Mapping | None = None,
+    on_network: Callable[[dict], None] | None = None,
 ) -> dict:
     """Train networks on a synthetic set, and as many on random real images, and test both on the real test set.
 
-    The networks have the architecture and the initialisation that the set was distilled with.
+    A ConvNet has the architecture and the initialisation that the set was distilled with.
 
     Args:
         synthetic: the set.
@@ -36,20 +45,113 @@ def compare(
         protocol: how to train, or a preset's name; None is ``default_protocol(data.name)``.
         networks: how many on each side.
         seed: of networks and selections.
+        network: their architecture, a key of :data:`~atom_fast.networks.NETWORKS`.
+        precision, evaluate_every, together: see :func:`atom_fast.evaluate.evaluate`.
         random: measure Random, too.
-        evaluate_every: test also after every so many epochs, see :func:`atom_fast.evaluate.evaluate`.
         device: where to train; None: the GPU, if there is one.
         progress: show progress bars on standard error.
+        earlier: a record that an interrupted call left; the networks it holds are not trained again. Passed over where
+            it is complete, or where anything was not as it is now.
+        on_network: called with the record so far whenever networks have finished.
 
     Returns:
         What JSON can hold: ``dataset``, ``ipc``, ``method``, ``accuracy_mean``, ``accuracy_std``, ``random_mean``,
         ``random_std`` (per cent; None where not measured or all diverged), ``seconds`` (of the distillation),
-        ``device`` (of the evaluation), ``config_hash``, ``same_data`` (whether ``data`` is what the set was distilled
-        from), and in full ``evaluation`` and ``random_evaluation`` as :meth:`EvaluationResult.to_dict` writes them.
+        ``device`` (of the evaluation), ``config_hash``, ``same_data`` (whether ``data`` is what the set was made from;
+        None where it does not say), in full ``evaluation`` and ``random_evaluation`` as
+        :meth:`EvaluationResult.to_dict` writes them, and ``state``: whether it is ``complete``, and a ``hash`` of
+        everything the result depends on.
 
     Raises:
         ValueError: the set's classes or image size are not the data's; or ``random`` for classes of different sizes.
     """
+    _check_fit(synthetic, data, random)
+    protocol = default_protocol(data.name) if protocol is None else protocol
+    settings = {
+        "protocol": get_protocol(protocol) if isinstance(protocol, str) else protocol,
+        "networks": networks,
+        "seed": seed,
+        "network": network,
+        "architecture": architecture_of(synthetic) if network == "convnet" else {},
+        "precision": precision,
+        "evaluate_every": evaluate_every,
+    }
+    space = synthetic.preprocessing
+    sides = {"evaluation": functools.partial(evaluate, synthetic.images, synthetic.labels, data, space)}
+    if random:
+        sides["random_evaluation"] = functools.partial(evaluate_random, data, synthetic.ipc, space)
+    record = _Record(synthetic, data, _hash(synthetic, data, {**settings, "random": random}), {})
+    earlier = _interrupted(earlier, record.hash)
+    settings["device"] = device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+    for side, measure in sides.items():
+
+        def note(result: EvaluationResult, side: str = side) -> None:
+            record.sides[side] = result.to_dict()
+            if on_network is not None:
+                on_network(record.to_dict(complete=False))
+
+        result = measure(
+            **settings, together=together, progress=progress, earlier=_curves(earlier.get(side)), on_network=note
+        )
+        record.sides[side] = result.to_dict()
+    return record.to_dict(complete=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Record:
+    """What :func:`compare` returns, as far as it is known."""
+
+    synthetic: SyntheticSet
+    data: ImageData
+    hash: str
+    sides: dict[str, dict]
+
+    def to_dict(self, complete: bool) -> dict:
+        metadata = self.synthetic.metadata
+        result, baseline = (self.sides.get(side) or {} for side in ("evaluation", "random_evaluation"))
+        made_from = metadata.get("dataset_fingerprint")
+        return {
+            "dataset": self.data.name,
+            "ipc": self.synthetic.ipc,
+            "method": metadata.get("method") or method_name(metadata.get("config", {})),
+            "accuracy_mean": result.get("accuracy_mean"),
+            "accuracy_std": result.get("accuracy_std"),
+            "random_mean": baseline.get("accuracy_mean"),
+            "random_std": baseline.get("accuracy_std"),
+            "seconds": metadata.get("seconds"),
+            "device": result.get("device"),
+            "config_hash": metadata.get("config_hash"),
+            "same_data": None if made_from is None else made_from == self.data.fingerprint,
+            "evaluation": result or None,
+            "random_evaluation": baseline or None,
+            "state": {"complete": complete, "hash": self.hash},
+        }
+
+
+def _hash(synthetic: SyntheticSet, data: ImageData, settings: dict) -> str:
+    """SHA-256 of everything that an evaluation's result depends on, but for the device."""
+    settings = {**settings, "protocol": dataclasses.asdict(settings["protocol"]), "version": __version__}
+    digest = hashlib.sha256(json.dumps([settings, data.fingerprint], sort_keys=True).encode())
+    tensors = {"images": synthetic.images, "labels": synthetic.labels, **synthetic.preprocessing.tensors()}
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def _interrupted(earlier: Mapping | None, digest: str) -> Mapping:
+    """An earlier record, if it is one of the same measurement and not complete."""
+    return earlier if earlier and earlier.get("state") == {"complete": False, "hash": digest} else {}
+
+
+def _curves(side: Mapping | None) -> list[dict[int, float | None]]:
+    """A side's curves as they were before they became JSON."""
+    if not side:
+        return []
+    return [{int(epoch): accuracy for epoch, accuracy in curve.items()} for curve in side["curves"]]
+
+
+def _check_fit(synthetic: SyntheticSet, data: ImageData, random: bool) -> None:
     if synthetic.class_names != data.class_names:
         raise ValueError(
             f"the set was made for the {len(synthetic.class_names)} classes {_some(synthetic.class_names)}; "
@@ -57,37 +159,6 @@ def compare(
         )
     if random and synthetic.ipc is None:
         raise ValueError("Random needs a set with as many images in every class; leave it out (--no-random)")
-    settings = {
-        "protocol": default_protocol(data.name) if protocol is None else protocol,
-        "architecture": architecture_of(synthetic),
-        "evaluate_every": evaluate_every,
-        "device": device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu"),
-        "progress": progress,
-    }
-    preprocessing = synthetic.preprocessing
-    result = evaluate(
-        synthetic.images, synthetic.labels, data, preprocessing, networks=networks, seed=seed, **settings
-    ).to_dict()
-    baseline = {}
-    if random:
-        ipc = synthetic.ipc
-        baseline = evaluate_random(data, ipc, preprocessing, networks=networks, seed=seed, **settings).to_dict()
-    metadata = synthetic.metadata
-    return {
-        "dataset": data.name,
-        "ipc": synthetic.ipc,
-        "method": method_name(metadata.get("config", {})),
-        "accuracy_mean": result["accuracy_mean"],
-        "accuracy_std": result["accuracy_std"],
-        "random_mean": baseline.get("accuracy_mean"),
-        "random_std": baseline.get("accuracy_std"),
-        "seconds": metadata.get("seconds"),
-        "device": result["device"],
-        "config_hash": metadata.get("config_hash"),
-        "same_data": metadata.get("dataset_fingerprint") == data.fingerprint,
-        "evaluation": result,
-        "random_evaluation": baseline or None,
-    }
 
 
 def evaluate_random(
@@ -109,16 +180,12 @@ def evaluate_random(
     Raises:
         ValueError: a class has fewer than ``ipc`` images, or a setting is not accepted.
     """
-    if networks < 1:
-        raise ValueError(f"networks must be at least 1; got {networks}")
-    results = []
-    for index in range(networks):
+
+    def choose(index: int) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = random_selection(data, ipc, seed + index)
-        images, labels = preprocessing.to_model(data.train_images[chosen]), data.train_labels[chosen]
-        seed_here = network_seed(seed, index)
-        results.append(evaluate(images, labels, data, preprocessing, networks=1, seed=seed_here, **settings))
-    curves = tuple(curve for result in results for curve in result.curves)
-    return dataclasses.replace(results[0], curves=curves, seed=seed, seconds=sum(result.seconds for result in results))
+        return preprocessing.to_model(data.train_images[chosen]), data.train_labels[chosen]
+
+    return evaluate(choose, None, data, preprocessing, networks=networks, seed=seed, **settings)
 
 
 def default_protocol(dataset: str) -> str:

@@ -87,7 +87,7 @@ def describe(synthetic) -> str:
     """A :class:`~atom_fast.synthetic.SyntheticSet` in a line: data set, size, method, iterations, as far as known."""
     metadata, config = synthetic.metadata, synthetic.metadata.get("config", {})
     size = f"{len(synthetic)} images" if synthetic.ipc is None else f"{synthetic.ipc} per class"
-    parts = [metadata.get("dataset"), size, method_name(config)]
+    parts = [metadata.get("dataset"), size, metadata.get("method") or method_name(config)]
     parts.append(f"{config['iterations']} iterations" if "iterations" in config else None)
     return ", ".join(part for part in parts if part)
 

@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import atom_fast as af
 from atom_fast.data.augmentation import augment, draw_augmentation
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing, fit_preprocessing
 from atom_fast.evaluate import PROTOCOLS, EvaluationResult, evaluate, get_protocol, random_selection, training
+from atom_fast.evaluate.ensemble import train_networks
 from atom_fast.evaluate.training import Trainer, accuracy, network_seed
-from atom_fast.networks import ConvNet
+from atom_fast.networks import NETWORKS, ConvNet, make_network
 
 SMALL = {"width": 8, "depth": 2}
 
@@ -50,7 +52,8 @@ def small_set(data, preprocessing):
     return preprocessing.to_model(data.train_images[:23]), data.train_labels[:23]
 
 
-PROTOCOL = get_protocol("paper", epochs=6, batch_size=10, learning_rate=0.05, decay_every=2, decay_factor=0.5)
+# Learning rates that float32 holds exactly, so that float64 networks can be compared closely.
+PROTOCOL = get_protocol("paper", epochs=6, batch_size=10, learning_rate=1 / 16, decay_every=2, decay_factor=0.5)
 
 
 def plain_loop(images, labels, protocol, seed, network):
@@ -89,21 +92,54 @@ def train(trainer, seed):
     return {name: tensor.clone() for name, tensor in trainer.network.state_dict().items()}
 
 
-@pytest.mark.parametrize("norm", ["instance", "batch"])
+def assert_same_network(got, network):
+    """The same weights, but for biases that InstanceNorm takes away: a plain loop lets them decay."""
+    instance = {f"{name}.convolution.bias" for name, m in network.named_modules() if _has_instance_norm(m)}
+    for name, tensor in network.state_dict().items():
+        if name not in instance:
+            torch.testing.assert_close(got[name], tensor, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: name + text)
+
+
+def _has_instance_norm(module):
+    norm = getattr(module, "norm", None)
+    return isinstance(norm, nn.GroupNorm) and norm.num_groups == norm.num_channels
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch", "group"])
 @pytest.mark.parametrize("augmentation", ["none", "color_crop_cutout_flip_scale_rotate"])
 def test_training_equals_a_plain_loop(augmentation, norm, small_set, device):
     images, labels = (small_set[0].double(), small_set[1])
-    protocol = get_protocol(
-        "paper", epochs=7, batch_size=10, learning_rate=0.05, decay_every=2, decay_factor=0.5, augmentation=augmentation
-    )
+    protocol = dataclasses.replace(PROTOCOL, epochs=7, augmentation=augmentation)
 
     def network():
         return ConvNet(2, 3, 8, norm=norm, **SMALL).to(device, torch.float64)
 
     expected = plain_loop(images, labels, protocol, 4, network())  # 21 steps
-    got = train(Trainer(network(), images, labels, protocol), 4)
-    for name, tensor in expected.state_dict().items():
-        torch.testing.assert_close(got[name], tensor, rtol=1e-6, atol=1e-6)
+    channels_last = images.contiguous(memory_format=torch.channels_last)
+    trainer = Trainer(network().to(memory_format=torch.channels_last), channels_last, labels, protocol)
+    assert_same_network(train(trainer, 4), expected)
+
+
+@pytest.mark.parametrize("name, size", [("alexnet", 8), ("vgg11", 32), ("resnet18", 16), ("vit", 8)])
+def test_training_of_other_networks_equals_a_plain_loop(name, size, device):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(3, 3, size, size, generator=generator, dtype=torch.float64).to(device)
+    labels = torch.tensor([0, 1, 1], device=device)
+    protocol = dataclasses.replace(PROTOCOL, epochs=10, batch_size=2, learning_rate=1 / 64)
+
+    def network():
+        return make_network(name, 3, 2, size).to(device, torch.float64)
+
+    with af.backend("reference"):
+        expected = plain_loop(images, labels, protocol, 4, network())  # 20 steps
+    channels_last = images.contiguous(memory_format=torch.channels_last)
+    trainer = Trainer(network().to(memory_format=torch.channels_last), channels_last, labels, protocol)
+    got = train(trainer, 4)
+    expected.eval()
+    trainer.network.eval()
+    with torch.no_grad():  # not the weights: a bias before InstanceNorm may be anything
+        torch.testing.assert_close(trainer.network(images), expected(images), rtol=1e-7, atol=1e-9)
+    assert not any(tensor.isnan().any() for tensor in got.values())
 
 
 def test_evaluation_is_training_and_testing(small_set, data, preprocessing, device):
@@ -119,17 +155,79 @@ def test_evaluation_is_training_and_testing(small_set, data, preprocessing, devi
         assert got == pytest.approx(100 * correct / len(data.test_images), abs=100 / len(data.test_images))
 
 
-def test_a_network_is_the_same_alone_or_among_others(small_set, device):
-    def trainer():
-        return Trainer(ConvNet(2, 3, 8, norm="batch", **SMALL).to(device), *small_set, PROTOCOL)
+@pytest.fixture(scope="module")
+def double_trainer(small_set, device):
+    """Makes trainers in float64."""
+    images = small_set[0].double().contiguous(memory_format=torch.channels_last)
 
-    among = trainer()
-    states = [train(among, network_seed(0, index)) for index in range(3)]
-    for index in (2, 0):
-        alone = train(trainer(), network_seed(0, index))
-        for name, tensor in states[index].items():
-            torch.testing.assert_close(alone[name], tensor, rtol=1e-6, atol=1e-6)
-    assert not torch.equal(states[0]["classifier.weight"], states[1]["classifier.weight"])
+    def make():
+        network = ConvNet(2, 3, 8, norm="batch", **SMALL).to(device, torch.float64)
+        return Trainer(network.to(memory_format=torch.channels_last), images, small_set[1], PROTOCOL)
+
+    return make
+
+
+def trained_together(make_trainer, jobs, together):
+    """The weights of each network at its end."""
+    numbers, found = {}, {}
+
+    def start(trainer, job):
+        numbers[id(trainer)] = job
+        trainer.restart(network_seed(0, job))
+
+    def test(trainer):
+        state = trainer.network.state_dict()
+        found[numbers[id(trainer)]] = {name: tensor.clone() for name, tensor in state.items()}
+        return 1.0
+
+    options = {"evaluate_every": 0, "together": together, "advance": lambda: None}
+    curves = dict(train_networks(make_trainer, jobs, start, test, **options))
+    assert curves == {job: {PROTOCOL.epochs: 1.0} for job in jobs}
+    return found
+
+
+def test_a_network_is_the_same_alone_or_among_others(double_trainer):
+    threads = torch.get_num_threads()
+    among = trained_together(double_trainer, range(5), 3)
+    assert torch.get_num_threads() == threads
+    for job in (4, 0):
+        (alone,) = trained_together(double_trainer, [job], None).values()
+        by_itself = train(double_trainer(), network_seed(0, job))
+        for name, tensor in among[job].items():
+            torch.testing.assert_close(alone[name], tensor, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(by_itself[name], tensor, rtol=1e-9, atol=1e-9)
+    assert not torch.equal(among[0]["classifier.weight"], among[1]["classifier.weight"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_trains_in_graphs_as_it_does_step_by_step(name, precision):
+    data = stripes(classes=2, size=32).to("cuda")
+    space = fit_preprocessing(data.train_images, "standard", progress=False)
+    images, labels = space.to_model(data.train_images), data.train_labels
+    protocol = dataclasses.replace(PROTOCOL, epochs=2, batch_size=25, learning_rate=1 / 256)
+    settings = {"protocol": protocol, "network": name, "precision": precision, "progress": False}
+    result = evaluate(images, labels, data, space, networks=5, together=2, **settings)
+    network = make_network(name, 2, 2, 32).to("cuda", memory_format=torch.channels_last)
+    layout = {"memory_format": torch.channels_last}
+    trainer = Trainer(network, images.contiguous(**layout), labels, protocol, precision=precision)
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=True):
+        for index in (0, 4):
+            train(trainer, network_seed(0, index))
+            alone = accuracy(network, space.to_model(data.test_images).contiguous(**layout), data.test_labels)
+            assert result.accuracies[index] == pytest.approx(alone, abs=3)
+
+
+def test_a_failure_in_one_network_ends_the_others(double_trainer):
+    def start(trainer, job):
+        trainer.restart(job)
+        if job == 2:
+            raise ValueError("no set for network 2")
+
+    options = {"evaluate_every": 0, "together": 2, "advance": lambda: None}
+    with pytest.raises(ValueError, match="no set for network 2"):
+        list(train_networks(double_trainer, range(4), start, lambda trainer: 1.0, **options))
 
 
 def test_results_are_repeatable_and_depend_on_the_seed(small_set, data, preprocessing):
@@ -203,9 +301,10 @@ def test_an_epoch_shows_every_image_once_in_random_order(batch, sizes):
 def test_the_whole_test_set_is_counted_once(data, preprocessing, device, monkeypatch):
     network = ConvNet(2, 3, 8, **SMALL).to(device)
     with torch.no_grad():
-        correct = (network(preprocessing.to_model(data.test_images)).argmax(1) == data.test_labels).sum().item()
-    monkeypatch.setattr(training, "_TEST_PIXELS", 7 * 64)  # 90 test images in batches of 7
-    assert accuracy(network, data.test_images, data.test_labels, preprocessing) == pytest.approx(100 * correct / 90)
+        images = preprocessing.to_model(data.test_images)
+        correct = (network(images).argmax(1) == data.test_labels).sum().item()
+    monkeypatch.setitem(training.TEST_PIXELS, device.type, 7 * 64)  # 90 test images in batches of 7
+    assert accuracy(network, images, data.test_labels) == pytest.approx(100 * correct / 90)
 
 
 def test_networks_are_tested_in_evaluation_mode(data, preprocessing, device):
@@ -213,7 +312,7 @@ def test_networks_are_tested_in_evaluation_mode(data, preprocessing, device):
     with torch.no_grad():
         network.blocks[0].norm.running_mean.fill_(0.3)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    accuracy(network, data.test_images, data.test_labels, preprocessing)
+    accuracy(network, preprocessing.to_model(data.test_images), data.test_labels)
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, before[name]), name
 
@@ -255,7 +354,7 @@ def test_best_accuracy_is_told_only_when_asked_for(small_set, data, preprocessin
 
 def result_of(*accuracies):
     curves = tuple({6: accuracy} for accuracy in accuracies)
-    return EvaluationResult(curves, PROTOCOL, SMALL, seed=0, seconds=1.0, device="cpu")
+    return EvaluationResult(curves, PROTOCOL, "convnet", SMALL, "float32", seed=0, seconds=1.0, device="cpu")
 
 
 def test_mean_and_population_deviation():
@@ -264,6 +363,9 @@ def test_mean_and_population_deviation():
     assert result.std == pytest.approx(math.sqrt(6))
     assert str(result) == "93.0 ± 2.4 % (3 networks, last epoch)"
     assert str(result_of(90.0)) == "90.0 ± 0.0 % (1 network, last epoch)"
+    unfinished = dataclasses.replace(result, curves=(*result.curves[:2], {}))
+    assert unfinished.unfinished == (2,) and unfinished.mean == pytest.approx(91.5) and not unfinished.diverged
+    assert str(unfinished) == "91.5 ± 1.5 % (3 networks, last epoch), unfinished: 2"
 
 
 def test_a_diverged_network_is_reported_and_the_others_finish(small_set, data, preprocessing, monkeypatch):
@@ -305,13 +407,61 @@ def test_no_result_is_invented_where_all_networks_diverge(small_set, data, prepr
     assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["accuracy_mean"] is None
 
 
+def test_finished_networks_are_told_at_once_and_not_trained_again(small_set, data, preprocessing):
+    settings = {"protocol": PROTOCOL, "networks": 4, "architecture": SMALL, "evaluate_every": 3, "progress": False}
+    expected = evaluate(*small_set, data, preprocessing, **settings)
+    told = []
+
+    def interrupt(result):
+        told.append(result)
+        if len(result.unfinished) <= 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(*small_set, data, preprocessing, together=1, on_network=interrupt, **settings)
+    assert [result.unfinished for result in told] == [(1, 2, 3), (2, 3)]
+    assert json.loads(json.dumps(told[-1].to_dict(), allow_nan=False))["unfinished"] == [2, 3]
+    trained = []
+    result = evaluate(
+        *small_set, data, preprocessing, earlier=told[-1].curves, on_network=trained.append, together=1, **settings
+    )
+    assert [partial.unfinished for partial in trained] == [(3,), ()]
+    assert result.accuracies == pytest.approx(expected.accuracies) and result.curves[:2] == told[-1].curves[:2]
+
+
+def test_each_network_can_have_a_set_of_its_own(data, preprocessing):
+    def choose(index):
+        chosen = random_selection(data, 3, seed=index)
+        return preprocessing.to_model(data.train_images[chosen]), data.train_labels[chosen]
+
+    settings = {"protocol": PROTOCOL, "architecture": SMALL, "evaluate_every": 1, "progress": False}
+    own = evaluate(choose, None, data, preprocessing, networks=3, **settings)
+    for index in (0, 2):
+        shared = evaluate(*choose(index), data, preprocessing, networks=3, **settings)
+        assert own.curves[index] == shared.curves[index]
+    with pytest.raises(ValueError, match="sets must be of one size; got one of 2 images beside 9"):
+        uneven = [choose(0), tuple(part[:2] for part in choose(0))]
+        evaluate(uneven.__getitem__, None, data, preprocessing, networks=2, **settings)
+
+
+def test_bfloat16_trains_nearly_as_well_and_keeps_float32_weights(data, preprocessing, device):
+    protocol = get_protocol("paper", epochs=40, batch_size=20, learning_rate=0.02, augmentation="none")
+    images, labels = preprocessing.to_model(data.train_images), data.train_labels
+    settings = {"protocol": protocol, "networks": 2, "architecture": SMALL | {"norm": "none"}, "progress": False}
+    result = evaluate(images, labels, data, preprocessing, precision="bfloat16", **settings)
+    assert result.mean > 85 and result.precision == "bfloat16"
+    trainer = Trainer(ConvNet(2, 3, 8, **SMALL).to(device), images, labels, protocol, precision="bfloat16")
+    assert trainer.step(torch.arange(20, device=device)).dtype == torch.bfloat16
+    assert all(p.dtype == torch.float32 for p in trainer.network.parameters())
+
+
 def test_result_records_what_ran(small_set, data, preprocessing):
     result = evaluate(
         *small_set, data, preprocessing, protocol=PROTOCOL, networks=1, seed=5, architecture=SMALL, progress=False
     )
     written = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert written["protocol"] == dataclasses.asdict(PROTOCOL)
-    assert written["architecture"] == SMALL
+    assert written["architecture"] == SMALL and written["network"] == "convnet" and written["precision"] == "float32"
     assert written["seed"] == 5 and written["networks"] == 1 and written["seconds"] > 0
     assert written["accuracy_mean"] == result.accuracies[0] == written["curves"][0]["6"]
 
@@ -332,6 +482,13 @@ def test_result_records_what_ran(small_set, data, preprocessing):
         ({"protocol": "papr"}, r"protocol must be one of paper, .*; got 'papr'"),
         ({"networks": 0}, r"networks must be at least 1; got 0"),
         ({"evaluate_every": -1}, r"evaluate_every must be .*; got -1"),
+        ({"network": "resnet"}, r"network must be one of convnet, .*; got 'resnet'"),
+        ({"network": "resnet18", "architecture": {}}, r"ResNet-18 needs images of 16x16 or larger; got 8x8"),
+        ({"network": "vgg11", "architecture": {}}, r"VGG-11 needs images whose sides are multiples of 32; got 8x8"),
+        ({"network": "vit"}, r"vit has no setting 'width'; it has no settings"),
+        ({"precision": "half"}, r"precision must be one of float32, bfloat16; got 'half'"),
+        ({"together": 0}, r"together must be at least 1, or None; got 0"),
+        ({"earlier": [{6: 50.0}]}, r"a curve for each of the 5 networks; got 1"),
         ({"architecture": {"norm": "bach"}}, r"norm must be one of .*; got 'bach'"),
         ({"architecture": {"depth": 4}}, r"too small for depth 4"),
     ],

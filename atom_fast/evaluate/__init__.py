@@ -1,7 +1,27 @@
 """Accuracy of networks trained on a distilled set, and the baselines it is compared with."""
 
+from atom_fast.evaluate.coresets import (
+    ForgettingCounter,
+    forgetting_selection,
+    herding_selection,
+    k_center_selection,
+    random_selection,
+    watch_training,
+)
+from atom_fast.evaluate.evaluation import evaluate
 from atom_fast.evaluate.protocols import PROTOCOLS, Protocol, get_protocol
-from atom_fast.evaluate.selection import random_selection
-from atom_fast.evaluate.training import EvaluationResult, evaluate
+from atom_fast.evaluate.results import EvaluationResult
 
-__all__ = ["PROTOCOLS", "EvaluationResult", "Protocol", "evaluate", "get_protocol", "random_selection"]
+__all__ = [
+    "PROTOCOLS",
+    "EvaluationResult",
+    "ForgettingCounter",
+    "Protocol",
+    "evaluate",
+    "forgetting_selection",
+    "get_protocol",
+    "herding_selection",
+    "k_center_selection",
+    "random_selection",
+    "watch_training",
+]

@@ -1,5 +1,61 @@
 """Networks that images are distilled with and evaluated on."""
 
-from atom_fast.networks.convnet import ConvNet
+from __future__ import annotations
 
-__all__ = ["ConvNet"]
+import inspect
+import itertools
+from collections.abc import Iterator
+
+from torch import nn
+
+from atom_fast.networks.alexnet import AlexNet
+from atom_fast.networks.convnet import ConvNet, default_depth
+from atom_fast.networks.resnet import ResNet18
+from atom_fast.networks.vgg import VGG11
+from atom_fast.networks.vit import ViT
+
+__all__ = ["NETWORKS", "AlexNet", "ConvNet", "ResNet18", "VGG11", "ViT", "convnet_search_space", "make_network"]
+
+NETWORKS = {"convnet": ConvNet, "alexnet": AlexNet, "vgg11": VGG11, "resnet18": ResNet18, "vit": ViT}
+
+
+def make_network(
+    name: str, channels: int, num_classes: int, image_size: int | tuple[int, int], **settings
+) -> nn.Module:
+    """A network by its name, with ``reset_parameters(generator)`` to draw it anew.
+
+    Args:
+        name: a key of ``NETWORKS``.
+        channels: channels of the images.
+        num_classes: number of logits.
+        image_size: height and width in pixels; one number for a square.
+        **settings: of :class:`ConvNet`, whose depth, where it is not given, is the usual one for the image size; the
+            other networks have none.
+
+    Raises:
+        ValueError: an unknown name or setting, or images that the network is not made for.
+    """
+    if name not in NETWORKS:
+        raise ValueError(f"network must be one of {', '.join(NETWORKS)}; got {name!r}")
+    accepted = [p.name for p in inspect.signature(NETWORKS[name]).parameters.values() if p.kind == p.KEYWORD_ONLY]
+    for setting in settings:
+        if setting not in accepted:
+            known = f"its settings are {', '.join(accepted)}" if accepted else "it has no settings"
+            raise ValueError(f"{name} has no setting {setting!r}; {known}")
+    if name == "convnet":
+        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        settings = {"depth": default_depth(*size), **settings}
+    return NETWORKS[name](channels, num_classes, image_size, **settings)
+
+
+def convnet_search_space() -> Iterator[dict[str, object]]:
+    """Settings of the 720 ConvNets that the ATOM paper's Table 6 searches, for 32×32 images."""
+    choices = {
+        "depth": (1, 2, 3, 4),
+        "width": (32, 64, 128, 256),
+        "activation": ("sigmoid", "relu", "leakyrelu"),
+        "norm": ("none", "batch", "layer", "instance", "group"),
+        "pooling": ("none", "max2", "avg2"),
+    }
+    for values in itertools.product(*choices.values()):
+        yield dict(zip(choices, values, strict=True))

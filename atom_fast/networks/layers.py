@@ -1,0 +1,55 @@
+"""Layers that the networks beside the ConvNet share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from atom_fast.ops.instance_norm import instance_norm
+
+
+class InstanceNorm(nn.GroupNorm):
+    """InstanceNorm with scale and shift, as a GroupNorm of one group a channel, and ReLU unless it is left out."""
+
+    def __init__(self, channels: int, rectify: bool = True):
+        super().__init__(channels, channels)
+        self.rectify = rectify
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> the same."""
+        return instance_norm(x, self.weight, self.bias, self.eps, rectify=self.rectify)
+
+
+class Dropout(nn.Module):
+    """Dropout whose masks come from a generator that is handed in, so that a seed repeats them.
+
+    Attributes:
+        generator: of the masks, on the device of what is dropped; None draws from PyTorch's default generator.
+    """
+
+    def __init__(self, probability: float):
+        super().__init__()
+        self.probability = probability
+        self.generator: torch.Generator | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape -> the same: each value is zero with that probability, and the others are scaled to keep the mean.
+
+        In evaluation mode nothing changes.
+        """
+        if not self.training:
+            return x
+        keep = 1 - self.probability
+        return x * torch.empty_like(x).bernoulli_(keep, generator=self.generator).div_(keep)
+
+
+def check_image_size(image_size: int | tuple[int, int], multiple: int, network: str) -> tuple[int, int]:
+    """Height and width of the images.
+
+    Raises:
+        ValueError: a side is not a multiple of ``multiple``, which the network reduces it by.
+    """
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if height < multiple or width < multiple or height % multiple or width % multiple:
+        raise ValueError(f"{network} needs images whose sides are multiples of {multiple}; got {height}x{width}")
+    return height, width

@@ -1,0 +1,70 @@
+"""ResNet-18 with InstanceNorm, as the distillation literature uses it on small images."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from atom_fast.networks.initialization import draw_parameters
+from atom_fast.networks.layers import InstanceNorm, check_image_size
+
+_STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))  # channels of two blocks, stride of the first
+
+
+class _Block(nn.Module):
+    """Two 3×3 convolutions with norms, added to the input or to its 1×1 convolution."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.norm1 = InstanceNorm(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm2 = InstanceNorm(outputs, rectify=False)
+        self.shortcut = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            projection = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+            self.shortcut = nn.Sequential(projection, InstanceNorm(outputs, rectify=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm2(self.conv2(self.norm1(self.conv1(x)))) + self.shortcut(x))
+
+
+class ResNet18(nn.Module):
+    """A 3×3 convolution, eight residual blocks of 64 to 512 channels with GroupNorm(C, C), mean over places, a linear.
+
+    Args:
+        channels: channels of the images.
+        num_classes: number of logits.
+        image_size: height and width in pixels, multiples of 8 and at least 16; one number for a square.
+
+    Raises:
+        ValueError: the image size does not fit.
+    """
+
+    def __init__(self, channels: int, num_classes: int, image_size: int | tuple[int, int]):
+        super().__init__()
+        size = check_image_size(image_size, 8, "ResNet-18")
+        if min(size) < 16:  # InstanceNorm of the last stage's single pixel would be zero whatever the image
+            raise ValueError(f"ResNet-18 needs images of 16x16 or larger; got {size[0]}x{size[1]}")
+        layers = [nn.Conv2d(channels, 64, 3, padding=1, bias=False), InstanceNorm(64)]
+        channels = 64
+        for outputs, stride in _STAGES:
+            layers += [_Block(channels, outputs, stride), _Block(outputs, outputs, 1)]
+            channels = outputs
+        self.layers = nn.Sequential(*layers)
+        self.embedding_size = channels
+        self.classifier = nn.Linear(channels, num_classes)
+        self.reset_parameters()
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Images [B, channels, H, W] -> [B, embedding_size]."""
+        return self.layers(x).mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, num_classes] of images [B, channels, H, W]."""
+        return self.classifier(self.embed(x))
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw a new network in place; see :func:`~atom_fast.networks.initialization.draw_parameters`."""
+        draw_parameters(self, generator)

@@ -1,0 +1,231 @@
+"""InstanceNorm, ReLU and 2x2 average pooling as one operator, for training: scale and shift get gradients too.
+
+Where :mod:`atom_fast.ops.block` takes attention maps for a network whose parameters are constants, this one trains the
+parameters and takes no maps. Only the input and two numbers a plane are kept for the backward pass. There is no formula
+for a second derivative: asking for one raises.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._backend import resolve_backend
+from .attention import _device_of, accumulation_dtype
+
+
+def instance_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, rectify: bool = False, pool: bool = False
+) -> Tensor:
+    """Normalise every plane, scale and shift it; then, as asked for, ReLU and 2x2 average pooling.
+
+    Args:
+        x: [B, C, H, W], floating point; fastest in channels_last. H and W even with ``pool``.
+        weight, bias: [C] scale and shift, in the type of ``x`` or a wider one.
+        eps: added to the variance.
+        rectify: apply ReLU.
+        pool: apply 2x2 average pooling, after ReLU.
+
+    Returns:
+        [B, C, H, W], with ``pool`` [B, C, H / 2, W / 2], in the type and memory format of ``x``. Differentiable once,
+        in ``x``, ``weight`` and ``bias``.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(f"x must be floating point [B, C, H, W]; got {x.dtype} of shape {tuple(x.shape)}")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter.shape != x.shape[1:2]:
+            raise ValueError(f"{name} must be [{x.shape[1]}]; got {tuple(parameter.shape)}")
+    if pool and (x.shape[2] % 2 or x.shape[3] % 2):
+        raise ValueError(f"pooling needs an even height and width; got {tuple(x.shape)}")
+    backend = resolve_backend(x)
+    # Planes whose values are adjacent are what PyTorch's own operators are fast at on a CPU.
+    if backend == "reference" or (backend == "torch" and not _is_channels_last(x)):
+        return reference_instance_norm(x, weight, bias, eps, rectify, pool)
+    return instance_norm_op(x, weight, bias, eps, rectify, pool, backend == "triton")[0]
+
+
+def reference_instance_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, rectify: bool, pool: bool) -> Tensor:
+    """`instance_norm` in PyTorch's own operators."""
+    x = F.group_norm(x, x.shape[1], weight.to(x.dtype), bias.to(x.dtype), eps)
+    x = F.relu(x) if rectify else x
+    return F.avg_pool2d(x, 2) if pool else x
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+@torch.library.custom_op("atom_fast::instance_norm", mutates_args=())
+def instance_norm_op(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, rectify: bool, pool: bool, fused: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, and mean and 1 / standard deviation [B, C] of each plane; ``fused`` runs the Triton kernel."""
+    outputs = _empty_outputs(x, pool)
+    if x.numel() > 0:
+        forward = _forward_triton if fused else _forward_torch
+        forward(x, weight, bias, eps, rectify, pool, *outputs)
+    return outputs
+
+
+def _empty_outputs(x: Tensor, pool: bool) -> tuple[Tensor, Tensor, Tensor]:
+    batch, channels, height, width = x.shape
+    shape = (batch, channels, height // 2, width // 2) if pool else x.shape
+    layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
+    wide = {"dtype": accumulation_dtype(x.dtype), "device": x.device}
+    return (
+        torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout),
+        torch.empty((batch, channels), **wide),
+        torch.empty((batch, channels), **wide),
+    )
+
+
+@instance_norm_op.register_fake
+def _(x, weight, bias, eps, rectify, pool, fused):
+    return _empty_outputs(x, pool)
+
+
+@torch.library.custom_op("atom_fast::instance_norm_backward", mutates_args=())
+def instance_norm_backward_op(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    rectify: bool,
+    pool: bool,
+    fused: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``x`` [B, C, H, W], and of scale and shift [C]."""
+    grad_x = _empty_gradient(x)
+    if x.numel() == 0:
+        return grad_x, torch.zeros_like(weight), torch.zeros_like(bias)
+    # Each sample's part, added afterwards in a fixed order.
+    grad_weight, grad_bias = torch.empty_like(mean), torch.empty_like(mean)
+    backward = _backward_triton if fused else _backward_torch
+    backward(gradient, x, weight, bias, mean, rstd, rectify, pool, grad_x, grad_weight, grad_bias)
+    return grad_x, grad_weight.sum(0).to(weight.dtype), grad_bias.sum(0).to(bias.dtype)
+
+
+def _empty_gradient(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last if _is_channels_last(x) else torch.contiguous_format)
+
+
+@instance_norm_backward_op.register_fake
+def _(gradient, x, weight, bias, mean, rstd, rectify, pool, fused):
+    return _empty_gradient(x), torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, _, *ctx.options = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, bias, mean, rstd)
+
+
+def _backward(ctx, gradient, *_):
+    gradients = (None, None, None)
+    if gradient is not None:
+        gradients = instance_norm_backward_op(gradient, *ctx.saved_tensors, *ctx.options)
+    return *gradients, None, None, None, None
+
+
+instance_norm_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+# Triton: see kernels/instance_norm.py.
+
+
+def _forward_triton(x, weight, bias, eps, rectify, pool, out, mean, rstd):
+    from ..kernels.instance_norm import instance_norm_forward_kernel
+
+    grid, constants = _launch(x, rectify, pool)
+    with _device_of(x):
+        instance_norm_forward_kernel[grid](
+            x, weight, bias, out, mean, rstd, *x.stride(), *out.stride(), eps, **constants
+        )
+
+
+def _backward_triton(gradient, x, weight, bias, mean, rstd, rectify, pool, grad_x, grad_weight, grad_bias):
+    from ..kernels.instance_norm import instance_norm_backward_kernel
+
+    grid, constants = _launch(x, rectify, pool)
+    with _device_of(x):
+        instance_norm_backward_kernel[grid](
+            gradient, x, weight, bias, mean, rstd, grad_x, grad_weight, grad_bias,
+            *gradient.stride(), *x.stride(), *grad_x.stride(), **constants,
+        )  # fmt: skip
+
+
+def _launch(x: Tensor, rectify: bool, pool: bool) -> tuple[tuple[int, int], dict]:
+    import triton
+
+    from ..kernels.instance_norm import instance_norm_launch
+
+    batch, channels, height, width = x.shape
+    launch = instance_norm_launch(channels, height * width, x.element_size())
+    grid = (batch, triton.cdiv(channels, launch["BLOCK_C"]))
+    return grid, {"C": channels, "H": height, "W": width, "RECTIFY": rectify, "POOL": pool, **launch}
+
+
+# Lean PyTorch for channels_last: passes over [rows, H W, C] with the channels innermost, in pieces of samples that stay
+# in the cache.
+
+PIECE_BYTES = 1 << 20  # of a piece's input; smaller ones cost more in calls than the cache gives back
+
+
+def _planes(x: Tensor) -> Tensor:
+    """channels_last [B, C, H, W] as [B, H W, C]."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _pieces(x: Tensor) -> list[slice]:
+    """Runs of samples that are worked on at once."""
+    limit = PIECE_BYTES if x.device.type == "cpu" else 128 * PIECE_BYTES
+    rows = max(1, limit * x.shape[0] // (x.numel() * x.element_size()))
+    return [slice(start, start + rows) for start in range(0, x.shape[0], rows)]
+
+
+def _forward_torch(x, weight, bias, eps, rectify, pool, out, mean, rstd):
+    _, channels, height, width = x.shape
+    weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
+    for rows in _pieces(x):
+        planes = _planes(x[rows]).to(mean.dtype)
+        torch.mean(planes, 1, out=mean[rows])
+        centred = planes - mean[rows, None]
+        torch.mean(centred.square(), 1, out=rstd[rows])
+        rstd[rows].add_(eps).rsqrt_()
+        result = torch.addcmul(bias, centred, (rstd[rows] * weight)[:, None], out=centred)
+        if rectify:
+            result.relu_()
+        result = result.view(-1, height, width, channels).permute(0, 3, 1, 2)
+        out[rows] = F.avg_pool2d(result, 2) if pool else result
+
+
+def _backward_torch(gradient, x, weight, bias, mean, rstd, rectify, pool, grad_x, grad_weight, grad_bias):
+    weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
+    scale = rstd * weight
+    positions = x.shape[2] * x.shape[3]
+    for rows in _pieces(x):
+        centred = _planes(x[rows]).to(mean.dtype) - mean[rows, None]
+        passed = gradient[rows].to(mean.dtype)
+        if pool:
+            passed = F.interpolate(passed.mul(0.25).contiguous(memory_format=torch.channels_last), scale_factor=2)
+        passed = _planes(passed.contiguous(memory_format=torch.channels_last))
+        if rectify:
+            passed = torch.ops.aten.threshold_backward(passed, torch.addcmul(bias, centred, scale[rows, None]), 0.0)
+        target = _planes(grad_x[rows])
+        result = target if target.dtype == mean.dtype else torch.empty_like(centred)
+        torch.mul(passed, centred, out=result)
+        torch.sum(passed, 1, out=grad_bias[rows])
+        torch.sum(result, 1, out=grad_weight[rows]).mul_(rstd[rows])
+        factor = scale[rows] / positions
+        torch.mul(passed, scale[rows, None], out=result).sub_((grad_bias[rows] * factor)[:, None])
+        result.addcmul_(centred, (grad_weight[rows] * rstd[rows] * factor)[:, None], value=-1)
+        if result is not target:
+            target.copy_(result)

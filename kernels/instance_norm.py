@@ -1,0 +1,224 @@
+"""InstanceNorm, ReLU and 2x2 average pooling in one pass each way, with the gradients of scale and shift.
+
+A program owns BLOCK_C planes of one sample and walks them in tiles [BLOCK_P, BLOCK_C] twice: for the sums over a plane,
+then for the result. What the first walk read, the second finds in the cache. With POOL a plane's places are taken quad
+by quad, so that the four values of a pooled one are neighbours in a tile. Made for channels_last, where a place's
+channels are adjacent in memory; other strides give the same numbers, more slowly.
+
+Sums are taken in a fixed order: the same input gives the same bits.
+"""
+
+import triton
+import triton.language as tl
+
+
+def instance_norm_launch(channels: int, positions: int, element_size: int) -> dict[str, int]:
+    """Launch table: a cache line of channels, and places to make 2,048 values of a program of 128 threads."""
+    block_c = min(triton.next_power_of_2(channels), 128 // element_size)
+    block_p = max(4, min(triton.next_power_of_2(positions), 2048 // block_c))
+    return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 4 if block_p * block_c >= 1024 else 1}
+
+
+@triton.jit
+def _place_offsets(
+    start, stride_h, stride_w, H: tl.constexpr, W: tl.constexpr, QUADS: tl.constexpr, BLOCK_P: tl.constexpr
+):
+    """Offsets of the places ``start`` onwards, row by row or quad by quad, and which of them lie in the plane."""
+    o_p = start + tl.arange(0, BLOCK_P)
+    if QUADS:
+        o_h = 2 * (o_p // 4 // (W // 2)) + o_p // 2 % 2
+        o_w = 2 * (o_p // 4 % (W // 2)) + o_p % 2
+    else:
+        o_h = o_p // W
+        o_w = o_p % W
+    return o_h * stride_h + o_w * stride_w, o_p < H * W
+
+
+@triton.jit
+def _load(
+    p_plane, start, stride_c, stride_h, stride_w, o_c, dtype: tl.constexpr,
+    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, QUADS: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """A tile [BLOCK_P, BLOCK_C] of planes, and the mask [BLOCK_P, 1] of its places."""
+    offsets, m_p = _place_offsets(start, stride_h, stride_w, H, W, QUADS, BLOCK_P)
+    mask = m_p[:, None] & (o_c < C)[None, :]
+    b_x = tl.load(p_plane + offsets[:, None] + (o_c * stride_c)[None, :], mask=mask, other=0.0).to(dtype)
+    return b_x, m_p[:, None]
+
+
+@triton.jit
+def _pooled_offsets(start, stride_h, stride_w, H: tl.constexpr, W: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """Offsets of the pooled places that the places ``start`` onwards belong to, and which of them exist."""
+    o_q = start // 4 + tl.arange(0, BLOCK_Q)
+    return o_q // (W // 2) * stride_h + o_q % (W // 2) * stride_w, o_q < (H // 2) * (W // 2)
+
+
+@triton.jit
+def _load_gradient(
+    p_grad, start, stride_c, stride_h, stride_w, o_c, dtype: tl.constexpr,
+    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, POOL: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a tile's features: with POOL, a quarter of that of the pooled value they are part of."""
+    if POOL:
+        o_q = (start + tl.arange(0, BLOCK_P)) // 4
+        offsets = o_q // (W // 2) * stride_h + o_q % (W // 2) * stride_w
+        mask = (o_q < (H // 2) * (W // 2))[:, None] & (o_c < C)[None, :]
+        b_g = tl.load(p_grad + offsets[:, None] + (o_c * stride_c)[None, :], mask=mask, other=0.0).to(dtype) * 0.25
+    else:
+        b_g, _ = _load(p_grad, start, stride_c, stride_h, stride_w, o_c, dtype, C, H, W, False, BLOCK_P)
+    return b_g
+
+
+@triton.jit
+def instance_norm_forward_kernel(
+    p_x,
+    p_weight,
+    p_bias,
+    p_out,
+    p_mean,
+    p_rstd,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    out_stride_b,
+    out_stride_c,
+    out_stride_h,
+    out_stride_w,
+    eps,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    RECTIFY: tl.constexpr,
+    POOL: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The normalised planes, rectified with RECTIFY and pooled with POOL. Grid: (samples, blocks of channels).
+
+    Deviations are taken from the mean of the first tile: the variance is then at least a tile's share of the squared
+    distance between that and the plane's mean, so that its difference of squares loses few digits.
+
+    Args:
+        p_x: [B, C, H, W] by its strides; H and W even with POOL.
+        p_weight, p_bias: [C] scale and shift.
+        p_out: [B, C, H, W], with POOL [B, C, H / 2, W / 2], by its strides.
+        p_mean, p_rstd: [B, C] mean and 1 / sqrt(variance + eps) of each plane.
+    """
+    i_b = tl.program_id(0).to(tl.int64)
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    dtype: tl.constexpr = p_mean.dtype.element_ty
+    p_x += i_b * stride_b
+    p_out += i_b * out_stride_b
+    b_x, _ = _load(p_x, 0, stride_c, stride_h, stride_w, o_c, dtype, C, H, W, POOL, BLOCK_P)
+    b_pivot = tl.sum(b_x, axis=0) / min(BLOCK_P, H * W)
+    b_sums = tl.zeros([BLOCK_P, BLOCK_C], dtype)
+    b_squares = tl.zeros([BLOCK_P, BLOCK_C], dtype)
+    for start in range(0, H * W, BLOCK_P):
+        b_x, m_p = _load(p_x, start, stride_c, stride_h, stride_w, o_c, dtype, C, H, W, POOL, BLOCK_P)
+        b_d = tl.where(m_p, b_x - b_pivot[None, :], 0.0)
+        b_sums += b_d
+        b_squares += b_d * b_d
+    b_shift = tl.sum(b_sums, axis=0) / (H * W)
+    b_mean = b_pivot + b_shift
+    b_variance = tl.sum(b_squares, axis=0) / (H * W) - b_shift * b_shift
+    b_rstd = 1.0 / tl.sqrt(tl.maximum(b_variance, 0.0, propagate_nan=tl.PropagateNan.ALL) + eps)
+    tl.store(p_mean + i_b * C + o_c, b_mean, mask=o_c < C)
+    tl.store(p_rstd + i_b * C + o_c, b_rstd, mask=o_c < C)
+
+    b_scale = b_rstd * tl.load(p_weight + o_c, mask=o_c < C, other=0.0).to(dtype)
+    b_bias = tl.load(p_bias + o_c, mask=o_c < C, other=0.0).to(dtype)
+    for start in range(0, H * W, BLOCK_P):
+        b_x, _ = _load(p_x, start, stride_c, stride_h, stride_w, o_c, dtype, C, H, W, POOL, BLOCK_P)
+        b_y = (b_x - b_mean[None, :]) * b_scale[None, :] + b_bias[None, :]
+        if RECTIFY:
+            b_y = tl.maximum(b_y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        if POOL:
+            b_y = tl.sum(tl.reshape(b_y, [BLOCK_P // 4, 4, BLOCK_C]), axis=1) * 0.25
+            offsets, m_p = _pooled_offsets(start, out_stride_h, out_stride_w, H, W, BLOCK_P // 4)
+        else:
+            offsets, m_p = _place_offsets(start, out_stride_h, out_stride_w, H, W, False, BLOCK_P)
+        p_tile = p_out + offsets[:, None] + (o_c * out_stride_c)[None, :]
+        tl.store(p_tile, b_y.to(p_out.dtype.element_ty), mask=m_p[:, None] & (o_c < C)[None, :])
+
+
+@triton.jit
+def instance_norm_backward_kernel(
+    p_grad,
+    p_x,
+    p_weight,
+    p_bias,
+    p_mean,
+    p_rstd,
+    p_grad_x,
+    p_grad_weight,
+    p_grad_bias,
+    grad_stride_b,
+    grad_stride_c,
+    grad_stride_h,
+    grad_stride_w,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    out_stride_b,
+    out_stride_c,
+    out_stride_h,
+    out_stride_w,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    RECTIFY: tl.constexpr,
+    POOL: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Gradients of the planes, and each sample's part of those of scale and shift. Grid: (samples, blocks of channels).
+
+    Args:
+        p_grad: gradient of the forward kernel's p_out, by its strides.
+        p_grad_x: [B, C, H, W] by its strides.
+        p_grad_weight, p_grad_bias: [B, C] in the dtype of p_mean, to be summed over samples.
+        The others as in `instance_norm_forward_kernel`.
+    """
+    i_b = tl.program_id(0).to(tl.int64)
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    dtype: tl.constexpr = p_mean.dtype.element_ty
+    p_grad += i_b * grad_stride_b
+    p_x += i_b * stride_b
+    p_grad_x += i_b * out_stride_b
+    b_mean = tl.load(p_mean + i_b * C + o_c, mask=o_c < C, other=0.0)
+    b_rstd = tl.load(p_rstd + i_b * C + o_c, mask=o_c < C, other=0.0)
+    b_scale = b_rstd * tl.load(p_weight + o_c, mask=o_c < C, other=0.0).to(dtype)
+    b_bias = tl.load(p_bias + o_c, mask=o_c < C, other=0.0).to(dtype)
+    b_sums = tl.zeros([BLOCK_P, BLOCK_C], dtype)
+    b_dots = tl.zeros([BLOCK_P, BLOCK_C], dtype)
+    for start in range(0, H * W, BLOCK_P):
+        b_x, m_p = _load(p_x, start, stride_c, stride_h, stride_w, o_c, dtype, C, H, W, POOL, BLOCK_P)
+        b_d = tl.where(m_p, b_x - b_mean[None, :], 0.0)
+        b_g = _load_gradient(
+            p_grad, start, grad_stride_c, grad_stride_h, grad_stride_w, o_c, dtype, C, H, W, POOL, BLOCK_P
+        )
+        if RECTIFY:
+            b_g = tl.where(b_d * b_scale[None, :] + b_bias[None, :] > 0, b_g, 0.0)
+        b_sums += b_g
+        b_dots += b_g * b_d
+    b_sum = tl.sum(b_sums, axis=0)
+    b_dot = tl.sum(b_dots, axis=0) * b_rstd
+    tl.store(p_grad_bias + i_b * C + o_c, b_sum, mask=o_c < C)
+    tl.store(p_grad_weight + i_b * C + o_c, b_dot, mask=o_c < C)
+
+    b_level = (b_sum / (H * W))[None, :]
+    b_slope = (b_dot * b_rstd / (H * W))[None, :]
+    for start in range(0, H * W, BLOCK_P):
+        b_x, m_p = _load(p_x, start, stride_c, stride_h, stride_w, o_c, dtype, C, H, W, POOL, BLOCK_P)
+        b_d = b_x - b_mean[None, :]
+        b_g = _load_gradient(
+            p_grad, start, grad_stride_c, grad_stride_h, grad_stride_w, o_c, dtype, C, H, W, POOL, BLOCK_P
+        )
+        if RECTIFY:
+            b_g = tl.where(b_d * b_scale[None, :] + b_bias[None, :] > 0, b_g, 0.0)
+        b_dx = (b_g - b_level - b_d * b_slope) * b_scale[None, :]
+        offsets, _ = _place_offsets(start, out_stride_h, out_stride_w, H, W, POOL, BLOCK_P)
+        p_tile = p_grad_x + offsets[:, None] + (o_c * out_stride_c)[None, :]
+        tl.store(p_tile, b_dx.to(p_grad_x.dtype.element_ty), mask=m_p & (o_c < C)[None, :])

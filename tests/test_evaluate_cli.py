@@ -1,0 +1,165 @@
+"""``atom-fast evaluate`` and ``select``: several architectures, sets from elsewhere, and results that last."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from atom_fast import comparison
+from atom_fast.cli import main
+from atom_fast.comparison import compare
+from atom_fast.data.sources import load_data
+from atom_fast.evaluate import PROTOCOLS
+from atom_fast.evaluate.sets import select
+from atom_fast.synthetic import SyntheticSet
+
+
+@pytest.fixture(autouse=True)
+def short_training(monkeypatch):
+    for name in ("digits", "dc"):
+        monkeypatch.setitem(PROTOCOLS, name, dataclasses.replace(PROTOCOLS[name], epochs=2))
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_data("digits")
+
+
+@pytest.fixture(scope="module")
+def file(data, tmp_path_factory):
+    chosen = select(data, "random", 1, progress=False)
+    chosen.metadata["config"] = {"width": 8, "depth": 2, "spatial_power": 4.0, "channel_power": 4.0}
+    return chosen.save(tmp_path_factory.mktemp("sets") / "chosen.safetensors")
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(main, [str(argument) for argument in (*arguments, "--device", "cpu", "--quiet")])
+    assert result.exit_code == code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result.stdout, result.stderr
+
+
+def test_several_architectures_are_a_line_and_a_record_each(file, tmp_path):
+    json_path = tmp_path / "result.json"
+    stdout, stderr = run("evaluate", file, "--arch", "alexnet, convnet", "--networks", 2, "--json", json_path)
+    assert [line.split(" ipc=1 random ")[0] for line in stdout.splitlines()] == ["alexnet: digits", "convnet: digits"]
+    assert stderr == ""
+    records = json.loads(json_path.read_text())
+    assert [record["evaluation"]["network"] for record in records] == ["alexnet", "convnet"]
+    assert [record["evaluation"]["architecture"] for record in records] == [{}, {"depth": 2, "width": 8}]
+    assert all(record["state"]["complete"] and record["random_mean"] is not None for record in records)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--arch", "resnet"], "'resnet' is not one of 'convnet', 'alexnet', 'vgg11', 'resnet18', 'vit'. Did you mean"),
+        (["--arch", "convnet,vgg11"], "VGG-11 needs images whose sides are multiples of 32; got 8x8"),
+        (["--preprocessing", "zca"], "holds its own preprocessing; --preprocessing is for a .pt or a folder"),
+        (["--together", "0"], "together must be at least 1"),
+    ],
+)
+def test_errors_are_one_clear_line(arguments, message, file):
+    _, stderr = run("evaluate", file, "--networks", 1, *arguments, code=2)
+    errors = [line for line in stderr.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1 and message in errors[0]
+
+
+def interrupted_after(finished, monkeypatch):
+    """Makes an evaluation stop as by Ctrl-C once so many networks of a side have finished."""
+    evaluate = comparison.evaluate
+
+    def stopping(*arguments, on_network, **settings):
+        def note(result):
+            on_network(result)
+            if len(result.curves) - len(result.unfinished) == finished:
+                raise KeyboardInterrupt
+
+        return evaluate(*arguments, on_network=note, **settings)
+
+    monkeypatch.setattr(comparison, "evaluate", stopping)
+
+
+def test_finished_networks_outlive_an_interruption(file, tmp_path, monkeypatch):
+    options = ["--networks", 3, "--together", 1]
+    expected = tmp_path / "expected.json"
+    line, _ = run("evaluate", file, *options, "--json", expected)
+    json_path = tmp_path / "result.json"
+    with monkeypatch.context() as patch:
+        interrupted_after(2, patch)
+        run("evaluate", file, *options, "--json", json_path, code=1)
+    partial = json.loads(json_path.read_text())
+    assert not partial["state"]["complete"] and partial["evaluation"]["unfinished"] == [2]
+    assert partial["random_evaluation"] is None
+
+    trained = []
+    train = comparison.evaluate
+    monkeypatch.setattr(
+        comparison,
+        "evaluate",
+        lambda *arguments, earlier, **settings: (
+            trained.append(len([c for c in earlier if c])) or train(*arguments, earlier=earlier, **settings)
+        ),
+    )
+    assert run("evaluate", file, *options, "--json", json_path)[0] == line
+    assert trained == [2, 0]
+    finished = json.loads(json_path.read_text())
+    for side in ("evaluation", "random_evaluation"):
+        assert finished[side]["accuracies"] == json.loads(expected.read_text())[side]["accuracies"]
+    # A complete result, and one of other settings, are measured anew.
+    run("evaluate", file, *options, "--json", json_path)
+    assert trained[2:] == [0, 0]
+    json_path.write_text(json.dumps(partial))
+    run("evaluate", file, "--networks", 3, "--together", 1, "--seed", 1, "--json", json_path)
+    assert trained[4:] == [0, 0]
+
+
+def test_the_record_so_far_tells_both_sides(file, data):
+    told = []
+    compare(SyntheticSet.load(file), data, networks=2, device="cpu", progress=False, together=1, on_network=told.append)
+    assert [record["accuracy_mean"] is not None for record in told] == [True] * 4
+    assert [record["random_mean"] is not None for record in told] == [False, False, True, True]
+    assert not any(record["state"]["complete"] for record in told)
+    json.dumps(told, allow_nan=False)
+
+
+def test_a_public_file_and_a_folder_are_evaluated(file, tmp_path):
+    ours = SyntheticSet.load(file)
+    public, folder = ours.export(tmp_path / "public.pt", format="pt"), ours.export(tmp_path / "images")
+    _, stderr = run("evaluate", public, code=2)
+    assert "does not say what data set it is for; give --dataset, one of digits, " in stderr
+    for path, method in ((public, "public"), (folder, "folder")):
+        stdout, stderr = run("evaluate", path, "--dataset", "digits", "--networks", 1, "--no-random")
+        assert stdout.startswith(f"digits ipc=1 {method} ") and stderr == ""
+
+
+@pytest.mark.parametrize("method", ["herding", "full"])
+def test_select_writes_a_set_to_evaluate(method, tmp_path, data):
+    output = tmp_path / "chosen.safetensors"
+    stdout, _ = run("select", "--method", method, "--ipc", 2, "--epochs", 1, "--output", output)
+    count = 1400 if method == "full" else 20
+    assert stdout == f"{count} images in {output}\n" and len(SyntheticSet.load(output)) == count
+    stdout, stderr = run("evaluate", output, "--networks", 1, "--no-random", "--protocol", "dc")
+    assert f" {method} " in stdout and stderr == ""
+    if method == "full":
+        _, stderr = run("evaluate", output, "--networks", 1, code=2)
+        assert "Random needs a set with as many images in every class; leave it out (--no-random)" in stderr
+
+
+def test_the_full_training_set_trains_better_than_a_part(data, monkeypatch, tmp_path):
+    monkeypatch.setitem(PROTOCOLS, "digits", dataclasses.replace(PROTOCOLS["digits"], epochs=6))
+    means = []
+    for method in ("random", "full"):
+        chosen = select(data, method, 2, progress=False)
+        chosen.metadata["config"] = {"width": 16, "depth": 2}
+        settings = {"networks": 1, "random": False, "device": "cpu", "progress": False}
+        means.append(compare(chosen, data, **settings)["accuracy_mean"])
+    assert means[1] > 75 and means[1] > means[0] + 10
+
+
+def test_selected_images_say_their_method_everywhere(file):
+    stdout = CliRunner().invoke(main, ["info", str(file)]).stdout
+    assert stdout.startswith("digits, 1 per class, random\n")
+    assert torch.equal(SyntheticSet.load(file).labels, torch.arange(10))
