@@ -372,13 +372,13 @@ def _addressable(x: Tensor) -> Tensor:
 
 # Lean PyTorch: the same arithmetic in pieces of samples that stay in the cache.
 
-# Bytes of convolution output worked on at once on a CPU, a second-level cache's worth.
+# Bytes of convolution output that a thread works on at once: a second-level cache's worth.
 PIECE_BYTES = 1 << 20
 
 
 def piece_bytes(device: torch.device) -> int:
     """Bytes of convolution output worked on at once."""
-    return PIECE_BYTES if device.type == "cpu" else 128 * PIECE_BYTES
+    return PIECE_BYTES * (torch.get_num_threads() if device.type == "cpu" else 128)
 
 
 def _sample_pieces(x: Tensor) -> list[slice]:
