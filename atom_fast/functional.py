@@ -7,7 +7,8 @@ from torch import Tensor
 
 from . import reference
 from ._backend import resolve_backend
-from .ops.attention import accumulation_dtype, attention_maps
+from .ops.attention import attention_maps
+from .ops.launching import accumulation_dtype
 from .ops.matching import ClassGroups, class_groups_op, class_mean_distance
 
 POWERS = (1.0, 16.0)

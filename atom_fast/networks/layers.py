@@ -5,7 +5,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from atom_fast.networks.initialization import draw_parameters
 from atom_fast.ops.instance_norm import instance_norm
+
+
+class LayeredNetwork(nn.Module):
+    """Layers one after the other, whose flattened output is the embedding, and a linear classifier of it.
+
+    Args:
+        layers: from images [B, channels, H, W] to features.
+        embedding_size: values of an image's embedding.
+        num_classes: number of logits.
+    """
+
+    def __init__(self, layers: list[nn.Module], embedding_size: int, num_classes: int):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+        self.embedding_size = embedding_size
+        self.classifier = nn.Linear(embedding_size, num_classes)
+        self.reset_parameters()
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Images [B, channels, H, W] -> [B, embedding_size]."""
+        return self.layers(x).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, num_classes] of images [B, channels, H, W]."""
+        return self.classifier(self.embed(x))
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw a new network in place; see :func:`~atom_fast.networks.initialization.draw_parameters`."""
+        draw_parameters(self, generator)
 
 
 class InstanceNorm(nn.GroupNorm):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atom_fast.networks.initialization import draw_parameters
-from atom_fast.networks.layers import InstanceNorm, check_image_size
+from atom_fast.networks.layers import InstanceNorm, LayeredNetwork, check_image_size
 
 _STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))  # channels of two blocks, stride of the first
 
@@ -30,7 +28,7 @@ class _Block(nn.Module):
         return F.relu(self.norm2(self.conv2(self.norm1(self.conv1(x)))) + self.shortcut(x))
 
 
-class ResNet18(nn.Module):
+class ResNet18(LayeredNetwork):
     """A 3×3 convolution, eight residual blocks of 64 to 512 channels with GroupNorm(C, C), mean over places, a linear.
 
     Args:
@@ -43,7 +41,6 @@ class ResNet18(nn.Module):
     """
 
     def __init__(self, channels: int, num_classes: int, image_size: int | tuple[int, int]):
-        super().__init__()
         size = check_image_size(image_size, 8, "ResNet-18")
         if min(size) < 16:  # InstanceNorm of the last stage's single pixel would be zero whatever the image
             raise ValueError(f"ResNet-18 needs images of 16x16 or larger; got {size[0]}x{size[1]}")
@@ -52,19 +49,8 @@ class ResNet18(nn.Module):
         for outputs, stride in _STAGES:
             layers += [_Block(channels, outputs, stride), _Block(outputs, outputs, 1)]
             channels = outputs
-        self.layers = nn.Sequential(*layers)
-        self.embedding_size = channels
-        self.classifier = nn.Linear(channels, num_classes)
-        self.reset_parameters()
+        super().__init__(layers, channels, num_classes)
 
     def embed(self, x: Tensor) -> Tensor:
         """Images [B, channels, H, W] -> [B, embedding_size]."""
         return self.layers(x).mean((2, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits [B, num_classes] of images [B, channels, H, W]."""
-        return self.classifier(self.embed(x))
-
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw a new network in place; see :func:`~atom_fast.networks.initialization.draw_parameters`."""
-        draw_parameters(self, generator)

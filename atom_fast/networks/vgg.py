@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from atom_fast.networks.initialization import draw_parameters
-from atom_fast.networks.layers import InstanceNorm, check_image_size
+from atom_fast.networks.layers import InstanceNorm, LayeredNetwork, check_image_size
 
 # Output channels of each convolution, and whether 2x2 maximum pooling follows.
 _LAYERS = (
@@ -15,7 +13,7 @@ _LAYERS = (
 )
 
 
-class VGG11(nn.Module):
+class VGG11(LayeredNetwork):
     """Eight 3×3 convolutions of 64 to 512 channels, each with GroupNorm(C, C) and ReLU, five poolings; one linear.
 
     Args:
@@ -28,26 +26,10 @@ class VGG11(nn.Module):
     """
 
     def __init__(self, channels: int, num_classes: int, image_size: int | tuple[int, int]):
-        super().__init__()
         height, width = check_image_size(image_size, 32, "VGG-11")
         layers = []
         for outputs, pooled in _LAYERS:
             layers += [nn.Conv2d(channels, outputs, 3, padding=1), InstanceNorm(outputs)]
             layers += [nn.MaxPool2d(2)] if pooled else []
             channels = outputs
-        self.layers = nn.Sequential(*layers)
-        self.embedding_size = channels * (height // 32) * (width // 32)
-        self.classifier = nn.Linear(self.embedding_size, num_classes)
-        self.reset_parameters()
-
-    def embed(self, x: Tensor) -> Tensor:
-        """Images [B, channels, H, W] -> [B, embedding_size]."""
-        return self.layers(x).flatten(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits [B, num_classes] of images [B, channels, H, W]."""
-        return self.classifier(self.embed(x))
-
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw a new network in place; see :func:`~atom_fast.networks.initialization.draw_parameters`."""
-        draw_parameters(self, generator)
+        super().__init__(layers, channels * (height // 32) * (width // 32), num_classes)

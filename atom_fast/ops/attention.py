@@ -13,19 +13,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .launching import accumulation_dtype, constant_power, device_of, triton_dtype
+
 # Features handled at once by the "torch" backend on a CPU: small enough that the passes over a piece hit the cache.
 PIECE_BYTES = 1 << 20
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for every narrower floating dtype."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def map_sizes(features: Tensor, spatial_power: float | None, channel_power: float | None) -> tuple[int, int]:
+def map_sizes(shape: tuple[int, ...], spatial_power: float | None, channel_power: float | None) -> tuple[int, int]:
     """How many values the spatial and the channel map of one sample have; 0 for a map that is left out."""
-    _, channels, height, width = features.shape
-    return (height * width if spatial_power is not None else 0), (channels if channel_power is not None else 0)
+    _, channels, height, width = shape
+    return (0 if spatial_power is None else height * width), (0 if channel_power is None else channels)
 
 
 @torch.library.custom_op("atom_fast::attention_maps", mutates_args=())
@@ -35,7 +32,7 @@ def attention_maps(
     """Maps [B, M] and statistics [3, B] of features [B, C, H, W]; backend "triton" or "torch"."""
     dtype = accumulation_dtype(features.dtype)
     batch = features.shape[0]
-    maps = features.new_empty((batch, sum(map_sizes(features, spatial_power, channel_power))), dtype=dtype)
+    maps = features.new_empty((batch, sum(map_sizes(features.shape, spatial_power, channel_power))), dtype=dtype)
     statistics = features.new_ones((3, batch), dtype=dtype)
     if features.numel() == 0:
         return maps.zero_(), statistics
@@ -48,7 +45,7 @@ def attention_maps(
 def _(features, spatial_power, channel_power, normalize, backend):
     dtype = accumulation_dtype(features.dtype)
     batch = features.shape[0]
-    maps = features.new_empty((batch, sum(map_sizes(features, spatial_power, channel_power))), dtype=dtype)
+    maps = features.new_empty((batch, sum(map_sizes(features.shape, spatial_power, channel_power))), dtype=dtype)
     return maps, features.new_empty((3, batch), dtype=dtype)
 
 
@@ -102,18 +99,18 @@ def _forward_triton(features, spatial_power, channel_power, normalize, maps, sta
 
     batch, channels, height, width = features.shape
     positions = height * width
-    n_spatial, _ = map_sizes(features, spatial_power, channel_power)
+    n_spatial, _ = map_sizes(features.shape, spatial_power, channel_power)
     launch = kernels.forward_launch(channels, positions, features.element_size())
     tiles = triton.cdiv(positions, launch["BLOCK_P"])
     chunks = triton.cdiv(channels, launch["BLOCK_C"])
     spatial = maps.new_empty((batch, n_spatial))
     channel = maps.new_empty((batch, tiles, channels if channel_power is not None else 0))
     peak = maps.new_empty((batch, tiles, chunks))
-    powers = {"SPATIAL": _constant(spatial_power), "CHANNEL": _constant(channel_power)}
-    with _device_of(features):
+    powers = {"SPATIAL": constant_power(spatial_power), "CHANNEL": constant_power(channel_power)}
+    with device_of(features):
         kernels.attention_forward_kernel[(batch, tiles)](
             features, spatial, channel, peak, channels, positions, width, *features.stride(),
-            **powers, FLAT=_is_flat(features), ACCUMULATE=_triton_dtype(maps.dtype), **launch,
+            **powers, FLAT=_is_flat(features), ACCUMULATE=triton_dtype(maps.dtype), **launch,
         )  # fmt: skip
         normalize_launch = kernels.normalize_launch(channels, positions, tiles)
         kernels.attention_normalize_kernel[(batch,)](
@@ -129,11 +126,11 @@ def _backward_triton(features, gradient, maps, statistics, spatial_power, channe
 
     batch, channels, height, width = features.shape
     positions = height * width
-    powers = {"SPATIAL": _constant(spatial_power), "CHANNEL": _constant(channel_power)}
+    powers = {"SPATIAL": constant_power(spatial_power), "CHANNEL": constant_power(channel_power)}
     projection = maps.new_empty((2, batch))
     launch = kernels.backward_launch(channels, positions, features.stride(1) == 1)
     tiles = triton.cdiv(positions, launch["BLOCK_P"])
-    with _device_of(features):
+    with device_of(features):
         if normalize:
             blocks = kernels.normalize_launch(channels, positions, tiles)
             kernels.attention_projection_kernel[(batch,)](
@@ -143,15 +140,8 @@ def _backward_triton(features, gradient, maps, statistics, spatial_power, channe
         kernels.attention_backward_kernel[(batch, tiles)](
             features, gradient, maps, statistics, projection, output, channels, positions, width,
             *features.stride(), *output.stride(), **powers, NORMALIZE=normalize,
-            FLAT=_is_flat(features), OUTPUT_FLAT=_is_flat(output), ACCUMULATE=_triton_dtype(maps.dtype), **launch,
+            FLAT=_is_flat(features), OUTPUT_FLAT=_is_flat(output), ACCUMULATE=triton_dtype(maps.dtype), **launch,
         )  # fmt: skip
-
-
-def _constant(power: float | None) -> float | int:
-    """A power as the kernels take it: whole numbers as int, so that 4 and 4.0 are one compilation; 0 for none."""
-    if power is None:
-        return 0
-    return int(power) if float(power).is_integer() else float(power)
 
 
 def _is_flat(tensor: Tensor) -> bool:
@@ -159,25 +149,12 @@ def _is_flat(tensor: Tensor) -> bool:
     return tensor.shape[2] == 1 or tensor.stride(2) == tensor.shape[3] * tensor.stride(3)
 
 
-def _triton_dtype(dtype: torch.dtype):
-    import triton.language as tl
-
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
-def _device_of(tensor: Tensor):
-    """Launch on the tensor's device, which need not be the current one."""
-    import contextlib
-
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
 # Lean PyTorch: the same arithmetic in pieces that stay in the cache, products instead of pow, nothing kept. Every full
 # pass writes into one of two buffers made once: fresh memory costs ten times the pass that fills it.
 
 
 def _forward_torch(features, spatial_power, channel_power, normalize, maps, statistics):
-    n_spatial, _ = map_sizes(features, spatial_power, channel_power)
+    n_spatial, _ = map_sizes(features.shape, spatial_power, channel_power)
     for rows, magnitude, raised in _pieces(features, maps.dtype):
         magnitude.copy_(features[rows]).abs_()
         peak = statistics[0, rows].copy_(magnitude.flatten(1).amax(1))
@@ -204,7 +181,7 @@ def _scale_map(attention, power, peak, normalize, factor, out):
 
 
 def _backward_torch(features, gradient, maps, statistics, spatial_power, channel_power, normalize, output):
-    n_spatial, _ = map_sizes(features, spatial_power, channel_power)
+    n_spatial, _ = map_sizes(features.shape, spatial_power, channel_power)
     for rows, relative, raised in _pieces(features, maps.dtype):
         relative.copy_(features[rows]).mul_(statistics[0, rows].reciprocal().view(-1, 1, 1, 1))
         weights = {}

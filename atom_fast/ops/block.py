@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import resolve_backend
-from .attention import _constant, _device_of, accumulation_dtype
+from .attention import map_sizes
+from .launching import accumulation_dtype, constant_power, device_of
 
 
 class BlockOutput(NamedTuple):
@@ -153,12 +154,6 @@ def empty_outputs(
     )
 
 
-def map_sizes(shape: tuple[int, ...], spatial_power: float | None, channel_power: float | None) -> tuple[int, int]:
-    """How many values the spatial and the channel map of one sample have; 0 for a map that is left out."""
-    _, channels, height, width = shape
-    return (0 if spatial_power is None else height * width), (0 if channel_power is None else channels)
-
-
 def is_channels_last(x: Tensor) -> bool:
     """Whether a position's channels are adjacent in memory, and its neighbours in the plane are not."""
     return x.stride(1) == 1 and x.stride(3) != 1
@@ -237,7 +232,7 @@ def _forward_triton(x, weight, bias, eps, spatial_power, channel_power, pooled, 
     constants = _constants(x, weight, spatial_power, channel_power)
     size = channels, height, width, x.element_size(), constants["CHANNELS_LAST"]
     launch = kernels.block_launch(*size)
-    with _device_of(x):
+    with device_of(x):
         if launch is not None:
             kernels.block_forward_kernel[(batch,)](
                 x, weight, bias, pooled, maps, mean, rstd, statistics, *x.stride(), *pooled.stride(), eps,
@@ -308,7 +303,7 @@ def _backward_triton(
     strides = *x.stride(), *grad_pooled.stride(), *grad_x.stride()
     size = channels, height, width, x.element_size(), constants["CHANNELS_LAST"]
     launch = kernels.block_backward_launch(*size)
-    with _device_of(x):
+    with device_of(x):
         if launch is not None:
             grad_maps = maps if grad_maps is None else grad_maps.contiguous()  # not read without powers
             kernels.block_backward_kernel[(batch,)](
@@ -341,7 +336,7 @@ def map_weights(
     batch, channels, height, width = shape
     kernels.map_weights_kernel[(batch,)](
         grad_maps.contiguous(), maps, statistics, weights, C=channels, H=height, W=width,
-        SPATIAL=_constant(spatial_power), CHANNEL=_constant(channel_power), BLOCK=1024, num_warps=4,
+        SPATIAL=constant_power(spatial_power), CHANNEL=constant_power(channel_power), BLOCK=1024, num_warps=4,
     )  # fmt: skip
     return weights
 
@@ -352,8 +347,8 @@ def _constants(x: Tensor, weight: Tensor | None, spatial_power: float | None, ch
         "C": channels,
         "H": height,
         "W": width,
-        "SPATIAL": _constant(spatial_power),
-        "CHANNEL": _constant(channel_power),
+        "SPATIAL": constant_power(spatial_power),
+        "CHANNEL": constant_power(channel_power),
         "AFFINE": weight is not None,
         "CHANNELS_LAST": is_channels_last(x),
     }

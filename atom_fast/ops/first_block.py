@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .._backend import resolve_backend
 from . import block
-from .attention import _constant, _device_of
 from .block import BlockOutput
+from .launching import constant_power, device_of
 
 IMAGE_CHANNELS = 4  # at most, for the fused kernels
 
@@ -173,7 +173,7 @@ def _forward_triton(images, filters, weight, bias, eps, spatial_power, channel_p
     batch, image_channels, height, width = images.shape
     channels = filters.shape[0]
     launch = kernels.first_block_launch(image_channels, channels, height, width)
-    with _device_of(images):
+    with device_of(images):
         kernels.first_block_forward_kernel[(batch,)](
             images, filters.contiguous(), block.dense(weight), block.dense(bias), *outputs,
             *images.stride(), *outputs[0].stride(), eps,
@@ -212,7 +212,7 @@ def _backward_triton(
     sums = mean.new_empty((batch, tiles, 2, channels))
     columns = mean.new_empty((batch, 9 * image_channels, height * width))
     gradient = torch.empty_like(images, memory_format=torch.contiguous_format)
-    with _device_of(images):
+    with device_of(images):
         weights = block.map_weights(grad_maps, maps, statistics, shape, spatial_power, channel_power)
         affine = block.dense(weight), block.dense(bias)
         inputs = (images, filters, *affine, grad_pooled, weights, mean, rstd, statistics, sums)
@@ -239,8 +239,8 @@ def _constants(images, filters, weight, spatial_power, channel_power) -> dict:
         "C": filters.shape[0],
         "H": height,
         "W": width,
-        "SPATIAL": _constant(spatial_power),
-        "CHANNEL": _constant(channel_power),
+        "SPATIAL": constant_power(spatial_power),
+        "CHANNEL": constant_power(channel_power),
         "AFFINE": weight is not None,
         "PRECISION": product_precision(tf32 and filters.dtype == torch.float32, height, width),
     }

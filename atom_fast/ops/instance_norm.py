@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._backend import resolve_backend
-from .attention import _device_of, accumulation_dtype
+from .launching import accumulation_dtype, device_of
 
 
 def instance_norm(
@@ -145,7 +145,7 @@ def _forward_triton(x, weight, bias, eps, rectify, pool, out, mean, rstd):
     from ..kernels.instance_norm import instance_norm_forward_kernel
 
     grid, constants = _launch(x, rectify, pool)
-    with _device_of(x):
+    with device_of(x):
         instance_norm_forward_kernel[grid](
             x, weight, bias, out, mean, rstd, *x.stride(), *out.stride(), eps, **constants
         )
@@ -155,7 +155,7 @@ def _backward_triton(gradient, x, weight, bias, mean, rstd, rectify, pool, grad_
     from ..kernels.instance_norm import instance_norm_backward_kernel
 
     grid, constants = _launch(x, rectify, pool)
-    with _device_of(x):
+    with device_of(x):
         instance_norm_backward_kernel[grid](
             gradient, x, weight, bias, mean, rstd, grad_x, grad_weight, grad_bias,
             *gradient.stride(), *x.stride(), *grad_x.stride(), **constants,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention import _device_of, _triton_dtype, accumulation_dtype
+from .launching import accumulation_dtype, device_of, triton_dtype
 
 
 class ClassGroups(NamedTuple):
@@ -122,11 +122,11 @@ def _distance_triton(real, synthetic, real_order, real_offsets, synthetic_order,
     partial = synthetic.new_empty((classes, blocks), dtype=dtype)
     gradient = synthetic.new_empty(synthetic.shape, dtype=dtype)
     real, synthetic = (side if side.stride(1) == 1 else side.contiguous() for side in (real, synthetic))
-    with _device_of(synthetic):
+    with device_of(synthetic):
         kernels.class_mean_distance_kernel[(classes, blocks)](
             real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offsets, partial, gradient,
             real.shape[0], synthetic.shape[0], columns, real.stride(0), synthetic.stride(0),
-            GROUPED=grouped, ACCUMULATE=_triton_dtype(dtype), **launch,
+            GROUPED=grouped, ACCUMULATE=triton_dtype(dtype), **launch,
         )  # fmt: skip
     return partial.sum(), gradient
 

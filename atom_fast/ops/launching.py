@@ -1,0 +1,32 @@
+"""What every operator needs to launch its Triton kernels: the device, and values as the kernels take them."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for every narrower floating dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def constant_power(power: float | None) -> float | int:
+    """A power as the kernels take it: whole numbers as int, so that 4 and 4.0 are one compilation; 0 for none."""
+    if power is None:
+        return 0
+    return int(power) if float(power).is_integer() else float(power)
+
+
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Launch on the tensor's device, which need not be the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def triton_dtype(dtype: torch.dtype):
+    """Triton's float64 for float64, its float32 for every other dtype."""
+    import triton.language as tl
+
+    return tl.float64 if dtype == torch.float64 else tl.float32
