@@ -216,6 +216,7 @@ def _device(name: str) -> str | None:
 @click.option(
     "--protocol", type=_Choice(list(PROTOCOLS)), help="how to train  [default: digits for digits, paper for others]"
 )
+@click.option("--epochs", type=int, help="passes over the set, in place of the protocol's  [default: the protocol's]")
 @click.option("--random/--no-random", default=True, help="measure random real images beside it  [default: random]")
 @click.option("--seed", default=0, show_default=True, help="of networks and random images")
 @click.option("--precision", type=_Choice(PRECISIONS), default="float32", show_default=True, help="of the training")
@@ -238,16 +239,21 @@ def _device(name: str) -> str | None:
 )
 @_device_option
 @_quiet_option
-def evaluate(file, dataset, data_dir, download, arch, preprocessing, experiment, json_path, device, quiet, **settings):
+def evaluate(
+    file, dataset, data_dir, download, arch, preprocessing, experiment, json_path, device, quiet, protocol, epochs,
+    **settings,
+):  # fmt: skip
     """Train fresh networks on the set in FILE and test them: mean ± standard deviation of last-epoch accuracy, in %.
 
     FILE is a synthetic set, a .pt that the public DC, DM or DataDAM program saved, or a folder of images; the last two
     need --dataset.
     """
-    from atom_fast.comparison import compare
+    from atom_fast.comparison import compare, default_protocol
+    from atom_fast.evaluate.protocols import get_protocol
     from atom_fast.report import result_line
 
     synthetic, data = _set_and_data(file, dataset, data_dir, download, preprocessing, experiment, not quiet)
+    protocol = get_protocol(protocol or default_protocol(data.name), **({} if epochs is None else {"epochs": epochs}))
     earlier, records = _read_records(json_path), []
 
     def keep(record: dict) -> None:
@@ -258,7 +264,8 @@ def evaluate(file, dataset, data_dir, download, arch, preprocessing, experiment,
     for network in arch:
         position = len(records)
         record = compare(
-            synthetic, data, network=network, device=_device(device), progress=not quiet, on_network=keep,
+            synthetic, data, network=network, protocol=protocol, device=_device(device), progress=not quiet,
+            on_network=keep,
             earlier=earlier[position] if position < len(earlier) else None, **settings,
         )  # fmt: skip
         keep(record)

@@ -59,12 +59,20 @@ def test_several_architectures_are_a_line_and_a_record_each(file, tmp_path):
         (["--arch", "convnet,vgg11"], "VGG-11 needs images whose sides are multiples of 32; got 8x8"),
         (["--preprocessing", "zca"], "holds its own preprocessing; --preprocessing is for a .pt or a folder"),
         (["--together", "0"], "together must be at least 1"),
+        (["--epochs", "0"], "epochs must be a whole number, at least 1; got 0"),
     ],
 )
 def test_errors_are_one_clear_line(arguments, message, file):
     _, stderr = run("evaluate", file, "--networks", 1, *arguments, code=2)
     errors = [line for line in stderr.splitlines() if line.startswith("Error: ")]
     assert len(errors) == 1 and message in errors[0]
+
+
+def test_epochs_replace_those_of_the_protocol_and_the_result_says_so(file, tmp_path):
+    run("evaluate", file, "--networks", 1, "--no-random", "--epochs", 3, "--json", tmp_path / "result.json")
+    record = json.loads((tmp_path / "result.json").read_text())["evaluation"]
+    assert record["protocol"]["epochs"] == 3 and record["protocol"]["name"] == "digits (epochs=3)"
+    assert list(record["curves"][0]) == ["3"]
 
 
 def interrupted_after(finished, monkeypatch):

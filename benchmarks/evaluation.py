@@ -1,0 +1,154 @@
+"""The networks of an evaluation, trained this project's way and the public code's: ``python -m benchmarks.evaluation``.
+
+On a CPU the set is 10 scikit-learn digits a class, on a GPU random images of CIFAR-10's shape, 50 a class. Each side
+runs in a process of its own, in turns, and is timed whole: making the networks, every epoch, one test each. What is
+printed are milliseconds a network's epoch, and the ratio of the two sides of one round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from atom_fast.data import load_data
+from atom_fast.data.dataset import ImageData
+from atom_fast.data.whitening import fit_preprocessing
+from atom_fast.evaluate import evaluate, get_protocol, random_selection
+
+from .harness import environment, save_results
+from .methods.published import ConvNet, augment
+from .methods.setting import Setting
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure both sides in turns, print a line each, and keep the records."""
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluation", description=__doc__)
+    parser.add_argument("--networks", type=int, default=20 if cuda else 10, help="networks (default 10; 20 on a GPU)")
+    parser.add_argument("--epochs", type=int, default=1000 if cuda else 300, help="epochs (default 300; 1000 on a GPU)")
+    parser.add_argument("--loop-networks", type=int, help="networks of the loop; fewer take less time (default: all)")
+    parser.add_argument("--loop-epochs", type=int, help="epochs of the loop; fewer take less time (default: all)")
+    parser.add_argument("--rounds", type=int, default=1, help="how often both are run (default 1)")
+    parser.add_argument("--out", type=Path, help="JSON file of the records")
+    options = parser.parse_args(arguments)
+    sizes = {
+        "ensemble": (options.networks, options.epochs),
+        "loop": (options.loop_networks or options.networks, options.loop_epochs or options.epochs),
+    }
+    record = {"environment": environment("cuda" if cuda else "cpu"), "rounds": []}
+    for number in range(options.rounds):
+        sides = {}
+        for side in ("loop", "ensemble") if number % 2 == 0 else ("ensemble", "loop"):
+            sides[side] = _in_a_process(side, *sizes[side])
+            print(describe(side, sides[side]), flush=True)
+        ratio = sides["loop"]["ms_per_network_epoch"] / sides["ensemble"]["ms_per_network_epoch"]
+        record["rounds"].append({**sides, "ratio": ratio})
+        record["ratio"] = statistics.median(entry["ratio"] for entry in record["rounds"])
+        print(f"the ensemble is {ratio:.2f} times as fast", flush=True)
+        if options.out:
+            save_results(options.out, record)
+
+
+def describe(side: str, entry: dict) -> str:
+    """A side in a line."""
+    return (
+        f"{side:9} {entry['networks']} networks, {entry['epochs']} epochs: {entry['seconds']:.1f} s, "
+        f"{entry['ms_per_network_epoch']:.2f} ms a network's epoch"
+    )
+
+
+def _in_a_process(side: str, networks: int, epochs: int) -> dict:
+    """One side in a fresh process: what one leaves in the C library's memory must not help the other."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_time, side, networks, epochs).result()
+
+
+def _time(side: str, networks: int, epochs: int) -> dict:
+    train = SIDES[side](make_data(), networks, epochs)
+    started = time.perf_counter()
+    train()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    per_epoch = 1e3 * seconds / networks / epochs
+    return {"networks": networks, "epochs": epochs, "seconds": seconds, "ms_per_network_epoch": per_epoch}
+
+
+def make_data() -> ImageData:
+    """What is trained and tested on, with the training set already chosen: digits, or CIFAR-10's shape on a GPU."""
+    if not torch.cuda.is_available():
+        digits = load_data("digits", progress=False)
+        chosen = random_selection(digits, 10, seed=0)
+        images, labels = digits.train_images[chosen], digits.train_labels[chosen]
+        return ImageData.from_tensors(
+            "digits", list(digits.class_names), images, labels, digits.test_images, digits.test_labels
+        )
+    generator = torch.Generator().manual_seed(0)
+
+    def split(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        images = torch.randint(0, 256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
+        return images.cuda(), (torch.arange(count) % 10).cuda()
+
+    return ImageData.from_tensors("random", [str(k) for k in range(10)], *split(500), *split(10_000))
+
+
+def ensemble(data: ImageData, networks: int, epochs: int, **settings) -> Callable[[], None]:
+    """This project's evaluation; ``settings`` as in :func:`atom_fast.evaluate.evaluate`."""
+    space = fit_preprocessing(data.train_images, "standard", progress=False)
+    images, protocol = space.to_model(data.train_images), get_protocol("paper", epochs=epochs)
+
+    def train() -> None:
+        options = {"protocol": protocol, "networks": networks, "progress": False, **settings}
+        evaluate(images, data.train_labels, data, space, **options)
+
+    return train
+
+
+def loop(data: ImageData, networks: int, epochs: int) -> Callable[[], None]:
+    """The public code: network after network, a DataLoader that indexes an image at a time, loss and accuracy read."""
+    device = data.train_images.device.type
+    channels, height, _ = data.image_shape
+    setting = Setting("evaluation", "eager", 10, channels=channels, resolution=height, device=device)
+    space = fit_preprocessing(data.train_images, "standard", progress=False)
+    training_set = TensorDataset(space.to_model(data.train_images), data.train_labels)
+    test_set = TensorDataset(space.to_model(data.test_images), data.test_labels)
+
+    def run_epoch(loader, network, optimizer, seed) -> None:
+        for images, labels in loader:
+            if optimizer is not None:
+                images = augment(images, seed, siamese=False)
+            logits = network(images)
+            loss = nn.functional.cross_entropy(logits, labels)
+            np.equal(logits.detach().cpu().numpy().argmax(1), labels.cpu().numpy()).sum()
+            loss.item()
+            if optimizer is not None:
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+
+    def train() -> None:
+        for _ in range(networks):
+            network = ConvNet(setting).to(device)
+            optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+            for number in range(epochs):
+                run_epoch(DataLoader(training_set, batch_size=256, shuffle=True), network, optimizer, number)
+            with torch.no_grad():
+                run_epoch(DataLoader(test_set, batch_size=256), network, None, 0)
+
+    return train
+
+
+SIDES = {"loop": loop, "ensemble": ensemble}
+
+if __name__ == "__main__":
+    main()
