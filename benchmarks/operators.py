@@ -1,0 +1,250 @@
+"""Every fused operator as a benchmark: its sizes, the providers that compute it, and the fewest bytes it must move.
+
+The fewest bytes are each input read once and each output written once. What a call moves beyond them costs time without
+counting, so the bytes a second of a case, beside those of a copy, tell how close to the memory's limit it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import atom_fast as af
+from atom_fast import reference
+from atom_fast._backend import resolve_backend
+from atom_fast.data.augmentation import AugmentationParameters, augment, draw_augmentation
+from atom_fast.functional import _attention_maps
+from atom_fast.ops.block import attention_block, reference_block
+from atom_fast.ops.first_block import first_block
+from atom_fast.ops.instance_norm import instance_norm, reference_instance_norm
+
+from .methods.batched_augmentation import augment as batched_augmentation
+
+CLASSES = 10
+WIDTH = 128
+DIRECTIONS = ("forward", "backward", "both")
+PROVIDERS = ("eager", "compile", "fused")
+LAYOUTS = ("nchw", "channels_last")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One thing to time.
+
+    Attributes:
+        operator: a key of ``OPERATORS``.
+        shape: of its largest input.
+        dtype: "float32" or "bfloat16".
+        layout: of the input, "nchw" or "channels_last"; "rows" for what has no planes.
+        provider: "eager" (the equations in PyTorch), "compile" (torch.compile of it) or "fused" (this project).
+        direction: "forward", "backward" (without the forward that made its graph), or "both".
+    """
+
+    operator: str
+    shape: tuple[int, ...]
+    dtype: str
+    layout: str
+    provider: str
+    direction: str
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.shape))
+        return "-".join((self.operator, self.direction, size, self.dtype, self.layout, self.provider))
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A case made ready.
+
+    Attributes:
+        call: what is timed; returns the outputs, or the gradient.
+        bytes: the fewest that it must move.
+    """
+
+    call: Callable[[], object]
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """An operator and the ways to compute it.
+
+    Attributes:
+        eager, fused: from an input to a tuple of outputs.
+        parameters: bytes of what else is read or gets a gradient.
+    """
+
+    eager: Callable[[Tensor], tuple[Tensor, ...]]
+    fused: Callable[[Tensor], tuple[Tensor, ...]]
+    parameters: int = 0
+
+
+def cases(device: str, operators: Sequence[str] | None = None, providers: Sequence[str] = PROVIDERS) -> list[Case]:
+    """Every case for a device: layers of the ConvNet on CIFAR-10 and Tiny ImageNet, images, and class means.
+
+    On a GPU, 1,280 real and 500 synthetic images a step, in float32 and bfloat16; on a CPU a fortieth of the real ones.
+    """
+    batches, dtypes = ((1280, 500), ("float32", "bfloat16")) if device == "cuda" else ((40,), ("float32",))
+    # The layers of Tiny ImageNet but for the first are those of CIFAR-10.
+    layers = [(batch, WIDTH, side, side) for side in (64, 32, 16, 8) for batch in batches]
+    sizes = {
+        "attention": layers,
+        "block": layers,
+        "instance_norm": layers,
+        "first_block": [(batch, 3, 32, 32) for batch in batches],
+        "augment": [(batch, 3, side, side) for side in (64, 32) for batch in batches],
+        "matching": [(batch, columns) for columns in (32 * 32 + WIDTH, 16 * 16 + WIDTH, 2048) for batch in batches],
+    }
+    return [
+        Case(operator, shape, dtype, layout, provider, direction)
+        for operator in operators or OPERATORS
+        for shape in sizes[operator]
+        for dtype in (dtypes if operator not in ("augment", "matching") else ("float32",))
+        for layout in (LAYOUTS if len(shape) == 4 else ("rows",))
+        for direction in DIRECTIONS
+        for provider in providers
+    ]
+
+
+def prepare(case: Case, device: str) -> Work:
+    """Make the inputs of a case, and the call that is timed."""
+    x = _random(case.shape, getattr(torch, case.dtype), device)
+    if case.layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    operator = OPERATORS[case.operator](x)
+    function = operator.fused if case.provider == "fused" else operator.eager
+    if case.provider == "compile":
+        function = torch.compile(function)
+    leaf = x.clone().requires_grad_()
+    with torch.no_grad():
+        outputs = operator.fused(x)
+    gradients = [_random(output.shape, output.dtype, device) for output in outputs]
+    written = sum(map(_bytes, outputs))
+    forward = _bytes(x) + written + operator.parameters
+    backward = 2 * _bytes(x) + written + operator.parameters
+    if case.direction == "forward":
+        return Work(lambda: function(x), forward)
+    if case.direction == "both":
+        return Work(lambda: torch.autograd.grad(function(leaf), leaf, gradients), forward + backward)
+    graph = function(leaf)
+    return Work(lambda: torch.autograd.grad(graph, leaf, gradients, retain_graph=True), backward)
+
+
+def _attention(x: Tensor) -> Operator:
+    """Both maps of one feature map, as in the drop-in loss."""
+
+    def fused(x):
+        return (_attention_maps(x, 4.0, 4.0, True, resolve_backend(x)),)
+
+    def eager(x):
+        return (torch.cat([reference.spatial_attention(x, 4.0), reference.channel_attention(x, 4.0)], dim=1),)
+
+    return Operator(eager, fused)
+
+
+def _block(x: Tensor) -> Operator:
+    """InstanceNorm, ReLU, both maps and pooling of a convolution's output."""
+    weight, bias = _affine(x)
+    return Operator(
+        lambda x: tuple(reference_block(x, weight.to(x.dtype), bias.to(x.dtype), 1e-5, 4.0, 4.0)),
+        lambda x: tuple(attention_block(x, weight, bias)),
+    )
+
+
+def _first_block(x: Tensor) -> Operator:
+    """The same, with the convolution of the image before it."""
+    filters = _random((WIDTH, x.shape[1], 3, 3), x.dtype, x.device)
+    weight = torch.ones(WIDTH, device=x.device)
+    bias = torch.zeros_like(weight)
+
+    def eager(x):
+        convolved = F.conv2d(x, filters, padding=1)
+        return tuple(reference_block(convolved, weight.to(x.dtype), bias.to(x.dtype), 1e-5, 4.0, 4.0))
+
+    return Operator(eager, lambda x: tuple(first_block(x, filters, weight, bias)), _bytes(filters))
+
+
+def _instance_norm(x: Tensor) -> Operator:
+    """InstanceNorm, ReLU and pooling, as a network in training has it."""
+    weight, bias = _affine(x)
+    return Operator(
+        lambda x: (reference_instance_norm(x, weight, bias, 1e-5, True, True),),
+        lambda x: (instance_norm(x, weight, bias, rectify=True, pool=True),),
+    )
+
+
+def _augment(x: Tensor) -> Operator:
+    """Siamese augmentation of a batch of ten classes, every operation among them."""
+    parameters = draw_augmentation(CLASSES, torch.Generator(x.device).manual_seed(0))
+    operation = torch.arange(CLASSES, device=x.device) % 6
+    parameters = AugmentationParameters(operation, parameters.uniforms)
+    groups = _labels(x)
+    return Operator(
+        lambda x: (batched_augmentation(x, *parameters),), lambda x: (augment(x, parameters, groups),)
+    )
+
+
+def _matching(synthetic: Tensor) -> Operator:
+    """Squared distance of the class means of maps or embeddings, for ten classes."""
+    real = _random(synthetic.shape, synthetic.dtype, synthetic.device)
+    labels = _labels(synthetic)
+    groups = af.class_groups(labels, labels)
+
+    def eager(x):
+        per_class = real.shape[0] // CLASSES
+        means = (rows.view(CLASSES, per_class, -1).mean(1) for rows in (real, x))
+        return ((next(means) - next(means)).square().sum(),)
+
+    return Operator(eager, lambda x: (af.mean_matching_loss(real, x, groups=groups),), _bytes(real))
+
+
+OPERATORS: dict[str, Callable[[Tensor], Operator]] = {
+    "attention": _attention,
+    "block": _block,
+    "first_block": _first_block,
+    "instance_norm": _instance_norm,
+    "augment": _augment,
+    "matching": _matching,
+}
+
+
+@functools.cache
+def copy_bandwidth(device: str) -> float:
+    """Bytes a second, read and written, that a copy of 1 GiB (on a CPU 256 MiB) reaches: the best of a few."""
+    source = torch.ones(2**28 if device == "cuda" else 2**26, device=device)
+    target = torch.empty_like(source)
+    return 2 * _bytes(source) / _best_seconds(lambda: target.copy_(source), device)
+
+
+def _best_seconds(call: Callable[[], object], device: str) -> float:
+    import timeit
+
+    def run() -> None:
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    run()
+    return min(timeit.repeat(run, number=1, repeat=10))
+
+
+def _labels(x: Tensor) -> Tensor:
+    return torch.arange(CLASSES, device=x.device).repeat_interleave(x.shape[0] // CLASSES)
+
+
+def _affine(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ones(x.shape[1], device=x.device), torch.zeros(x.shape[1], device=x.device)
+
+
+def _random(shape: Sequence[int], dtype: torch.dtype, device: str | torch.device) -> Tensor:
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn(tuple(shape), generator=generator, device=device).to(dtype)
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
