@@ -85,7 +85,8 @@ def store(results: dict, setting: Setting, record: dict) -> None:
 def describe(setting: Setting) -> str:
     """A setting in a few words."""
     sizes = f"ipc={setting.ipc} classes={setting.classes} {setting.resolution}x{setting.resolution}"
-    return f"{METHODS[setting.method].title} {sizes} {setting.provider} {setting.precision}"
+    chunk = f" {setting.class_chunk} classes at once" if setting.class_chunk else ""
+    return f"{METHODS[setting.method].title} {sizes} {setting.provider} {setting.precision}{chunk}"
 
 
 def outcome(record: dict) -> str:

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 from .harness import load_results
+from .merging import given
+from .methods import Setting
 
 Case = tuple  # what is measured, without its provider
 
@@ -93,8 +95,10 @@ def _kernel_case(case: dict) -> tuple[tuple[Case, str], float]:
 
 
 def _table3_case(cell: dict) -> tuple[tuple[Case, str], float]:
-    setting = dict(cell["setting"])
+    setting = given(Setting(**cell["setting"]))
     provider, precision = setting.pop("provider"), setting.pop("precision")
     # bfloat16 is another way to the same step: eager, which has one precision, is what it is compared with too.
     label = f"{provider} bfloat16" if precision == "bfloat16" else provider
+    if chunk := setting.pop("class_chunk", None):
+        label += f" {chunk} classes at once"
     return (tuple(f"{name}={value}" for name, value in setting.items()), label), cell["time"]["median"]

@@ -19,15 +19,15 @@ from pathlib import Path
 import torch
 
 from atom_fast._files import write_atomically
+from atom_fast.distill.live_bytes import LiveBytes
 
-from .memory import LiveBytes
 from .methods import Setting, build_step
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMAT = 1  # of the JSON files; raised when their meaning changes
 WARMUP, FEWEST = 3, 3
 Step = Callable[[], object]  # runs one step; returns its loss on the device, or a function that reads it
-MEASURED = ("atom_fast", "kernels", "benchmarks/methods", "benchmarks/harness.py", "benchmarks/memory.py")
+MEASURED = ("atom_fast", "kernels", "benchmarks/methods", "benchmarks/harness.py")
 
 
 @dataclasses.dataclass(frozen=True)

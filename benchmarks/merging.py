@@ -41,13 +41,18 @@ def _worth(record: dict) -> tuple[bool, str]:
 
 def _eager(own: dict[Setting, dict], setting: Setting) -> dict | None:
     """The eager record of the same method and sizes; tf32 where there is none in bfloat16."""
-    eager = dataclasses.replace(setting, provider="eager")
+    eager = dataclasses.replace(setting, provider="eager", class_chunk=None)
     return own.get(eager) or own.get(dataclasses.replace(eager, precision="tf32"))
+
+
+def given(setting: Setting) -> dict:
+    """The fields that are set: what a setting was before a field was added names the same cell after."""
+    return {name: value for name, value in dataclasses.asdict(setting).items() if value is not None}
 
 
 def digest(paths: Sequence[Path]) -> str:
     """Names the figures a picture is drawn from."""
     cells = sorted(
-        json.dumps([dataclasses.asdict(setting), cell["measured_at"]]) for setting, cell in merge(paths).items()
+        json.dumps([given(setting), cell["measured_at"]]) for setting, cell in merge(paths).items()
     )
     return hashlib.sha256("\n".join(cells).encode()).hexdigest()[:16]

@@ -46,12 +46,14 @@ def plot_scaling(path: Path, edition: str, results: Sequence[Path]) -> None:
     figure, axes = _panels(len(described.values), sharex="col")
     for column, (field, values) in enumerate(described.values.items()):
         for row, value in enumerate((_milliseconds, _megabytes)):
-            for provider in described.providers:
-                cells = {size: merged.get(scaling.setting(described, field, size, provider)) for size in values}
+            for label, line in scaling.lines(described, field).items():
+                cells = {size: merged.get(setting) for size, setting in line.items()}
                 points = {size: value(cell) for size, cell in cells.items() if cell and cell["status"] == "ok"}
+                provider, _, chunk = label.partition(",")
                 axes[row][column].plot(
-                    points.keys(), points.values(), marker="o", color=COLOURS[provider], label=provider
-                )
+                    points.keys(), points.values(), color=COLOURS[provider], label=label,
+                    marker="s" if chunk else "o", linestyle="--" if chunk else "-",
+                )  # fmt: skip
             _dress(axes[row][column])
         axes[0][column].set_xscale("log", base=2)
         axes[1][column].set_xticks(values, [str(size) for size in values])

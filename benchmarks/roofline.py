@@ -1,8 +1,6 @@
 """Operations and fewest bytes of one step of Algorithm 1, stage by stage: ``python -m benchmarks.roofline``.
 
-A stage takes at least the longer of its operations at the device's rate and its bytes at the device's bandwidth.
-Three ways of running it are counted: *eager*, with the passes over memory that plain PyTorch makes; *fused*, with those
-of this package's operators; *floor*, with every input of the stage read once and every output written once.
+`atom_fast.roofline` counts them and says how; ``atom-fast profile`` shows them beside measured times.
 """
 
 from __future__ import annotations
@@ -10,15 +8,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-WAYS = ("eager", "fused", "floor")
-PRECISIONS = {"float32": 4, "tf32": 4, "bfloat16": 2}  # bytes of an activation
-WIDE = 4  # bytes of maps, statistics and images
-ON_CHIP = 1024  # positions of a plane up to which the kernels read memory once: registers, or a second time the cache
+from atom_fast.roofline import DEVICES, PRECISIONS, WAYS, Configuration, Device, read_device, stages, totals
 
 # Classes, channels, height and width.
 DATASETS = {
@@ -27,231 +20,6 @@ DATASETS = {
     "cifar100": (100, 3, 32, 32),
     "tiny": (200, 3, 64, 64),
 }
-
-# Reads and writes of a whole feature map by the kernels that PyTorch launches. Forward: moments 1, normalisation 2,
-# ReLU 2, pooling 1; for each map |f| 2, power 2, sum 1. Backward: pooling 1, ReLU 3, sums of the norm 2, gradient 3;
-# for each map the power's derivative 2, its product with the incoming gradient 2, the sign 2 and its product 3, the
-# addition to the other gradients 3. The bias of a convolution is a pass of 2 over its output.
-EAGER_FORWARD, EAGER_FORWARD_MAP = 6, 5
-EAGER_BACKWARD, EAGER_BACKWARD_MAP = 9, 12
-EAGER_BIAS = 2
-
-# Arithmetic of a block on each value, without the convolution: statistics, normalisation, ReLU, pooling, and two powers
-# with their sums; counted in the compiled kernels.
-FORWARD_OPERATIONS, BACKWARD_OPERATIONS = 16, 19
-
-
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """What a device can do at most.
-
-    Attributes:
-        name: for the table.
-        bandwidth: bytes a second, read and written.
-        vector: float32 operations a second outside the matrix units.
-        matrix: operations a second of a product, by precision.
-    """
-
-    name: str
-    bandwidth: float
-    vector: float
-    matrix: dict[str, float]
-
-
-# Vendor's datasheets, dense products: H100 SXM 80 GB, A100 SXM 80 GB.
-DEVICES = {
-    "H100": Device("H100", 3.35e12, 67e12, {"float32": 67e12, "tf32": 494.7e12, "bfloat16": 989.4e12}),
-    "A100": Device("A100", 2.039e12, 19.5e12, {"float32": 19.5e12, "tf32": 156e12, "bfloat16": 312e12}),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Configuration:
-    """What is distilled, and how.
-
-    Attributes:
-        classes, channels, height, width: of the data set.
-        ipc: synthetic images a class; real_batch: real images a class a step.
-        network_width, depth: of the ConvNet.
-        precision: of the convolutions: "float32", "tf32" or "bfloat16".
-    """
-
-    classes: int
-    channels: int
-    height: int
-    width: int
-    ipc: int = 50
-    real_batch: int = 128
-    network_width: int = 128
-    depth: int = 3
-    precision: str = "tf32"
-
-    def __post_init__(self):
-        smallest = 2**self.depth
-        if min(self.height, self.width) < smallest:
-            raise ValueError(
-                f"depth {self.depth} halves the image {self.depth} times and needs {smallest} pixels; "
-                f"got {self.height}x{self.width}"
-            )
-        for field in ("classes", "channels", "ipc", "real_batch", "network_width", "depth"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1; got {getattr(self, field)}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
-
-    @property
-    def item(self) -> int:
-        """Bytes of an activation."""
-        return PRECISIONS[self.precision]
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """Work of one stage.
-
-    Attributes:
-        matrix, vector: operations in products and outside them.
-        bytes: by way, in the order of ``WAYS``.
-        fused_matrix: operations in products with recomputation, where fusing recomputes.
-    """
-
-    name: str
-    matrix: float
-    vector: float
-    bytes: tuple[float, float, float]
-    fused_matrix: float | None = None
-
-    def seconds(self, way: str, device: Device, precision: str) -> float:
-        """The least time the stage takes: the longer of arithmetic and memory."""
-        matrix = self.fused_matrix if way == "fused" and self.fused_matrix is not None else self.matrix
-        arithmetic = max(matrix / device.matrix[precision], self.vector / device.vector)
-        return max(arithmetic, self.bytes[WAYS.index(way)] / device.bandwidth)
-
-
-def block_bytes(batch: int, channels: int, height: int, width: int, item: int, maps: bool, backward: bool) -> float:
-    """Fewest bytes of a block given the convolution's output: each input once, each output once.
-
-    Forward: read the output; write the pooled features, the maps and two statistics a plane. Backward: read the output,
-    the gradients of the pooled features and of the maps, the maps and the statistics; write the gradient.
-    """
-    values = batch * channels * height * width * item
-    pooled = batch * channels * (height // 2) * (width // 2) * item
-    small = 2 * batch * channels * WIDE
-    taken = batch * (height * width + channels) * WIDE if maps else 0
-    return values + pooled + small + taken if not backward else 2 * values + pooled + small + 2 * taken
-
-
-def _fused_block_bytes(
-    batch: int, channels: int, height: int, width: int, item: int, maps: bool, backward: bool
-) -> float:
-    """What the kernels move: planes that do not fit the chip are read a second time."""
-    fewest = block_bytes(batch, channels, height, width, item, maps, backward)
-    if height * width <= ON_CHIP:
-        return fewest
-    again = batch * channels * height * width * item
-    return fewest + again + (again / 4 if backward else 0)
-
-
-def stages(configuration: Configuration) -> list[Stage]:
-    """Every stage of a step."""
-    c = configuration
-    real, synthetic = c.classes * c.real_batch, c.classes * c.ipc
-    result = [_augmentation(c, real, synthetic)]
-    for side, batch in (("real", real), ("synthetic", synthetic)):
-        for layer in _layers(c):
-            result += _forward(c, side, batch, *layer)
-    result.append(_loss(c, real, synthetic))
-    for layer in reversed(list(_layers(c))):
-        result += _backward(c, synthetic, *layer)
-    pixels = synthetic * c.channels * c.height * c.width * WIDE
-    result.append(Stage("update", 0, 4 * pixels / WIDE, (6 * pixels, 5 * pixels, 5 * pixels)))
-    return result
-
-
-def _layers(c: Configuration) -> Iterator[tuple[int, int, int, int, bool]]:
-    """Number, input channels, height, width and whether maps are taken, of each block."""
-    height, width, channels = c.height, c.width, c.channels
-    for index in range(c.depth):
-        yield index + 1, channels, height, width, index + 1 < c.depth
-        height, width, channels = height // 2, width // 2, c.network_width
-
-
-def _sizes(c: Configuration, batch: int, channels: int, height: int, width: int) -> tuple[float, float, float, float]:
-    """Bytes of a block's input, of the convolution's output, of the pooled output, and operations of the product."""
-    inputs = batch * channels * height * width * (WIDE if channels == c.channels else c.item)
-    outputs = batch * c.network_width * height * width
-    pooled = batch * c.network_width * (height // 2) * (width // 2) * c.item
-    return inputs, outputs * c.item, pooled, 2.0 * outputs * 9 * channels
-
-
-def _is_fused_with_convolution(layer: int, channels: int, height: int, width: int) -> bool:
-    return layer == 1 and channels <= 4 and height * width <= ON_CHIP
-
-
-def _forward(c, side, batch, layer, channels, height, width, maps) -> list[Stage]:
-    inputs, outputs, pooled, product = _sizes(c, batch, channels, height, width)
-    passes = EAGER_FORWARD + (2 * EAGER_FORWARD_MAP if maps else 0)
-    size = batch, c.network_width, height, width, c.item, maps
-    block = block_bytes(*size, backward=False)
-    vector = FORWARD_OPERATIONS * outputs / c.item
-    convolution_eager = inputs + (1 + EAGER_BIAS) * outputs
-    name = f"{side} {layer}"
-    if _is_fused_with_convolution(layer, channels, height, width):
-        fused = inputs + block - outputs
-        eager = convolution_eager + passes * outputs + pooled
-        return [Stage(f"{name} convolution + block", product, vector, (eager, fused, fused))]
-    return [
-        Stage(f"{name} convolution", product, 0, (convolution_eager, inputs + outputs, inputs + outputs)),
-        Stage(f"{name} block", 0, vector, (passes * outputs + pooled, _fused_block_bytes(*size, False), block)),
-    ]
-
-
-def _backward(c, batch, layer, channels, height, width, maps) -> list[Stage]:
-    inputs, outputs, pooled, product = _sizes(c, batch, channels, height, width)
-    passes = EAGER_BACKWARD + (2 * EAGER_BACKWARD_MAP if maps else 0)
-    size = batch, c.network_width, height, width, c.item, maps
-    block = block_bytes(*size, backward=True)
-    vector = BACKWARD_OPERATIONS * outputs / c.item
-    name = f"backward {layer}"
-    if _is_fused_with_convolution(layer, channels, height, width):
-        columns = 9 * inputs
-        floor = 2 * inputs + block - 2 * outputs
-        fused = floor + inputs + pooled + 2 * columns  # image and pooled gradient twice; columns written and read
-        eager = passes * outputs + pooled + outputs + inputs
-        # The convolution is recomputed for the norm's two sums, and again for the gradient.
-        return [Stage(f"{name} block + convolution", product, 2 * vector, (eager, fused, floor), 3 * product)]
-    return [
-        Stage(f"{name} block", 0, vector, (passes * outputs + pooled, _fused_block_bytes(*size, True), block)),
-        Stage(f"{name} convolution", product, 0, (inputs + outputs,) * 3),
-    ]
-
-
-def _augmentation(c: Configuration, real: int, synthetic: int) -> Stage:
-    """One operation a class on both sides, and its gradient on the synthetic side; eager, colour is three of them."""
-    pixels = (real + 2 * synthetic) * c.channels * c.height * c.width * WIDE
-    return Stage("augmentation", 0, 20 * pixels / WIDE, (6 * pixels, 2 * pixels, 2 * pixels))
-
-
-def _loss(c: Configuration, real: int, synthetic: int) -> Stage:
-    """Class means of maps and embedding, and the gradient of the synthetic ones."""
-    values = sum(height * width + c.network_width for _, _, height, width, maps in _layers(c) if maps)
-    *_, (_, _, height, width, _) = _layers(c)
-    values += c.network_width * (height // 2) * (width // 2)
-    floor = (real + 2 * synthetic) * values * WIDE
-    return Stage("loss", 0, 3 * (real + synthetic) * values, (3 * floor, floor, floor))
-
-
-def totals(configuration: Configuration, device: Device) -> dict[str, dict[str, float]]:
-    """Operations, bytes and seconds of a step, by way."""
-    work = stages(configuration)
-    return {
-        way: {
-            "operations": sum(s.fused_matrix if way == "fused" and s.fused_matrix else s.matrix for s in work),
-            "bytes": sum(s.bytes[WAYS.index(way)] for s in work),
-            "seconds": sum(s.seconds(way, device, configuration.precision) for s in work),
-        }
-        for way in WAYS
-    }
 
 
 def table(configuration: Configuration, device: Device) -> str:
@@ -267,30 +35,6 @@ def table(configuration: Configuration, device: Device) -> str:
     cells = "".join(f"{sums[way]['bytes'] / 1e6:>12.1f}{1e3 * sums[way]['seconds']:>8.3f}" for way in WAYS)
     lines.append(f"{'step':<32}{sums['floor']['operations'] / 1e9:>9.1f}{cells}")
     return "\n".join(lines)
-
-
-def read_device(path: Path) -> Device:
-    """A measured device: JSON with ``name``, ``bandwidth`` (bytes/s), ``vector`` and ``matrix`` (operations/s).
-
-    Raises:
-        ValueError: a value is missing or is no positive number.
-    """
-    try:
-        values = json.loads(path.read_text())
-        device = Device(
-            str(values["name"]),
-            float(values["bandwidth"]),
-            float(values["vector"]),
-            {precision: float(values["matrix"][precision]) for precision in PRECISIONS},
-        )
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} must hold name, bandwidth, vector and matrix.{{{', '.join(PRECISIONS)}}} as JSON; got {error!r}"
-        ) from error
-    rates = [device.bandwidth, device.vector, *device.matrix.values()]
-    if not all(math.isfinite(rate) and rate > 0 for rate in rates):
-        raise ValueError(f"{path}: rates must be positive numbers; got {rates}")
-    return device
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -20,7 +20,8 @@ class Edition:
         title: heading in reports.
         base: the setting that the others differ from in one field.
         values: by field, what it is varied over.
-        providers: what is measured.
+        providers: what is measured; the last is this project's.
+        chunk: classes at once, where the number of classes is varied and this project's step takes them in chunks.
         plan: how long a cell is measured.
     """
 
@@ -28,6 +29,7 @@ class Edition:
     base: Setting
     values: dict[str, tuple[int, ...]]
     providers: tuple[str, ...]
+    chunk: int
     plan: Plan
 
 
@@ -37,29 +39,41 @@ EDITIONS = {
         base=Setting("atom", "eager", ipc=10, class_images=500),
         values={"classes": (10, 20, 50, 100, 200), "ipc": (1, 10, 50, 100), "resolution": (32, 64, 128)},
         providers=("eager", "fused-graph"),
+        chunk=10,
         plan=Plan(iterations=50, seconds=10, limit=120),
     ),
     "cpu": Edition(
         title="a CPU, reduced width and batch",
         base=Setting(
-            "atom", "eager", ipc=5, class_images=100, real_batch=16, width=32, precision="float32", device="cpu"
+            "atom", "eager", ipc=10, class_images=100, real_batch=8, width=16, precision="float32", device="cpu"
         ),
-        values={"classes": (2, 5, 10, 20), "ipc": (1, 5, 10, 20), "resolution": (16, 32, 64)},
+        values={"classes": (10, 20, 50, 100, 200), "ipc": (1, 10, 50, 100), "resolution": (32, 64, 128)},
         providers=("eager", "fused"),
-        plan=Plan(iterations=30, seconds=5, limit=120),
+        chunk=10,
+        plan=Plan(iterations=20, seconds=1.5, limit=120),
     ),
 }
 
 
 def settings(edition: Edition) -> list[Setting]:
     """Every cell once, though the base lies on every axis."""
-    cells = [
-        setting(edition, field, value, provider)
-        for field, values in edition.values.items()
-        for value in values
-        for provider in edition.providers
-    ]
+    cells = [cell for field in edition.values for line in lines(edition, field).values() for cell in line.values()]
     return list(dict.fromkeys(cells))
+
+
+def lines(edition: Edition, field: str) -> dict[str, dict[int, Setting]]:
+    """By label, the setting of every value of a varied field."""
+    values = edition.values[field]
+    found = {
+        provider: {value: setting(edition, field, value, provider) for value in values}
+        for provider in edition.providers
+    }
+    if field == "classes":
+        *_, (provider, line) = found.items()
+        found[f"{provider}, {edition.chunk} classes at once"] = {
+            value: dataclasses.replace(cell, class_chunk=edition.chunk) for value, cell in line.items()
+        }
+    return found
 
 
 def setting(edition: Edition, field: str, value: int, provider: str) -> Setting:

@@ -11,7 +11,7 @@ import atom_fast as af
 from atom_fast import reference
 from benchmarks import cells, compare, gpu, harness, plots, report, scaling, table3
 from benchmarks.__main__ import main
-from benchmarks.memory import LiveBytes, count_peak
+from atom_fast.distill.live_bytes import LiveBytes, count_peak
 from benchmarks.merging import merge
 from benchmarks.methods import METHODS, Setting, attention, batched, build_step, dc, dm, fused, mtt, published
 from benchmarks.methods import batched_augmentation as batch_wise

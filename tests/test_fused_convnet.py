@@ -10,7 +10,7 @@ import atom_fast as af
 from atom_fast import reference
 from atom_fast.networks.convnet import ConvNet
 from atom_fast.networks.fused_convnet import FusedConvNet
-from benchmarks.memory import LiveBytes
+from atom_fast.distill.live_bytes import LiveBytes
 
 BACKENDS = ("reference", "torch", "triton")
 

@@ -374,22 +374,27 @@ def test_an_error_that_is_not_about_memory_is_not_retried(device, monkeypatch):
     assert run.class_chunk == 4
 
 
-def test_a_memory_budget_needs_a_gpu_to_be_measured_on():
-    run = make_run()[0]
-    with pytest.raises(ValueError, match="'2 GB' needs a GPU.*class_chunk"):
-        fit_class_chunk(run, "2 GB")
-
-
-@pytest.mark.gpu
 def test_a_memory_budget_is_kept(device):
     run = make_run(make_data(4, device=device))[0]
+    images = run.images.clone()
     one, all_classes = run.peak_memory(1), run.peak_memory(4)
     assert one < all_classes
     assert fit_class_chunk(run, "fit") == 4
-    assert fit_class_chunk(run, str(one)) == 1
-    assert run.peak_memory(run.class_chunk) <= one * 1.01
-    with pytest.raises(ValueError, match=f"too small: 1000 bytes; the smallest that works here is {one} bytes"):
+    assert fit_class_chunk(run, str(one)) == run.class_chunk == 1
+    between = (one + all_classes) // 2
+    assert 1 <= fit_class_chunk(run, str(between)) < 4
+    assert run.peak_memory(run.class_chunk) <= between
+    with pytest.raises(ValueError, match=r"too small: 1000 bytes; the smallest that works here is \d+ bytes"):
         fit_class_chunk(run, "1000")
+    assert torch.equal(run.images, images)
+
+
+def test_all_classes_must_fit_where_the_norm_couples_them(device):
+    run = make_run(make_data(4, device=device), norm="batch")[0]
+    needed = run.peak_memory(4)
+    assert fit_class_chunk(run, str(2 * needed)) == 4
+    with pytest.raises(ValueError, match="the smallest that works here"):
+        fit_class_chunk(run, str(needed // 2))
 
 
 class _CountOperators(TorchDispatchMode):

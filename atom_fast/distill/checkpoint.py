@@ -49,7 +49,9 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: str | os.PathLike, checkpoint: Checkpoint, *, keep: int = KEEP) -> Path:
-    """Write a checkpoint and remove all but the newest ``keep``.
+    """Write a checkpoint and remove all but the newest ``keep`` up to it.
+
+    Later iterations' files are left alone: a run that went on from before them found them damaged.
 
     Args:
         folder: made where it is missing.
@@ -81,7 +83,7 @@ def save_checkpoint(folder: str | os.PathLike, checkpoint: Checkpoint, *, keep: 
         earlier = _files(folder)
         kept = f"the newest checkpoint is still {earlier[0]}" if earlier else "there is no earlier checkpoint"
         raise type(error)(error.errno, f"{error.strerror or error}; {kept}") from error
-    for old in _files(folder)[keep:]:
+    for old in [file for file in _files(folder) if _iteration(file) <= checkpoint.iteration][keep:]:
         with contextlib.suppress(OSError):
             old.unlink()
     return path
@@ -92,7 +94,7 @@ def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
     Raises:
         FileNotFoundError: there is no such file.
-        DamagedCheckpointError: the file is cut short or changed.
+        DamagedCheckpointError: the file is cut short or changed, or is no checkpoint.
         ValueError: the file is intact, but written by another version of the format.
     """
     from safetensors import SafetensorError
@@ -117,7 +119,12 @@ def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
             f"{path} has format version {version}, this atom_fast reads {FORMAT_VERSION}; "
             "install the version that wrote it"
         )
-    return Checkpoint(**{**fields, "tensors": tensors})
+    try:
+        checkpoint = Checkpoint(**{**fields, "tensors": tensors})
+        _check_types(checkpoint)
+    except TypeError as error:
+        raise DamagedCheckpointError(f"{path} is no checkpoint: {error}") from error
+    return checkpoint
 
 
 def latest_checkpoint(folder: str | os.PathLike, report: Callable[[str], None] = print) -> Checkpoint | None:
@@ -152,8 +159,22 @@ def _files(folder: Path) -> list[Path]:
     """Checkpoint files, newest first."""
     if not folder.is_dir():
         return []
-    numbered = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(numbered, reverse=True)]
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=_iteration, reverse=True)
+
+
+def _iteration(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name)[1])
+
+
+def _check_types(checkpoint: Checkpoint) -> None:
+    """Refuse what has a checksum and yet is not what `save_checkpoint` writes."""
+    kinds = {"iteration": int, "config": dict, "data_fingerprint": str, "seconds": (int, float), "versions": dict}
+    for name, kind in kinds.items():
+        value = getattr(checkpoint, name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"its {name} is a {type(value).__name__}")
+    if checkpoint.iteration < 0:
+        raise TypeError(f"its iteration is {checkpoint.iteration}")
 
 
 def _header(content: bytes) -> dict[str, str]:

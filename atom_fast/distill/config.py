@@ -93,6 +93,11 @@ class DistillConfig:
         minimum=1,
         maximum=16,
     )
+    feature_maps: bool = _setting(
+        False,
+        "match the feature maps themselves, too: equation 3 with z = vec(f)",
+        source="paper Table 4, the ablation's second row; no part of ATOM",
+    )
     mmd_weight: float | None = _setting(
         None,
         "weight lambda of the mean-embedding term; None: 0.01 below 64x64, 0.02 from there",
@@ -168,8 +173,8 @@ class DistillConfig:
     )
     memory_budget: str | None = _setting(
         None,
-        "GPU memory a run may take, data included: bytes, or a number with KB, MB or GB, or 'fit' for what is free; "
-        "chooses class_chunk; None for no limit",
+        "memory that a run's tensors may take, data included: bytes, or a number with KB, MB or GB, or 'fit' for what "
+        "is free; chooses class_chunk; None for no limit",
         affects_result=False,
     )
     seed: int = _setting(0, "all randomness comes from it", minimum=0, maximum=2**63 - 1)
@@ -192,7 +197,8 @@ class DistillConfig:
             parse_budget(self.memory_budget)
             if self.class_chunk is not None:
                 raise ValueError("give class_chunk or memory_budget, not both: the budget chooses the chunk")
-        if self.spatial_power is None and self.channel_power is None and self.mmd_weight == 0:
+        layers = self.feature_maps or self.spatial_power is not None or self.channel_power is not None
+        if not layers and self.mmd_weight == 0:
             raise ValueError("nothing to match: spatial_power and channel_power are None and mmd_weight is 0")
 
     def to_dict(self) -> dict[str, object]:
@@ -322,7 +328,7 @@ def read_settings(path: str | os.PathLike) -> dict[str, object]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no YAML mapping, or names an unknown setting.
+        ValueError: the file is no YAML mapping of names to plain values, or names an unknown setting.
     """
     import yaml
 
@@ -330,12 +336,20 @@ def read_settings(path: str | os.PathLike) -> dict[str, object]:
     if not path.is_file():
         raise FileNotFoundError(f"no configuration file {path}")
     try:
-        settings = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text("utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ValueError("aliases (*name) have no use here, and a few of them can stand for gigabytes")
+        settings = yaml.safe_load(text)
+    except OSError:
+        raise
+    except Exception as error:  # PyYAML's constructors let every kind of error through: "!!bool x" is a KeyError
         raise ValueError(f"{path} is not readable as YAML: {error}") from error
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold settings as `name: value` lines; got a {type(settings).__name__}")
+    for name, value in settings.items():
+        if not isinstance(name, str) or not isinstance(value, (str, int, float, type(None))):
+            raise ValueError(f"{path} must hold names and plain values; got {str(name)[:40]!r}: {type(value).__name__}")
     check_names({name: value for name, value in settings.items() if name != "preset"})
     return settings
 

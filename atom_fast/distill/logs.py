@@ -55,9 +55,13 @@ class RunLog:
         except OSError as error:
             raise type(error)(error.errno, f"cannot write {self.path}: {error.strerror}") from error
         if self._board is not None:
-            for name, value in record.items():
-                if name != "iteration":
-                    self._board.add_scalar(name, value, record["iteration"])
+            try:
+                for name, value in record.items():
+                    if name != "iteration":
+                        self._board.add_scalar(name, value, record["iteration"])
+            except OSError as error:
+                folder = self.path.with_name("tensorboard")
+                raise type(error)(error.errno, f"cannot write to {folder}: {error.strerror or error}") from error
 
     def close(self) -> None:
         """Close the files; what TensorBoard cannot write by now must not hide the error that ends a run."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import signal
 import threading
@@ -20,7 +21,8 @@ from atom_fast.distill.checkpoint import Checkpoint, latest_checkpoint, remove_u
 from atom_fast.distill.config import DistillConfig, affects_result, write_config
 from atom_fast.distill.logs import RunLog, append_environment, environment, peak_memory, say, versions
 from atom_fast.distill.memory import fit_class_chunk
-from atom_fast.distill.step import Distillation, NonFiniteError, initial_images, make_network
+from atom_fast.distill.step import Distillation, NonFiniteError, check_ranks, initial_images, make_network
+from atom_fast.ranks import ALONE, StopSign, World, own_device
 from atom_fast.report import save_image_grid
 from atom_fast.synthetic import SyntheticSet
 
@@ -41,6 +43,8 @@ def distill(
     progress: bool = True,
     synthetic_init: SyntheticSet | None = None,
     device: torch.device | str | None = None,
+    preprocessing: Preprocessing | None = None,
+    world: World = ALONE,
 ) -> SyntheticSet:
     """Distil ``data`` into ``config.ipc`` images a class, and keep everything about it in one folder.
 
@@ -58,48 +62,57 @@ def distill(
             stopped.
         progress: show a progress bar on standard error.
         synthetic_init: start from this set in place of ``config.image_init``; same classes, ipc and image shape.
-        device: where to compute; None: the GPU, if there is one.
+        device: where to compute; None: the GPU, if there is one. Each of several processes has a GPU of its own.
+        preprocessing: what ``config.preprocessing`` names, fitted to these images before, on the same device; None fits
+            it. For several runs on the same data.
+        world: several processes that share the classes (`atom_fast.ranks.join`); each calls this with the same
+            arguments, and the first one writes the folder. The images do not depend on how many there are, on CPUs to
+            the bit, and a run need not be resumed with as many.
 
     Returns:
-        The synthetic set, on the CPU.
+        The synthetic set, on the CPU, in every process.
 
     Raises:
-        ValueError: settings that do not fit the data or the device, or the run to be resumed; nothing was changed.
+        ValueError: settings that do not fit the data, the device or the number of processes, or the run to be resumed;
+            nothing was changed.
         FileExistsError: the folder is not empty and ``resume`` is not set.
-        RuntimeError: another process is writing to the folder; or a loss or an image became NaN or infinite
-            (`NonFiniteError`: the last good checkpoint is kept and named).
+        RuntimeError: another process is writing to the folder; a loss or an image became NaN or infinite
+            (`NonFiniteError`: the last good checkpoint is kept and named); or another rank failed or is lost
+            (`RankError`).
         OSError: a file could not be written (a full disk); the newest checkpoint is named.
         SystemExit: the run was interrupted, and saved.
     """
     output = Path(output)
-    device = _device(device)
+    device = own_device(device, world)
+    writes = world.rank == 0
+    progress = progress and writes
     if synthetic_init is not None:
         config = dataclasses.replace(config, image_init="given")
     config = config.resolve(data.image_shape, data.name, device)
     _check_fit(config, data, synthetic_init is not None or resume)
+    check_ranks(config, data, world)
+    if preprocessing is not None and preprocessing.kind != config.preprocessing:
+        raise ValueError(f"preprocessing must be of kind {config.preprocessing!r}; got {preprocessing.kind!r}")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with _locked(output, resume):
-        checkpoint = _checkpoint_to_resume(output, config, data) if resume else None
+    with _locked(output, resume) if writes else contextlib.nullcontext():
+        checkpoint = _checkpoint_to_resume(output, config, data) if resume and writes else None
+        checkpoint = _agree(world, config, data, checkpoint)
         real = data.to(device)
-        preprocessing = fit_preprocessing(real.train_images, config.preprocessing, progress=progress)
-        run = _start(config, real, preprocessing, checkpoint, synthetic_init, progress)
-        write_config(config, output / CONFIG_FILE)
-        append_environment(output / ENVIRONMENT_FILE, environment(device))
+        if preprocessing is None:
+            preprocessing = fit_preprocessing(real.train_images, config.preprocessing, progress=progress)
+        run = _start(config, real, preprocessing, checkpoint, synthetic_init, progress, world)
+        if writes:
+            write_config(config, output / CONFIG_FILE)
+            append_environment(output / ENVIRONMENT_FILE, {**environment(device), "processes": world.size})
         recorder = _Recorder(run, output, checkpoint, preprocessing, progress)
         _iterate(run, recorder)
         result = _synthetic_set(recorder)
-        result.save(output / SYNTHETIC_FILE)
+        if writes:
+            with recorder.saying_what_is_saved():
+                recorder.check_folder()
+                result.save(output / SYNTHETIC_FILE)
     return result
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {str(device)!r} is not available: PyTorch sees no GPU; use 'cpu'")
-    return device
 
 
 def _check_fit(config: DistillConfig, data: ImageData, given: bool) -> None:
@@ -122,6 +135,7 @@ def _locked(output: Path, resume: bool) -> Iterator[None]:
         _check_folder(output, resume)  # again: another process may have had the lock
         remove_unfinished(output)
         remove_unfinished(output / CHECKPOINT_FOLDER)
+        remove_unfinished(output / IMAGE_FOLDER)
         yield
 
 
@@ -147,12 +161,18 @@ def _lock(file, output: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise RuntimeError(f"another process is writing to {output}; wait for it, or choose another folder") from error
+    except OSError as error:  # some network file systems
+        say(f"{output} cannot be locked ({error.strerror}): make sure yourself that no other process writes to it")
 
 
 def _checkpoint_to_resume(output: Path, config: DistillConfig, data: ImageData) -> Checkpoint | None:
     """The newest intact checkpoint, if it belongs to this configuration and data."""
     checkpoint = latest_checkpoint(output / CHECKPOINT_FOLDER, report=say)
     if checkpoint is None:
+        if (output / SYNTHETIC_FILE).exists():
+            raise ValueError(
+                f"{output} holds a finished {SYNTHETIC_FILE}, but no checkpoint to go on from; use another folder"
+            )
         say(f"no checkpoint in {output}: starting at the first iteration")
         return None
     current = config.to_dict()
@@ -179,6 +199,26 @@ def _checkpoint_to_resume(output: Path, config: DistillConfig, data: ImageData) 
     return checkpoint
 
 
+def _agree(world: World, config: DistillConfig, data: ImageData, checkpoint: Checkpoint | None) -> Checkpoint | None:
+    """The checkpoint that the first rank found; on the others without its tensors.
+
+    Raises:
+        ValueError: the ranks have different settings or data.
+    """
+    if world.size == 1:
+        return checkpoint
+    place = checkpoint and (checkpoint.iteration, checkpoint.seconds)
+    ranks = world.exchange([config.to_dict(), data.fingerprint, place])
+    for rank, (settings, fingerprint, _) in enumerate(ranks):
+        if (settings, fingerprint) != (ranks[0][0], ranks[0][1]):
+            differs = "settings" if settings != ranks[0][0] else "data"
+            raise ValueError(f"rank {rank} of {world.size} has other {differs} than rank 0; all need the same")
+    if world.rank == 0 or ranks[0][2] is None:
+        return checkpoint
+    iteration, seconds = ranks[0][2]
+    return Checkpoint(iteration, {}, config.to_dict(), data.fingerprint, seconds)
+
+
 def _start(
     config: DistillConfig,
     data: ImageData,
@@ -186,19 +226,26 @@ def _start(
     checkpoint: Checkpoint | None,
     synthetic_init: SyntheticSet | None,
     progress: bool,
+    world: World,
 ) -> Distillation:
-    if checkpoint is not None:
+    if world.rank > 0:
+        images = None  # of the first rank
+    elif checkpoint is not None:
         images = checkpoint.tensors["images"]
     elif synthetic_init is not None:
         images = _given_images(synthetic_init, config, data, preprocessing)
     else:
         images = initial_images(config, data, preprocessing)
-    run = Distillation(config, data, preprocessing, images, progress=progress)
+    classes = data.num_classes
+    own = torch.empty(len(world.share(classes)) * config.ipc, *data.image_shape, device=data.class_index.device)
+    images = world.deal(images, own, classes)
+    run = Distillation(config, data, preprocessing, images, progress=progress, world=world)
     if checkpoint is not None:
         run.restore(checkpoint.tensors)
     if config.memory_budget is not None:
-        say(f"memory_budget {config.memory_budget}: {fit_class_chunk(run, config.memory_budget)} classes at once")
-    if run.fusion != "fused blocks":
+        chunk = fit_class_chunk(run, config.memory_budget)
+        say(f"{world.label}memory_budget {config.memory_budget}: {chunk} classes at once")
+    if run.fusion != "fused blocks" and world.rank == 0:
         say(f"the network runs without fused blocks ({run.fusion.removeprefix('unfused: ')})")
     if config.cuda_graph and run.images.device.type == "cuda":
         run.capture()
@@ -223,7 +270,10 @@ def _given_images(given: SyntheticSet, config: DistillConfig, data: ImageData, p
 
 
 class _Recorder:
-    """Everything that is kept of a run as it goes: log and progress bar, pictures, checkpoints."""
+    """Everything that is kept of a run as it goes: log and progress bar, pictures, checkpoints.
+
+    Every rank has one, and calls the same of its methods; only the first rank's writes.
+    """
 
     def __init__(
         self, run: Distillation, output: Path, start: Checkpoint | None, preprocessing: Preprocessing, progress: bool
@@ -237,12 +287,29 @@ class _Recorder:
         self.saved: Path | None = None  # the newest checkpoint that this process wrote
         self.saved_iteration = start.iteration if start else None
         self._fingerprint = run.data.fingerprint
+        self._writes = run.world.rank == 0
+        self._lock = os.stat(output / LOCK_FILE) if self._writes else None
         self._started = time.monotonic() - (start.seconds if start else 0.0)
         self._last_reading = self.first, time.monotonic()
-        self._log = RunLog(output, self.first)
+        self._log = RunLog(output, self.first) if self._writes else None
         self._bar = tqdm(
             total=run.config.iterations, initial=self.first, desc="distilling", unit="step", disable=not progress
         )
+
+    def check_folder(self) -> None:
+        """Make sure that the folder is still the one that this process holds.
+
+        Raises:
+            FileNotFoundError: it was removed; another run may have begun in its place.
+        """
+        try:
+            if not self._writes or os.path.samestat(os.stat(self.output / LOCK_FILE), self._lock):
+                return
+        except OSError:
+            pass
+        self.saved_iteration = None
+        message = f"the folder {self.output}, or its {LOCK_FILE}, was removed while the run was writing to it"
+        raise FileNotFoundError(errno.ENOENT, message)
 
     def seconds(self) -> float:
         """Spent on this run so far, in this process and before it."""
@@ -268,6 +335,8 @@ class _Recorder:
         before, then = self._last_reading
         now = time.monotonic()
         self._last_reading = iteration, now
+        if not self._writes:
+            return
         memory = peak_memory(self.run.images.device)
         speed = (iteration - before) / max(now - then, 1e-9)
         record = {"iteration": iteration, **terms._asdict(), "steps_per_second": speed, "peak_memory_bytes": memory}
@@ -279,15 +348,21 @@ class _Recorder:
 
     def save(self, iteration: int) -> None:
         """Write a checkpoint of images that are known to be finite."""
+        self.check_folder()
         self.log(iteration)
-        run, config = self.run, self.run.config
-        checkpoint = Checkpoint(iteration, run.state(), config.to_dict(), self._fingerprint, self.seconds(), versions())
-        self.saved = save_checkpoint(self.output / CHECKPOINT_FOLDER, checkpoint)
+        state, config = self.run.state(), self.run.config
+        if self._writes:
+            checkpoint = Checkpoint(iteration, state, config.to_dict(), self._fingerprint, self.seconds(), versions())
+            self.saved = save_checkpoint(self.output / CHECKPOINT_FOLDER, checkpoint)
         self.saved_iteration = iteration
 
     def draw(self, iteration: int) -> None:
         """Write a picture of the images, a row a class, or ten a row at one image a class."""
-        pixels = self.preprocessing.to_pixels(self.run.images)
+        self.check_folder()
+        images = self.run.all_images()
+        if images is None:
+            return
+        pixels = self.preprocessing.to_pixels(images)
         path = self.output / IMAGE_FOLDER / f"iteration-{iteration:08d}.png"
         columns = self.run.config.ipc if self.run.config.ipc > 1 else 10
         save_image_grid(pixels, path, columns=columns, class_names=self.run.data.class_names)
@@ -298,14 +373,15 @@ class _Recorder:
         try:
             yield
         except (OSError, RuntimeError):
-            if self.saved_iteration is not None:
+            if self.saved_iteration is not None and self._writes:
                 say(f"stopped by an error; iteration {self.saved_iteration} is saved in {self.output}, see --resume")
             raise
 
     def close(self) -> None:
         """Close the log and the progress bar."""
         self._bar.close()
-        self._log.close()
+        if self._log is not None:
+            self._log.close()
 
 
 def _iterate(run: Distillation, recorder: _Recorder) -> None:
@@ -316,10 +392,11 @@ def _iterate(run: Distillation, recorder: _Recorder) -> None:
     """
     config, iteration = run.config, recorder.first
     with contextlib.closing(recorder), recorder.saying_what_is_saved(), _deferred_signals() as received:
+        sign = StopSign(run.world, iteration)
         if iteration == 0:
             recorder.save(0)
             recorder.draw(0)
-        while iteration < config.iterations and not received:
+        while iteration < config.iterations and not sign.asked(iteration, received):
             iteration += 1
             run.step(iteration)
             recorder.advance()
@@ -332,13 +409,16 @@ def _iterate(run: Distillation, recorder: _Recorder) -> None:
         if recorder.saved_iteration != iteration:
             recorder.save(iteration)
             recorder.draw(iteration)
-    if received:
-        name = signal.Signals(received[0]).name
-        say(
-            f"{name}: stopped after iteration {iteration} of {config.iterations}, which is saved in {recorder.output}; "
-            f"to go on, run the same again with --resume (resume=True)"
-        )
-        raise SystemExit(128 + received[0])
+        # At once: where one rank has ended, what started them ends the others, so that none may before all is saved.
+        number = sign.asked(iteration, received, at_once=True)
+    if number:
+        name = signal.Signals(number).name
+        if run.world.rank == 0:
+            say(
+                f"{name}: stopped after iteration {iteration} of {config.iterations}, which is saved in "
+                f"{recorder.output}; to go on, run the same again with --resume (resume=True)"
+            )
+        raise SystemExit(128 + number)
 
 
 @contextlib.contextmanager
@@ -378,5 +458,6 @@ def _synthetic_set(recorder: _Recorder) -> SyntheticSet:
         "seconds": recorder.seconds(),
         "versions": versions(),
     }
-    images = run.images.detach().cpu().contiguous()
-    return SyntheticSet(images, run.labels.cpu(), run.data.class_names, recorder.preprocessing.to("cpu"), metadata)
+    images = run.all_images(everywhere=True).detach().cpu().contiguous()
+    labels = torch.arange(run.data.num_classes).repeat_interleave(config.ipc)
+    return SyntheticSet(images, labels, run.data.class_names, recorder.preprocessing.to("cpu"), metadata)

@@ -1,6 +1,8 @@
-"""How many classes may run at once within a memory budget, found by measuring, on a GPU."""
+"""How many classes may run at once within a memory budget, found by measuring."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 
@@ -14,25 +16,24 @@ _FREE_SHARE = 0.9
 def fit_class_chunk(run: Distillation, budget: str) -> int:
     """Let as many classes run at once as the budget allows; images, momentum and loss terms stay as they are.
 
-    Peak memory grows linearly with the classes of a chunk, so two measured steps give the rest.
+    Peak memory grows about linearly with the classes of a chunk, so two measured steps tell where to try.
 
     Args:
         run: what is to be distilled; its ``class_chunk`` is set.
-        budget: bytes for everything on the device, data included, or "fit" for what is free; as in ``DistillConfig``.
+        budget: bytes for everything that `Distillation.peak_memory` counts, or "fit" for what is free; as in
+            ``DistillConfig``.
 
     Returns:
         The number of classes.
 
     Raises:
         ValueError: the budget is too small for one class, or for all where the norm couples them (the smallest that
-            works is named); or the run is not on a GPU.
+            works is named).
     """
-    device, classes = run.images.device, run.data.num_classes
-    if device.type != "cuda":
-        raise ValueError(f"memory_budget {budget!r} needs a GPU, whose memory can be measured; here use class_chunk")
+    classes = len(run.classes)
     limit = parse_budget(budget)
     if limit is None:
-        limit = int(_FREE_SHARE * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)))
+        limit = int(_FREE_SHARE * _free_memory(run.images.device))
     if run.config.norm == "batch" or classes == 1:
         smallest = run.peak_memory(classes)
         chunk = classes
@@ -44,5 +45,18 @@ def fit_class_chunk(run: Distillation, budget: str) -> int:
         raise ValueError(
             f"memory_budget {budget!r} is too small: {limit} bytes; the smallest that works here is {smallest} bytes"
         )
+    while chunk > 1 and run.peak_memory(chunk) > limit:
+        chunk -= 1
     run.set_class_chunk(chunk)
     return chunk
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that a run may take, with what it has taken already."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024 * int(lines["MemAvailable"].removesuffix("kB"))
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError("memory_budget 'fit' needs /proc/meminfo on a CPU; give bytes, or class_chunk") from error

@@ -40,6 +40,7 @@ def build(setting: Setting, *, spatial: bool, channel: bool, mmd_weight: float) 
         network_init="default",
         precision=setting.precision,
         seed=setting.seed,
+        class_chunk=setting.class_chunk,
     ).resolve(data.image_shape, data.name, device)
     # As the field does: whitening at 32x32; from 64x64 its matrix outgrows its use, and mean and deviation do.
     preprocessing = whitening(data) if setting.resolution <= 32 else standardization(data)

@@ -23,6 +23,7 @@ class Setting:
         device: ``"cuda"`` or ``"cpu"``.
         inner_divisor: by which the epochs of DC's and DSA's inner training are divided; 1 for the methods as they are.
         seed: of every random number.
+        class_chunk: classes at once, for this project's step; None for all.
     """
 
     method: str
@@ -39,3 +40,4 @@ class Setting:
     device: str = "cuda"
     inner_divisor: int = 1
     seed: int = 0
+    class_chunk: int | None = None

@@ -1,0 +1,368 @@
+"""Several processes that share the work, a GPU each or some CPU cores, as ``torchrun`` starts them.
+
+Each, a rank, has its share of the classes, or of an evaluation's networks. Every rank draws the randomness of a step
+for all classes from the same seed and uses its own rows, so that it does not matter how many ranks there are; and
+nothing is sent inside a step. Ranks meet where something is read, saved or agreed on. What they tell one another goes
+through the key-value store that started them; images go by NCCL between GPUs and by gloo between CPUs.
+
+A rank that ends by an error leaves a message in the store. One that ends without a word stops beating: a thread of
+each rank counts up a number there, and who waits for a rank watches it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BEAT = 1.0  # seconds between two signs of life, and between two looks at those of others
+SILENCE = 20.0  # seconds without one after which a rank is given up; torchrun waits 30 before it kills the others
+_JOINING = 45.0  # seconds in which all must have come, and in which what is sent must arrive
+_LINGER = 10.0  # seconds that the first rank, which may hold the store, waits for the others to read it and leave
+
+
+class RankError(RuntimeError):
+    """Another rank failed, or is gone; the message names it where it is known."""
+
+
+class World:
+    """One process by itself: everything is its own, and there is nobody to wait for.
+
+    Attributes:
+        rank: the number of this process; the one of rank 0 writes what is written.
+        size: how many there are.
+        local_rank: its number among those on its machine.
+        label: what its messages begin with.
+    """
+
+    rank, size, local_rank, label = 0, 1, 0, ""
+
+    def share(self, count: int, rank: int | None = None) -> range:
+        """The classes out of ``count`` that are a rank's own, by default this one's: consecutive, one more at most."""
+        rank = self.rank if rank is None else rank
+        return range(rank * count // self.size, (rank + 1) * count // self.size)
+
+    def exchange(self, value: Any = None) -> list:
+        """What every rank said, in their order; waits until all have come here. Values must be what JSON can hold."""
+        return [value]
+
+    def collect(self, part: Tensor, classes: int, *, everywhere: bool = False) -> Tensor | None:
+        """All rows, given each rank's own, on its device; None on all but the first, unless ``everywhere``.
+
+        Args:
+            part: the rows of this rank's share of ``classes``, class-major, as many for every class.
+            classes: how many there are in all.
+            everywhere: give all of it to every rank.
+        """
+        return part
+
+    def deal(self, whole: Tensor | None, part: Tensor, classes: int) -> Tensor:
+        """The reverse of `collect`: this rank's rows of what the first one gives; ``part`` is filled or replaced."""
+        return part.copy_(whole)
+
+    def results(
+        self, jobs: Sequence[int], work: Callable[[Sequence[int]], Iterable[tuple[int, Mapping]]]
+    ) -> Iterator[tuple[int, Mapping]]:
+        """Results of all jobs on every rank, in the order in which they are known.
+
+        Args:
+            jobs: numbers.
+            work: does those it is given, and yields a number and a result, with whole numbers as keys, for each.
+        """
+        yield from work(jobs)
+
+    def own_jobs(self, jobs: Sequence[int]) -> Sequence[int]:
+        """Those that `results` gives to this rank."""
+        return jobs[self.rank :: self.size]
+
+    def after_first(self, work: Callable[[], Any]) -> Any:
+        """``work()``, done by the first rank of each machine before the others: what it downloads, they find."""
+        return work()
+
+
+ALONE = World()
+
+
+def launched() -> bool:
+    """Whether this process is one of several that were started together (by torchrun: it sets ``WORLD_SIZE``)."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+
+
+@contextlib.contextmanager
+def join(device: torch.device | str | None = None) -> Iterator[World]:
+    """The processes that this one was started with; leaves them at the end, with the reason where it failed.
+
+    It is `ALONE`, and costs nothing, unless several were `launched`.
+
+    Args:
+        device: where ranks compute; None: GPUs, if there are any.
+
+    Raises:
+        RankError: one did not come, or is lost.
+    """
+    if not launched():
+        yield ALONE
+        return
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    world = _Ranks(torch.device(device).type)
+    failure: BaseException | None = None
+    try:
+        world.begin()
+        yield world
+    except BaseException as error:
+        failure = error
+        raise
+    finally:
+        world.leave(failure)
+
+
+def own_device(device: torch.device | str | None, world: World = ALONE) -> torch.device:
+    """The device of this process: the GPU of its number on its machine, unless the CPU is named.
+
+    Args:
+        device: None: a GPU, if there is one.
+        world: the processes that want one each.
+
+    Raises:
+        ValueError: there is no such device, or fewer GPUs than processes on this machine.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {str(device)!r} is not available: PyTorch sees no GPU; use 'cpu'")
+    if device.type != "cuda" or world.size == 1:
+        return device
+    here, gpus = world.local_rank, torch.cuda.device_count()
+    if device.index not in (None, here):
+        raise ValueError(f"device {str(device)!r} cannot be shared by several processes; use 'cuda' or 'cpu'")
+    if here >= gpus:
+        raise ValueError(f"process {here + 1} on this machine finds {gpus} GPUs; start at most {gpus}, or use 'cpu'")
+    torch.cuda.set_device(here)
+    return torch.device("cuda", here)
+
+
+class StopSign:
+    """Whether to stop, on which all ranks agree: they compare their signals about once a second, at the same steps."""
+
+    def __init__(self, world: World, iteration: int):
+        self._world = world
+        self._next = self._last = iteration
+        self._then = time.monotonic()
+
+    def asked(self, iteration: int, received: Sequence[int], *, at_once: bool = False) -> int | None:
+        """The signal that ends the run after ``iteration``, or None.
+
+        Args:
+            iteration: steps that are done; every rank asks after every step.
+            received: signals that came to this process.
+            at_once: wait for all ranks now.
+        """
+        if self._world.size == 1:
+            return received[0] if received else None
+        if iteration < self._next and not at_once:
+            return None
+        steps, now = max(iteration - self._last, 1), time.monotonic()
+        notes = self._world.exchange([list(received[:1]), (now - self._then) / steps])
+        slowest = max(seconds for _, seconds in notes)
+        # At most twice as many as before: a GPU's first steps seem to take no time, since nobody waits for them.
+        self._last, self._then = iteration, now
+        self._next = iteration + max(1, min(2 * steps, int(1 / max(slowest, 1e-6))))
+        return next((signals[0] for signals, _ in notes if signals), None)
+
+
+class _Ranks(World):
+    """This process among the others."""
+
+    def __init__(self, device: str):
+        import torch.distributed as dist
+
+        self._dist = dist
+        limit = datetime.timedelta(seconds=_JOINING)
+        store, self.rank, self.size = next(dist.rendezvous("env://", timeout=limit))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
+        self.label = f"rank {self.rank}: "
+        self._backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        _Ranks._groups += 1
+        self._store = dist.PrefixStore(f"atom_fast/{_Ranks._groups}", store)
+        self._meeting = self._rounds = 0
+        self._heard: dict[int, tuple[bytes, float]] = {}
+        self._looked = 0.0
+        self._stopped = threading.Event()
+        self._heart = threading.Thread(target=self._beat, daemon=True, name="atom_fast heartbeat")
+
+    _groups = 0  # of this process so far: what an earlier one left in the store is not to be read again
+
+    def begin(self) -> None:
+        """Wait for the others and connect to them."""
+        self._heart.start()
+        self.exchange()
+        limit = datetime.timedelta(seconds=_JOINING)
+        with self._explained("while the ranks connected"):
+            self._dist.init_process_group(
+                self._backend, store=self._dist.PrefixStore("group", self._store), rank=self.rank,
+                world_size=self.size, timeout=limit,
+            )  # fmt: skip
+
+    def leave(self, failure: BaseException | None) -> None:
+        """Tell the others why, if this rank failed."""
+        failed = failure is not None and not isinstance(failure, SystemExit)
+        with contextlib.suppress(RuntimeError):  # the store may be gone
+            if failed and not isinstance(failure, RankError):
+                said = str(failure) or type(failure).__name__
+                self._store.compare_set("failed", "", json.dumps([self.rank, said]))
+            self._store.set(f"left/{self.rank}", "")
+            if self.rank == 0:
+                limit = time.monotonic() + _LINGER
+                others = [f"left/{rank}" for rank in range(1, self.size)]
+                while not self._store.check(others) and time.monotonic() < limit:
+                    time.sleep(0.02)
+        self._stopped.set()
+        if not failed and self._dist.is_initialized():
+            self._dist.destroy_process_group()
+
+    def exchange(self, value: Any = None) -> list:
+        self._meeting += 1
+        keys = [f"meeting/{self._meeting}/{rank}" for rank in range(self.size)]
+        with self._explained("while the ranks met"):
+            self._store.set(keys[self.rank], json.dumps(value))
+            self._wait_for(keys)
+            values = [json.loads(self._store.get(key)) for key in keys]
+            # Who has come to this meeting has read all of the one before.
+            self._store.delete_key(f"meeting/{self._meeting - 1}/{self.rank}")
+        return values
+
+    def collect(self, part: Tensor, classes: int, *, everywhere: bool = False) -> Tensor | None:
+        self.exchange()  # so that nobody who sends has to wait for one who is not there yet
+        part = part.contiguous()
+        rows = self._rows(part, classes)
+        whole = part.new_empty(rows[-1].stop, *part.shape[1:]) if self.rank == 0 or everywhere else None
+        if self.rank == 0:
+            whole[rows[0]] = part
+            for rank in range(1, self.size):
+                with self._explained(f"while it received the images of rank {rank}"):
+                    self._dist.recv(whole[rows[rank]], rank)
+        else:
+            with self._explained("while it sent images to rank 0"):
+                self._dist.send(part, 0)
+        if everywhere:
+            with self._explained("while images were sent to all ranks"):
+                self._dist.broadcast(whole, 0)
+        return whole
+
+    def deal(self, whole: Tensor | None, part: Tensor, classes: int) -> Tensor:
+        self.exchange()
+        received = torch.empty_like(part, memory_format=torch.contiguous_format)
+        if self.rank == 0:
+            rows = self._rows(part, classes)
+            whole = whole.to(part.device, part.dtype).contiguous()
+            received.copy_(whole[rows[0]])
+            for rank in range(1, self.size):
+                with self._explained(f"while it sent images to rank {rank}"):
+                    self._dist.send(whole[rows[rank]], rank)
+        else:
+            with self._explained("while it received images of rank 0"):
+                self._dist.recv(received, 0)
+        return part.copy_(received)
+
+    def results(
+        self, jobs: Sequence[int], work: Callable[[Sequence[int]], Iterable[tuple[int, Mapping]]]
+    ) -> Iterator[tuple[int, Mapping]]:
+        self._rounds += 1
+        missing = {job: f"result/{self._rounds}/{job}" for job in jobs}
+        for job, result in work(self.own_jobs(jobs)):
+            with self._explained("while it told of a result"):
+                self._store.set(missing[job], json.dumps(list(result.items())))
+            yield from self._arrived(missing)
+        while missing:
+            time.sleep(0.02)
+            with self._explained("while it waited for results"):
+                self._look_at_others()
+            yield from self._arrived(missing)
+
+    def after_first(self, work: Callable[[], Any]) -> Any:
+        done = work() if self.local_rank == 0 else None
+        self.exchange()
+        return done if self.local_rank == 0 else work()
+
+    def _rows(self, part: Tensor, classes: int) -> list[slice]:
+        """Each rank's rows of the whole."""
+        each = len(part) // len(self.share(classes))
+        shares = (self.share(classes, rank) for rank in range(self.size))
+        return [slice(share.start * each, share.stop * each) for share in shares]
+
+    def _arrived(self, missing: dict[int, str]) -> Iterator[tuple[int, Mapping]]:
+        with self._explained("while it waited for results"):
+            found = [job for job, key in missing.items() if self._store.check([key])]
+            results = [(job, dict(json.loads(self._store.get(missing.pop(job))))) for job in found]
+        yield from results
+
+    def _wait_for(self, keys: list[str]) -> None:
+        delay = 0.0005
+        while not self._store.check(keys):
+            self._look_at_others()
+            time.sleep(delay)
+            delay = min(2 * delay, 0.02)
+
+    def _look_at_others(self) -> None:
+        """Once in a while, make sure that no rank has failed and that all are alive.
+
+        Raises:
+            RankError: one is not.
+        """
+        now = time.monotonic()
+        if now - self._looked < BEAT:
+            return
+        self._looked = now
+        self._raise_if_failed()
+        for rank in range(self.size):
+            key = f"beat/{rank}"
+            beat = self._store.get(key) if self._store.check([key]) else b""
+            before, since = self._heard.get(rank, (None, now))
+            self._heard[rank] = beat, since if beat == before else now
+            if not beat and now - since > _JOINING:
+                raise RankError(f"rank {rank} of {self.size} did not start within {_JOINING:.0f} s")
+            if beat and beat == before and now - since > SILENCE:
+                raise RankError(
+                    f"rank {rank} of {self.size} has given no sign of life for {now - since:.0f} s: it was killed, or "
+                    "its machine or network is down"
+                )
+
+    def _raise_if_failed(self) -> None:
+        if self._store.check(["failed"]):
+            rank, message = json.loads(self._store.get("failed"))
+            raise RankError(f"rank {rank} of {self.size} failed: {message}")
+
+    @contextlib.contextmanager
+    def _explained(self, when: str) -> Iterator[None]:
+        """Say what a failed connection means: who is gone, where that can be known."""
+        try:
+            yield
+        except RankError:
+            raise
+        except RuntimeError as error:
+            with contextlib.suppress(RuntimeError):
+                for _ in range(20):  # a rank that fails says so before its connections close, but not long before
+                    self._raise_if_failed()
+                    time.sleep(0.05)
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise RankError(f"rank {self.rank} of {self.size} lost the others {when}: {reason}") from error
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._stopped.is_set():
+            count += 1
+            try:
+                self._store.set(f"beat/{self.rank}", str(count))
+            except RuntimeError:
+                return  # the main thread finds out when it next asks for anything
+            self._stopped.wait(BEAT)
