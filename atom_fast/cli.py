@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import typing
@@ -16,12 +17,14 @@ from atom_fast import __version__
 from atom_fast._files import write_atomically
 from atom_fast.data.sources import SOURCES
 from atom_fast.data.whitening import KINDS
-from atom_fast.distill.config import PRESETS, DistillConfig, preset, read_settings
+from atom_fast.distill.config import PRESETS, DistillConfig, check_names, preset, read_settings
 from atom_fast.evaluate.coresets import EPOCHS, METHODS
 from atom_fast.evaluate.protocols import PROTOCOLS
 from atom_fast.evaluate.sets import FEATURES
 from atom_fast.evaluate.training import PRECISIONS
 from atom_fast.networks import NETWORKS
+from atom_fast.reproduce.methods import METHODS as REPRODUCED
+from atom_fast.reproduce.targets import TARGETS, parse_cell
 from atom_fast.synthetic import EXPORT_FORMATS
 
 
@@ -69,10 +72,13 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except (click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
+        except KeyboardInterrupt:
+            click.echo("Interrupted", err=True)
+            ctx.exit(130)
         except (ValueError, OSError, RuntimeError, ImportError) as error:
             if os.environ.get("ATOM_FAST_DEBUG") == "1":
                 raise
-            failure = click.ClickException(_one_line(error))
+            failure = click.ClickException(_rank() + _one_line(error))
             failure.exit_code = 2
             raise failure from error
 
@@ -81,8 +87,32 @@ def _one_line(error: Exception) -> str:
     message = str(error)
     if isinstance(error, OSError) and error.strerror:
         message = error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
-    lines = [line.strip() for line in message.splitlines() if line.strip()] or [type(error).__name__]
+    lines = [_printable(line.strip()) for line in message.splitlines() if line.strip()] or [type(error).__name__]
     return lines[0] if len(lines) == 1 else f"{lines[0]} (ATOM_FAST_DEBUG=1 shows all of it)"
+
+
+def _printable(text: str) -> str:
+    """``text`` without what could steer a terminal: names in a stranger's file may hold escape sequences."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def _rank() -> str:
+    from atom_fast.ranks import launched
+
+    return f"rank {os.environ['RANK']}: " if launched() and "RANK" in os.environ else ""
+
+
+def _with_ranks(command):
+    """Give a command the processes that torchrun started beside this one, and tell them if it fails."""
+
+    @functools.wraps(command)
+    def run(*args, **options):
+        from atom_fast.ranks import join
+
+        with join(_device(options["device"])) as world:
+            return command(*args, **options, world=world)
+
+    return run
 
 
 def _flag(name: str) -> str:
@@ -157,13 +187,16 @@ def main():
 @_quiet_option
 @_setting_options
 @click.pass_context
+@_with_ranks
 def distill(
-    ctx, dataset, data_dir, download, resolution, output, resume, preset_name, config, given, device, quiet, **settings
-):
+    ctx, dataset, data_dir, download, resolution, output, resume, preset_name, config, given, device, quiet, world,
+    **settings,
+):  # fmt: skip
     """Distil a data set into a few images a class.
 
     Settings are taken from the preset, then from --config, then from the options below; the last one counts. Everything
-    about the run is kept in its folder.
+    about the run is kept in its folder. `torchrun --nproc-per-node N -m atom_fast distill ...` deals the classes to N
+    processes, with a GPU each.
     """
     from atom_fast.data.sources import load_data
     from atom_fast.distill import distill as run
@@ -173,10 +206,14 @@ def distill(
     config, preset_name = _configuration(ctx, settings, config, preset_name)
     start = SyntheticSet.load(given) if given else None
     output = output or Path("runs") / f"{dataset}-ipc{config.ipc}-{preset_name}"
-    data = load_data(dataset, data_dir, download=download, resolution=resolution, progress=not quiet)
+    options = {"resolution": resolution, "progress": not quiet and world.rank == 0}
+    data = world.after_first(lambda: load_data(dataset, data_dir, download=download, **options))
     synthetic = run(
-        config, data, output, resume=resume, progress=not quiet, synthetic_init=start, device=_device(device)
-    )
+        config, data, output, resume=resume, progress=not quiet, synthetic_init=start, device=_device(device),
+        world=world,
+    )  # fmt: skip
+    if world.rank > 0:
+        return
     save_run_pictures(output, synthetic)
     file = output / "synthetic.safetensors"
     click.echo(f"{len(synthetic)} images in {file}, their picture in {output / 'synthetic.png'}")
@@ -200,6 +237,57 @@ def _configuration(
 
 def _device(name: str) -> str | None:
     return None if name == "auto" else name
+
+
+@main.command()
+@_data_options("digits", "digits")
+@click.option("--resolution", type=int, help="resize images to squares of this side, in pixels  [default: as they are]")
+@click.option(
+    "--shape",
+    type=int,
+    nargs=4,
+    help="random images in place of a data set: classes, channels, height, width  [default: none]",
+)
+@click.option("--preset", "preset_name", type=_Choice(list(PRESETS)), help="published settings  [default: paper]")
+@click.option("--config", type=click.Path(path_type=Path), help="YAML file of settings  [default: none]")
+@click.option("--steps", default=10, help="how many to time, and to trace  [default: 10 steps]")
+@click.option("--warm-up", default=3, help="steps before them  [default: 3 steps]")
+@click.option("--measure", is_flag=True, help="measure the rates of a device whose datasheet is known  [default: off]")
+@click.option("--output", type=click.Path(path_type=Path), help="folder to write to  [default: runs/profile]")
+@click.option("--trace", type=click.Path(path_type=Path), help="Chrome trace to write  [default: OUTPUT/trace.json]")
+@_device_option
+@_quiet_option
+@_setting_options
+@click.pass_context
+def profile(
+    ctx, dataset, data_dir, download, resolution, shape, preset_name, config, steps, warm_up, measure, output, trace,
+    device, quiet, **settings,
+):  # fmt: skip
+    """Say where the time of a distillation's step goes, and how far that is from the least it could take.
+
+    Runs a few steps with the settings that `atom-fast distill` would take, and keeps none of their images. Prints a
+    table of the stages; keeps it in profile.json, and a Chrome trace for ui.perfetto.dev, in --output.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # PyTorch's profiler reports its own start and stop
+    from atom_fast.data.sources import load_data
+    from atom_fast.profile import profile as run
+    from atom_fast.profile import profile_table, random_data
+
+    config, _ = _configuration(ctx, settings, config, preset_name)
+    output = output or Path("runs/profile")
+    if not shape:
+        data = load_data(dataset, data_dir, download=download, resolution=resolution, progress=not quiet)
+    elif any(ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in ("dataset", "resolution")):
+        raise ValueError("--shape takes the place of a data set; give no --dataset or --resolution with it")
+    else:
+        data = random_data(*shape, per_class=max(500, config.real_batch, config.ipc))
+    trace = trace or output / "trace.json"
+    result = run(
+        config, data, trace, steps=steps, warm_up=warm_up, device=_device(device), measure=measure, progress=not quiet
+    )
+    write_atomically(output / "profile.json", json.dumps(result.to_dict(), indent=2) + "\n")
+    click.echo(profile_table(result))
+    click.echo(f"trace: {trace}; figures: {output / 'profile.json'}", err=True)
 
 
 @main.command()
@@ -239,40 +327,46 @@ def _device(name: str) -> str | None:
 )
 @_device_option
 @_quiet_option
+@_with_ranks
 def evaluate(
     file, dataset, data_dir, download, arch, preprocessing, experiment, json_path, device, quiet, protocol, epochs,
-    **settings,
+    world, **settings,
 ):  # fmt: skip
     """Train fresh networks on the set in FILE and test them: mean ± standard deviation of last-epoch accuracy, in %.
 
     FILE is a synthetic set, a .pt that the public DC, DM or DataDAM program saved, or a folder of images; the last two
-    need --dataset.
+    need --dataset. `torchrun --nproc-per-node N -m atom_fast evaluate ...` deals the networks to N processes.
     """
     from atom_fast.comparison import compare, default_protocol
     from atom_fast.evaluate.protocols import get_protocol
     from atom_fast.report import result_line
 
-    synthetic, data = _set_and_data(file, dataset, data_dir, download, preprocessing, experiment, not quiet)
+    first = world.rank == 0
+    earlier, records = world.exchange(_read_records(json_path) if first else None)[0], []
+    synthetic, data = world.after_first(
+        lambda: _set_and_data(file, dataset, data_dir, download, preprocessing, experiment, first and not quiet)
+    )
     protocol = get_protocol(protocol or default_protocol(data.name), **({} if epochs is None else {"epochs": epochs}))
-    earlier, records = _read_records(json_path), []
 
     def keep(record: dict) -> None:
-        if json_path:
+        if json_path and first:
             found = [*records, record]
             write_atomically(json_path, json.dumps(found if len(arch) > 1 else record, indent=2) + "\n")
 
     for network in arch:
         position = len(records)
         record = compare(
-            synthetic, data, network=network, protocol=protocol, device=_device(device), progress=not quiet,
-            on_network=keep,
+            synthetic, data, network=network, protocol=protocol, device=_device(device),
+            progress=first and not quiet, on_network=keep, world=world,
             earlier=earlier[position] if position < len(earlier) else None, **settings,
         )  # fmt: skip
         keep(record)
         records.append(record)
+        if not first:
+            continue
         if record["same_data"] is False and position == 0:
             click.echo(f"note: these {data.name} images are not those the set was distilled from", err=True)
-        click.echo((f"{network}: " if len(arch) > 1 else "") + result_line(record))
+        click.echo((f"{network}: " if len(arch) > 1 else "") + _printable(result_line(record)))
 
 
 def _set_and_data(file, dataset, data_dir, download, preprocessing, experiment, progress):
@@ -296,14 +390,17 @@ def _set_and_data(file, dataset, data_dir, download, preprocessing, experiment, 
 
 
 def _read_records(path: Path | None) -> list[dict]:
-    """What an earlier call left in a result file, if it can be read."""
-    if path is None or not path.is_file():
+    """What an earlier call left in a result file; a file that no such call wrote is not to be replaced."""
+    if path is None or not path.exists():
         return []
     try:
         content = json.loads(path.read_text("utf-8"))
-    except ValueError:
-        return []
-    return [record for record in (content if isinstance(content, list) else [content]) if isinstance(record, dict)]
+        records = content if isinstance(content, list) else [content]
+        if not all({"state", "evaluation"} <= record.keys() for record in records):
+            raise ValueError("it holds something else")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a result of this command ({error}); move it, or name another file") from error
+    return records
 
 
 def _data_of(synthetic, dataset: str | None, data_dir: Path | None, download: bool, progress: bool):
@@ -410,10 +507,10 @@ def info(file, as_json):
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
-    click.echo(describe(synthetic))
+    click.echo(_printable(describe(synthetic)))
     for name, value in facts.items():
         for line in _lines(name, value):
-            click.echo(line)
+            click.echo(_printable(line))
 
 
 def _lines(name: str, value: object) -> list[str]:
@@ -439,6 +536,81 @@ def demo(output, device, quiet):
     from atom_fast.demo import run_demo
 
     run_demo(output, device=_device(device), progress=not quiet)
+
+
+class _CellName(click.ParamType):
+    """A data set and images a class, joined by a colon."""
+
+    name = "dataset:ipc"
+
+    def convert(self, value, param, ctx):
+        return parse_cell(value)
+
+
+@main.command()
+@click.argument("target", type=_Choice(list(TARGETS)))
+@click.option("--cells", type=_List(_CellName()), help="such as cifar10:1,tiny:50  [default: the paper's]")
+@click.option("--methods", type=_List(_Choice(list(REPRODUCED))), help="those to run  [default: all of the target]")
+@click.option("--factors", type=_List(click.STRING), help="of the study, joined by commas  [default: all]")
+@click.option("--seeds", type=int, help="sets a cell  [default: 5 sets, of digits 3]")
+@click.option("--networks", type=int, help="networks to train on each set  [default: 20 networks, for digits 2]")
+@click.option("--iterations", type=int, help="of every distillation  [default: the method's own, for digits 200 steps]")
+@click.option("--width", type=int, help="channels of the ConvNets  [default: 128 channels, for digits 32]")
+@click.option("--real-batch", type=int, help="real images of each class in a step  [default: the method's own]")
+@click.option("--set", "given", multiple=True, metavar="NAME=VALUE", help="another setting of distill  [default: none]")
+@click.option("--protocol", type=_Choice(list(PROTOCOLS)), help="how to train  [default: digits for digits, or paper]")
+@click.option("--epochs", type=int, help="of that protocol; others change in proportion  [default: its own]")
+@click.option("--selection-epochs", type=int, help=f"of the network that chooses images  [default: {EPOCHS} epochs]")
+@click.option("--budget", type=float, help="minutes; says what fits, runs that, names the rest  [default: no limit]")
+@click.option("--only", type=_List(click.INT), help="cells by their numbers in --list, such as 3,4  [default: all]")
+@click.option("--list", "listed", is_flag=True, help="list the cells with their numbers, and end  [default: off]")
+@click.option("--data-dir", type=click.Path(path_type=Path), help="folder of the data  [default: data]")
+@click.option("--download", is_flag=True, help="fetch CIFAR or Tiny ImageNet if missing  [default: off]")
+@click.option(
+    "--output", type=click.Path(path_type=Path), default=Path("runs/reproduce"), show_default=True, help="folder"
+)
+@_device_option
+@_quiet_option
+def reproduce(
+    target, cells, methods, factors, iterations, width, real_batch, given, budget, only, listed, data_dir, download,
+    output, device, quiet, **scale,
+):  # fmt: skip
+    """Reproduce a table or figure of the ATOM paper, and show it beside the paper's.
+
+    TARGET is table1, table2, table4, table5, fig3 to fig7, or study: what the paper leaves open, a setting at a time.
+    A cell that is finished is kept; run again, with more seeds or networks as well, it goes on. Several processes
+    may run the same command in one folder.
+    """
+    from atom_fast import reproduce as package
+    from atom_fast.reproduce.run import list_units
+    from atom_fast.reproduce.tables import render
+
+    named = {"iterations": iterations, "width": width, "real_batch": real_batch}
+    settings = {name: value for name, value in named.items() if value is not None} | _parse_settings(given)
+    plan = package.plan(target, cells, methods, factors, settings=settings, **scale)
+    if listed:
+        click.echo("\n".join(list_units(plan, output)))
+        return
+    record = package.reproduce(
+        plan, output, data_dir=data_dir, download=download, budget=budget, only=only, device=_device(device),
+        progress=not quiet,
+    )  # fmt: skip
+    if plan.kind != "grids":
+        click.echo(render(record))
+
+
+def _parse_settings(given) -> dict[str, object]:
+    """``NAME=VALUE`` pairs, with values as YAML reads them."""
+    import yaml
+
+    settings = {}
+    for pair in given:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes NAME=VALUE; got {pair!r}")
+        settings[name.strip().replace("-", "_")] = yaml.safe_load(value)
+    check_names(settings)
+    return settings
 
 
 if __name__ == "__main__":

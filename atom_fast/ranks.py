@@ -26,7 +26,7 @@ from torch import Tensor
 BEAT = 1.0  # seconds between two signs of life, and between two looks at those of others
 SILENCE = 20.0  # seconds without one after which a rank is given up; torchrun waits 30 before it kills the others
 _JOINING = 45.0  # seconds in which all must have come, and in which what is sent must arrive
-_LINGER = 10.0  # seconds that the first rank, which may hold the store, waits for the others to read it and leave
+_LINGER = 10.0  # seconds that the first rank, where it holds the store, waits for the others to leave
 
 
 class RankError(RuntimeError):
@@ -65,7 +65,7 @@ class World:
         return part
 
     def deal(self, whole: Tensor | None, part: Tensor, classes: int) -> Tensor:
-        """The reverse of `collect`: this rank's rows of what the first one gives; ``part`` is filled or replaced."""
+        """The reverse of `collect`: fill ``part`` with this rank's rows of what the first one gives, and return it."""
         return part.copy_(whole)
 
     def results(
@@ -151,6 +151,11 @@ def own_device(device: torch.device | str | None, world: World = ALONE) -> torch
     return torch.device("cuda", here)
 
 
+def _agent_holds_store() -> bool:
+    """Whether the key-value store is torchrun's own, as it says of itself; otherwise rank 0 holds it."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 class StopSign:
     """Whether to stop, on which all ranks agree: they compare their signals about once a second, at the same steps."""
 
@@ -217,12 +222,13 @@ class _Ranks(World):
         """Tell the others why, if this rank failed."""
         failed = failure is not None and not isinstance(failure, SystemExit)
         with contextlib.suppress(RuntimeError):  # the store may be gone
-            if failed and not isinstance(failure, RankError):
+            if failed:
                 said = str(failure) or type(failure).__name__
-                self._store.compare_set("failed", "", json.dumps([self.rank, said]))
+                self._store.compare_set("failed", "", json.dumps([self.rank, said]))  # unless another one did before
             self._store.set(f"left/{self.rank}", "")
-            if self.rank == 0:
-                limit = time.monotonic() + _LINGER
+            if self.rank == 0 and not _agent_holds_store():
+                # The store ends with this process: the others must have read what is in it.
+                limit = time.monotonic() + (3 * BEAT if isinstance(failure, RankError) else _LINGER)
                 others = [f"left/{rank}" for rank in range(1, self.size)]
                 while not self._store.check(others) and time.monotonic() < limit:
                     time.sleep(0.02)
@@ -323,8 +329,12 @@ class _Ranks(World):
         if now - self._looked < BEAT:
             return
         self._looked = now
-        self._raise_if_failed()
+        failure = self._failure()
+        if failure:
+            raise RankError(failure)
         for rank in range(self.size):
+            if rank == self.rank:
+                continue
             key = f"beat/{rank}"
             beat = self._store.get(key) if self._store.check([key]) else b""
             before, since = self._heard.get(rank, (None, now))
@@ -337,10 +347,12 @@ class _Ranks(World):
                     "its machine or network is down"
                 )
 
-    def _raise_if_failed(self) -> None:
-        if self._store.check(["failed"]):
-            rank, message = json.loads(self._store.get("failed"))
-            raise RankError(f"rank {rank} of {self.size} failed: {message}")
+    def _failure(self) -> str | None:
+        """What the first rank that failed said before its connections closed."""
+        if not self._store.check(["failed"]):
+            return None
+        rank, message = json.loads(self._store.get("failed"))
+        return f"rank {rank} of {self.size} failed: {message}"
 
     @contextlib.contextmanager
     def _explained(self, when: str) -> Iterator[None]:
@@ -350,12 +362,13 @@ class _Ranks(World):
         except RankError:
             raise
         except RuntimeError as error:
-            with contextlib.suppress(RuntimeError):
-                for _ in range(20):  # a rank that fails says so before its connections close, but not long before
-                    self._raise_if_failed()
-                    time.sleep(0.05)
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise RankError(f"rank {self.rank} of {self.size} lost the others {when}: {reason}") from error
+            said = f"rank {self.rank} of {self.size} lost the others {when}"
+            try:
+                said = self._failure() or f"{said}: {reason}"
+            except RuntimeError:
+                said += f": {'torchrun' if _agent_holds_store() else 'rank 0'}, which connects them, is gone ({reason})"
+            raise RankError(said) from error
 
     def _beat(self) -> None:
         count = 0

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from . import compare, report, scaling, table3
+from . import compare, report, reproduction, scaling, table3
 from .cells import check_known
 from .harness import ROOT
 
@@ -54,7 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     contrast = commands.add_parser("compare", help="name what got slower between two results files")
     contrast.add_argument("old", type=Path)
     contrast.add_argument("new", type=Path)
-    contrast.add_argument("--tolerance", type=float, default=0.15, help="slowdown that is passed over (default 0.15)")
+    contrast.add_argument("--tolerance", type=float, default=0.15, help="change that is passed over (default 0.15)")
+    contrast.add_argument(
+        "--repeated", action="store_true", help="of two runs of the same code: name what differs either way"
+    )
     contrast.set_defaults(run=_compare)
     return parser
 
@@ -85,12 +88,17 @@ def _scaling(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     stale = report.refresh(options.results, ROOT / "README.md", check=options.check)
+    stale += reproduction.refresh(options.results, ROOT / "docs" / "reproduction.md", check=options.check)
     for message in stale:
         print(message if options.check else f"refreshed: {message}")
     return 1 if options.check and stale else 0
 
 
 def _compare(options: argparse.Namespace) -> int:
+    if options.repeated:
+        largest, beyond = compare.compare_repeated(options.old, options.new, options.tolerance)
+        print("\n".join([*beyond, largest]))
+        return 1 if beyond else 0
     slower = compare.compare(options.old, options.new, options.tolerance)
     print("\n".join(slower) or "nothing got slower")
     return 1 if slower else 0

@@ -25,19 +25,48 @@ def compare(old: Path, new: Path, tolerance: float) -> list[str]:
         FileNotFoundError: a path is not there.
         ValueError: a file is corrupt, or there is nothing to compare.
     """
-    pairs = _pairs(old, new)
-    messages, compared = [], 0
-    for old_file, new_file in pairs:
+    return [_message(*change) for change in _changes(old, new) if change[-1] > change[-2] * (1 + tolerance)]
+
+
+def compare_repeated(old: Path, new: Path, tolerance: float) -> tuple[str, list[str]]:
+    """How well one run repeats another: what differs most, and every case whose ratio differs by more than allowed.
+
+    Args:
+        old, new: as for :func:`compare`.
+        tolerance: 0.15 passes over ratios up to 15 % above or below.
+
+    Returns:
+        A sentence, and the cases that differ by more, the worst first.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`compare`.
+    """
+    changes = sorted(_changes(old, new), key=_deviation, reverse=True)
+    beyond = [_message(*change) for change in changes if _deviation(change) > tolerance]
+    worst = f"{len(changes)} ratios; the largest difference is {_deviation(changes[0]):.1%}, of {_message(*changes[0])}"
+    return worst, beyond
+
+
+def _changes(old: Path, new: Path) -> list[tuple[Case, str, float, float]]:
+    """Case, provider, and its share of eager's time before and after, of everything that both have."""
+    changes = []
+    for old_file, new_file in _pairs(old, new):
         before, after = ratios(old_file), ratios(new_file)
         for case, provider in sorted(before.keys() & after.keys(), key=str):
-            compared += 1
-            was, now = before[case, provider], after[case, provider]
-            if now > was * (1 + tolerance):
-                label = " ".join(map(str, case))
-                messages.append(f"{label} {provider}: {was:.3g} of eager's time before, {now:.3g} now")
-    if not compared:
+            changes.append((case, provider, before[case, provider], after[case, provider]))
+    if not changes:
         raise ValueError(f"{old} and {new} have no case in common that was measured beside eager")
-    return messages
+    return changes
+
+
+def _deviation(change: tuple[Case, str, float, float]) -> float:
+    """How much the larger ratio is above the smaller: the same whichever run came first."""
+    *_, was, now = change
+    return max(was, now) / min(was, now) - 1
+
+
+def _message(case: Case, provider: str, was: float, now: float) -> str:
+    return f"{' '.join(map(str, case))} {provider}: {was:.3g} of eager's time before, {now:.3g} now"
 
 
 def _pairs(old: Path, new: Path) -> list[tuple[Path, Path]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from atom_fast._files import write_atomically
@@ -50,10 +51,15 @@ def refresh(results: Path, readme: Path, *, check: bool = False) -> list[str]:
             stale.append(f"{readme.name}: section table3-{edition} does not show {results}")
         text = updated
         if files:
-            stale += _refresh_plot(FIGURES / f"table3-{edition}.png", plots.plot_table3, edition, files, check)
+            figure = FIGURES / f"table3-{edition}.png"
+            stale += _refresh_plot(figure, digest(files), partial(plots.plot_table3, figure, edition, files), check)
     for edition in scaling.EDITIONS:
         if files := _files(results, "scaling", edition):
-            stale += _refresh_plot(FIGURES / f"scaling-{edition}.png", plots.plot_scaling, edition, files, check)
+            figure = FIGURES / f"scaling-{edition}.png"
+            stale += _refresh_plot(figure, digest(files), partial(plots.plot_scaling, figure, edition, files), check)
+    for file in sorted(results.glob("kernels-*.json")):
+        figure = FIGURES / f"{file.stem.replace('kernels', 'roofline', 1)}.png"
+        stale += _refresh_plot(figure, plots.kernels_digest(file), partial(plots.plot_roofline, figure, file), check)
     if stale and not check:
         write_atomically(readme, text)
     return stale
@@ -213,13 +219,13 @@ def _paper_megabytes(method: str, place: int) -> str:
     return megabytes if isinstance(megabytes, str) else f"{megabytes:,}"
 
 
-def _refresh_plot(path: Path, draw: Callable, edition: str, results: Sequence[Path], check: bool) -> list[str]:
-    """Draw a picture, unless it was drawn from the same figures."""
-    if path.is_file() and _picture_digest(path) == digest(results):
+def _refresh_plot(path: Path, source: str, draw: Callable[[], None], check: bool) -> list[str]:
+    """Draw a picture, unless it names the same source."""
+    if path.is_file() and _picture_digest(path) == source:
         return []
     if not check:
-        draw(path, edition, results)
-    return [f"{path.relative_to(ROOT)} was not drawn from the figures in {results[0].parent}"]
+        draw()
+    return [f"{path.relative_to(ROOT)} was not drawn from the figures that are kept"]
 
 
 def _picture_digest(path: Path) -> str | None:

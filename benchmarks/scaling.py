@@ -45,7 +45,7 @@ EDITIONS = {
     "cpu": Edition(
         title="a CPU, reduced width and batch",
         base=Setting(
-            "atom", "eager", ipc=10, class_images=100, real_batch=8, width=16, precision="float32", device="cpu"
+            "atom", "eager", ipc=1, class_images=100, real_batch=16, width=16, precision="float32", device="cpu"
         ),
         values={"classes": (10, 20, 50, 100, 200), "ipc": (1, 10, 50, 100), "resolution": (32, 64, 128)},
         providers=("eager", "fused"),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import atom_fast as af
 from atom_fast.ops.block import attention_block, block_op, reference_block
-from benchmarks.roofline import block_bytes
+from atom_fast.roofline import block_bytes
 from tests.cubin import CAPABILITIES
 from tests.launches import compile_launch, recorded
 

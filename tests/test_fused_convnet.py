@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 import atom_fast as af
 from atom_fast import reference
+from atom_fast.distill.live_bytes import LiveBytes
 from atom_fast.networks.convnet import ConvNet
 from atom_fast.networks.fused_convnet import FusedConvNet
-from atom_fast.distill.live_bytes import LiveBytes
 
 BACKENDS = ("reference", "torch", "triton")
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from benchmarks.roofline import DATASETS, DEVICES, WAYS, Configuration, main, stages, totals
+from atom_fast.roofline import DEVICES, WAYS, Configuration, stages, totals
+from benchmarks.roofline import DATASETS, main
 
 CIFAR = Configuration(*DATASETS["cifar10"])
 

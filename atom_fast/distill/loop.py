@@ -327,6 +327,7 @@ class _Recorder:
         """
         if iteration == self._last_reading[0]:
             return
+        self.check_folder()
         try:
             terms = self.run.read_terms()
         except NonFiniteError as error:
@@ -396,6 +397,8 @@ def _iterate(run: Distillation, recorder: _Recorder) -> None:
         if iteration == 0:
             recorder.save(0)
             recorder.draw(0)
+        elif iteration % config.image_every == 0:
+            recorder.draw(iteration)  # a kill may have come between checkpoint and picture
         while iteration < config.iterations and not sign.asked(iteration, received):
             iteration += 1
             run.step(iteration)

@@ -57,8 +57,8 @@ class _Chunk(typing.NamedTuple):
 
     classes: slice  # of the K classes
     rows: slice  # of the synthetic images
-    real_labels: Tensor  # int64, the class of each real image of the chunk
-    labels: Tensor  # int64, the class of each synthetic image of the chunk
+    real_labels: Tensor  # int64, the class of each real image, counted from the chunk's first
+    labels: Tensor  # int64, that of each synthetic image
     groups: ClassGroups
 
 
@@ -113,6 +113,7 @@ class Distillation:
         self.classes = classes
         self.images = images.detach().to(device, copy=True, memory_format=layout)
         self.momentum = torch.zeros_like(self.images)
+        self._gradient = torch.empty_like(self.images)  # kept, so that a chunk needs no memory for what is not its own
         self.labels = torch.arange(classes.start, classes.stop, device=device).repeat_interleave(config.ipc)
         self.network = make_network(config, data).to(device, memory_format=layout)
         self.extractor, self.fusion = fused_if_possible(self.network, config)
@@ -143,7 +144,7 @@ class Distillation:
         self._chunks = []
         for start in range(0, classes, self.class_chunk):
             chosen = self.classes[start : start + self.class_chunk]
-            numbers = torch.arange(chosen.start, chosen.stop, device=device)
+            numbers = torch.arange(len(chosen), device=device)
             real_labels, labels = (
                 numbers.repeat_interleave(each if len(chosen) * each > 1 else 2)  # see _in_company
                 for each in (self.config.real_batch, self.config.ipc)
@@ -192,11 +193,14 @@ class Distillation:
         with stage("augment"):
             # Siamese: a class draws one operation, and both its sides are put through it.
             augmentation = draw_augmentation(self.data.num_classes, generator, strategy=config.augmentation)
-        terms, gradients = zip(*(self._match(chunk, indices, augmentation) for chunk in self._chunks), strict=True)
+        terms = torch.zeros_like(self._sums)
+        for chunk in self._chunks:
+            of_chunk, self._gradient[chunk.rows] = self._match(chunk, indices, augmentation)
+            terms += of_chunk
         with stage("update"):
-            self.momentum.mul_(config.momentum).add_(torch.cat(gradients) if len(gradients) > 1 else gradients[0])
+            self.momentum.mul_(config.momentum).add_(self._gradient)
             self.images.sub_(self.momentum, alpha=config.image_lr)
-            self._record(sum(terms[1:], terms[0]))
+            self._record(terms)
 
     def _match(self, chunk: _Chunk, indices: Tensor, augmentation: AugmentationParameters) -> tuple[Tensor, Tensor]:
         """Loss terms of a chunk of classes, and the gradient of its synthetic images."""
@@ -207,8 +211,9 @@ class Distillation:
         synthetic = _in_company(images)
         if config.augmentation not in ("", "none"):
             with stage("augment"):
-                real = augment(real, augmentation, chunk.real_labels)
-                synthetic = augment(synthetic, augmentation, chunk.labels)
+                own = AugmentationParameters(*(parameter[chunk.classes] for parameter in augmentation))
+                real = augment(real, own, chunk.real_labels)
+                synthetic = augment(synthetic, own, chunk.labels)
         with convolution_precision(config.precision, images.device):
             attention, mmd = matching_terms(self.extractor, real, synthetic, config, chunk.groups)
             with stage("loss"):
@@ -240,7 +245,7 @@ class Distillation:
         ]
         finite = [good for read in ranks for good in read[2 * count :]]
         if any(first_bad) or not all(finite):
-            raise NonFiniteError(_describe_non_finite(first_bad, finite, self.data.class_names))
+            raise NonFiniteError(_describe_non_finite(first_bad, finite, self.data.class_names, int(self._iteration)))
         steps, self._steps = self._steps, 0
         self._sums.zero_()
         return Terms(*(total / steps if steps else float("nan") for total in sums))
@@ -309,7 +314,8 @@ class Distillation:
         with self._unchanged():
             self._advance()  # what only a first step needs: compiled kernels, chosen algorithms
             if not cuda:
-                resident = (*self.network.parameters(), self.images, self.momentum, *vars(self.data).values())
+                state = self.images, self.momentum, self._gradient
+                resident = (*self.network.parameters(), *state, *vars(self.data).values())
                 with LiveBytes() as counter:
                     for tensor in resident:
                         counter.add(tensor)
@@ -485,10 +491,12 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
-def _describe_non_finite(first_bad: Sequence[float], finite: Sequence[float], class_names: Sequence[str]) -> str:
+def _describe_non_finite(
+    first_bad: Sequence[float], finite: Sequence[float], class_names: Sequence[str], iteration: int
+) -> str:
     terms = [f"{name} at iteration {int(bad)}" for name, bad in zip(TERMS, first_bad, strict=True) if bad]
     lost = [name for name, good in zip(class_names, finite, strict=True) if not good]
-    message = f"NaN or infinity in {', '.join(terms)}" if terms else "NaN or infinity in the images"
+    message = f"NaN or infinity in {', '.join(terms) or f'the images after iteration {iteration}'}"
     if lost:
         message += f"; images lost in {len(lost)} of {len(class_names)} classes: {', '.join(lost[:5])}"
         message += ", ..." if len(lost) > 5 else ""

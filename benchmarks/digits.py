@@ -1,0 +1,140 @@
+"""A whole distillation of digits beside the plain loop it replaces: ``python -m benchmarks.digits --out FILE``.
+
+300 steps at 10 images a class and 64 real ones, as in ``atom-fast demo``, on a CPU: this project's step, and Algorithm
+1 as it reads, a loop over classes with equations 1 to 4 in plain PyTorch (`atom_fast.reference`) and
+``torch.optim.SGD``. Both draw the same networks, images and augmentations, so that they distil the same set; how far
+apart they end is recorded. They take turns in one process, some steps each, so that whatever else the machine does
+meets both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from atom_fast import reference
+from atom_fast.data.augmentation import AugmentationParameters, augment, draw_augmentation
+from atom_fast.data.sampling import sample_class_indices
+from atom_fast.data.sources import load_data
+from atom_fast.data.whitening import fit_preprocessing
+from atom_fast.demo import OVERRIDES
+from atom_fast.distill import preset
+from atom_fast.distill.step import Distillation, derive_seed, initial_images, make_network
+
+from .harness import environment, save_results
+
+TURN = 10  # steps
+WARM_UP = 3
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run both, print the ratio, and keep the figures."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.digits", description=__doc__)
+    parser.add_argument("--steps", type=int, default=300, help="steps of each run, a multiple of 10 (default 300)")
+    parser.add_argument("--out", type=Path, help="JSON file of the figures")
+    options = parser.parse_args(arguments)
+    if options.steps < TURN or options.steps % TURN:
+        parser.error(f"--steps must be a multiple of {TURN}; got {options.steps}")
+    record = measure(options.steps)
+    seconds = {name: record[name]["seconds"] for name in ("plain", "fused")}
+    print(
+        f"{options.steps} steps: plain loop {seconds['plain']:.1f} s, this project {seconds['fused']:.1f} s, "
+        f"{record['ratio']:.2f} times faster; images {record['distance']:.1e} of their norm apart"
+    )
+    if options.out:
+        save_results(options.out, record)
+
+
+def measure(steps: int) -> dict:
+    """Both runs by turns.
+
+    Returns:
+        ``plain`` and ``fused``: ``seconds`` of the whole run and of every turn; ``ratio`` of the whole runs;
+        ``distance`` of the images at the end, as a share of their norm.
+    """
+    run, start, preprocessing = _prepare()
+    for iteration in range(1, WARM_UP + 1):
+        run.step(iteration)
+    _finish(plain_loop(run, preprocessing, start.clone()), WARM_UP)
+    run.restore({"images": start, "momentum": torch.zeros_like(start)})
+    images = start.clone()
+    loop = plain_loop(run, preprocessing, images)
+    turns = {"plain": [], "fused": []}
+    for first in range(1, steps + 1, TURN):
+        started = time.perf_counter()
+        for iteration in range(first, first + TURN):
+            run.step(iteration)
+        between = time.perf_counter()
+        _finish(loop, TURN)
+        turns["fused"].append(between - started)
+        turns["plain"].append(time.perf_counter() - between)
+    runs = {name: {"seconds": sum(seconds), "turns": seconds} for name, seconds in turns.items()}
+    return {
+        "environment": environment("cpu"),
+        "config": run.config.to_dict(),
+        "steps": steps,
+        **runs,
+        "ratio": runs["plain"]["seconds"] / runs["fused"]["seconds"],
+        "distance": ((run.images - images).norm() / images.norm()).item(),
+    }
+
+
+def _prepare() -> tuple[Distillation, torch.Tensor, object]:
+    data = load_data("digits", progress=False)
+    config = preset("paper", ipc=10, **OVERRIDES).resolve(data.image_shape, data.name, torch.device("cpu"))
+    preprocessing = fit_preprocessing(data.train_images, config.preprocessing, progress=False)
+    start = initial_images(config, data, preprocessing)
+    return Distillation(config, data, preprocessing, start), start, preprocessing
+
+
+def _finish(loop: Iterator[None], steps: int) -> None:
+    for _ in range(steps):
+        next(loop)
+
+
+def plain_loop(run: Distillation, preprocessing, images: torch.Tensor) -> Iterator[None]:
+    """Algorithm 1 as the field writes it, a step each time: class after class, equations 1 to 4, SGD with momentum.
+
+    Args:
+        run: whose settings and data are taken.
+        preprocessing: of the real images.
+        images: float32 [K*ipc, C, H, W], changed in place.
+    """
+    config, data = run.config, run.data
+    images.requires_grad_()
+    optimizer = torch.optim.SGD([images], lr=config.image_lr, momentum=config.momentum)
+    iteration = 0
+    while True:
+        iteration += 1
+        generator = torch.Generator().manual_seed(derive_seed(config.seed, iteration))
+        network = make_network(config, data)
+        network.reset_parameters(generator)
+        indices = sample_class_indices(data, config.real_batch, generator)
+        drawn = draw_augmentation(data.num_classes, generator, strategy=config.augmentation)
+        loss = torch.zeros(())
+        for k in range(data.num_classes):
+            own = AugmentationParameters(*(parameter[k : k + 1] for parameter in drawn))
+            real = preprocessing.to_model(data.train_images[indices[k]])
+            real = augment(real, own, torch.zeros(len(real), dtype=torch.int64))
+            synthetic = images[k * config.ipc : (k + 1) * config.ipc]
+            synthetic = augment(synthetic, own, torch.zeros(config.ipc, dtype=torch.int64))
+            with torch.no_grad():
+                real_embedding, real_layers = network.features(real)
+            synthetic_embedding, synthetic_layers = network.features(synthetic)
+            loss = loss + reference.atom_loss(
+                real_layers[:-1], synthetic_layers[:-1], real_embedding, synthetic_embedding,
+                spatial_power=config.spatial_power, channel_power=config.channel_power,
+                mmd_weight=config.mmd_weight, scale=config.loss_scale,
+            )  # fmt: skip
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        yield
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""More processes, more classes, the same time? ``python -m benchmarks.ranks --out FILE``.
+
+Weak scaling on a CPU: each process is pinned to a core, has one thread and the same number of classes, whatever the
+number of processes. What is timed is what a distillation does: rounds of steps, at the end of which every rank reads
+the loss terms, and so waits for the slowest. Beside it, the same number of processes that know nothing of one another:
+what they lose is the machine's doing, since cores share caches, memory and clock. Then how long it takes to gather
+images and momentum for a checkpoint, and how many bytes are sent for it. From the bytes follows an estimate for GPUs,
+whose bandwidth is an assumption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import os
+import socket
+import time
+from pathlib import Path
+
+import torch
+
+from atom_fast.data.dataset import ImageData
+from atom_fast.data.whitening import fit_preprocessing
+from atom_fast.distill.config import preset
+from atom_fast.distill.step import Distillation, initial_images
+from atom_fast.ranks import ALONE, World, join
+
+from .harness import environment, save_results, summary
+
+# Bytes a second into one process. No more than assumptions: what the links are sold for, and half of it, since small
+# messages and one receiver do not fill them.
+LINKS = {"NVLink 4, 450 GB/s": 225e9, "PCIe 5 x16, 64 GB/s": 32e9, "100 Gbit/s network": 6.25e9}
+LATENCY = 50e-6  # seconds a message, assumed
+GPUS = 8  # of the estimate
+WORKLOADS = {
+    "CIFAR-10, 50 images a class": (10, 50, (3, 32, 32)),
+    "CIFAR-100, 50 images a class": (100, 50, (3, 32, 32)),
+    "Tiny ImageNet, 50 images a class": (200, 50, (3, 64, 64)),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print a line each, and keep the records."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ranks", description=__doc__)
+    parser.add_argument("--out", type=Path, help="JSON file of the records")
+    parser.add_argument("--processes", type=int, nargs="+", help="how many (default 1, 2, 4 ... as there are cores)")
+    parser.add_argument("--classes", type=int, default=5, help="classes a process (default 5)")
+    parser.add_argument("--ipc", type=int, default=10, help="images a class (default 10)")
+    parser.add_argument("--real-batch", type=int, default=32, help="real images a class (default 32)")
+    parser.add_argument("--width", type=int, default=64, help="channels of the ConvNet (default 64)")
+    parser.add_argument("--rounds", type=int, default=10, help="timed rounds (default 10)")
+    parser.add_argument("--steps", type=int, default=3, help="steps a round (default 3)")
+    options = parser.parse_args(arguments)
+    processes = options.processes or [2**power for power in range(len(cores).bit_length())]
+    if max(processes) > len(cores):
+        parser.error(f"{max(processes)} processes need a core each; this machine gives {len(cores)}")
+    sizes = {name: getattr(options, name) for name in ("classes", "ipc", "real_batch", "width", "rounds", "steps")}
+    record = {"environment": environment("cpu"), "setting": sizes, "cells": []}
+    for size in processes:
+        apart = run(cores[:size], sizes, together=False)
+        cell = {"processes": size, **run(cores[:size], sizes, together=True), "apart": apart}
+        record["cells"].append(cell)
+        print(describe(cell, record["cells"][0]), flush=True)
+    if processes[-1] > 1:
+        record["estimate"] = estimate(record["cells"][-1], sizes)
+        print("\n".join(describe_estimate(record["estimate"])))
+    if options.out:
+        save_results(options.out, record)
+
+
+def run(cores: list[int], sizes: dict, *, together: bool) -> dict:
+    """As many processes as cores, pinned to one each; the figures of the first one.
+
+    Args:
+        cores: their numbers.
+        sizes: of the measurement.
+        together: they share a distillation; otherwise each runs one of its own, at the same time.
+    """
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    reports, begin = context.Queue(), context.Barrier(len(cores))
+    processes = [
+        context.Process(target=_measure, args=(rank, cores, port if together else None, sizes, begin, reports))
+        for rank in range(len(cores))
+    ]
+    for process in processes:
+        process.start()
+    while processes[0].is_alive() and reports.empty():
+        time.sleep(0.1)
+    if reports.empty():
+        raise RuntimeError(f"a measuring process ended with code {processes[0].exitcode}")
+    report = reports.get()
+    for process in processes:
+        process.join()
+    return report
+
+
+def _measure(rank: int, cores: list[int], port: int | None, sizes: dict, begin, reports) -> None:
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {cores[rank]})
+    torch.set_num_threads(1)
+    if port is None:
+        apart = make_run(ALONE, sizes)
+        begin.wait()
+        rounds = _time_rounds(apart, sizes["rounds"], sizes["steps"])
+        if rank == 0:
+            reports.put({"seconds_per_step": rounds, "time": summary(rounds)})
+        return
+    names = {"RANK": rank, "WORLD_SIZE": len(cores), "LOCAL_RANK": rank, "MASTER_PORT": port}
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in names.items()}})
+    with join("cpu") as world:
+        run = make_run(world, sizes)
+        rounds = _time_rounds(run, sizes["rounds"], sizes["steps"])
+        meetings = _time(world.exchange, 50)
+        sent, gathers = _count_sent(world, run.state), _time(run.state, 5)
+        own = 2 * run.images.numel() * run.images.element_size()
+    if rank == 0:
+        record = {"seconds_per_step": rounds, "time": summary(rounds), "meeting": summary(meetings)}
+        reports.put({**record, "gather": summary(gathers), "bytes_sent": sent, "bytes_a_rank": own})
+
+
+def make_run(world: World, sizes: dict) -> Distillation:
+    """A run on random images of CIFAR-10's shape, with as many classes as its processes have together."""
+    classes, each = sizes["classes"] * world.size, 2 * sizes["real_batch"]
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (classes * each, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(classes).repeat_interleave(each)
+    names = [str(number) for number in range(classes)]
+    data = ImageData.from_tensors("random", names, images, labels, images[:1], labels[:1])
+    settings = {name: sizes[name] for name in ("ipc", "real_batch", "width")}
+    config = preset("paper", **settings).resolve(data.image_shape, data.name, torch.device("cpu"))
+    preprocessing = fit_preprocessing(data.train_images, "standard", progress=False)
+    own = torch.empty(len(world.share(classes)) * config.ipc, *data.image_shape)
+    world.deal(initial_images(config, data, preprocessing), own, classes)
+    return Distillation(config, data, preprocessing, own, world=world)
+
+
+def _time_rounds(run: Distillation, rounds: int, steps: int) -> list[float]:
+    """Seconds a step of each round; a round ends where every rank has read the loss terms."""
+    seconds, iteration = [], 0
+    for _ in range(rounds + 1):
+        started = time.perf_counter()
+        for _ in range(steps):
+            iteration += 1
+            run.step(iteration)
+        run.read_terms()
+        seconds.append((time.perf_counter() - started) / steps)
+    return seconds[1:]  # the first round warms up
+
+
+def _time(work, count: int) -> list[float]:
+    seconds = []
+    for _ in range(count):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def _count_sent(world: World, gather) -> int:
+    """Bytes that all ranks together hand to ``torch.distributed.send`` while they gather."""
+    counted, send = [0], torch.distributed.send
+
+    def counting(tensor, *args, **kwargs):
+        counted.append(tensor.numel() * tensor.element_size())
+        return send(tensor, *args, **kwargs)
+
+    torch.distributed.send = counting
+    try:
+        gather()
+    finally:
+        torch.distributed.send = send
+    return sum(world.exchange(sum(counted)))
+
+
+def estimate(cell: dict, sizes: dict) -> list[dict]:
+    """What gathering a checkpoint would take between GPUs, from the bytes that were counted between processes.
+
+    Each rank sends images and momentum, and the first one receives all but its own, one message after another.
+
+    Args:
+        cell: of more than one process.
+        sizes: of the measurement.
+    """
+    pixels_sent = (cell["processes"] - 1) * sizes["classes"] * sizes["ipc"] * 3 * 32 * 32
+    bytes_a_pixel = cell["bytes_sent"] / pixels_sent
+    records = []
+    for name, (classes, ipc, shape) in WORKLOADS.items():
+        received = bytes_a_pixel * classes * ipc * math.prod(shape) * (GPUS - 1) / GPUS
+        seconds = {link: 2 * (GPUS - 1) * LATENCY + received / rate for link, rate in LINKS.items()}
+        records.append({"workload": name, "gpus": GPUS, "bytes_received": round(received), "seconds": seconds})
+    return records
+
+
+def describe(cell: dict, one: dict) -> str:
+    """A cell in a line."""
+    median, first = cell["time"]["median"], one["time"]["median"]
+    apart = cell["apart"]["time"]["median"]
+    line = f"{cell['processes']} processes: {1e3 * median:8.1f} ms a step ({1e3 * apart:.1f} apart)"
+    line += f", {100 * first / median:4.0f} % of the speed of {one['processes']}, {100 * apart / median:.0f} % of apart"
+    meeting, gather = 1e3 * cell["meeting"]["median"], 1e3 * cell["gather"]["median"]
+    megabytes = cell["bytes_sent"] / 1e6
+    return f"{line}; a meeting {meeting:.2f} ms; a checkpoint gathered in {gather:.1f} ms, {megabytes:.2f} MB sent"
+
+
+def describe_estimate(records: list[dict]) -> list[str]:
+    """The estimate in lines."""
+    lines = [
+        f"Estimate for {GPUS} GPUs, assuming half of each link's nominal bandwidth into one GPU and "
+        f"{1e6 * LATENCY:.0f} µs a message. Inside a step nothing is sent. To gather a checkpoint:"
+    ]
+    for record in records:
+        times = ", ".join(f"{1e3 * seconds:.1f} ms by {link}" for link, seconds in record["seconds"].items())
+        lines.append(f"  {record['workload']}: {record['bytes_received'] / 1e6:.1f} MB; {times}")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Sections of docs/reproduction.md kept equal to the results of ``atom-fast reproduce`` that are kept beside them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from atom_fast._files import write_atomically
+from atom_fast.reproduce.tables import FORMAT, render
+
+from .report import replace_section
+
+PREFIX = "reproduce-"
+
+
+def refresh(results: Path, page: Path, *, check: bool = False) -> list[str]:
+    """Put every ``reproduce-NAME.json`` between the marks ``<!-- NAME:start -->`` and ``:end`` of a page.
+
+    Args:
+        results: folder of results files.
+        page: Markdown file with the marks.
+        check: write nothing.
+
+    Returns:
+        A sentence for everything that was, or is, out of date.
+
+    Raises:
+        ValueError: a file is not what ``atom-fast reproduce`` wrote, or the page lacks a mark.
+    """
+    text = page.read_text("utf-8")
+    stale = []
+    for path in sorted(results.glob(f"{PREFIX}*.json")):
+        name = path.stem.removeprefix(PREFIX)
+        updated = replace_section(text, name, _section(path), page)
+        if updated != text:
+            stale.append(f"{page.name}: section {name} does not show {path}")
+        text = updated
+    if stale and not check:
+        write_atomically(page, text)
+    return stale
+
+
+def _section(path: Path) -> str:
+    try:
+        record = json.loads(path.read_text("utf-8"))
+        if record["format"] != FORMAT:
+            raise ValueError(f"its format is {record['format']!r}")
+        return render(record)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{path} is not what atom-fast reproduce wrote ({error!r}); it is left as it is") from error
