@@ -37,7 +37,7 @@ def write_atomically(path: str | os.PathLike, content: bytes | str) -> Path:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        kept = "; the earlier file is unchanged" if path.is_file() else ""
+        kept = "; the earlier file is unchanged" if os.path.isfile(path) else ""
         raise type(error)(error.errno, f"cannot write {path}: {error.strerror or error}{kept}") from error
     _sync_folder(target.parent)
     return path

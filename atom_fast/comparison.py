@@ -13,7 +13,9 @@ import torch
 from atom_fast import __version__
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing
+from atom_fast.distill.config import DistillConfig
 from atom_fast.evaluate import EvaluationResult, Protocol, evaluate, get_protocol, random_selection
+from atom_fast.ranks import ALONE, World, own_device
 from atom_fast.report import method_name
 from atom_fast.synthetic import SyntheticSet
 
@@ -34,6 +36,7 @@ def compare(
     progress: bool = True,
     earlier: Mapping | None = None,
     on_network: Callable[[dict], None] | None = None,
+    world: World = ALONE,
 ) -> dict:
     """Train networks on a synthetic set, and as many on random real images, and test both on the real test set.
 
@@ -53,6 +56,7 @@ def compare(
         earlier: a record that an interrupted call left; the networks it holds are not trained again. Passed over where
             it is complete, or where anything was not as it is now.
         on_network: called with the record so far whenever networks have finished.
+        world: several processes that share the networks; see :func:`atom_fast.evaluate.evaluate`.
 
     Returns:
         What JSON can hold: ``dataset``, ``ipc``, ``method``, ``accuracy_mean``, ``accuracy_std``, ``random_mean``,
@@ -82,7 +86,7 @@ def compare(
         sides["random_evaluation"] = functools.partial(evaluate_random, data, synthetic.ipc, space)
     record = _Record(synthetic, data, _hash(synthetic, data, {**settings, "random": random}), {})
     earlier = _interrupted(earlier, record.hash)
-    settings["device"] = device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+    settings |= {"device": own_device(device, world), "world": world}
     for side, measure in sides.items():
 
         def note(result: EvaluationResult, side: str = side) -> None:
@@ -194,10 +198,16 @@ def default_protocol(dataset: str) -> str:
 
 
 def architecture_of(synthetic: SyntheticSet) -> dict[str, object]:
-    """Settings of the :class:`~atom_fast.networks.ConvNet` that a set was distilled with, as far as it records them."""
+    """Settings of the :class:`~atom_fast.networks.ConvNet` that a set was distilled with, as far as it records them.
+
+    Raises:
+        ValueError: a recorded setting is not one that a distillation accepts.
+    """
     config = synthetic.metadata.get("config", {})
     names = {"width": "width", "depth": "depth", "norm": "norm", "pooling": "pooling", "network_init": "initialization"}
-    return {name: config[setting] for setting, name in names.items() if config.get(setting) is not None}
+    recorded = {setting: config[setting] for setting in names if config.get(setting) is not None}
+    DistillConfig.from_dict(recorded)  # refuses what is not accepted
+    return {names[setting]: value for setting, value in recorded.items()}
 
 
 def _some(names: tuple[str, ...]) -> str:

@@ -71,8 +71,14 @@ def _part(output: Path, data: ImageData, config: DistillConfig, device, progress
     resume = _prepare(output, folder, settings)
     result_file = folder / "result.json"
     if resume and result_file.is_file():
-        print(f"kept from an earlier demo: {folder} (remove the folder to make it anew)", file=sys.stderr)
-        return json.loads(result_file.read_text("utf-8"))
+        try:
+            result = json.loads(result_file.read_text("utf-8"))
+            result_line(result)
+        except (ValueError, TypeError, KeyError) as error:
+            print(f"{result_file} is damaged ({error}): it is made anew", file=sys.stderr)
+        else:
+            print(f"kept from an earlier demo: {folder} (remove the folder to make it anew)", file=sys.stderr)
+            return result
     synthetic = distill(config, data, folder, resume=resume, progress=progress, device=device)
     save_run_pictures(folder, synthetic)
     result = compare(

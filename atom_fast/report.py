@@ -97,7 +97,10 @@ def method_name(config: Mapping[str, object]) -> str:
     if not config:
         return "synthetic"
     names = {(True, True): "atom", (False, True): "atom-channel", (True, False): "datadam", (False, False): "dm"}
-    return names[config.get("spatial_power") is not None, config.get("channel_power") is not None]
+    name = names[config.get("spatial_power") is not None, config.get("channel_power") is not None]
+    if not config.get("feature_maps"):
+        return name
+    return "feature-maps" if name == "dm" else f"{name}-feature-maps"
 
 
 def _draw_grid(pixels, rows: int, columns: int, class_names: Sequence[str] | None, title: str | None):
@@ -110,6 +113,7 @@ def _draw_grid(pixels, rows: int, columns: int, class_names: Sequence[str] | Non
     font, heading = ImageFont.load_default(size=13 if by_row else 11), ImageFont.load_default(size=14)
     names = [_fit(name, font, 160 if by_row else cell_width) for name in class_names or ()]
     left = MARGIN + (math.ceil(max(map(font.getlength, names))) + MARGIN if by_row else 0)
+    title = _fit(title, heading, LARGEST_SIDE) if title else None
     top = MARGIN + (24 if title else 0)
     row_height, column_width = cell_height + (2 if by_row or not names else 18), cell_width + 2
     canvas_width = max(left + columns * column_width, math.ceil(heading.getlength(title or "")) + MARGIN) + MARGIN
@@ -139,6 +143,7 @@ def _scale(rows: int, columns: int, height: int, width: int) -> int:
 
 
 def _fit(name: str, font, width: float) -> str:
+    name = name[:200]  # each step below measures the whole name
     shortened, characters = name, len(name)
     while characters > 1 and font.getlength(shortened) > width:
         characters -= 1
@@ -198,7 +203,8 @@ def save_loss_curves(log: str | os.PathLike, path: str | os.PathLike, title: str
         marker = "." if len(points) == 1 else ""
         axes.plot(iterations, values, marker=marker, linewidth=1.2, label=name.replace("_", " "))
     positive = all(value > 0 for points in curves.values() for _, value in points)
-    axes.set(xlabel="iteration", ylabel="loss", yscale="log" if positive else "linear", title=title or "")
+    axes.set(xlabel="iteration", ylabel="loss", yscale="log" if positive else "linear")
+    axes.set_title(title or "", parse_math=False)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -55,15 +55,18 @@ class SyntheticSet(torch.utils.data.Dataset):
         """Check and keep the parts; nothing is copied.
 
         Raises:
-            ValueError: a wrong shape or dtype, a value that is not finite, a label without a class name.
+            ValueError: a wrong shape or dtype, a value that is not finite, a label without a class name, or metadata of
+                ``distill`` of another type.
         """
         class_names = tuple(class_names)
         _check_parts(images, labels, class_names)
+        metadata = dict(metadata or {})
+        _check_metadata(metadata)
         self.images = images.detach()
         self.labels = labels
         self.class_names = class_names
         self.preprocessing = preprocessing
-        self.metadata = dict(metadata or {})
+        self.metadata = metadata
 
     def __len__(self) -> int:
         return len(self.images)
@@ -138,6 +141,8 @@ class SyntheticSet(torch.utils.data.Dataset):
             if not all(tensor.isfinite().all() for tensor in parts.values()):
                 raise ValueError("its preprocessing must be finite; got NaN or infinity")
             preprocessing = Preprocessing.from_tensors(parts)
+            if not isinstance(description["class_names"], list):
+                raise ValueError(f"class_names must be a list; got a {type(description['class_names']).__name__}")
             synthetic = cls(
                 tensors["images"], tensors["labels"], description["class_names"], preprocessing, description["metadata"]
             )
@@ -193,6 +198,8 @@ def load_public(path: str | os.PathLike) -> list[tuple[torch.Tensor, torch.Tenso
     try:
         with torch.serialization.safe_globals(_numpy_scalar_globals()):
             content = dict(torch.load(path, map_location="cpu", weights_only=True))
+        for pair in content["data"]:
+            _check_stored(pair)
         pairs = [(images.detach().float(), labels.detach()) for images, labels in content["data"]]
         for images, labels in pairs:
             _check_parts(images, labels)
@@ -209,6 +216,21 @@ def _numpy_scalar_globals() -> list:
     scalar = numpy.float64(0.0).__reduce__()[0]
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
     return [*((scalar, name) for name in names), numpy.dtype, type(numpy.dtype(numpy.float64))]
+
+
+def _check_stored(tensors: Sequence[torch.Tensor]) -> None:
+    """Refuse tensors of more elements than the file holds: strides of 0 make terabytes of a few bytes."""
+    for tensor in tensors:
+        claimed, stored = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+        if claimed > stored:
+            raise ValueError(f"a tensor {list(tensor.shape)} of {claimed} bytes is stored in {stored}")
+
+
+def _check_metadata(metadata: dict) -> None:
+    """Refuse entries that readers of a set rely on and that are not what they are taken for; None is fine."""
+    for name, kind in {"dataset": str, "method": str, "config": dict, "seconds": (int, float)}.items():
+        if not isinstance(metadata.get(name), (kind, type(None))):
+            raise ValueError(f"metadata {name!r} must not be a {type(metadata[name]).__name__}")
 
 
 def _check_parts(images: torch.Tensor, labels: torch.Tensor, class_names: tuple[str, ...] | None = None) -> None:
@@ -248,7 +270,7 @@ def _digest(tensors: dict[str, torch.Tensor], description: dict) -> str:
 
 def _read_file(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     """The description and the tensors of a file that is intact and of this version."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
@@ -257,13 +279,15 @@ def _read_file(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
             header = file.metadata() or {}
             # cloned: the tensors would otherwise stay mapped to a file that may change under them
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except OSError:
+        raise
+    except Exception as error:  # it has no word for element types of its format that PyTorch lacks
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     if FORMAT not in header:
         raise ValueError(f"{path} is no synthetic set: its header has no {FORMAT!r}, but {sorted(header)}")
     try:
         description = dict(json.loads(header[FORMAT]))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: its header is no JSON object: {error}") from error
     if description.get("format_version") != FORMAT_VERSION:
         raise ValueError(

@@ -40,6 +40,7 @@ def test_a_download_arrives_whole_and_shows_progress(served, tmp_path, capsys):
     assert "data.zip" in capsys.readouterr().err
 
 
+@pytest.mark.fault("Damaged files", "a download arrives with other bytes than published", "refused, nothing is left")
 def test_a_download_with_other_bytes_is_refused_and_leaves_nothing(served, tmp_path):
     _, url, _ = served
     target = tmp_path / "to" / "data.zip"
@@ -64,6 +65,11 @@ def test_a_zip_is_unpacked_beside_itself(tmp_path):
     assert entries(tmp_path) == ["a.zip", "set"]
 
 
+@pytest.mark.fault(
+    "Hostile files",
+    "a zip file with names that lead out of its folder (`..`, absolute, drives, backslashes)",
+    "refused before anything is written",
+)
 @pytest.mark.parametrize(
     "name",
     ["../evil.txt", "set/../../evil.txt", "/tmp/evil.txt", "C:\\evil.txt", "set\\..\\..\\evil.txt", "\\\\host\\evil"],
@@ -78,6 +84,7 @@ def test_a_name_that_leads_out_of_the_folder_is_refused_before_anything_is_writt
     assert entries(home) == ["a.zip"] and entries(tmp_path) == ["home"]
 
 
+@pytest.mark.fault("Hostile files", "a zip file with a symbolic link", "refused before anything is written")
 def test_a_symbolic_link_is_refused(tmp_path):
     link = zipfile.ZipInfo("set/link")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
@@ -89,6 +96,43 @@ def test_a_symbolic_link_is_refused(tmp_path):
     assert entries(tmp_path) == ["a.zip"]
 
 
+@pytest.mark.fault(
+    "Hostile files", "a zip file with a device, a pipe or a socket", "an ordinary file, or none, is made of it"
+)
+@pytest.mark.parametrize("kind", [stat.S_IFBLK, stat.S_IFCHR, stat.S_IFIFO, stat.S_IFSOCK])
+def test_special_files_become_ordinary_ones(kind, tmp_path):
+    special = zipfile.ZipInfo("set/special")
+    special.external_attr = (kind | 0o4777) << 16
+    archive = make_zip(tmp_path / "a.zip", {"set/one.txt": "1"})
+    with zipfile.ZipFile(archive, "a") as file:
+        file.writestr(special, "content")
+    made = unpack_zip(archive, "set", progress=False) / "special"
+    assert made.is_file() and made.read_text() == "content" and not made.stat().st_mode & stat.S_ISUID
+
+
+@pytest.mark.fault(
+    "Hostile files", "a zip file with a password, a nameless member, or a false size", "refused, nothing is left"
+)
+@pytest.mark.parametrize("place", ["flags", "name", "size"])
+def test_a_zip_with_false_entries_is_refused(place, tmp_path):
+    archive = make_zip(tmp_path / "a.zip", {"set/one.txt": "1" * 5000, "set/two.txt": "2"})
+    content = bytearray(archive.read_bytes())
+    local, entry = content.index(b"PK\3\4"), content.index(b"PK\1\2")
+    if place == "flags":
+        content[entry + 8] |= 1
+        content[local + 6] |= 1
+    elif place == "name":
+        second = content.index(b"PK\1\2", entry + 1)
+        content[second + 46] = 0  # names end at a zero
+    else:
+        content[entry + 24 : entry + 28] = (100).to_bytes(4, "little")
+    archive.write_bytes(content)
+    with pytest.raises(ValueError, match="a.zip is not a complete zip file"):
+        unpack_zip(archive, "set", progress=False)
+    assert entries(tmp_path) == ["a.zip"]
+
+
+@pytest.mark.fault("Damaged files", "a downloaded zip file is cut short or damaged", "refused by name, nothing is left")
 def test_a_truncated_or_damaged_zip_is_named_and_leaves_nothing(tmp_path):
     archive = make_zip(tmp_path / "a.zip", {f"set/{i}.txt": f"{i}" * 500 for i in range(50)})
     whole = archive.read_bytes()
@@ -116,6 +160,7 @@ def test_what_is_there_already_is_not_overwritten(tmp_path):
     assert entries(tmp_path / "set") == []
 
 
+@pytest.mark.fault("Full disks", "a zip file unpacks to more than the disk has free", "refused before it is unpacked")
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
     archive = make_zip(tmp_path / "a.zip", {"set/zeros": b"\0" * 5_000_000})
     usage = namedtuple("usage", "total used free")

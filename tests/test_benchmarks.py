@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 import atom_fast as af
 from atom_fast import reference
-from benchmarks import cells, compare, gpu, harness, plots, report, scaling, table3
-from benchmarks.__main__ import main
 from atom_fast.distill.live_bytes import LiveBytes, count_peak
+from benchmarks import cells, compare, digits, gpu, harness, operators, plots, report, scaling, table3
+from benchmarks.__main__ import main
 from benchmarks.merging import merge
 from benchmarks.methods import METHODS, Setting, attention, batched, build_step, dc, dm, fused, mtt, published
 from benchmarks.methods import batched_augmentation as batch_wise
@@ -411,9 +411,34 @@ def test_readme_shows_what_was_measured(measured):
 
 def test_scaling_is_drawn(edition, tmp_path):
     path = scaling.run("cpu", tmp_path)
-    assert sum(edition.values()) == len(scaling.settings(scaling.EDITIONS["cpu"])) == 2 * (4 + 4 + 3 - 2)
+    assert sum(edition.values()) == len(scaling.settings(scaling.EDITIONS["cpu"])) == 3 * 5 + 2 * (4 + 3 - 2)
     plots.plot_scaling(tmp_path / "scaling.png", "cpu", [path])
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+def test_kernels_are_drawn_below_the_roof_and_their_picture_is_checked(measured):
+    results = measured / "results"
+    case = {"dtype": "float32", "shape": [4, 3, 8, 8], "bytes": 3072, "bytes_per_second": 1e12}
+    record = {
+        "environment": {"device": "NVIDIA H100 80GB HBM3"},
+        "copy": {"bytes_per_second": 3e12},
+        "cases": [
+            {**case, "operator": operator, "direction": direction, "provider": provider}
+            for operator in operators.OPERATORS
+            for direction in ("forward", "backward")
+            for provider in ("eager", "fused")
+        ],
+    }
+    (results / "kernels-gpu.json").write_text(json.dumps(record))
+    report.refresh(results, measured / "README.md")
+    assert (measured / "docs" / "figures" / "roofline-gpu.png").stat().st_size > 10_000
+    assert report.refresh(results, measured / "README.md", check=True) == []
+    record["cases"][0]["bytes_per_second"] = 2e12
+    (results / "kernels-gpu.json").write_text(json.dumps(record))
+    assert "roofline-gpu.png" in report.refresh(results, measured / "README.md", check=True)[0]
+    (results / "kernels-gpu.json").write_text("{}")
+    with pytest.raises(ValueError, match="kernels-gpu.json is not a file of"):
+        report.refresh(results, measured / "README.md", check=True)
 
 
 def test_the_projects_own_readme_shows_the_figures_kept_with_it():
@@ -474,6 +499,33 @@ def test_compare_names_what_got_slower_by_ratio(measured, tmp_path):
     assert compare.compare(old, new, 0.4) == []
     with pytest.raises(FileNotFoundError):
         compare.compare(old, tmp_path / "nowhere.json", 0.15)
+
+
+def test_a_repeated_run_is_compared_either_way(measured, tmp_path, capsys):
+    old = table3.results_path(measured / "results", "cpu")
+    results = json.loads(old.read_text())
+    for cell in results["cells"]:
+        if (cell["setting"]["method"], cell["setting"]["provider"], cell["setting"]["ipc"]) == ("dm", "fused", 1):
+            cell["time"]["median"] /= 1.1
+    new = tmp_path / "new.json"
+    new.write_text(json.dumps(results))
+    assert main(["compare", str(old), str(new), "--repeated"]) == 0
+    assert "24 ratios; the largest difference is 10.0%, of method=dm ipc=1" in capsys.readouterr().out
+    for files in ((old, new), (new, old)):
+        largest, beyond = compare.compare_repeated(*files, 0.05)
+        assert len(beyond) == 1 and "10.0%" in largest
+    assert main(["compare", str(old), str(new), "--repeated", "--tolerance", "0.05"]) == 1
+    assert main(["compare", str(old), str(old), "--repeated", "--tolerance", "0"]) == 0
+
+
+def test_digits_distils_the_same_set_as_the_plain_loop(tmp_path, capsys):
+    digits.main(["--steps", "10", "--out", str(tmp_path / "digits.json")])
+    record = json.loads((tmp_path / "digits.json").read_text())
+    assert record["distance"] < 1e-3
+    assert record["ratio"] == pytest.approx(sum(record["plain"]["turns"]) / sum(record["fused"]["turns"]))
+    assert f"{record['ratio']:.2f} times faster" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        digits.main(["--steps", "15"])
 
 
 def test_gpu_script_keeps_going_when_a_part_fails(monkeypatch, tmp_path, capsys):

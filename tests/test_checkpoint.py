@@ -47,6 +47,21 @@ def test_the_newest_few_are_kept(tmp_path):
     assert latest_checkpoint(tmp_path).iteration == 1000
 
 
+def test_leftovers_of_later_iterations_do_not_cost_what_was_just_written(tmp_path):
+    for iteration in (10, 20, 30, 40):
+        save_checkpoint(tmp_path, make_checkpoint(iteration), keep=4)
+    for iteration in (20, 30, 40):
+        path = tmp_path / f"iteration-000000{iteration}.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+    assert latest_checkpoint(tmp_path, report=lambda message: None).iteration == 10
+    save_checkpoint(tmp_path, make_checkpoint(15), keep=3)
+    assert latest_checkpoint(tmp_path, report=lambda message: None).iteration == 15
+    assert load_checkpoint(tmp_path / "iteration-00000010.safetensors").iteration == 10
+
+
+@pytest.mark.fault(
+    "Damaged files", "bits flipped at 208 places of a checkpoint", "each is noticed by the checksum, or changes nothing"
+)
 def test_every_flipped_bit_is_noticed_or_harmless(tmp_path):
     checkpoint = make_checkpoint()
     path = save_checkpoint(tmp_path, checkpoint)
@@ -69,15 +84,18 @@ def test_every_flipped_bit_is_noticed_or_harmless(tmp_path):
     assert noticed > 190  # the padding of the header is all that may change unnoticed
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.9999])
-def test_a_file_cut_short_is_noticed(tmp_path, share):
+@pytest.mark.fault("Damaged files", "a checkpoint cut short at 200 random lengths, or followed by more", "noticed")
+def test_a_file_cut_short_or_continued_is_noticed(tmp_path):
     path = save_checkpoint(tmp_path, make_checkpoint())
-    content = path.read_bytes()
-    path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(DamagedCheckpointError, match="damaged"):
-        load_checkpoint(path)
+    content, draw = path.read_bytes(), random.Random(0)
+    lengths = [0, 1, 8, len(content) - 1, *(draw.randrange(len(content)) for _ in range(196))]
+    for changed in [*(content[:length] for length in lengths), content + b"\0", content + content]:
+        path.write_bytes(changed)
+        with pytest.raises(DamagedCheckpointError, match="damaged"):
+            load_checkpoint(path)
 
 
+@pytest.mark.fault("Damaged files", "the newest checkpoint is damaged", "said, and the one before it is used")
 def test_a_damaged_newest_is_reported_and_the_one_before_it_used(tmp_path):
     save_checkpoint(tmp_path, make_checkpoint(10))
     newest = save_checkpoint(tmp_path, make_checkpoint(20))
@@ -88,6 +106,7 @@ def test_a_damaged_newest_is_reported_and_the_one_before_it_used(tmp_path):
     assert str(newest) in reports[0]
 
 
+@pytest.mark.fault("Damaged files", "every checkpoint is damaged", "refused, in place of starting again unasked")
 def test_nothing_but_damage_is_an_error(tmp_path):
     path = save_checkpoint(tmp_path, make_checkpoint())
     path.write_bytes(b"")
@@ -102,6 +121,7 @@ def test_no_checkpoint_is_none(tmp_path):
         load_checkpoint(tmp_path / "nothing")
 
 
+@pytest.mark.fault("Damaged files", "a checkpoint is of another format version", "refused as such, not as damage")
 def test_another_version_of_the_format_is_not_called_damage(tmp_path, monkeypatch):
     monkeypatch.setattr("atom_fast.distill.checkpoint.FORMAT_VERSION", 99)
     path = save_checkpoint(tmp_path, make_checkpoint())
@@ -118,6 +138,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
+@pytest.mark.fault("Hostile files", "a checkpoint is a pickle that calls a function", "refused as damaged, unread")
 def test_a_file_from_elsewhere_is_not_executed(tmp_path):
     class Trap:
         def __reduce__(self):

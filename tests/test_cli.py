@@ -121,7 +121,8 @@ def test_every_setting_can_be_given(configured):
     for field in dataclasses.fields(DistillConfig):
         flag = f"--{field.name.replace('_', '-')}"
         if isinstance(field.default, bool):
-            assert getattr(configured(f"--no-{flag[2:]}")["config"], field.name) is not field.default
+            other = f"--no-{flag[2:]}" if field.default else flag
+            assert getattr(configured(other)["config"], field.name) is not field.default
             continue
         value = field.metadata["choices"][-1] if field.metadata["choices"] else field.default
         given = "none" if value is None else value

@@ -1,5 +1,10 @@
 """Image files to tensors: exact pixels, one size, one number of channels, and errors that name the file."""
 
+import os
+import struct
+import warnings
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -95,6 +100,60 @@ def test_a_broken_file_is_named(tmp_path, write, name, message, position):
         decode_images(files, progress=False)
 
 
+@pytest.mark.fault(
+    "Hostile files", "an image, small as a file, that declares billions of pixels", "refused from its header alone"
+)
+@pytest.mark.parametrize("side", [10_000, 30_000, 2**31 - 1])
+def test_a_gigantic_header_is_refused(side, tmp_path):
+    def chunk(kind, content):
+        body = kind + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    bomb = tmp_path / "bomb.png"
+    bomb.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b""))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with pytest.raises(ValueError, match="cannot read the image .*bomb.png: "):
+            decode_images([bomb], resolution=8, progress=False)
+
+
+@pytest.mark.fault(
+    "Hostile files",
+    "a program in PostScript, or a file of another format that Pillow knows, named as an image",
+    "refused: only the formats of the accepted suffixes are decoded, and no interpreter is started",
+)
+@pytest.mark.parametrize("form", ["EPS", "GIF", "ICO", "PDF", "SGI", "TGA"])
+def test_a_file_of_another_format_is_refused(form, tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "made", format=form)
+    (tmp_path / "made").rename(tmp_path / "image.png")
+    with pytest.raises(ValueError, match="image.png: cannot identify"):
+        decode_images([tmp_path / "image.png"], progress=False)
+
+
+@pytest.mark.fault("Hostile files", "a pipe or a device named as an image", "refused, where reading it would never end")
+def test_what_is_no_regular_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    for name in ("pipe.png", "zero.png"):
+        with pytest.raises(ValueError, match=f"{name}: it is no regular file"):
+            decode_images([tmp_path / name], progress=False)
+
+
+def test_more_images_than_memory_holds_are_refused_with_their_size(tmp_path, monkeypatch):
+    file = save(tmp_path / "a.png", random_pixels(8, 8, 3))
+
+    def no_memory(*arguments, **settings):
+        raise MemoryError
+
+    monkeypatch.setattr(np, "empty", no_memory)
+    with pytest.raises(ValueError, match="10 images of 8x8 pixels need 0 GB of memory; give a resolution"):
+        decode_images([file] * 10, progress=False)
+
+
+@pytest.mark.fault(
+    "Hostile files", "an image of more pixels than `PIL.Image.MAX_IMAGE_PIXELS`", "refused before it is decoded"
+)
 def test_an_image_with_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     bomb = save(tmp_path / "bomb.png", random_pixels(8, 9))
     monkeypatch.delattr(Image.Image, "convert")

@@ -90,6 +90,9 @@ def interrupted_after(finished, monkeypatch):
     monkeypatch.setattr(comparison, "evaluate", stopping)
 
 
+@pytest.mark.fault(
+    "Stopped runs", "Ctrl-C in an evaluation with `--json`", "exit code 130; finished networks are not trained again"
+)
 def test_finished_networks_outlive_an_interruption(file, tmp_path, monkeypatch):
     options = ["--networks", 3, "--together", 1]
     expected = tmp_path / "expected.json"
@@ -97,7 +100,7 @@ def test_finished_networks_outlive_an_interruption(file, tmp_path, monkeypatch):
     json_path = tmp_path / "result.json"
     with monkeypatch.context() as patch:
         interrupted_after(2, patch)
-        run("evaluate", file, *options, "--json", json_path, code=1)
+        run("evaluate", file, *options, "--json", json_path, code=130)
     partial = json.loads(json_path.read_text())
     assert not partial["state"]["complete"] and partial["evaluation"]["unfinished"] == [2]
     assert partial["random_evaluation"] is None

@@ -111,6 +111,9 @@ def test_resuming_nothing_starts_and_says_so(data, tmp_path, capsys):
     assert "starting at the first iteration" in capsys.readouterr().err
 
 
+@pytest.mark.fault(
+    "Folders", "a new run is given a folder with something in it, or `--resume` one without a run", "refused, untouched"
+)
 def test_an_existing_folder_is_refused(finished, data, tmp_path):
     folder, _ = finished
     before = sorted(path for path in folder.rglob("*"))
@@ -167,6 +170,11 @@ def test_two_runs_cannot_write_one_folder(data, tmp_path):
             distill(small(), data, tmp_path, progress=False, device="cpu")
 
 
+@pytest.mark.fault(
+    "What a run must not go on with",
+    "a learning rate that makes the images overflow",
+    "the run stops; what was lost is named, the last good checkpoint is kept, no set is written",
+)
 def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(data, tmp_path):
     settings = {"loss_scale": 1e30, "image_lr": 1e30, "augmentation": "none", "checkpoint_every": 1, "log_every": 100}
     with pytest.raises(NonFiniteError, match=r"iteration 2|in the images") as stop:
@@ -266,6 +274,11 @@ distill(small(40), make_data(), sys.argv[2], device="cpu", progress=False)
 """
 
 
+@pytest.mark.fault(
+    "Full disks",
+    "no file can grow any more in the middle of a run, so that the log or a checkpoint cannot be written",
+    "the file and the last saved iteration are named; resuming ends with the same bits",
+)
 @pytest.mark.parametrize(("limit", "file"), [(100, "log.jsonl"), (5000, "iteration-00000012.safetensors")])
 def test_a_full_disk_ends_a_run_that_can_go_on(limit, file, data, uninterrupted, tmp_path, request):
     pytest.importorskip("resource")
@@ -286,6 +299,11 @@ def uninterrupted(tmp_path_factory, data):
     return distill(small(40, checkpoint_every=40), data, folder, progress=False, device="cpu").images
 
 
+@pytest.mark.fault(
+    "Stopped runs",
+    "SIGTERM, SIGINT or SIGKILL to a process that distils from Python",
+    "as from the command line: saved, 143 or 130; after SIGKILL, too, resuming ends with the same bits",
+)
 @pytest.mark.parametrize(("number", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGKILL", -9)])
 def test_a_stopped_process_resumes_to_the_same_bits(number, code, data, uninterrupted, tmp_path, request):
     folder = tmp_path / "run"

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pickle
+import random
 
 import numpy
 import pytest
@@ -73,6 +74,11 @@ def test_class_sizes():
     assert uneven.class_sizes == (3, 0, 3) and uneven.ipc is None
 
 
+@pytest.mark.fault(
+    "Damaged files",
+    "every byte of a set's header, and a seventh of the others, changed in three ways",
+    "each is noticed by the checksum, or changes nothing",
+)
 def test_any_flipped_byte_is_noticed_or_harmless(tmp_path):
     synthetic = make_set(ipc=1)
     content = synthetic.save(tmp_path / "set.safetensors").read_bytes()
@@ -93,11 +99,13 @@ def test_any_flipped_byte_is_noticed_or_harmless(tmp_path):
             assert torch.equal(read.images, synthetic.images) and torch.equal(read.labels, synthetic.labels), position
 
 
+@pytest.mark.fault("Damaged files", "a set cut short at 200 random lengths, or followed by more", "noticed")
 def test_any_truncation_is_noticed(saved, tmp_path):
-    content = saved[1].read_bytes()
+    content, draw = saved[1].read_bytes(), random.Random(0)
     damaged = tmp_path / "damaged.safetensors"
-    for length in (0, 1, 7, 8, 100, len(content) // 2, len(content) - 1):
-        damaged.write_bytes(content[:length])
+    lengths = [0, 1, 7, 8, 100, len(content) - 1, *(draw.randrange(len(content)) for _ in range(194))]
+    for changed in [*(content[:length] for length in lengths), content + b"\0", content + content]:
+        damaged.write_bytes(changed)
         with pytest.raises(ValueError, match="damaged.safetensors"):
             SyntheticSet.load(damaged)
 
@@ -286,6 +294,9 @@ def test_folder_names_examples(names, folders):
     assert folder_names(names) == folders
 
 
+@pytest.mark.fault(
+    "Hostile files", "class names such as `../../x`, when a set is exported as folders", "written as harmless names"
+)
 def test_classes_keep_their_labels_in_a_folder_whatever_their_names(tmp_path):
     datasets = pytest.importorskip("torchvision.datasets")
     synthetic = make_set(classes=("zebra", "../ape", "zebra"), ipc=1)
@@ -342,6 +353,7 @@ def rename_in_archive(path, old, new):
             archive.writestr(name, content.replace(old, new) if name.endswith("data.pkl") else content)
 
 
+@pytest.mark.fault("Hostile files", "a `.pt` that calls a function when it is unpickled", "refused; nothing is called")
 def test_a_public_file_executes_nothing(tmp_path):
     class Malicious:
         def __reduce__(self):

@@ -86,6 +86,8 @@ def unpack_zip(archive: Path, folder: str, *, progress: bool = True) -> Path:
 def _refuse_unsafe(archive: Path, member: zipfile.ZipInfo) -> None:
     """Refuse names that lead elsewhere, on any system, and links."""
     name = member.orig_filename
+    if not member.filename:
+        raise zipfile.BadZipFile("a member has no name")
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
     if posix.is_absolute() or windows.drive or windows.root or ".." in (*posix.parts, *windows.parts):
         raise ValueError(f"{archive} holds {name!r}, a path that leads out of its folder; nothing was unpacked")
@@ -103,5 +105,5 @@ def _check_room(archive: Path, needed: int) -> None:
 def _broken_zip_named(archive: Path) -> Iterator[None]:
     try:
         yield
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, UnicodeError) as error:  # a password: RuntimeError
         raise ValueError(f"{archive} is not a complete zip file ({error}); delete it and download it again") from error

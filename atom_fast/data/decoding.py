@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# Those of the suffixes, whatever a file is called: Pillow would hand PostScript, for one, to an interpreter.
+IMAGE_FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _GRAYSCALE_MODES = ("1", "L", "LA")
 _DEEP_MODES = ("F", "I")  # more than 8 bits a channel, which a conversion to RGB would clip
 _FILES_A_TASK = 64
@@ -30,9 +32,9 @@ def decode_images(files: Sequence[Path], resolution: int | None = None, *, progr
         uint8 [N, C, H, W] in the order of ``files``; C is 1 if every file is grayscale, otherwise 3.
 
     Raises:
-        ValueError: no files are given, or a file cannot be decoded, has more pixels than
-            ``PIL.Image.MAX_IMAGE_PIXELS``, more than 8 bits a channel, or (without ``resolution``) another size than
-            the first; the file is named.
+        ValueError: no files are given, there is no memory for all of them, or a file cannot be decoded, is of no format
+            that ``IMAGE_SUFFIXES`` names, has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``, more than 8 bits a
+            channel, or (without ``resolution``) another size than the first; the file is named.
         ImportError: Pillow or tqdm cannot be imported.
     """
     from tqdm import tqdm
@@ -40,7 +42,13 @@ def decode_images(files: Sequence[Path], resolution: int | None = None, *, progr
     if not files:
         raise ValueError("there are no image files to decode")
     height, width = _read_rgb(files[0], resolution)[0].shape[:2]
-    images = np.empty((len(files), 3, height, width), dtype=np.uint8)
+    try:
+        images = np.empty((len(files), 3, height, width), dtype=np.uint8)
+    except MemoryError as error:
+        raise ValueError(
+            f"{len(files)} images of {width}x{height} pixels need {len(files) * 3 * height * width / 1e9:.0f} GB of "
+            "memory; give a resolution to resize them to"
+        ) from error
     grayscale = np.empty(len(files), dtype=bool)
 
     def decode(positions: range) -> int:
@@ -69,7 +77,9 @@ def _read_rgb(file: Path, resolution: int | None) -> tuple[np.ndarray, bool]:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(file) as image:
+        if file.exists() and not file.is_file():
+            raise ValueError("it is no regular file")  # opening a pipe would wait for ever
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
             if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(
                     f"{image.width}x{image.height} pixels are more than the {Image.MAX_IMAGE_PIXELS} accepted "

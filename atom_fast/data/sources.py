@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from atom_fast.data.archives import download_file, unpack_zip
+from atom_fast.data.cifar import read_cifar
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.decoding import IMAGE_SUFFIXES, decode_images, resize_images
 
@@ -95,11 +96,11 @@ def _load_cifar(name: str, root: Path, download: bool, resolution: int | None) -
     try:
         from torchvision import datasets
     except ImportError as error:
-        raise ImportError(f"data set {name!r} is read by torchvision: `pip install torchvision`") from error
+        raise ImportError(f"data set {name!r} is described by torchvision: `pip install torchvision`") from error
     dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     try:
-        train = dataset(root, train=True)
-    except RuntimeError as missing:
+        class_names, splits = read_cifar(dataset, root)
+    except FileNotFoundError as missing:
         if not download:
             raise FileNotFoundError(
                 f"{name} is missing or damaged: no intact {dataset.base_folder} in {root.absolute()}; "
@@ -107,15 +108,14 @@ def _load_cifar(name: str, root: Path, download: bool, resolution: int | None) -
                 "or name the folder that holds it"
             ) from missing
         _say(f"{name}: torchvision downloads {_CIFAR_MEGABYTES[name]} MB from {dataset.url} to {root.absolute()}")
-        train = _download_cifar(dataset, root)
-    test = dataset(root, train=False)
-    splits = [(np.ascontiguousarray(split.data.transpose(0, 3, 1, 2)), split.targets) for split in (train, test)]
-    return _from_arrays(name, train.classes, *splits, resolution)
+        class_names, splits = _download_cifar(datasets.cifar.download_and_extract_archive, dataset, root)
+    return _from_arrays(name, class_names, *splits, resolution)
 
 
-def _download_cifar(dataset: type, root: Path):
+def _download_cifar(fetch: Callable, dataset: type, root: Path):
     try:
-        return dataset(root, train=True, download=True)
+        fetch(dataset.url, root, filename=dataset.filename, md5=dataset.tgz_md5)
+        return read_cifar(dataset, root)
     except (OSError, RuntimeError) as error:
         raise RuntimeError(
             f"could not download {dataset.url} to {root.absolute()}: {error}; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -225,7 +226,11 @@ def real_image_gatherer(
     """
     images = data.train_images
     if preprocessing.zca_matrix is not None and images.device.type == "cpu":
-        images = _whitened_copy(images, preprocessing, progress=progress)
+        kept = _WHITENED.get(preprocessing)
+        if kept is None or kept[0] is not images:
+            kept = images, _whitened_copy(images, preprocessing, progress=progress)
+            _WHITENED[preprocessing] = kept
+        images = kept[1]
 
     def gather(indices: Tensor) -> Tensor:
         batch = images.index_select(0, indices.flatten())
@@ -234,6 +239,10 @@ def real_image_gatherer(
         return batch.contiguous(memory_format=memory_format)
 
     return gather
+
+
+# Several distillations with one preprocessing, on a CPU, share the copy; it goes with the preprocessing.
+_WHITENED: weakref.WeakKeyDictionary[Preprocessing, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
 
 
 def _whitened_copy(images: Tensor, preprocessing: Preprocessing, *, progress: bool) -> Tensor:

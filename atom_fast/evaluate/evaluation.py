@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from atom_fast.evaluate.training import (
 )
 from atom_fast.networks.convnet import default_depth
 from atom_fast.networks.lean import memory_format
+from atom_fast.ranks import ALONE, World
 
 
 def evaluate(
@@ -45,6 +47,7 @@ def evaluate(
     progress: bool = True,
     earlier: Sequence[Curve] = (),
     on_network: Callable[[EvaluationResult], None] | None = None,
+    world: World = ALONE,
 ) -> EvaluationResult:
     """Train fresh networks on a (distilled) set and test them on the whole test set after the last epoch.
 
@@ -73,6 +76,8 @@ def evaluate(
         earlier: curves of the same evaluation that an interrupted call left, empty ones for networks that had not
             finished; only these are trained.
         on_network: called with the result so far whenever networks have finished.
+        world: several processes that share the networks (`atom_fast.ranks.join`); each calls this with the same
+            arguments, its own device excepted, and gets the whole result.
 
     Raises:
         ValueError: the set does not fit the data, an unknown protocol or network, or a setting that is not accepted.
@@ -82,6 +87,7 @@ def evaluate(
     task = _Task.prepare(images, labels, data, preprocessing, device, protocol, network, architecture, precision, seed)
     curves = [dict(curve) for curve in earlier] or [{} for _ in range(networks)]
     jobs = [index for index, curve in enumerate(curves) if not curve]
+    own = world.own_jobs(jobs)
     started = time.perf_counter()
 
     def result() -> EvaluationResult:
@@ -100,10 +106,13 @@ def evaluate(
 
     with (
         torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=True),
-        tqdm(total=len(jobs) * protocol.epochs, desc=f"evaluate {network}", unit="epoch", disable=not progress) as bar,
+        tqdm(total=len(own) * protocol.epochs, desc=f"evaluate {network}", unit="epoch", disable=not progress) as bar,
     ):
         options = {"evaluate_every": evaluate_every, "together": together, "advance": bar.update}
-        for index, curve in train_networks(task.make_trainer, jobs, task.start, task.test, **options):
+        train = functools.partial(
+            train_networks, task.make_trainer, start=task.start, test=task.test, **options
+        )
+        for index, curve in world.results(jobs, train):
             curves[index] = curve
             so_far = result()
             bar.set_postfix_str(f"{networks - len(so_far.unfinished)} networks: {so_far.mean:.1f} ± {so_far.std:.1f} %")

@@ -32,7 +32,7 @@ def select(
     method: str,
     ipc: int = 1,
     *,
-    preprocessing: str = "standard",
+    preprocessing: str | Preprocessing = "standard",
     features: str = "embedding",
     protocol: Protocol | str = "paper",
     epochs: int = EPOCHS,
@@ -48,7 +48,7 @@ def select(
             for the whole training set.
         ipc: images a class; not used by "full".
         preprocessing: kind of the map to model space, fitted on the training set; see
-            :func:`~atom_fast.data.whitening.fit_preprocessing`.
+            :func:`~atom_fast.data.whitening.fit_preprocessing`; or one that was fitted before.
         features: what herding and k-center measure distances in: "embedding", that of a ConvNet trained on the whole
             training set, or "pixels", in model space.
         protocol: how that network, and the one that forgets, are trained, but for the epochs; a preset or its name.
@@ -67,7 +67,9 @@ def select(
     for name, value, accepted in (("method", method, METHODS), ("features", features, FEATURES)):
         if value not in accepted:
             raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {value!r}")
-    space = fit_preprocessing(data.train_images, preprocessing, progress=progress)
+    space = preprocessing
+    if not isinstance(space, Preprocessing):
+        space = fit_preprocessing(data.train_images, preprocessing, progress=progress)
     settings = {"protocol": protocol, "epochs": epochs, "seed": seed, "device": device, "progress": progress}
     if method == "full":
         chosen = data.class_index

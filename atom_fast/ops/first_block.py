@@ -6,6 +6,8 @@ Filters, scale and shift are constants, as they are while distilling. There is n
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -251,8 +253,11 @@ def _constants(images, filters, weight, spatial_power, channel_power) -> dict:
 
 def _sample_pieces(images: Tensor, filters: Tensor) -> list[slice]:
     output_bytes = filters.shape[0] * images[0, 0].numel() * filters.element_size()
-    rows = max(1, block.piece_bytes(images.device) // output_bytes)
-    return [slice(start, start + rows) for start in range(0, images.shape[0], rows)]
+    rows = max(2, block.piece_bytes(images.device) // output_bytes)
+    # A last piece of one image joins the one before it: PyTorch convolves a batch of one in another way, with other
+    # rounding, and an image's bits would depend on its place.
+    edges = [*range(0, max(images.shape[0] - 1, 1), rows), images.shape[0]]
+    return [slice(*piece) for piece in itertools.pairwise(edges)]
 
 
 def _convolve(images: Tensor, filters: Tensor) -> Tensor:

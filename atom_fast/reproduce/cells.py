@@ -1,0 +1,211 @@
+"""A cell: one synthetic set and its evaluations, in a folder of its own that is never done twice.
+
+The folder's name ends in a hash of everything that the set depends on, so cells of other settings stand beside each
+other. It holds ``cell.json`` (what it is), ``run/`` (the distillation, which is resumed) or ``set.safetensors`` (chosen
+images), ``sets/`` (those of earlier iterations, where they are wanted) and a file for each evaluation. A lock keeps two
+processes from working on one cell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from atom_fast._files import write_atomically
+from atom_fast.distill.config import DistillConfig
+from atom_fast.evaluate.protocols import Protocol
+from atom_fast.reproduce.methods import configuration, get_method
+
+CELL_FILE = "cell.json"
+LOCK_FILE = ".lock"
+_FORMAT = "atom_fast.reproduce.cell"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One set.
+
+    Attributes:
+        dataset, ipc, method, seed: of what, how many images a class (0: all), how, and which.
+        settings: (name, value) pairs in place of the method's distillation settings.
+        selection_epochs, selection_protocol: of the network that images are chosen with.
+        milestones: iterations after which the set is kept as well; the last one ends the distillation.
+    """
+
+    dataset: str
+    ipc: int
+    method: str
+    seed: int = 0
+    settings: tuple[tuple[str, object], ...] = ()
+    selection_epochs: int = 0
+    selection_protocol: str = ""
+    milestones: tuple[int, ...] = ()
+
+    @property
+    def config(self) -> DistillConfig:
+        """The settings of the distillation, or of the networks where images are chosen."""
+        return configuration(self.method, self.ipc, self.seed, dict(self.settings))
+
+    @property
+    def folder_name(self) -> str:
+        """Readable, and different where anything that the set depends on is."""
+        size = f"ipc{self.ipc}" if self.ipc else "all"
+        return f"{self.dataset}-{size}-{self.method}-seed{self.seed}-{_hash(self._identity())}"
+
+    def _identity(self) -> dict[str, object]:
+        if get_method(self.method).distils:
+            return {"dataset": self.dataset, "config": self.config.config_hash(), "milestones": self.milestones}
+        how = {"epochs": self.selection_epochs, "protocol": self.selection_protocol}
+        own = {} if self.method in ("random", "full") else how
+        return {
+            "dataset": self.dataset,
+            "method": self.method,
+            "ipc": self.ipc,
+            "seed": self.seed,
+            "preprocessing": self.config.preprocessing,
+            **own,
+        }
+
+    def to_dict(self) -> dict[str, object]:
+        """The cell as what JSON can hold."""
+        plain = {"settings": dict(self.settings), "milestones": list(self.milestones)}
+        return {**dataclasses.asdict(self), **plain, "config_hash": self.config.config_hash()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Networks that are trained on a cell's set.
+
+    Attributes:
+        network: their architecture, a key of ``NETWORKS``.
+        protocol: how.
+        networks: how many.
+        iteration: of the set, one of the cell's milestones; None for the finished one.
+    """
+
+    network: str
+    protocol: Protocol
+    networks: int
+    iteration: int | None = None
+
+    def file_name(self, architecture: Mapping[str, object]) -> str:
+        """Of its results: one for all numbers of networks, since more of them continue fewer."""
+        digest = _hash({"protocol": dataclasses.asdict(self.protocol), "architecture": dict(architecture)})
+        suffix = "" if self.iteration is None else f"-iteration-{self.iteration:08d}"
+        return f"evaluation-{self.network}-{digest}{suffix}.json"
+
+
+def architecture(cell: Cell, network: str) -> dict[str, object]:
+    """Settings of the ConvNets that a cell's set is tested on: those that it was, or would be, distilled with."""
+    if network != "convnet":
+        return {}
+    config = cell.config
+    names = {"width": "width", "depth": "depth", "norm": "norm", "pooling": "pooling", "network_init": "initialization"}
+    return {name: getattr(config, key) for key, name in names.items() if getattr(config, key) is not None}
+
+
+def cell_folder(output: Path, cell: Cell) -> Path:
+    """Where a cell is kept."""
+    return Path(output) / "cells" / cell.folder_name
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Hold a cell for this process; False where another process has it (POSIX: elsewhere nobody is kept out)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK_FILE, "w") as lock:
+        try:
+            import fcntl
+        except ImportError:
+            yield True
+            return
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def open_cell(folder: Path, cell: Cell, data_name: str, fingerprint: str) -> None:
+    """Note in a new folder which cell it is; make sure that one found there is this cell, of these data.
+
+    Raises:
+        ValueError: the folder holds something else, its note is damaged, or it was made from other data.
+    """
+    note = folder / CELL_FILE
+    if not note.exists():
+        strange = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
+        if strange:
+            raise ValueError(
+                f"{folder} holds {', '.join(sorted(strange)[:3])} but no {CELL_FILE}: it is no cell, or only a part "
+                "of one; move or remove it, and the cell is made anew"
+            )
+        about = {"format": _FORMAT, "cell": cell.to_dict(), "data": data_name, "fingerprint": fingerprint}
+        write_atomically(note, json.dumps(about, indent=1) + "\n")
+    found = read_note(folder)
+    if found["fingerprint"] != fingerprint:
+        raise ValueError(
+            f"{folder} was made from other images of {cell.dataset} ({found['data']}); "
+            "give the same --data-dir, or another --output"
+        )
+
+
+def read_note(folder: Path) -> dict:
+    """What ``cell.json`` says.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    found = read_json(folder / CELL_FILE, "remove its folder, and the cell is made anew")
+    if found.get("format") != _FORMAT or not {"cell", "data", "fingerprint"} <= set(found):
+        raise ValueError(f"{folder / CELL_FILE} is not a cell's; remove its folder, and the cell is made anew")
+    return found
+
+
+def read_json(path: Path, remedy: str) -> dict:
+    """A file that holds a JSON object.
+
+    Raises:
+        ValueError: it does not; the message ends in ``remedy``.
+    """
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
+
+
+def read_evaluation(output: Path, cell: Cell, evaluation: Evaluation) -> dict | None:
+    """A finished evaluation's results, or None.
+
+    Returns:
+        ``accuracies`` (per cent, one a network, None where it diverged), ``seconds`` of them, ``set_seconds``,
+        ``data`` (what the images are called), ``device``.
+
+    Raises:
+        ValueError: a file of the cell is damaged.
+    """
+    folder = cell_folder(output, cell)
+    path = folder / evaluation.file_name(architecture(cell, evaluation.network))
+    if not path.is_file():
+        return None
+    found = read_json(path, "remove it, and the set is evaluated anew")
+    curves = found["curves"][: evaluation.networks]
+    if len(curves) < evaluation.networks or not all(curves):
+        return None
+    last = str(evaluation.protocol.epochs)
+    return {
+        "accuracies": [curve[last] for curve in curves],
+        "seconds": found["seconds"] * len(curves) / sum(map(bool, found["curves"])),
+        "set_seconds": found["set_seconds"],
+        "data": read_note(folder)["data"],
+        "device": found["device"],
+    }
+
+
+def _hash(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]

@@ -1,0 +1,119 @@
+"""How large a reproduction is: sets, networks, and settings in place of the paper's; and what of it is reduced."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from atom_fast.comparison import default_protocol
+from atom_fast.distill.config import DistillConfig, preset
+from atom_fast.evaluate.coresets import EPOCHS
+from atom_fast.evaluate.protocols import Protocol, get_protocol
+
+SEEDS, NETWORKS = 5, 20  # paper section 4.1
+SEEDS_NAME, NETWORKS_NAME = "sets a cell", "networks a set"
+
+# Digits stand in for the paper's data where there is neither a GPU nor a download: small enough for minutes on a CPU.
+# There are about 140 real images a class, and a mirrored digit is no digit.
+_DIGITS = {
+    "iterations": 200,
+    "real_batch": 64,
+    "width": 32,
+    "augmentation": "color_crop_cutout_scale_rotate",
+}
+_DIGITS_SIZES = {"digits": (3, 2), "digits32": (1, 1)}  # sets and networks
+_DIGITS32 = {**_DIGITS, "iterations": 100, "real_batch": 32}
+_DIGITS32_EPOCHS = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """Size of a reproduction on one data set.
+
+    Attributes:
+        seeds: synthetic sets a cell, each from a seed of its own.
+        networks: networks that are trained on each set.
+        settings: distillation settings in place of the methods' own.
+        protocol: how the networks are trained; a name in ``PROTOCOLS``.
+        epochs: of that protocol, in place of its own; other protocols change in proportion. None leaves them.
+        selection_epochs: of the network that herding, k-center and forgetting look at.
+    """
+
+    seeds: int = SEEDS
+    networks: int = NETWORKS
+    settings: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    protocol: str = "paper"
+    epochs: int | None = None
+    selection_epochs: int = EPOCHS
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "networks", "epochs", "selection_epochs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        preset("paper", **self.settings)  # refuses what is no setting's value
+
+    def training(self, protocol: str | None = None) -> Protocol:
+        """The protocol of that name, or the scale's own, with its epochs changed as the scale says."""
+        own, wanted = get_protocol(self.protocol), get_protocol(protocol or self.protocol)
+        if self.epochs is None:
+            return wanted
+        epochs = max(1, round(wanted.epochs * self.epochs / own.epochs))
+        return get_protocol(wanted.name, epochs=epochs)
+
+    def reductions(self) -> list[str]:
+        """What is not as in the paper, in words."""
+        paper = preset("paper")
+        found = [
+            f"{title} {value} instead of {full}"
+            for title, value, full in (
+                (SEEDS_NAME, self.seeds, SEEDS),
+                (NETWORKS_NAME, self.networks, NETWORKS),
+            )
+            if value != full
+        ]
+        for name, value in self.settings.items():
+            if value != getattr(paper, name):
+                found.append(f"{name} {value} instead of {_shown(name, paper)}")
+        if self.protocol != "paper":
+            found.append(f"evaluation protocol {self.protocol}")
+        if self.epochs is not None:
+            found.append(f"evaluation epochs {self.epochs} instead of {get_protocol(self.protocol).epochs}")
+        if self.selection_epochs != EPOCHS:
+            found.append(f"epochs before images are chosen {self.selection_epochs} instead of {EPOCHS}")
+        return found
+
+
+def _shown(name: str, paper: DistillConfig) -> str:
+    value = getattr(paper, name)
+    if name in ("iterations", "real_batch"):
+        own = getattr(preset("dm"), name)
+        return f"{value:,} (DM {own:,})"
+    return str(value)
+
+
+def scale_for(
+    dataset: str,
+    *,
+    seeds: int | None = None,
+    networks: int | None = None,
+    settings: Mapping[str, object] | None = None,
+    protocol: str | None = None,
+    epochs: int | None = None,
+    selection_epochs: int | None = None,
+) -> Scale:
+    """The paper's size, or for digits a small one, with what is given in its place.
+
+    Raises:
+        ValueError: a number is below 1.
+    """
+    own_seeds, own_networks = _DIGITS_SIZES.get(dataset, (SEEDS, NETWORKS))
+    reduced = {"digits": _DIGITS, "digits32": _DIGITS32}.get(dataset, {})
+    return Scale(
+        seeds=own_seeds if seeds is None else seeds,
+        networks=own_networks if networks is None else networks,
+        settings={**reduced, **(settings or {})},
+        protocol=protocol or ("digits" if reduced else default_protocol(dataset)),
+        epochs=_DIGITS32_EPOCHS if epochs is None and dataset == "digits32" else epochs,
+        selection_epochs=EPOCHS if selection_epochs is None else selection_epochs,
+    )

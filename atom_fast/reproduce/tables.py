@@ -1,0 +1,261 @@
+"""Results of a table or figure as one record, and that record as Markdown: ours beside the paper's."""
+
+from __future__ import annotations
+
+import datetime
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from atom_fast.distill.logs import versions
+from atom_fast.reproduce.cells import read_evaluation
+from atom_fast.reproduce.datasets import DATASETS
+from atom_fast.reproduce.layout import Entry, Job, Section
+from atom_fast.reproduce.targets import Plan
+
+FORMAT = "atom_fast.reproduce"
+NOT_MEASURED = "not measured"
+
+
+def collect(plan: Plan, output: Path) -> dict:
+    """Everything that is known about a table or figure, as what JSON can hold.
+
+    Returns:
+        ``target``, ``title``, ``data`` (what the images of each data set are called), ``reduced`` (what is not as in
+        the paper, by data set), ``scales``, ``protocols``, ``methods`` (their full settings), ``devices``,
+        ``versions``, ``date``, and ``sections``: ``rows`` of ``entries`` with ``paper`` ([mean, deviation]), ``ours``
+        (mean and population deviation over all networks of all sets, and every accuracy; None: not measured),
+        ``difference`` and ``wanted``, the number of sets.
+    """
+    found = _Found(output)
+    sections = [_section(section, found) for section in plan.sections]
+    return {
+        "format": FORMAT,
+        "target": plan.target,
+        "title": plan.title,
+        "kind": plan.kind,
+        "data": {dataset: found.data.get(dataset, DATASETS[dataset][0]) for dataset in plan.scales},
+        "reduced": {dataset: scale.reductions() for dataset, scale in plan.scales.items()},
+        "scales": {
+            dataset: {"sets": scale.seeds, "networks": scale.networks, "settings": dict(scale.settings)}
+            for dataset, scale in plan.scales.items()
+        },
+        "protocols": {p.name: {k: v for k, v in vars(p).items() if k != "name"} for p in _protocols(plan)},
+        "configurations": _configurations(plan),
+        "devices": sorted(found.devices),
+        "versions": versions(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "sections": sections,
+    }
+
+
+class _Found:
+    """What cells hold, with notes on what they were made from and on."""
+
+    def __init__(self, output: Path):
+        self.output = output
+        self.data: dict[str, str] = {}
+        self.devices: set[str] = set()
+
+    def ours(self, jobs: Sequence[Job]) -> dict | None:
+        results = []
+        for cell, evaluation in jobs:
+            if evaluation is None or (result := read_evaluation(self.output, cell, evaluation)) is None:
+                continue
+            self.data[cell.dataset] = result["data"]
+            self.devices.add(result["device"])
+            results.append(result)
+        return _summary(results) if results else None
+
+
+def _summary(results: Sequence[Mapping]) -> dict:
+    accuracies = [result["accuracies"] for result in results]
+    known = [value for one in accuracies for value in one if value is not None]
+    means = [statistics.fmean(v for v in one if v is not None) for one in accuracies if any(v is not None for v in one)]
+    times = [result["set_seconds"] for result in results if result["set_seconds"] is not None]
+    return {
+        "mean": statistics.fmean(known) if known else None,
+        "std": statistics.pstdev(known) if known else None,
+        "std_of_sets": statistics.pstdev(means) if len(means) > 1 else None,
+        "sets": len(results),
+        "networks": sum(len(one) for one in accuracies),
+        "diverged": sum(value is None for one in accuracies for value in one),
+        "accuracies": accuracies,
+        "set_seconds": statistics.fmean(times) if times else None,
+        "evaluation_seconds": statistics.fmean(result["seconds"] for result in results),
+    }
+
+
+def _section(section: Section, found: _Found) -> dict:
+    rows = []
+    for row in section.rows:
+        entries = {}
+        for column in section.columns:
+            entry = row.entries.get(column)
+            if entry is None:
+                continue
+            ours = _average(entries) if entry.average else found.ours(entry.jobs)
+            entries[column] = _entry(entry, ours)
+        rows.append({"title": row.title, "entries": entries})
+    return {"title": section.title, "heading": section.heading, "columns": list(section.columns), "rows": rows}
+
+
+def _entry(entry: Entry, ours: dict | None) -> dict:
+    known = ours is not None and ours["mean"] is not None and entry.paper is not None
+    return {
+        "paper": None if entry.paper is None else list(entry.paper),
+        "ours": ours,
+        "difference": ours["mean"] - entry.paper[0] if known else None,
+        "wanted": len(entry.jobs),
+        "cited": not entry.jobs and not entry.average,
+    }
+
+
+def _average(entries: Mapping[str, dict]) -> dict | None:
+    """Means of a row's means and deviations, as the paper's Table 2 averages; None where one is missing."""
+    ours = [entry["ours"] for entry in entries.values()]
+    if not ours or any(one is None or one["mean"] is None for one in ours):
+        return None
+    return {name: statistics.fmean(one[name] for one in ours) for name in ("mean", "std")}
+
+
+def _protocols(plan: Plan):
+    found = {evaluation.protocol: None for _, evaluations in plan.units for evaluation in evaluations}
+    return sorted(found, key=lambda protocol: protocol.name)
+
+
+def _configurations(plan: Plan) -> dict[str, dict]:
+    """Full settings of every cell's set, by its folder without the seed's number."""
+    return {
+        cell.folder_name: {**cell.to_dict(), "config": cell.config.to_dict()}
+        for cell, _ in plan.units
+        if cell.seed == 0
+    }
+
+
+def render(record: Mapping) -> str:
+    """A record as Markdown: what it is and how far it is reduced, then a table for each section."""
+    parts = [_caption(record)]
+    for section in record["sections"]:
+        if section["title"] and len(record["sections"]) > 1:
+            parts.append(f"**{_place(section['title'], record)}**")
+        parts.append(_table(section, record))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _caption(record: Mapping) -> str:
+    places = [
+        f"{name}: {'; '.join(record['reduced'][dataset]) or 'at the size of the paper'}"
+        for dataset, name in record["data"].items()
+    ]
+    lines = [f"{record['title']}. {'. '.join(places)}."]
+    cells = {section["title"] for section in record["sections"]} - {""}
+    if len(cells) == 1:
+        lines[0] = f"{record['title']}, {_place(cells.pop(), record)}. {'. '.join(places)}."
+    if record["devices"]:
+        lines.append(
+            f"Test accuracy of the last epoch in per cent, mean ± population standard deviation over all networks of "
+            f"all sets. Measured on {' and '.join(map(_device_name, record['devices']))}, {record['date']}, "
+            f"torch {record['versions']['torch']}."
+        )
+    return "\n".join(lines)
+
+
+def _device_name(device: str) -> str:
+    return "a CPU" if device == "cpu" else device
+
+
+def _place(title: str, record: Mapping) -> str:
+    dataset, _, ipc = title.partition(":")
+    return f"{record['data'][dataset]}, {ipc} a class" if dataset in record["data"] else title
+
+
+def _table(section: Mapping, record: Mapping) -> str:
+    if len(section["columns"]) == 1:
+        return _detailed(section, record)
+    head = [section["heading"], *(_place(column, record) for column in section["columns"])]
+    rows = []
+    for row in section["rows"]:
+        rows.append([row["title"], *(_combined(row["entries"].get(column)) for column in section["columns"])])
+    return markdown(head, rows)
+
+
+def _detailed(section: Mapping, record: Mapping) -> str:
+    """One column in full: ours, the paper's, the difference, and the time of a set and of its evaluation."""
+    column = section["columns"][0]
+    printed = any((row["entries"].get(column) or {}).get("paper") for row in section["rows"])
+    base = _mean(section["rows"][0]["entries"][column]) if record["target"] == "study" else None
+    head = [section["heading"], "ours", "sets × networks"]
+    head += ["paper", "difference"] if printed else []
+    head += ["to the preset"] if base is not None else []
+    head += ["s a set", "s evaluation"]
+    rows = []
+    for row in section["rows"]:
+        entry = row["entries"].get(column)
+        if entry is None:
+            continue
+        ours = entry["ours"]
+        cells = [row["title"], _ours(entry), f"{ours['sets']} × {ours['networks'] // ours['sets']}" if ours else ""]
+        cells += [_figure(entry["paper"]), _signed(entry["difference"])] if printed else []
+        cells += ["" if row is section["rows"][0] else _signed(_less(entry, base))] if base is not None else []
+        cells += [_number(ours and ours["set_seconds"]), _number(ours and ours["evaluation_seconds"])]
+        rows.append(cells)
+    return markdown(head, rows)
+
+
+def _combined(entry: Mapping | None) -> str:
+    """Ours, the paper's and the difference in one cell."""
+    if entry is None:
+        return "–"
+    if entry["cited"]:
+        return f"{_figure(entry['paper'])} (cited)" if entry["paper"] else "–"
+    if entry["paper"] is None:
+        return _ours(entry)
+    difference = "" if entry["difference"] is None else f", {_signed(entry['difference'])}"
+    return f"{_ours(entry)} (paper {_figure(entry['paper'])}{difference})"
+
+
+def _ours(entry: Mapping) -> str:
+    ours = entry["ours"]
+    if entry["cited"]:
+        return "(cited)"
+    if ours is None:
+        return NOT_MEASURED
+    if ours["mean"] is None:
+        return "diverged"
+    notes = [f"{ours['sets']} of {entry['wanted']} sets"] if ours.get("sets", entry["wanted"]) < entry["wanted"] else []
+    notes += [f"{ours['diverged']} networks diverged"] if ours.get("diverged") else []
+    return f"{ours['mean']:.1f} ± {ours['std']:.1f}" + (f" ({', '.join(notes)})" if notes else "")
+
+
+def _mean(entry: Mapping) -> float | None:
+    return entry["ours"]["mean"] if entry["ours"] else None
+
+
+def _less(entry: Mapping, base: float | None) -> float | None:
+    mean = _mean(entry)
+    return None if mean is None or base is None else mean - base
+
+
+def _figure(value: Sequence | None) -> str:
+    if value is None:
+        return "–"
+    mean, deviation = value
+    return f"{mean:.1f}" if deviation is None else f"{mean:.1f} ± {deviation:.1f}"
+
+
+def _signed(value: float | None) -> str:
+    return "" if value is None else f"{value:+.1f}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """An aligned Markdown table."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = (head, ["-" * width for width in widths], *rows)
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )

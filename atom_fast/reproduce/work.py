@@ -1,0 +1,185 @@
+"""Doing a cell: make its set, or go on with it, and train the networks that are missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from atom_fast._files import write_atomically
+from atom_fast.data.dataset import ImageData
+from atom_fast.data.whitening import Preprocessing, fit_preprocessing
+from atom_fast.distill import distill
+from atom_fast.distill.logs import versions
+from atom_fast.distill.loop import SYNTHETIC_FILE
+from atom_fast.evaluate import EvaluationResult, evaluate
+from atom_fast.evaluate.sets import select
+from atom_fast.reproduce.cells import (
+    Cell,
+    Evaluation,
+    architecture,
+    cell_folder,
+    claimed,
+    open_cell,
+    read_evaluation,
+    read_json,
+)
+from atom_fast.reproduce.datasets import load_named
+from atom_fast.reproduce.methods import get_method
+from atom_fast.synthetic import SyntheticSet
+
+RUN_FOLDER = "run"
+SET_FOLDER = "sets"
+SET_FILE = "set.safetensors"
+
+
+class Shelf:
+    """Data sets and their preprocessing, each read and fitted once, on the device that computes."""
+
+    def __init__(self, data_dir: str | os.PathLike | None, *, download: bool, device: torch.device, progress: bool):
+        self.device = device
+        self.progress = progress
+        self._source = {"data_dir": data_dir, "download": download, "progress": progress}
+        self._data: dict[str, tuple[ImageData, str]] = {}
+        self._fitted: dict[tuple[str, str], Preprocessing] = {}
+
+    def data(self, name: str) -> tuple[ImageData, str]:
+        """A data set, and what it is called; raises as `load_named`."""
+        if name not in self._data:
+            data, title = load_named(name, **self._source)
+            self._data[name] = data.to(self.device), title
+        return self._data[name]
+
+    def preprocessing(self, name: str, kind: str) -> Preprocessing:
+        """The map to model space of that kind."""
+        if (name, kind) not in self._fitted:
+            images = self.data(name)[0].train_images
+            self._fitted[name, kind] = fit_preprocessing(images, kind, progress=self.progress)
+        return self._fitted[name, kind]
+
+
+def finished(output: Path, cell: Cell, evaluations: Sequence[Evaluation]) -> bool:
+    """Whether nothing of a cell is left to do."""
+    if not evaluations:
+        return final_set_file(output, cell).is_file()
+    return all(read_evaluation(output, cell, evaluation) for evaluation in evaluations)
+
+
+def final_set_file(output: Path, cell: Cell) -> Path:
+    """Where a cell's finished set is."""
+    folder = cell_folder(output, cell)
+    if not get_method(cell.method).distils:
+        return folder / SET_FILE
+    return _set_file(folder, cell.config.iterations)
+
+
+def work(output: Path, cell: Cell, evaluations: Sequence[Evaluation], shelf: Shelf) -> bool:
+    """Do what is left of a cell; False where another process is at it.
+
+    Raises:
+        ValueError: the folder holds another cell, or a damaged one, or settings do not fit the data.
+        OSError, RuntimeError: as `distill`.
+        SystemExit: stopped by a signal while distilling; the run is saved.
+    """
+    folder = cell_folder(output, cell)
+    data, title = shelf.data(cell.dataset)
+    with claimed(folder) as mine:
+        if not mine:
+            return False
+        open_cell(folder, cell, title, data.fingerprint)
+        make_set(folder, cell, shelf)
+        for evaluation in evaluations:
+            if read_evaluation(output, cell, evaluation) is None:
+                _evaluate(folder, cell, evaluation, shelf)
+    return True
+
+
+def make_set(folder: Path, cell: Cell, shelf: Shelf) -> None:
+    """Leave the cell's set, and those of its milestones, in its folder."""
+    if not get_method(cell.method).distils:
+        if not (folder / SET_FILE).is_file():
+            _choose(cell, shelf).save(folder / SET_FILE)
+        return
+    data, _ = shelf.data(cell.dataset)
+    config = cell.config.resolve(data.image_shape, data.name, shelf.device)
+    space = shelf.preprocessing(cell.dataset, config.preprocessing)
+    for iterations in sorted({*cell.milestones, config.iterations}):
+        if _set_file(folder, iterations).is_file():
+            continue
+        synthetic = distill(
+            dataclasses.replace(config, iterations=iterations),
+            data,
+            folder / RUN_FOLDER,
+            resume=(folder / RUN_FOLDER).exists(),
+            progress=shelf.progress,
+            device=shelf.device,
+            preprocessing=space,
+        )
+        synthetic.save(_set_file(folder, iterations))
+        (folder / RUN_FOLDER / SYNTHETIC_FILE).unlink()  # the same set, kept once
+
+
+def _set_file(folder: Path, iterations: int) -> Path:
+    return folder / SET_FOLDER / f"iteration-{iterations:08d}.safetensors"
+
+
+def _choose(cell: Cell, shelf: Shelf) -> SyntheticSet:
+    data, _ = shelf.data(cell.dataset)
+    config = cell.config.resolve(data.image_shape, data.name, shelf.device)
+    space = shelf.preprocessing(cell.dataset, config.preprocessing)
+    options = {"preprocessing": space, "seed": cell.seed, "progress": shelf.progress, "device": shelf.device}
+    if cell.selection_protocol:
+        options |= {"protocol": cell.selection_protocol, "epochs": cell.selection_epochs}
+    started = time.monotonic()
+    chosen = select(data, cell.method, max(cell.ipc, 1), **options)
+    chosen.metadata["seconds"] = time.monotonic() - started
+    return chosen
+
+
+def load_set(folder: Path, cell: Cell, iteration: int | None = None) -> SyntheticSet:
+    """A set of a cell: the finished one, or that of a milestone.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not there, or damaged; says how to have it made again.
+    """
+    if get_method(cell.method).distils:
+        path = _set_file(folder, cell.config.iterations if iteration is None else iteration)
+    else:
+        path = folder / SET_FILE
+    try:
+        return SyntheticSet.load(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; remove {folder} to have the cell made anew") from error
+
+
+def _evaluate(folder: Path, cell: Cell, evaluation: Evaluation, shelf: Shelf) -> None:
+    """Train the networks that are missing, and keep the results whenever some have finished."""
+    synthetic = load_set(folder, cell, evaluation.iteration).to(shelf.device)
+    data, _ = shelf.data(cell.dataset)
+    settings = architecture(cell, evaluation.network)
+    path = folder / evaluation.file_name(settings)
+    before = read_json(path, "remove it, and the set is evaluated anew") if path.is_file() else {}
+    curves = [{int(epoch): value for epoch, value in curve.items()} for curve in before.get("curves", [])]
+    curves += [{}] * (evaluation.networks - len(curves))
+
+    def keep(result: EvaluationResult) -> None:
+        found = result.to_dict()
+        record = {
+            **{name: found[name] for name in ("network", "protocol", "architecture", "precision", "seed", "curves")},
+            "seconds": before.get("seconds", 0.0) + result.seconds,
+            "set_seconds": synthetic.metadata.get("seconds"),
+            "device": result.device,
+            "versions": versions(),
+        }
+        write_atomically(path, json.dumps(record, indent=1) + "\n")
+
+    evaluate(
+        synthetic.images, synthetic.labels, data, synthetic.preprocessing, protocol=evaluation.protocol,
+        networks=len(curves), seed=cell.seed, network=evaluation.network, architecture=settings, device=shelf.device,
+        progress=shelf.progress, earlier=curves, on_network=keep,
+    )  # fmt: skip

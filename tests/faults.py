@@ -1,0 +1,62 @@
+"""The table of faults in ``docs/reliability.md``, from the tests that try them: ``python -m tests.faults`` writes it.
+
+A test tries a fault where it is marked ``@pytest.mark.fault(group, what is done, what happens)``.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "reliability.md"
+GROUPS = (
+    "Stopped runs",
+    "More than one process",
+    "Full disks",
+    "Folders",
+    "Damaged files",
+    "Hostile files",
+    "What a run must not go on with",
+)
+BEGIN, END = "<!-- faults: written by python -m tests.faults -->", "<!-- end of faults -->"
+
+
+def faults() -> dict[str, list[tuple[str, str, str]]]:
+    """For every group (what is done, what happens, the test that shows it) in the order of the files.
+
+    Raises:
+        ValueError: a marker has not three texts, or names another group.
+    """
+    found: dict[str, list[tuple[str, str, str]]] = {group: [] for group in GROUPS}
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            for decorator in getattr(node, "decorator_list", ()):
+                if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "pytest.mark.fault":
+                    place = f"{path.name}::{node.name}"
+                    texts = [argument.value for argument in decorator.args if isinstance(argument, ast.Constant)]
+                    if len(texts) != 3 or texts[0] not in found:
+                        raise ValueError(f"{place}: a fault needs one of the groups {', '.join(GROUPS)}, and two texts")
+                    found[texts[0]].append((texts[1], texts[2], place))
+    return found
+
+
+def table() -> str:
+    """The faults as Markdown."""
+    parts = [BEGIN]
+    for group, rows in faults().items():
+        if rows:
+            parts += [f"\n### {group}\n", "| fault | what happens | shown by |", "| --- | --- | --- |"]
+            parts += [f"| {what} | {happens} | `{place}` |" for what, happens, place in rows]
+    return "\n".join([*parts, "", END])
+
+
+def page() -> str:
+    """The page with its table as it is to be now."""
+    text = PAGE.read_text("utf-8")
+    before, rest = text.split(BEGIN)
+    return before + table() + rest.split(END)[1]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), "utf-8")

@@ -1,0 +1,506 @@
+"""The paper's tables by name: what a plan holds, cells that are never lost or done twice, and what is written."""
+
+import dataclasses
+import fcntl
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from atom_fast.cli import main
+from atom_fast.data.sources import load_data
+from atom_fast.data.whitening import fit_preprocessing
+from atom_fast.distill import preset
+from atom_fast.distill.step import Distillation, fused_if_possible, initial_images, make_network, matching_terms
+from atom_fast.functional import class_groups
+from atom_fast.reproduce import TARGETS, paper, plan, reproduce, work
+from atom_fast.reproduce.budget import Estimator, choose
+from atom_fast.reproduce.cells import CELL_FILE, cell_folder, claimed, read_evaluation
+from atom_fast.reproduce.datasets import load_named
+from atom_fast.reproduce.methods import METHODS, configuration
+from atom_fast.reproduce.run import list_units
+from atom_fast.reproduce.scale import scale_for
+from atom_fast.reproduce.study import FACTORS
+from atom_fast.reproduce.tables import collect, render
+from atom_fast.reproduce.targets import parse_cell
+
+CELLS = (("digits", 1),)
+TINY = {"iterations": 4, "width": 4, "depth": 2, "real_batch": 4}
+SMALL = {"settings": TINY, "seeds": 1, "networks": 1, "epochs": 3, "selection_epochs": 1}
+
+
+def small(target, methods=None, cells=CELLS, **changes):
+    return plan(target, cells, methods, **{**SMALL, **changes})
+
+
+def run(target, output, **options):
+    said = []
+    record = reproduce(target, output, device="cpu", progress=False, report=said.append, **options)
+    return record, said
+
+
+@pytest.fixture(scope="module")
+def table4(tmp_path_factory):
+    """The folder and the record of a small Table 4."""
+    output = tmp_path_factory.mktemp("reproduce")
+    return output, run(small("table4"), output)[0]
+
+
+def command(*arguments, code=0):
+    result = CliRunner().invoke(main, ["reproduce", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result.stdout, result.stderr
+
+
+# What is matched
+
+
+def test_feature_matching_is_equation_3_with_the_map_itself():
+    data = load_data("digits")
+    config = preset("paper", ipc=2, spatial_power=None, channel_power=None, feature_maps=True, **TINY)
+    config = config.resolve(data.image_shape, "digits", torch.device("cpu"))
+    network = make_network(config, data)
+    network.reset_parameters(torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    real, synthetic = (torch.randn(10 * n, 1, 8, 8, generator=generator) for n in (3, 2))
+    real_labels, labels = (torch.arange(10).repeat_interleave(n) for n in (3, 2))
+    synthetic.requires_grad_()
+    extractor, why = fused_if_possible(network, config)
+    assert extractor is network and "feature_maps" in why
+    attention, _ = matching_terms(extractor, real, synthetic, config, class_groups(real_labels, labels))
+    expected = 0
+    for layer in range(config.depth - 1):
+        f, g = (network.features(images)[1][layer] for images in (real, synthetic))
+        for k in range(10):
+            ours = torch.stack([x.flatten() / x.norm() for x in g[labels == k]]).mean(0)
+            target = torch.stack([x.flatten() / x.norm() for x in f[real_labels == k]]).mean(0)
+            expected = expected + (target - ours).square().sum()
+    torch.testing.assert_close(attention, expected)
+    gradients = [torch.autograd.grad(loss, synthetic)[0] for loss in (attention, expected)]
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].abs().max() > 0
+
+
+def test_feature_matching_adds_to_attention():
+    data = load_data("digits")
+    terms = {}
+    for name, settings in {"both": {"feature_maps": True}, "attention": {}}.items():
+        config = preset("paper", **TINY, **settings).resolve(data.image_shape, "digits", torch.device("cpu"))
+        space = fit_preprocessing(data.train_images, "standard", progress=False)
+        steps = Distillation(config, data, space, initial_images(config, data, space))
+        steps.step(1)
+        terms[name] = steps.read_terms()
+    assert terms["both"].attention_loss > terms["attention"].attention_loss > 0
+    assert terms["both"].mmd_loss == pytest.approx(terms["attention"].mmd_loss, rel=1e-4)
+
+
+def test_table_4_compares_losses_and_nothing_else():
+    losses = {"spatial_power", "channel_power", "mmd_weight", "feature_maps"}
+    base = configuration("atom", 1, 0, {}).to_dict()
+    for method in ("mmd", "feature-maps", "dam", "atom-channel"):
+        other = configuration(method, 1, 0, {}).to_dict()
+        assert {name for name in base if base[name] != other[name]} <= losses, method
+
+
+# Plans
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_has_the_paper_s_cells(target):
+    found = plan(target)
+    assert {(cell.dataset, cell.ipc) for cell, _ in found.units if cell.method != "full"} == set(TARGETS[target].cells)
+    sets = {}
+    for cell, evaluations in found.units:
+        assert all(evaluation.networks == 20 for evaluation in evaluations)
+        sets.setdefault(dataclasses.replace(cell, seed=0), set()).add(cell.seed)
+    expected = {"grids": {0}}.get(found.kind, set(range(5)))
+    assert all(seeds == expected or cell.method == "full" for cell, seeds in sets.items())
+
+
+def test_the_paper_s_figures_stand_where_they_belong():
+    entries = {row.title: row.entries for row in plan("table1").sections[0].rows}
+    assert entries["ATOM"]["cifar10:10"].paper == (57.9, 0.7) and entries["ATOM"]["cifar10:10"].jobs
+    assert entries["DSA"]["cifar100:50"].paper == (42.8, 0.4) and not entries["DSA"]["cifar100:50"].jobs
+    assert entries["Full data set"]["tiny:1"].paper == (37.6, 0.4)
+    assert "tiny:1" not in entries["K-Center"] or entries["K-Center"]["tiny:1"].paper is None
+    [section] = plan("table5").sections
+    assert {row.title: row.entries["p_s = 1"].paper for row in section.rows}["p_c = 8"] == (58.8, None)
+    assert paper.TABLE2["ATOM"]["average"] == (62.7, 0.6) and len(paper.TABLE5) == 16
+    means = [paper.TABLE2["DAM"][network][0] for network in paper.TABLE2_NETWORKS]
+    assert sum(means) / 5 == pytest.approx(60.8, abs=0.05), "a digit lost in copying shows here"
+
+
+def test_tables_and_figures_share_cells():
+    atom = {cell.folder_name for cell, _ in plan("table1", [("cifar10", 50)], ["atom"]).units}
+    for target in ("table2", "table4", "fig5"):
+        shared = {cell.folder_name for cell, _ in plan(target, methods=["atom"]).units}
+        assert shared <= atom, target
+    [default] = [cell for cell, _ in plan("table5", seeds=1).units
+                 if cell.config.spatial_power == cell.config.channel_power == 4]  # fmt: skip
+    assert default.folder_name == plan("table1", [("cifar10", 10)], ["atom"]).units[0][0].folder_name
+
+
+def test_a_cell_s_folder_tells_its_settings_apart():
+    names = set()
+    for settings in ({}, {"width": 64}, {"iterations": 10}, {"norm": "batch"}):
+        names |= {cell.folder_name for cell, _ in plan("table4", CELLS, settings=settings).units}
+    assert len(names) == 6 * 3 * 4 - 3 * 3, "random images differ by none of these settings"
+    assert plan("table4", CELLS, seeds=1, settings={"checkpoint_every": 7}).units[0][0].folder_name in names
+
+
+def test_the_study_changes_one_setting_at_a_time():
+    [section] = plan("study", [("cifar10", 1)]).sections
+    base = section.rows[0].entries["accuracy"].jobs[0]
+    seen = set()
+    for row in section.rows[1:]:
+        cell, evaluation = row.entries["accuracy"].jobs[0]
+        before, after = base[0].config.to_dict(), cell.config.to_dict()
+        changed = {name for name in before if before[name] != after[name]}
+        changed |= {"evaluation"} if evaluation != base[1] else set()
+        assert len(changed) == 1, row.title
+        seen |= changed
+    assert seen == set(FACTORS)
+    assert len(section.rows) == 1 + sum(len(values) - 1 for values in FACTORS.values())
+
+
+def test_protocols_are_shortened_in_proportion():
+    scale = scale_for("cifar10", epochs=100)
+    assert {name: scale.training(name).epochs for name in ("paper", "dc", "datadam-code")} == {
+        "paper": 100, "dc": 30, "datadam-code": 180,
+    }  # fmt: skip
+    assert any("epochs 100 instead of 1000" in text for text in scale.reductions())
+    assert scale_for("cifar10").reductions() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["table9"], "table1"),
+        (["table1", "--cells", "cifar11:1"], "cifar11:1"),
+        (["table1", "--cells", "cifar10:0"], "cifar10:0"),
+        (["table1", "--cells", "cifar10"], "DATASET:IPC"),
+        (["table2", "--methods", "herding"], "dm, dam, atom"),
+        (["table2", "--cells", "digits:1"], "digits32"),
+        (["study", "--factors", "norm,colour"], "colour"),
+        (["table4", "--set", "no_such=1"], "no_such"),
+        (["table4", "--set", "norm"], "NAME=VALUE"),
+        (["table4", "--set", "norm=[1, 2]"], "norm"),
+        (["table4", "--seeds", "0"], "seeds"),
+        (["table4", "--cells", "digits:1", "--only", "99"], "99"),
+        (["table4", "--cells", "digits:1000", "--seeds", "1", "--methods", "atom", "--quiet"], "1000"),
+    ],
+)
+def test_what_does_not_exist_is_named(arguments, named, tmp_path):
+    options = [] if "--only" not in arguments and "1000" not in str(arguments) else ["--device", "cpu"]
+    _, error = command(*arguments, "--output", tmp_path, *options, code=2)
+    assert named in error and "Traceback" not in error
+
+
+def test_cells_are_read():
+    assert parse_cell(" tiny:50") == ("tiny", 50)
+    for text in ("tiny", "tiny:", "tiny:x", "tiny:-1", "svhn:1"):
+        with pytest.raises(ValueError, match="DATASET:IPC"):
+            parse_cell(text)
+
+
+# Data
+
+
+def test_missing_data_says_where_and_how(tmp_path):
+    _, error = command("fig5", "--data-dir", tmp_path, "--output", tmp_path / "out", "--quiet", code=2)
+    assert str(tmp_path) in error and "--download" in error and "train/<class>" in error
+    assert not list((tmp_path / "out").glob("cells/*/*"))
+
+
+def write_folder(root, quality=None, classes=10, size=32):
+    for split in ("train", "test"):
+        for label in range(classes):
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True)
+            image = Image.effect_noise((size, size), 40 + label).convert("RGB")
+            if quality:
+                image.save(folder / "0.jpg", quality=quality)
+            else:
+                image.save(folder / "0.png")
+
+
+@pytest.mark.parametrize(
+    ("quality", "title"), [(75, "CIFAR-10 (JPEG q75)"), (90, "CIFAR-10 (JPEG q90)"), (None, "CIFAR-10 (PNG)")]
+)
+def test_folders_of_images_are_named_by_their_format(quality, title, tmp_path):
+    write_folder(tmp_path / "cifar10", quality)
+    data, found = load_named("cifar10", tmp_path, progress=False)
+    assert (found, data.name, data.num_classes) == (title, "cifar10", 10)
+    assert load_named("cifar10", tmp_path / "cifar10", progress=False)[1] == title
+
+
+def test_images_of_another_data_set_are_refused(tmp_path):
+    write_folder(tmp_path, classes=3)
+    with pytest.raises(ValueError, match="10 classes"):
+        load_named("cifar10", tmp_path, progress=False)
+
+
+# Cells
+
+
+def test_a_table_ends_with_ours_beside_the_paper_s(table4):
+    output, record = table4
+    assert record == json.loads((output / "table4.json").read_text())
+    [section] = record["sections"]
+    assert [row["title"] for row in section["rows"]][:2] == ["Random (nothing is matched)", "MMD"]
+    for row in section["rows"]:
+        ours = row["entries"]["digits:1"]["ours"]
+        assert 0 <= ours["mean"] <= 100 and ours["sets"] == ours["networks"] == 1
+        assert f"| {row['title']} " in (output / "table4.md").read_text()
+    assert any("iterations 4 instead of 8,000" in text for text in record["reduced"]["digits"])
+    assert record["data"] == {"digits": "digits"} and record["protocols"]
+    [config] = {json.dumps(c["config"]) for c in record["configurations"].values() if c["method"] == "atom"}
+    assert json.loads(config)["width"] == 4
+
+
+def test_finished_cells_are_kept_whoever_asks(table4, monkeypatch):
+    output, record = table4
+
+    def refuse(*arguments):
+        raise AssertionError("a finished cell was worked on")
+
+    monkeypatch.setattr("atom_fast.reproduce.run.work", refuse)
+    again, said = run(small("table4"), output)
+    assert again["sections"] == record["sections"] and "6 of them finished" in said[0]
+    fewer, _ = run(small("table1", ["random", "dam", "atom"]), output, only=[1])
+    rows = {row["title"]: row["entries"]["digits:1"]["ours"] for row in fewer["sections"][0]["rows"]}
+    in_table4 = {row["title"]: row["entries"]["digits:1"]["ours"] for row in record["sections"][0]["rows"]}
+    assert rows["ATOM"] == in_table4["MMD + spatial + channel"] and rows["DAM"] == in_table4["MMD + spatial"]
+
+
+def test_more_networks_continue_fewer(table4, tmp_path):
+    output = tmp_path / "copy"
+    shutil.copytree(table4[0], output)
+    [(cell, [before])] = small("table4", ["atom"]).units
+    target = small("table4", ["atom"], networks=3)
+    first = read_evaluation(output, cell, before)["accuracies"]
+    record, _ = run(target, output)
+    ours = record["sections"][0]["rows"][-1]["entries"]["digits:1"]["ours"]
+    assert ours["networks"] == 3 and ours["accuracies"][0][:1] == first
+    assert read_evaluation(output, cell, before)["accuracies"] == first
+
+
+def test_an_interrupted_cell_is_resumed(tmp_path, monkeypatch):
+    target = small("table4", ["atom"], settings={**TINY, "checkpoint_every": 2})
+    whole, _ = run(target, tmp_path / "whole")
+    steps, original = [], Distillation.step
+
+    def stop_at_3(self, iteration):
+        steps.append(iteration)
+        if steps == [1, 2, 3]:
+            raise RuntimeError("the machine went away")
+        original(self, iteration)
+
+    monkeypatch.setattr(Distillation, "step", stop_at_3)
+    with pytest.raises(RuntimeError, match="went away"):
+        run(target, tmp_path / "parts")
+    record, _ = run(target, tmp_path / "parts")
+    assert steps == [1, 2, 3, 3, 4]
+    assert record["sections"][0]["rows"][-1]["entries"]["digits:1"]["ours"]["accuracies"] == (
+        whole["sections"][0]["rows"][-1]["entries"]["digits:1"]["ours"]["accuracies"]
+    )
+
+
+def test_a_cell_that_another_process_has_is_passed_over(tmp_path):
+    target = small("table4", ["random", "atom"])
+    [(cell, _), _] = target.units
+    folder = cell_folder(tmp_path, cell)
+    folder.mkdir(parents=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with claimed(folder) as mine:
+            assert not mine
+        record, said = run(target, tmp_path)
+    measured = [row["title"] for row in record["sections"][0]["rows"] if row["entries"]["digits:1"]["ours"]]
+    assert measured == ["MMD + spatial + channel"]
+    assert any("1 cells are in work by other processes" in line for line in said)
+    assert "finished" in list_units(target, tmp_path)[1] and "to do" in list_units(target, tmp_path)[0]
+
+
+def damaged(folder, what):
+    if what == "note":
+        (folder / CELL_FILE).write_text('{"format": ')
+    elif what == "evaluation":
+        next(folder.glob("evaluation-*.json")).write_text("")
+    elif what == "set":
+        path = next(folder.glob("sets/*.safetensors"))
+        path.write_bytes(path.read_bytes()[:-7])
+    elif what == "strange":
+        (folder / CELL_FILE).unlink()
+    elif what == "other":
+        note = json.loads((folder / CELL_FILE).read_text())
+        (folder / CELL_FILE).write_text(json.dumps({**note, "fingerprint": "0" * 64}))
+    if what != "evaluation":
+        for path in folder.glob("evaluation-*.json"):
+            path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("note", "damaged"), ("evaluation", "damaged"), ("set", "damaged"), ("strange", "no cell.json"),
+        ("other", "other images"),
+    ],
+)  # fmt: skip
+def test_a_damaged_cell_is_named_with_a_way_out(table4, tmp_path, what, said):
+    output = tmp_path / "copy"
+    shutil.copytree(table4[0], output)
+    [(cell, _)] = small("table4", ["atom"]).units
+    folder = cell_folder(output, cell)
+    damaged(folder, what)
+    files = output.glob("cells/*/evaluation-*.json")
+    others = {path: path.read_bytes() for path in files if folder not in path.parents}
+    with pytest.raises(ValueError, match=f"(?s){folder.name}.*{said}|{said}.*{folder.name}") as error:
+        run(small("table4", ["atom"]), output)
+    assert re.search("remove|--data-dir", str(error.value))
+    assert others and all(path.read_bytes() == content for path, content in others.items())
+
+
+# Budget
+
+
+def test_a_budget_takes_what_fits_in_order():
+    assert choose(["a", "b", "c"], [40.0, 100.0, 20.0], 1.0) == (["a", "c"], ["b"])
+    assert choose(["a"], [1.0], 0.0) == ([], ["a"])
+
+
+def test_a_budget_names_what_runs_and_what_is_left(table4, tmp_path, monkeypatch):
+    output = tmp_path / "copy"
+    shutil.copytree(table4[0], output)
+    target = small("table4", ["random", "mmd", "atom"], seeds=2)
+    seconds = {"random": 5.0, "mmd": 30.0, "atom": 1000.0}
+    monkeypatch.setattr(Estimator, "seconds", lambda self, unit: seconds[unit[0].method])
+    record, said = run(target, output, budget=1.0)
+    assert said[0].endswith("6 cells, 3 of them finished") and "2 of 3 cells fit into 1 min" in said[1]
+    assert any("left, 17 min" in line and "atom seed 1" in line for line in said)
+    entries = {row["title"]: row["entries"]["digits:1"]["ours"] for row in record["sections"][0]["rows"]}
+    assert entries["MMD"]["sets"] == 2 and entries["MMD + spatial + channel"]["sets"] == 1
+    assert "(1 of 2 sets)" in render(record)
+
+
+def test_estimates_come_from_finished_cells_or_probes(table4, tmp_path):
+    shelf = work.Shelf(None, download=False, device=torch.device("cpu"), progress=False)
+    target = small("table4", seeds=2)
+    known = Estimator(table4[0], target.units, shelf)
+    for unit in target.units:
+        cell, [evaluation] = unit
+        if cell.seed == 0:
+            assert known.seconds(unit) == 0
+        elif cell.method == "atom":
+            found = read_evaluation(table4[0], dataclasses.replace(cell, seed=0), evaluation)
+            assert known.seconds(unit) >= found["set_seconds"]
+    assert not known._probed
+    [unit] = small("table4", ["atom"]).units
+    assert 0 < Estimator(tmp_path, [unit], shelf).seconds(unit) < 60
+
+
+# Figures, and the rest of the tables
+
+
+def test_figure_3_evaluates_sets_on_the_way(tmp_path):
+    record, _ = run(small("fig3", ["dam", "atom"]), tmp_path)
+    [section] = record["sections"]
+    assert section["columns"] == ["1", "2", "3", "4"] and [row["title"] for row in section["rows"]] == ["DAM", "ATOM"]
+    assert all(entry["ours"] for row in section["rows"] for entry in row["entries"].values())
+    [(cell, evaluations)] = small("fig3", ["atom"]).units
+    folder = cell_folder(tmp_path, cell)
+    sets = [work.load_set(folder, cell, evaluation.iteration) for evaluation in evaluations]
+    assert len(sets) == 4 and not torch.equal(sets[0].images, sets[-1].images)
+    [(straight, _)] = small("table4", ["atom"]).units
+    run(small("table4", ["atom"]), tmp_path)
+    torch.testing.assert_close(work.load_set(cell_folder(tmp_path, straight), straight).images, sets[-1].images)
+    with Image.open(tmp_path / "fig3.png") as picture:
+        assert picture.size[0] > 400
+
+
+def test_pictures_are_drawn_through_the_inverse_preprocessing(table4):
+    output, _ = table4
+    run(small("fig4"), output)
+    with Image.open(output / "fig4-digits-ipc1.png") as picture:
+        assert picture.convert("RGB").getextrema() != ((255, 255),) * 3
+
+
+def test_table_2_averages_over_architectures(tmp_path, monkeypatch):
+    cells = (("digits32", 1),)
+    networks = {evaluation.network for _, found in small("table2", cells=cells).units for evaluation in found}
+    assert networks == set(paper.TABLE2_NETWORKS)
+    monkeypatch.setattr("atom_fast.reproduce.targets._NETWORK_TITLES", {"convnet": "ConvNet", "alexnet": "AlexNet"})
+    record, _ = run(small("table2", ["atom"], cells), tmp_path)
+    [row] = record["sections"][0]["rows"]
+    ours = {column: entry["ours"] for column, entry in row["entries"].items()}
+    assert ours["Avg."]["mean"] == pytest.approx((ours["ConvNet"]["mean"] + ours["AlexNet"]["mean"]) / 2)
+
+
+def test_methods_that_select_and_the_full_data_set(tmp_path):
+    methods = ["random", "herding", "forgetting"]
+    target = small("table1", methods)
+    record, _ = run(target, tmp_path)
+    assert sum(bool(row["entries"]["digits:1"]["ours"]) for row in record["sections"][0]["rows"]) == 3
+    for cell, _ in target.units:
+        chosen = work.load_set(cell_folder(tmp_path, cell), cell)
+        assert chosen.class_sizes == (1,) * 10 and chosen.metadata["method"] == cell.method
+    [(cell, _)] = small("table1", ["full"]).units
+    assert cell.ipc == 0
+    run(small("table1", ["full"]), tmp_path)
+    assert len(work.load_set(cell_folder(tmp_path, cell), cell)) == 1400
+
+
+def test_what_is_not_measured_is_not_filled_in(tmp_path):
+    record = collect(plan("table1", [("cifar10", 1)], ["atom"]), tmp_path)
+    rows = {row["title"]: row["entries"]["cifar10:1"] for row in record["sections"][0]["rows"]}
+    assert rows["ATOM"]["ours"] is None and rows["ATOM"]["difference"] is None and not rows["ATOM"]["cited"]
+    assert rows["DC"]["cited"] and rows["DC"]["paper"] == [28.3, 0.5]
+    text = render(record)
+    assert "not measured" in text and "(cited)" in text and "at the size of the paper" in text
+    assert set(METHODS) >= set(TARGETS["table1"].methods)
+
+
+# Documents
+
+
+def test_the_page_shows_the_results_that_are_kept():
+    from benchmarks import reproduction
+
+    root = Path(__file__).resolve().parent.parent
+    assert reproduction.refresh(root / "benchmarks" / "results", root / "docs" / "reproduction.md", check=True) == []
+
+
+def test_commands_on_the_page_exist():
+    page = Path(__file__).resolve().parent.parent / "docs" / "reproduction.md"
+    commands = re.findall(r"^atom-fast reproduce (.*)$", page.read_text("utf-8"), flags=re.MULTILINE)
+    assert len(commands) > 3
+    for line in commands:
+        arguments = shlex.split(line, comments=True)
+        command = main.commands["reproduce"]
+        options = command.make_context("reproduce", arguments, click.Context(main, **main.context_settings)).params
+        scale = {name: options[name] for name in ("seeds", "networks", "epochs")}
+        assert plan(options["target"], options["cells"], options["methods"], options["factors"], **scale).units
+
+
+def test_a_page_that_differs_is_noticed_and_refreshed(tmp_path, table4):
+    from benchmarks import reproduction
+
+    results = tmp_path / "results"
+    results.mkdir()
+    shutil.copy(table4[0] / "table4.json", results / "reproduce-digits-table4.json")
+    page = tmp_path / "page.md"
+    page.write_text("<!-- digits-table4:start -->\nold\n<!-- digits-table4:end -->\n")
+    assert reproduction.refresh(results, page, check=True)
+    assert reproduction.refresh(results, page) and "MMD + spatial" in page.read_text()
+    assert reproduction.refresh(results, page, check=True) == []
+    (results / "reproduce-digits-table4.json").write_text("{}")
+    with pytest.raises(ValueError, match="reproduce-digits-table4"):
+        reproduction.refresh(results, page)
