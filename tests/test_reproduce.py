@@ -28,7 +28,7 @@ from atom_fast.reproduce.methods import METHODS, configuration
 from atom_fast.reproduce.run import list_units
 from atom_fast.reproduce.scale import scale_for
 from atom_fast.reproduce.study import FACTORS
-from atom_fast.reproduce.tables import collect, render
+from atom_fast.reproduce.tables import _paired, collect, render
 from atom_fast.reproduce.targets import parse_cell
 
 CELLS = (("digits", 1),)
@@ -456,6 +456,15 @@ def test_methods_that_select_and_the_full_data_set(tmp_path):
     assert cell.ipc == 0
     run(small("table1", ["full"]), tmp_path)
     assert len(work.load_set(cell_folder(tmp_path, cell), cell)) == 1400
+
+
+def test_rows_are_compared_set_by_set():
+    base = {"seeds": [0, 1, 2], "accuracies": [[10.0, 20.0], [30.0], [None]]}
+    other = {"seeds": [1, 0, 3], "accuracies": [[34.0], [15.0, None], [99.0]]}
+    mean, error = _paired(other, base)
+    assert (mean, error) == (2.0, pytest.approx(2.0)), "of seeds 0 and 1, by 0 and 4"
+    assert _paired({"seeds": [1], "accuracies": [[31.0]]}, base) == [1.0, None]
+    assert _paired(other, None) is None and _paired({"seeds": [9], "accuracies": [[1.0]]}, base) is None
 
 
 def test_what_is_not_measured_is_not_filled_in(tmp_path):

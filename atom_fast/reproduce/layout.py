@@ -38,12 +38,20 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A table of its own under a title; ``heading`` stands above the rows' titles."""
+    """A table of its own under a title.
+
+    Attributes:
+        title: of the section; a cell as DATASET:IPC, or nothing.
+        heading: stands above the rows' titles.
+        columns, rows: what it consists of.
+        base: title of the row that the others are compared with, set by set.
+    """
 
     title: str
     heading: str
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
+    base: str | None = None
 
 
 def make_cell(

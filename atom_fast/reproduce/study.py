@@ -44,7 +44,7 @@ def section(dataset: str, ipc: int, scale: Scale, factors: Sequence[str] | None 
             if [_outcome(job) for job in jobs] != [_outcome(job) for job in base]:
                 rows.append(Row(f"{factor} {value:g}" if isinstance(value, float) else f"{factor} {value}",
                                 {column: Entry(None, jobs)}))  # fmt: skip
-    return Section(f"{dataset}:{ipc}", "setting", (column,), tuple(rows))
+    return Section(f"{dataset}:{ipc}", "setting", (column,), tuple(rows), BASE)
 
 
 def _outcome(job) -> tuple:

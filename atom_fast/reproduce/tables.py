@@ -25,7 +25,8 @@ def collect(plan: Plan, output: Path) -> dict:
         the paper, by data set), ``scales``, ``protocols``, ``methods`` (their full settings), ``devices``,
         ``versions``, ``date``, and ``sections``: ``rows`` of ``entries`` with ``paper`` ([mean, deviation]), ``ours``
         (mean and population deviation over all networks of all sets, and every accuracy; None: not measured),
-        ``difference`` and ``wanted``, the number of sets.
+        ``difference``, ``wanted``, the number of sets, and, where the section has a ``base``, ``to_base``: the mean
+        difference of sets of the same seed, and its standard error.
     """
     found = _Found(output)
     sections = [_section(section, found) for section in plan.sections]
@@ -64,7 +65,7 @@ class _Found:
                 continue
             self.data[cell.dataset] = result["data"]
             self.devices.add(result["device"])
-            results.append(result)
+            results.append({**result, "seed": cell.seed})
         return _summary(results) if results else None
 
 
@@ -78,6 +79,7 @@ def _summary(results: Sequence[Mapping]) -> dict:
         "std": statistics.pstdev(known) if known else None,
         "std_of_sets": statistics.pstdev(means) if len(means) > 1 else None,
         "sets": len(results),
+        "seeds": [result["seed"] for result in results],
         "networks": sum(len(one) for one in accuracies),
         "diverged": sum(value is None for one in accuracies for value in one),
         "accuracies": accuracies,
@@ -97,7 +99,29 @@ def _section(section: Section, found: _Found) -> dict:
             ours = _average(entries) if entry.average else found.ours(entry.jobs)
             entries[column] = _entry(entry, ours)
         rows.append({"title": row.title, "entries": entries})
-    return {"title": section.title, "heading": section.heading, "columns": list(section.columns), "rows": rows}
+    for row in rows if section.base else ():
+        [base] = [other for other in rows if other["title"] == section.base]
+        for column, entry in row["entries"].items():
+            entry["to_base"] = None if row is base else _paired(entry["ours"], base["entries"][column]["ours"])
+    described = {"title": section.title, "heading": section.heading, "base": section.base}
+    return {**described, "columns": list(section.columns), "rows": rows}
+
+
+def _paired(ours: Mapping | None, base: Mapping | None) -> list[float | None] | None:
+    """Mean difference of the sets of a row and those of the same seeds in another, and its standard error."""
+    means = [_set_means(one) if one else {} for one in (ours, base)]
+    differences = [mean - means[1][seed] for seed, mean in means[0].items() if seed in means[1]]
+    if not differences:
+        return None
+    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
+    return [statistics.fmean(differences), error]
+
+
+def _set_means(ours: Mapping) -> dict[int, float]:
+    """Mean accuracy of each set by its seed."""
+    pairs = zip(ours["seeds"], ours["accuracies"], strict=True)
+    known = {seed: [value for value in one if value is not None] for seed, one in pairs}
+    return {seed: statistics.fmean(values) for seed, values in known.items() if values}
 
 
 def _entry(entry: Entry, ours: dict | None) -> dict:
@@ -148,16 +172,19 @@ def _caption(record: Mapping) -> str:
         f"{name}: {'; '.join(record['reduced'][dataset]) or 'at the size of the paper'}"
         for dataset, name in record["data"].items()
     ]
-    lines = [f"{record['title']}. {'. '.join(places)}."]
-    cells = {section["title"] for section in record["sections"]} - {""}
-    if len(cells) == 1:
-        lines[0] = f"{record['title']}, {_place(cells.pop(), record)}. {'. '.join(places)}."
+    titles = [section["title"] for section in record["sections"] if section["title"]]
+    if not titles and len(record["sections"][0]["columns"]) == 1:
+        titles = record["sections"][0]["columns"]  # of one column the heading does not say which
+    where = f", {_place(titles[0], record)}" if len(titles) == 1 else ""
+    lines = [f"{record['title']}{where}. {'. '.join(places)}."]
     if record["devices"]:
         lines.append(
             f"Test accuracy of the last epoch in per cent, mean ± population standard deviation over all networks of "
             f"all sets. Measured on {' and '.join(map(_device_name, record['devices']))}, {record['date']}, "
             f"torch {record['versions']['torch']}."
         )
+    if any(section.get("base") and len(section["columns"]) == 1 for section in record["sections"]):
+        lines.append("Comparisons with a row pair sets of the same seed: mean difference ± its standard error.")
     return "\n".join(lines)
 
 
@@ -184,10 +211,10 @@ def _detailed(section: Mapping, record: Mapping) -> str:
     """One column in full: ours, the paper's, the difference, and the time of a set and of its evaluation."""
     column = section["columns"][0]
     printed = any((row["entries"].get(column) or {}).get("paper") for row in section["rows"])
-    base = _mean(section["rows"][0]["entries"][column]) if record["target"] == "study" else None
+    base = section.get("base")
     head = [section["heading"], "ours", "sets × networks"]
     head += ["paper", "difference"] if printed else []
-    head += ["to the preset"] if base is not None else []
+    head += [f"to {base}"] if base else []
     head += ["s a set", "s evaluation"]
     rows = []
     for row in section["rows"]:
@@ -197,7 +224,7 @@ def _detailed(section: Mapping, record: Mapping) -> str:
         ours = entry["ours"]
         cells = [row["title"], _ours(entry), f"{ours['sets']} × {ours['networks'] // ours['sets']}" if ours else ""]
         cells += [_figure(entry["paper"]), _signed(entry["difference"])] if printed else []
-        cells += ["" if row is section["rows"][0] else _signed(_less(entry, base))] if base is not None else []
+        cells += [_with_error(entry["to_base"])] if base else []
         cells += [_number(ours and ours["set_seconds"]), _number(ours and ours["evaluation_seconds"])]
         rows.append(cells)
     return markdown(head, rows)
@@ -228,15 +255,6 @@ def _ours(entry: Mapping) -> str:
     return f"{ours['mean']:.1f} ± {ours['std']:.1f}" + (f" ({', '.join(notes)})" if notes else "")
 
 
-def _mean(entry: Mapping) -> float | None:
-    return entry["ours"]["mean"] if entry["ours"] else None
-
-
-def _less(entry: Mapping, base: float | None) -> float | None:
-    mean = _mean(entry)
-    return None if mean is None or base is None else mean - base
-
-
 def _figure(value: Sequence | None) -> str:
     if value is None:
         return "–"
@@ -246,6 +264,12 @@ def _figure(value: Sequence | None) -> str:
 
 def _signed(value: float | None) -> str:
     return "" if value is None else f"{value:+.1f}"
+
+
+def _with_error(value: Sequence | None) -> str:
+    if value is None:
+        return ""
+    return _signed(value[0]) + ("" if value[1] is None else f" ± {value[1]:.1f}")
 
 
 def _number(value: float | None) -> str:
