@@ -22,7 +22,7 @@ from atom_fast.distill.step import Distillation, fused_if_possible, initial_imag
 from atom_fast.functional import class_groups
 from atom_fast.reproduce import TARGETS, paper, plan, reproduce, work
 from atom_fast.reproduce.budget import Estimator, choose
-from atom_fast.reproduce.cells import CELL_FILE, cell_folder, claimed, read_evaluation
+from atom_fast.reproduce.cells import CELL_FILE, architecture, cell_folder, claimed, read_evaluation
 from atom_fast.reproduce.datasets import load_named
 from atom_fast.reproduce.methods import METHODS, configuration
 from atom_fast.reproduce.run import list_units
@@ -154,6 +154,13 @@ def test_a_cell_s_folder_tells_its_settings_apart():
         names |= {cell.folder_name for cell, _ in plan("table4", CELLS, settings=settings).units}
     assert len(names) == 6 * 3 * 4 - 3 * 3, "random images differ by none of these settings"
     assert plan("table4", CELLS, seeds=1, settings={"checkpoint_every": 7}).units[0][0].folder_name in names
+
+
+def test_all_methods_are_tested_on_the_same_networks():
+    for settings in ({}, {"norm": "batch", "width": 16}):
+        units = plan("table1", CELLS, settings=settings).units
+        assert len({str(architecture(cell, "convnet")) for cell, _ in units}) == 1
+    assert architecture(units[0][0], "convnet")["norm"] == "batch" and architecture(units[0][0], "vit") == {}
 
 
 def test_the_study_changes_one_setting_at_a_time():

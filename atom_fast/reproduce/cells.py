@@ -100,10 +100,13 @@ class Evaluation:
 
 
 def architecture(cell: Cell, network: str) -> dict[str, object]:
-    """Settings of the ConvNets that a cell's set is tested on: those that it was, or would be, distilled with."""
+    """Settings of the ConvNets that a cell's set is tested on: the same for all methods, ATOM's at the cell's settings.
+
+    A table that tests DM's sets on networks of another initialisation than ATOM's would compare networks, not sets.
+    """
     if network != "convnet":
         return {}
-    config = cell.config
+    config = configuration("atom", cell.ipc, cell.seed, dict(cell.settings))
     names = {"width": "width", "depth": "depth", "norm": "norm", "pooling": "pooling", "network_init": "initialization"}
     return {name: getattr(config, key) for key, name in names.items() if getattr(config, key) is not None}
 
