@@ -160,7 +160,8 @@ def test_all_methods_are_tested_on_the_same_networks():
     for settings in ({}, {"norm": "batch", "width": 16}):
         units = plan("table1", CELLS, settings=settings).units
         assert len({str(architecture(cell, "convnet")) for cell, _ in units}) == 1
-    assert architecture(units[0][0], "convnet")["norm"] == "batch" and architecture(units[0][0], "vit") == {}
+    assert architecture(units[0][0], "convnet")["norm"] == "batch"
+    assert architecture(units[0][0], "convnet", "group")["norm"] == "group" and architecture(units[0][0], "vit") == {}
 
 
 def test_the_study_changes_one_setting_at_a_time():
@@ -171,7 +172,8 @@ def test_the_study_changes_one_setting_at_a_time():
         cell, evaluation = row.entries["accuracy"].jobs[0]
         before, after = base[0].config.to_dict(), cell.config.to_dict()
         changed = {name for name in before if before[name] != after[name]}
-        changed |= {"evaluation"} if evaluation != base[1] else set()
+        changed |= {"evaluation"} if evaluation.protocol != base[1].protocol else set()
+        changed |= {"evaluation_norm"} if evaluation.norm != base[1].norm else set()
         assert len(changed) == 1, row.title
         seen |= changed
     assert seen == set(FACTORS)

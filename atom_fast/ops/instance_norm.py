@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .._backend import resolve_backend
 from .launching import accumulation_dtype, device_of
@@ -45,6 +46,8 @@ def instance_norm(
     # Planes whose values are adjacent are what PyTorch's own operators are fast at on a CPU.
     if backend == "reference" or (backend == "torch" and not _is_channels_last(x)):
         return reference_instance_norm(x, weight, bias, eps, rectify, pool)
+    if backend == "torch" and not torch.compiler.is_compiling():
+        return _InstanceNorm.apply(x, weight, bias, eps, rectify, pool)
     return instance_norm_op(x, weight, bias, eps, rectify, pool, backend == "triton")[0]
 
 
@@ -101,12 +104,16 @@ def instance_norm_backward_op(
     fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``x`` [B, C, H, W], and of scale and shift [C]."""
+    backward = _backward_triton if fused else _backward_torch
+    return _gradients(gradient, x, weight, bias, mean, rstd, rectify, pool, backward)
+
+
+def _gradients(gradient, x, weight, bias, mean, rstd, rectify, pool, backward) -> tuple[Tensor, Tensor, Tensor]:
     grad_x = _empty_gradient(x)
     if x.numel() == 0:
         return grad_x, torch.zeros_like(weight), torch.zeros_like(bias)
     # Each sample's part, added afterwards in a fixed order.
     grad_weight, grad_bias = torch.empty_like(mean), torch.empty_like(mean)
-    backward = _backward_triton if fused else _backward_torch
     backward(gradient, x, weight, bias, mean, rstd, rectify, pool, grad_x, grad_weight, grad_bias)
     return grad_x, grad_weight.sum(0).to(weight.dtype), grad_bias.sum(0).to(bias.dtype)
 
@@ -136,6 +143,25 @@ def _backward(ctx, gradient, *_):
 
 
 instance_norm_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _InstanceNorm(torch.autograd.Function):
+    """The operator without its dispatch, which takes a twentieth of a step of a hundred digits on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, rectify, pool):
+        out, mean, rstd = _empty_outputs(x, pool)
+        if x.numel() > 0:
+            _forward_torch(x, weight, bias, eps, rectify, pool, out, mean, rstd)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.options = rectify, pool
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        gradients = _gradients(gradient, *ctx.saved_tensors, *ctx.options, _backward_torch)
+        return *gradients, None, None, None
 
 
 # Triton: see kernels/instance_norm.py.
@@ -208,9 +234,9 @@ def _forward_torch(x, weight, bias, eps, rectify, pool, out, mean, rstd):
 
 
 def _backward_torch(gradient, x, weight, bias, mean, rstd, rectify, pool, grad_x, grad_weight, grad_bias):
+    height, width = x.shape[2:]
     weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
     scale = rstd * weight
-    positions = x.shape[2] * x.shape[3]
     for rows in _pieces(x):
         centred = _planes(x[rows]).to(mean.dtype) - mean[rows, None]
         passed = gradient[rows].to(mean.dtype)
@@ -224,8 +250,8 @@ def _backward_torch(gradient, x, weight, bias, mean, rstd, rectify, pool, grad_x
         torch.mul(passed, centred, out=result)
         torch.sum(passed, 1, out=grad_bias[rows])
         torch.sum(result, 1, out=grad_weight[rows]).mul_(rstd[rows])
-        factor = scale[rows] / positions
-        torch.mul(passed, scale[rows, None], out=result).sub_((grad_bias[rows] * factor)[:, None])
-        result.addcmul_(centred, (grad_weight[rows] * rstd[rows] * factor)[:, None], value=-1)
+        factor = scale[rows] / -(height * width)
+        torch.addcmul((grad_bias[rows] * factor)[:, None], passed, scale[rows, None], out=result)
+        result.addcmul_(centred, (grad_weight[rows] * rstd[rows] * factor)[:, None])
         if result is not target:
             target.copy_(result)

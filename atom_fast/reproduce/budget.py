@@ -154,6 +154,7 @@ def describe(unit: Unit, common: Collection = ()) -> str:
     changed = {name: value for name, value in cell.settings if (name, value) not in common}
     networks = ", ".join(
         f"{evaluation.networks} {evaluation.network}"
+        + (f" with norm {evaluation.norm}" if evaluation.norm is not None else "")
         + (f" at {evaluation.iteration}" if evaluation.iteration is not None else "")
         + (f" by {evaluation.protocol.name}" if len({e.protocol for e in evaluations}) > 1 else "")
         for evaluation in evaluations

@@ -85,12 +85,14 @@ class Evaluation:
         protocol: how.
         networks: how many.
         iteration: of the set, one of the cell's milestones; None for the finished one.
+        norm: of ConvNets, in place of the one that the cell's settings say.
     """
 
     network: str
     protocol: Protocol
     networks: int
     iteration: int | None = None
+    norm: str | None = None
 
     def file_name(self, architecture: Mapping[str, object]) -> str:
         """Of its results: one for all numbers of networks, since more of them continue fewer."""
@@ -99,7 +101,7 @@ class Evaluation:
         return f"evaluation-{self.network}-{digest}{suffix}.json"
 
 
-def architecture(cell: Cell, network: str) -> dict[str, object]:
+def architecture(cell: Cell, network: str, norm: str | None = None) -> dict[str, object]:
     """Settings of the ConvNets that a cell's set is tested on: the same for all methods, ATOM's at the cell's settings.
 
     A table that tests DM's sets on networks of another initialisation than ATOM's would compare networks, not sets.
@@ -108,7 +110,8 @@ def architecture(cell: Cell, network: str) -> dict[str, object]:
         return {}
     config = configuration("atom", cell.ipc, cell.seed, dict(cell.settings))
     names = {"width": "width", "depth": "depth", "norm": "norm", "pooling": "pooling", "network_init": "initialization"}
-    return {name: getattr(config, key) for key, name in names.items() if getattr(config, key) is not None}
+    found = {name: getattr(config, key) for key, name in names.items() if getattr(config, key) is not None}
+    return found if norm is None else {**found, "norm": norm}
 
 
 def cell_folder(output: Path, cell: Cell) -> Path:
@@ -193,7 +196,7 @@ def read_evaluation(output: Path, cell: Cell, evaluation: Evaluation) -> dict | 
         ValueError: a file of the cell is damaged.
     """
     folder = cell_folder(output, cell)
-    path = folder / evaluation.file_name(architecture(cell, evaluation.network))
+    path = folder / evaluation.file_name(architecture(cell, evaluation.network, evaluation.norm))
     if not path.is_file():
         return None
     found = read_json(path, "remove it, and the set is evaluated anew")

@@ -88,10 +88,11 @@ def jobs_for(
     protocol: str | None = None,
     changes: Mapping[str, object] | None = None,
     iteration: int | None = None,
+    norm: str | None = None,
 ) -> tuple[Job, ...]:
     """What an entry is the mean of: the scale's number of sets, or the one full data set, each evaluated alike."""
     get_method(method)
-    evaluation = Evaluation(network, scale.training(protocol), scale.networks, iteration)
+    evaluation = Evaluation(network, scale.training(protocol), scale.networks, iteration, norm)
     seeds = 1 if method == "full" else scale.seeds
     cells = (make_cell(scale, dataset, ipc, method, seed, milestones, changes) for seed in range(seeds))
     return tuple((cell, evaluation) for cell in cells)

@@ -247,7 +247,7 @@ def _ours(entry: Mapping) -> str:
     if entry["cited"]:
         return "(cited)"
     if ours is None:
-        return NOT_MEASURED
+        return NOT_MEASURED if entry["wanted"] else "–"
     if ours["mean"] is None:
         return "diverged"
     notes = [f"{ours['sets']} of {entry['wanted']} sets"] if ours.get("sets", entry["wanted"]) < entry["wanted"] else []

@@ -161,7 +161,7 @@ def _evaluate(folder: Path, cell: Cell, evaluation: Evaluation, shelf: Shelf) ->
     """Train the networks that are missing, and keep the results whenever some have finished."""
     synthetic = load_set(folder, cell, evaluation.iteration).to(shelf.device)
     data, _ = shelf.data(cell.dataset)
-    settings = architecture(cell, evaluation.network)
+    settings = architecture(cell, evaluation.network, evaluation.norm)
     path = folder / evaluation.file_name(settings)
     before = read_json(path, "remove it, and the set is evaluated anew") if path.is_file() else {}
     curves = [{int(epoch): value for epoch, value in curve.items()} for curve in before.get("curves", [])]
