@@ -38,14 +38,11 @@ class Plan:
         iterations: timed calls, at most.
         seconds: after this time no further call is timed, once there are three; warm-up has as long again.
         limit: seconds after which the cell's process is ended.
-        beside_eager: on a CPU, run a step of ``eager`` after every step, in the same process. The ratio of the two is
-            then one of neighbours in time, and a machine that is faster in one minute than in the next does not matter.
     """
 
     iterations: int = 100
     seconds: float = 60.0
     limit: float = 600.0
-    beside_eager: bool = False
 
 
 def run_cell(setting: Setting, plan: Plan) -> dict:
@@ -103,8 +100,7 @@ def measure(setting: Setting, plan: Plan) -> dict:
     Returns:
         ``seconds``: one figure an iteration; on a GPU between device events, so that nothing waits for the device in
         between. ``time``: their summary. ``memory``: see :func:`_cuda_memory` and :func:`_cpu_memory`; ``loss``: of the
-        last step; ``setup_seconds``: data, compilation or capture, and the first step. Where ``eager`` ran in turns
-        with the step, ``share_of_eager``: the median of each step's time over that of the eager step after it.
+        last step; ``setup_seconds``: data, compilation or capture, and the first step.
     """
     set_precision(setting)
     torch.manual_seed(setting.seed)
@@ -114,7 +110,7 @@ def measure(setting: Setting, plan: Plan) -> dict:
     synchronize(setting.device)
     setup = time.perf_counter() - started
 
-    on_gpu, beside = setting.device == "cuda", {}
+    on_gpu = setting.device == "cuda"
     if on_gpu:
         torch.cuda.empty_cache()  # what only the first step needed: trials of convolutions, compilation
     for _ in range(WARMUP - 1):
@@ -128,15 +124,10 @@ def measure(setting: Setting, plan: Plan) -> dict:
         resident = torch.cuda.memory_allocated()
         seconds, loss = _time_with_events(step, plan)
         memory = _cuda_memory(resident)
-    elif plan.beside_eager and setting.provider != "eager":
-        seconds, eager, loss = _time_in_turns(step, build_step(dataclasses.replace(setting, provider="eager")), plan)
-        beside = {"share_of_eager": statistics.median(own / other for own, other in zip(seconds, eager, strict=True))}
-        memory = _cpu_memory(step, setting)
     else:
         seconds, loss = _time_with_clock(step, plan)
         memory = _cpu_memory(step, setting)
     return {
-        **beside,
         "time": summary(seconds),
         "memory": memory,
         "loss": float(loss() if callable(loss) else loss),
@@ -183,30 +174,12 @@ def _recorded_event() -> torch.cuda.Event:
 def _time_with_clock(step: Step, plan: Plan) -> tuple[list[float], object]:
     seconds = []
     while len(seconds) < plan.iterations:
-        taken, loss = _clocked(step)
-        seconds.append(taken)
+        started = time.perf_counter()
+        loss = step()
+        seconds.append(time.perf_counter() - started)
         if len(seconds) >= FEWEST and sum(seconds) > plan.seconds:
             break
     return seconds, loss
-
-
-def _time_in_turns(step: Step, other: Step, plan: Plan) -> tuple[list[float], list[float], object]:
-    """Seconds of ``step`` and of ``other``, one after the other, and the loss of ``step``."""
-    other()
-    seconds, others = [], []
-    while len(seconds) < plan.iterations:
-        taken, loss = _clocked(step)
-        seconds.append(taken)
-        others.append(_clocked(other)[0])
-        if len(seconds) >= FEWEST and sum(seconds) + sum(others) > plan.seconds:
-            break
-    return seconds, others, loss
-
-
-def _clocked(step: Step) -> tuple[float, object]:
-    started = time.perf_counter()
-    loss = step()
-    return time.perf_counter() - started, loss
 
 
 def summary(seconds: list[float]) -> dict:

@@ -55,7 +55,7 @@ EDITIONS = {
         real_divisor=8,
         precision="float32",
         bfloat16=(),
-        plan=Plan(iterations=100, seconds=6, limit=180, beside_eager=True),
+        plan=Plan(iterations=100, seconds=5, limit=180),
     ),
 }
 # What a short run should have measured: this project's method at its largest, then its like, then the bi-level methods.

@@ -270,16 +270,6 @@ def test_cell_is_measured_in_its_own_process():
     assert record["memory"]["peak_allocated"] > 0
 
 
-def test_on_a_cpu_a_step_is_timed_in_turns_with_eager():
-    plan = dataclasses.replace(PLAN, beside_eager=True)
-    record = harness.measure(small("dm", provider="fused"), plan)
-    assert 0 < record["share_of_eager"] < 100 and len(record["seconds"]) == 4
-    assert "share_of_eager" not in harness.measure(small("dm"), plan)  # eager itself
-    order = []
-    seconds, others, loss = harness._time_in_turns(lambda: order.append("own"), lambda: order.append("other"), PLAN)
-    assert order == ["other", *["own", "other"] * 4] and len(seconds) == len(others) == 4
-
-
 def test_out_of_memory_is_an_entry():
     record = harness.run_cell(small("dm", class_images=10**12), PLAN)
     assert record["status"] == "OOM"
@@ -507,11 +497,6 @@ def test_compare_names_what_got_slower_by_ratio(measured, tmp_path):
     new.write_text(json.dumps(results))
     assert len(compare.compare(old, new, 0.15)) == 2  # both sizes
     assert compare.compare(old, new, 0.4) == []
-    for cell in results["cells"]:  # measured in turns with eager: that ratio counts
-        cell["share_of_eager"] = 0.9
-    new.write_text(json.dumps(results))
-    assert set(compare.ratios(new).values()) == {0.9}
-    assert "(1.11×)" in report.table3_markdown([new])
     with pytest.raises(FileNotFoundError):
         compare.compare(old, tmp_path / "nowhere.json", 0.15)
 
