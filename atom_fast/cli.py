@@ -115,6 +115,20 @@ def _with_ranks(command):
     return run
 
 
+def _alone(command):
+    """Refuse to run a command several times over, where torchrun started several processes."""
+
+    @functools.wraps(command)
+    def run(*args, **options):
+        from atom_fast.ranks import launched
+
+        if launched():
+            raise ValueError(f"{command.__name__} does not share its work; start it once, without torchrun")
+        return command(*args, **options)
+
+    return run
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -259,6 +273,7 @@ def _device(name: str) -> str | None:
 @_quiet_option
 @_setting_options
 @click.pass_context
+@_alone
 def profile(
     ctx, dataset, data_dir, download, resolution, shape, preset_name, config, steps, warm_up, measure, output, trace,
     device, quiet, **settings,
@@ -436,6 +451,7 @@ def _data_of(synthetic, dataset: str | None, data_dir: Path | None, download: bo
 @click.option("--seed", default=0, show_default=True, help="of the random choice, or of the network")
 @_device_option
 @_quiet_option
+@_alone
 def select(dataset, data_dir, download, resolution, method, ipc, output, device, protocol, quiet, **settings):
     """Choose real images of a data set, as a set to evaluate beside distilled ones.
 
@@ -531,6 +547,7 @@ def _lines(name: str, value: object) -> list[str]:
 )
 @_device_option
 @_quiet_option
+@_alone
 def demo(output, device, quiet):
     """Distil scikit-learn's digits at 1 and 10 images a class, and evaluate both: minutes on a CPU."""
     from atom_fast.demo import run_demo

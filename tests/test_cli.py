@@ -308,3 +308,11 @@ def test_settings_written_beside_the_result_repeat_it(finished, tmp_path):
     assert torch.equal(first.images, second.images)
     assert first.metadata["config_hash"] == second.metadata["config_hash"]
     assert yaml.safe_load((output / "config.yaml").read_text())["width"] == 8
+
+
+@pytest.mark.parametrize("command", ["select", "demo", "profile"])
+def test_what_cannot_be_shared_is_not_run_several_times_over(command, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = CliRunner().invoke(main, [command, "--output", str(tmp_path / "out")])
+    assert result.exit_code == 2 and f"{command} does not share its work" in result.output
+    assert not list(tmp_path.iterdir())
