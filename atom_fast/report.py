@@ -205,9 +205,19 @@ def save_loss_curves(log: str | os.PathLike, path: str | os.PathLike, title: str
     positive = all(value > 0 for points in curves.values() for _, value in points)
     axes.set(xlabel="iteration", ylabel="loss", yscale="log" if positive else "linear")
     axes.set_title(title or "", parse_math=False)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    return save_curves(figure, path)
+
+
+def save_curves(figure, path: str | os.PathLike) -> Path:
+    """Give every plot of a matplotlib figure the look of curves here, and write it as PNG.
+
+    Raises:
+        OSError: the file could not be written.
+    """
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return write_atomically(path, buffer.getvalue())

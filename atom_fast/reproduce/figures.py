@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 
-from atom_fast._files import write_atomically
-from atom_fast.report import describe, save_synthetic_grid
+from atom_fast.report import describe, save_curves, save_synthetic_grid
 from atom_fast.reproduce.cells import cell_folder
 from atom_fast.reproduce.targets import Plan
 from atom_fast.reproduce.work import final_set_file, load_set
@@ -38,12 +36,7 @@ def draw_curves(record: Mapping, path: Path) -> Path | None:
         dataset, _, ipc = section["title"].partition(":")
         title = f"{record['data'].get(dataset, dataset)}, {ipc} a class"
         axes.set(xlabel="iteration", ylabel="test accuracy, %", title=title)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return write_atomically(path, buffer.getvalue())
+    return save_curves(figure, path)
 
 
 def _points(row: Mapping) -> list[tuple[int, float, float]]:
