@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-BACKENDS = ("auto", "triton", "torch", "reference")
+BACKENDS = ("auto", "triton", "torch", "compile", "reference")
 
 _selected = "auto"  # a plain global: torch.compile guards it, and not every release can trace a ContextVar
 
@@ -21,11 +21,12 @@ def backend(name: str) -> Iterator[None]:
 
     Args:
         name: ``"auto"`` (Triton on CUDA tensors where Triton can be imported, otherwise lean PyTorch),
-            ``"triton"`` (the fused kernels), ``"torch"`` (lean PyTorch with analytic gradients), or
-            ``"reference"`` (equations 1 to 4 of the ATOM paper as they are written).
+            ``"triton"`` (the fused kernels), ``"torch"`` (lean PyTorch with analytic gradients), ``"compile"`` (the
+            same, its fused blocks compiled for a CPU by ``torch.compile``: some ten seconds at first, then faster;
+            needs a C++ compiler), or ``"reference"`` (equations 1 to 4 of the ATOM paper as they are written).
 
     Raises:
-        ValueError: the name is none of the four.
+        ValueError: the name is none of these.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
@@ -38,10 +39,10 @@ def backend(name: str) -> Iterator[None]:
 
 
 def resolve_backend(tensor: torch.Tensor) -> str:
-    """The backend for work on ``tensor``: ``"triton"``, ``"torch"`` or ``"reference"``.
+    """The backend for work on ``tensor``: any of `BACKENDS` but ``"auto"``.
 
     Raises:
-        RuntimeError: ``"triton"`` was asked for where its kernels cannot run.
+        RuntimeError: ``"triton"`` was asked for where its kernels cannot run, or ``"compile"`` for a GPU.
     """
     name = _selected
     if name == "auto":
@@ -54,6 +55,11 @@ def resolve_backend(tensor: torch.Tensor) -> str:
                 f"backend 'triton' needs CUDA tensors, got one on {tensor.device}; "
                 "use backend 'torch', or set TRITON_INTERPRET=1 before starting Python to interpret the kernels"
             )
+    if name == "compile" and tensor.device.type != "cpu":
+        raise RuntimeError(
+            f"backend 'compile' is for CPU tensors, got one on {tensor.device}; use backend 'auto', whose kernels "
+            "for a GPU are compiled already"
+        )
     return name
 
 

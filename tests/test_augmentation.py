@@ -250,10 +250,9 @@ def test_the_operator_is_registered_as_pytorch_wants(transposed, each_backend, d
     parameters = parameters_of(EACH[3:], device)
     groups = torch.tensor([2, 0, 3], device=device)
     images = normal(3, 2, 3, 3, device=device).requires_grad_()
-    fused = each_backend == "triton"
-    torch.library.opcheck(augment_op, (images, *parameters, groups, transposed, True, fused))
+    torch.library.opcheck(augment_op, (images, *parameters, groups, transposed, True, each_backend))
     last = images.detach().contiguous(memory_format=torch.channels_last)
-    torch.library.opcheck(augment_op, (last, *(p[:3] for p in parameters), None, transposed, False, fused))
+    torch.library.opcheck(augment_op, (last, *(p[:3] for p in parameters), None, transposed, False, each_backend))
 
 
 def test_compiles_into_one_graph(each_backend, device):

@@ -133,6 +133,7 @@ CONFIGS = st.builds(
     augmentation=st.sampled_from(["none", "flip", "color_crop"]),
     precision=st.sampled_from(["auto", "float32", "bfloat16"]),
     cuda_graph=st.booleans(),
+    compile=st.booleans(),
 )
 
 

@@ -58,7 +58,7 @@ def test_the_wheel_holds_the_kernels(tmp_path):
 
 
 def test_backend_names_are_checked():
-    with pytest.raises(ValueError, match="auto, triton, torch, reference; got 'cuda'"), af.backend("cuda"):
+    with pytest.raises(ValueError, match="auto, triton, torch, compile, reference; got 'cuda'"), af.backend("cuda"):
         pass
 
 

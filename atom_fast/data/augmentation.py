@@ -112,8 +112,8 @@ def augment(images: Tensor, parameters: AugmentationParameters, groups: Tensor |
         ValueError: a shape, type or device does not fit the others.
     """
     _check(images, parameters, groups)
-    fused = resolve_backend(images) == "triton"
-    return augment_op(images, parameters.operation, parameters.uniforms, groups, False, True, fused)
+    backend = resolve_backend(images)
+    return augment_op(images, parameters.operation, parameters.uniforms, groups, False, True, backend)
 
 
 def _check(images: Tensor, parameters: AugmentationParameters, groups: Tensor | None) -> None:

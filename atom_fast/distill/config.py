@@ -181,6 +181,12 @@ class DistillConfig:
     cuda_graph: bool = _setting(
         True, "on a GPU, capture a step once and replay it: the same images, faster", affects_result=False
     )
+    compile: bool = _setting(
+        False,
+        "on a CPU, compile the step's parts with torch.compile: the same images to rounding, faster after some ten "
+        "seconds; needs a C++ compiler",
+        affects_result=False,
+    )
     log_every: int = _setting(10, "steps between records in the log", unit="steps", minimum=1, affects_result=False)
     image_every: int = _setting(
         500, "steps between pictures of the images", unit="steps", minimum=1, affects_result=False

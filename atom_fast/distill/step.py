@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from atom_fast._backend import backend
 from atom_fast.data.augmentation import AugmentationParameters, augment, draw_augmentation
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.sampling import check_class_sizes, sample_class_indices
@@ -123,7 +124,6 @@ class Distillation:
         self._sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
         self._first_bad = torch.zeros(len(TERMS), dtype=torch.int64, device=device)  # 0: none, iterations start at 1
         self._steps = 0
-        self._run = self._advance
         self.set_class_chunk(config.class_chunk or len(classes))
 
     def set_class_chunk(self, size: int) -> None:
@@ -152,7 +152,8 @@ class Distillation:
             rows = slice(start * self.config.ipc, (start + len(chosen)) * self.config.ipc)
             groups = class_groups(real_labels, labels)
             self._chunks.append(_Chunk(slice(chosen.start, chosen.stop), rows, real_labels, labels, groups))
-        self._run = self._advance
+        compiled = self.config.compile and device.type == "cpu"
+        self._run = self._advance_compiled if compiled else self._advance
 
     def step(self, iteration: int) -> None:
         """Run iteration ``iteration`` (1, 2, ...); its randomness depends on it and on the seed alone.
@@ -201,6 +202,10 @@ class Distillation:
             self.momentum.mul_(config.momentum).add_(self._gradient)
             self.images.sub_(self.momentum, alpha=config.image_lr)
             self._record(terms)
+
+    def _advance_compiled(self) -> None:
+        with backend("compile"):
+            self._advance()
 
     def _match(self, chunk: _Chunk, indices: Tensor, augmentation: AugmentationParameters) -> tuple[Tensor, Tensor]:
         """Loss terms of a chunk of classes, and the gradient of its synthetic images."""

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .compiling import piece_function
+
 OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
 COLOR, CROP, CUTOUT, FLIP, SCALE, ROTATE = range(len(OPERATIONS))
 
@@ -58,7 +60,7 @@ def _reach(aspect: float) -> int:
     "atom_fast::augment",
     mutates_args=(),
     schema="(Tensor images, Tensor operation, Tensor uniforms, Tensor? groups, bool transposed, bool offset, "
-    "bool fused) -> Tensor",
+    "str backend) -> Tensor",
 )
 def augment_op(
     images: Tensor,
@@ -67,7 +69,7 @@ def augment_op(
     groups: Tensor | None,
     transposed: bool,
     offset: bool,
-    fused: bool,
+    backend: str,
 ) -> Tensor:
     """Apply each image's operation, or the transpose of its linear part.
 
@@ -78,7 +80,7 @@ def augment_op(
         groups: int64 [B], each image's group; None where image i is of group i.
         transposed: apply the transpose, as a gradient needs it.
         offset: add the brightness, the one part that does not depend on the image; a derivative is without it.
-        fused: run the Triton kernel.
+        backend: "triton" runs the kernel, "torch" PyTorch operators, "compile" those with their tables compiled.
 
     Returns:
         [B, C, H, W] of the same type, channels_last where ``images`` is.
@@ -86,24 +88,26 @@ def augment_op(
     output = _empty_result(images)
     if images.numel() == 0:
         return output
-    run = _launch if fused else _gather
-    run(images, operation.contiguous(), uniforms.contiguous(), groups, transposed, offset, output)
+    if backend == "triton":
+        _launch(images, operation.contiguous(), uniforms.contiguous(), groups, transposed, offset, output)
+    else:
+        _gather(images, operation, uniforms, groups, transposed, offset, backend, output)
     return output
 
 
 @augment_op.register_fake
-def _(images, operation, uniforms, groups, transposed, offset, fused):
+def _(images, operation, uniforms, groups, transposed, offset, backend):
     return _empty_result(images)
 
 
 def _save(ctx, inputs, output):
-    _, operation, uniforms, groups, ctx.transposed, _, ctx.fused = inputs
+    _, operation, uniforms, groups, ctx.transposed, _, ctx.backend = inputs
     ctx.save_for_backward(operation, uniforms, groups)
 
 
 def _differentiate(ctx, gradient):
     operation, uniforms, groups = ctx.saved_tensors
-    gradient = augment_op(gradient, operation, uniforms, groups, not ctx.transposed, False, ctx.fused)
+    gradient = augment_op(gradient, operation, uniforms, groups, not ctx.transposed, False, ctx.backend)
     return gradient, None, None, None, None, None, None
 
 
@@ -167,47 +171,78 @@ class _Table(NamedTuple):
     level: Tensor  # [G, 1, 1], factor of an image's mean
     brightness: Tensor  # [G, 1, 1]
 
-    def select(self, groups: Tensor) -> _Table:
-        """The same for each image."""
-        return _Table(*(entry.index_select(0, groups) for entry in self))
+    def select(self, groups: Tensor | slice) -> _Table:
+        """The same for chosen groups."""
+        return _Table(*(entry[groups] for entry in self))
 
 
-def _gather(images, operation, uniforms, groups, transposed, offset, output):
+def _gather(images, operation, uniforms, groups, transposed, offset, backend, output):
     """Fill ``output`` by PyTorch operators, a block of images at a time to keep the tables small."""
     batch, _, height, width = images.shape
     compute = torch.float64 if images.dtype == torch.float64 else torch.float32
     if groups is not None and operation.shape[0] >= batch:
         operation, uniforms, groups = operation[groups], uniforms[groups], None
-    if groups is not None:
-        shared = _table(operation, uniforms, height, width, transposed, compute)
-    block = max(1, BLOCK_PIXELS // (height * width))
-    for first in range(0, batch, block):
+    members = 1 if groups is None else _members(groups, operation.shape[0])
+    constants = height, width, transposed, compute
+    make_table = piece_function(_table, backend, constants)
+    shared = None if groups is None else make_table(operation, uniforms, *constants)
+    block = max(1, BLOCK_PIXELS // (height * width * members))
+    for first in range(0, batch // members, block):
         rows = slice(first, first + block)
-        if groups is not None:
-            table = shared.select(groups[rows])
+        if groups is None:
+            table = make_table(operation[rows], uniforms[rows], *constants)
         else:
-            table = _table(operation[rows], uniforms[rows], height, width, transposed, compute)
-        _weighted_sums(images[rows].to(compute), table, offset, output[rows])
+            table = shared.select(rows if members > 1 else groups[rows])
+        own = slice(members * first, members * (first + block))
+        _weighted_sums(images[own].to(compute), table, offset, output[own])
+
+
+def _members(groups: Tensor, count: int) -> int:
+    """How many images each group has where they lie group after group, all with as many; otherwise 1.
+
+    The images of a group then move as one of many channels, whose sums PyTorch rounds in another way than those of few.
+    Two images go by themselves: a single one that is given company must keep its bits. Only a CPU can tell without
+    waiting.
+    """
+    members, rest = divmod(len(groups), count)
+    if groups.is_cuda or rest != 0 or members <= 2:
+        return 1
+    regular = torch.arange(count, device=groups.device).repeat_interleave(members)
+    return members if torch.equal(groups, regular) else 1
 
 
 def _weighted_sums(images: Tensor, table: _Table, offset: bool, output: Tensor) -> None:
-    """Fill ``output`` by the sums that ``table`` holds for each image, in the order of its taps.
-
-    The places in ``table`` become those in the whole block.
-    """
-    batch, channels, height, width = images.shape
-    first = torch.arange(batch, device=images.device, dtype=table.place.dtype) * (height * width)
+    """Fill ``output`` [G * members, C, H, W] by the sums that ``table`` holds, in the order of its taps."""
+    groups, pixels, _ = table.place.shape
+    images, output = (x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(0, (groups, -1)) for x in (images, output))
+    values = images.transpose(1, 2).contiguous()  # [G, H * W, members, C]
+    first = torch.arange(groups, device=images.device, dtype=table.place.dtype) * pixels
     sums = F.embedding_bag(
-        table.place.add_(first.view(-1, 1, 1)).flatten(0, 1),
-        images.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(-1, channels),
+        (table.place + first.view(-1, 1, 1)).flatten(0, 1),
+        values.view(groups * pixels, -1),
         per_sample_weights=table.weight.flatten(0, 1),
         mode="sum",
-    )
-    means = sum(images.unbind(1)) / channels
-    colour = table.pixel * means + table.level * means.mean((1, 2), keepdim=True)
+    ).view(values.shape)
+    _add_colour(values, table, offset, sums)
+    output.copy_(sums.transpose(1, 2))
+
+
+def _add_colour(values: Tensor, table: _Table, offset: bool, sums: Tensor) -> None:
+    """Add what color needs of means, and the brightness; on a CPU, which can tell, only where there is color."""
+    chosen = slice(None)
+    if not values.is_cuda:
+        coloured = (table.pixel != 0) | (table.level != 0) | (table.brightness != 0)
+        chosen = coloured.flatten().nonzero()[:, 0]
+        if len(chosen) == 0:
+            return
+    means = sum(values[chosen].unbind(3)) / values.shape[3]  # [G, H * W, members]
+    pixel, level, brightness = (factor[chosen] for factor in table[2:])
+    # Image by image, so that a mean's rounding does not depend on how many groups there are.
+    image_means = means.transpose(1, 2).contiguous().mean(2)[:, None]
+    colour = pixel * means + level * image_means
     if offset:
-        colour = colour + table.brightness
-    torch.add(sums.view(batch, height, width, channels).permute(0, 3, 1, 2), colour[:, None], out=output)
+        colour = colour + brightness
+    sums[chosen] += colour[..., None]
 
 
 class _Coefficients(NamedTuple):

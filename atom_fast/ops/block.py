@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import reference
 from .._backend import resolve_backend
 from .attention import map_sizes
+from .block_torch import backward_torch, forward_torch, is_channels_last, piece_bytes, unit_length
 from .launching import accumulation_dtype, constant_power, device_of
 
 
@@ -126,13 +127,16 @@ def block_op(
     channel_power: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Pooled features; maps [B, M]; mean and 1 / standard deviation [B, C] of each plane; and [B, 3]: the largest
-    feature and 1 / norm of each map relative to it (1 if not taken).
+    """Pooled features; maps [B, M]; mean and 1 / standard deviation [B, C] of each plane; and [B, 3]: a
+    level near the largest feature, and 1 / norm of each map of the features over it (1 if not taken).
     """
     outputs = empty_outputs(x.shape, x, is_channels_last(x), spatial_power, channel_power)
     if x.numel() > 0:
-        forward = _forward_triton if backend == "triton" else forward_torch
-        forward(x, weight, bias, eps, spatial_power, channel_power, *outputs)
+        if backend == "triton":
+            _forward_triton(x, weight, bias, eps, spatial_power, channel_power, *outputs)
+        else:
+            pieces = ((rows, x[rows]) for rows in _sample_pieces(x))
+            forward_torch(pieces, weight, bias, eps, spatial_power, channel_power, backend, outputs)
     return outputs
 
 
@@ -152,11 +156,6 @@ def empty_outputs(
         torch.empty((batch, channels), **wide),
         torch.empty((batch, 3), **wide),
     )
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether a position's channels are adjacent in memory, and its neighbours in the plane are not."""
-    return x.stride(1) == 1 and x.stride(3) != 1
 
 
 @block_op.register_fake
@@ -186,9 +185,20 @@ def block_backward_op(
         if grad_pooled is None:
             grad_pooled = x.new_zeros(()).expand(batch, channels, height // 2, width // 2)
         powers = (None, None) if grad_maps is None else (spatial_power, channel_power)
-        backward = _backward_triton if backend == "triton" else backward_torch
-        backward(grad_pooled, grad_maps, x, weight, bias, maps, mean, rstd, statistics, *powers, grad_x)
+        saved = weight, bias, maps, mean, rstd, statistics
+        if backend == "triton":
+            _backward_triton(grad_pooled, grad_maps, x, *saved, *powers, grad_x)
+        else:
+            pieces = ((rows, x[rows]) for rows in _sample_pieces(x))
+            for rows, gradient in backward_torch(pieces, grad_pooled, grad_maps, *saved, *powers, backend):
+                grad_x[rows] = gradient
     return grad_x
+
+
+def _sample_pieces(x: Tensor) -> list[slice]:
+    """Runs of samples that PyTorch operators work on at once."""
+    rows = max(1, piece_bytes(x.device) * x.shape[0] // (x.numel() * x.element_size()))
+    return [slice(start, start + rows) for start in range(0, x.shape[0], rows)]
 
 
 def _empty_gradient(x: Tensor) -> Tensor:
@@ -283,13 +293,6 @@ def join_chunks(
         unit_length(total, statistics[:, 2], maps[:, n_spatial:])
 
 
-def unit_length(attention: Tensor, factor: Tensor, out: Tensor) -> None:
-    """Write the maps [B, M] with L2 norm 1, and 1 / norm (1 for a zero map) into ``factor`` [B]."""
-    norm = torch.linalg.vector_norm(attention, dim=1)
-    factor.copy_(norm.masked_fill_(norm == 0, 1.0).reciprocal_())
-    torch.mul(attention, factor[:, None], out=out)
-
-
 def _backward_triton(
     grad_pooled, grad_maps, x, weight, bias, maps, mean, rstd, statistics, spatial_power, channel_power, grad_x
 ):
@@ -363,125 +366,3 @@ def _addressable(x: Tensor) -> Tensor:
     """``x``, copied if 32 bits do not address one of its samples (slices of far larger tensors)."""
     span = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
     return x.contiguous() if span >= 2**31 else x
-
-
-# Lean PyTorch: the same arithmetic in pieces of samples that stay in the cache.
-
-# Bytes of convolution output that a thread works on at once: a second-level cache's worth.
-PIECE_BYTES = 1 << 20
-
-
-def piece_bytes(device: torch.device) -> int:
-    """Bytes of convolution output worked on at once."""
-    return PIECE_BYTES * (torch.get_num_threads() if device.type == "cpu" else 128)
-
-
-def _sample_pieces(x: Tensor) -> list[slice]:
-    """Runs of samples that are worked on at once."""
-    rows = max(1, piece_bytes(x.device) * x.shape[0] // (x.numel() * x.element_size()))
-    return [slice(start, start + rows) for start in range(0, x.shape[0], rows)]
-
-
-def forward_torch(x, weight, bias, eps, spatial_power, channel_power, pooled, maps, mean, rstd, statistics):
-    """`block_op` into given memory."""
-    n_spatial, _ = map_sizes(x.shape, spatial_power, channel_power)
-    statistics.fill_(1.0)
-    for rows in _sample_pieces(x):
-        piece = x[rows].to(mean.dtype)
-        features = piece - torch.mean(piece, (2, 3), out=mean[rows])[:, :, None, None]
-        variance = (features * features).mean((2, 3))
-        torch.rsqrt(variance.add_(eps), out=rstd[rows])
-        scale, shift = _scale_and_shift(rstd[rows], weight, bias)
-        features = torch.addcmul(shift, features, scale, out=features).relu_()
-        pooled[rows] = F.avg_pool2d(features, 2)
-        if spatial_power is None and channel_power is None:
-            continue
-        peak = features.amax((1, 2, 3))
-        statistics[rows, 0] = peak.masked_fill_(peak == 0, 1.0)
-        features /= peak.view(-1, 1, 1, 1)
-        for power in {spatial_power, channel_power} - {None}:
-            raised = _raise(features, power)
-            if power == spatial_power:
-                unit_length(raised.sum(1).flatten(1), statistics[rows, 1], maps[rows, :n_spatial])
-            if power == channel_power:
-                unit_length(raised.sum((2, 3)), statistics[rows, 2], maps[rows, n_spatial:])
-
-
-def backward_torch(
-    grad_pooled, grad_maps, x, weight, bias, maps, mean, rstd, statistics, spatial_power, channel_power, grad_x
-):
-    """`block_backward_op` into given memory."""
-    weights = _map_weights(grad_maps, maps, statistics, x.shape, spatial_power, channel_power)
-    for rows in _sample_pieces(x):
-        centred = x[rows].to(mean.dtype) - mean[rows, :, None, None]
-        scale, shift = _scale_and_shift(rstd[rows], weight, bias)
-        features = torch.addcmul(shift, centred, scale).relu_()
-        gradient = _upsample(grad_pooled[rows].to(mean.dtype), features)
-        for power, factors in weights.items():
-            derivative = _raise(features / statistics[rows, 0].view(-1, 1, 1, 1), power - 1)
-            for factor in factors:
-                gradient.addcmul_(derivative, factor[rows])
-        gradient = torch.ops.aten.threshold_backward(gradient, features, 0.0)
-        slope = (gradient * centred).mean((2, 3)).mul_(rstd[rows]).mul_(rstd[rows])
-        gradient -= gradient.mean((2, 3), keepdim=True)
-        gradient.addcmul_(centred, slope[:, :, None, None], value=-1.0)
-        grad_x[rows] = gradient.mul_(scale)
-
-
-def _scale_and_shift(rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Factor and summand [B, C, 1, 1] that take centred planes to the norm's output."""
-    scale = rstd if weight is None else rstd * weight.to(rstd.dtype)
-    shift = torch.zeros_like(rstd) if bias is None else bias.to(rstd.dtype).expand_as(rstd)
-    return scale[:, :, None, None], shift[:, :, None, None]
-
-
-def _map_weights(grad_maps, maps, statistics, shape, spatial_power, channel_power) -> dict[float, list[Tensor]]:
-    """For each power, what multiplies (f / peak)^(p - 1) in the gradient of each feature, to be broadcast."""
-    batch, channels, height, width = shape
-    n_spatial, _ = map_sizes(shape, spatial_power, channel_power)
-    weights: dict[float, list[Tensor]] = {}
-    for power, columns, index, view in (
-        (spatial_power, slice(0, n_spatial), 1, (batch, 1, height, width)),
-        (channel_power, slice(n_spatial, None), 2, (batch, channels, 1, 1)),
-    ):
-        if power is not None:
-            factor = power * statistics[:, index] / statistics[:, 0]
-            weight = _project(grad_maps[:, columns], maps[:, columns]).mul_(factor[:, None])
-            weights.setdefault(power, []).append(weight.view(view))
-    return weights
-
-
-def _project(gradient: Tensor, unit: Tensor) -> Tensor:
-    """The gradient [B, M] without its part along the maps, which L2 normalisation takes out."""
-    return torch.addcmul(gradient, unit, (gradient * unit).sum(1, keepdim=True), value=-1.0)
-
-
-def _raise(features: Tensor, power: float) -> Tensor:
-    """features^power for features >= 0, by products where the power is a small whole number."""
-    if power == 0:
-        return torch.ones_like(features)
-    if power == 1:
-        return features
-    if power not in (2, 3, 4, 7, 8):
-        return features.pow(power)
-    square = features * features
-    if power == 3:
-        return square.mul_(features)
-    if power in (4, 8):
-        square.mul_(square)
-    if power == 7:
-        cube = square.mul_(features)
-        return (cube * cube).mul_(features)
-    return square.mul_(square) if power == 8 else square
-
-
-def _upsample(grad_pooled: Tensor, like: Tensor) -> Tensor:
-    """Backward of 2x2 average pooling, in the shape and layout of the features."""
-    height, width = (2 * size for size in grad_pooled.shape[2:])
-    odd = like.shape[2:] != (height, width)
-    upsampled = torch.zeros_like(like) if odd else torch.empty_like(like)
-    quarter = grad_pooled * 0.25
-    for row in (0, 1):
-        for column in (0, 1):
-            upsampled[:, :, row:height:2, column:width:2] = quarter
-    return upsampled

@@ -7,6 +7,7 @@ Filters, scale and shift are constants, as they are while distilling. There is n
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor
 from .._backend import resolve_backend
 from . import block
 from .block import BlockOutput
+from .block_torch import backward_torch, forward_torch, piece_bytes
 from .launching import constant_power, device_of
 
 IMAGE_CHANNELS = 4  # at most, for the fused kernels
@@ -97,8 +99,11 @@ def first_block_op(
     """What `atom_fast.ops.block.block_op` returns for the convolution of the images."""
     outputs = _empty_outputs(images, filters, spatial_power, channel_power)
     if images.numel() > 0:
-        forward = _forward_triton if backend == "triton" else _forward_torch
-        forward(images, filters, weight, bias, eps, spatial_power, channel_power, outputs)
+        if backend == "triton":
+            _forward_triton(images, filters, weight, bias, eps, spatial_power, channel_power, outputs)
+        else:
+            pieces = _convolved_pieces(images, filters)
+            forward_torch(pieces, weight, bias, eps, spatial_power, channel_power, backend, outputs)
     return outputs
 
 
@@ -136,8 +141,14 @@ def first_block_backward_op(
     if grad_pooled is None:
         grad_pooled = filters.new_zeros(()).expand(batch, filters.shape[0], height // 2, width // 2)
     powers = (None, None) if grad_maps is None else (spatial_power, channel_power)
-    backward = _backward_triton if backend == "triton" else _backward_torch
-    return backward(grad_pooled, grad_maps, images, filters, weight, bias, maps, mean, rstd, statistics, *powers)
+    saved = weight, bias, maps, mean, rstd, statistics
+    if backend == "triton":
+        return _backward_triton(grad_pooled, grad_maps, images, filters, *saved, *powers)
+    gradient = torch.empty_like(images, memory_format=torch.contiguous_format)
+    pieces, windows = _convolved_pieces(images, filters), _shared_windows(filters)
+    for rows, grad_convolved in backward_torch(pieces, grad_pooled, grad_maps, *saved, *powers, backend):
+        gradient[rows] = _image_gradient(grad_convolved, filters, windows)
+    return gradient
 
 
 @first_block_backward_op.register_fake
@@ -253,49 +264,39 @@ def _constants(images, filters, weight, spatial_power, channel_power) -> dict:
 
 def _sample_pieces(images: Tensor, filters: Tensor) -> list[slice]:
     output_bytes = filters.shape[0] * images[0, 0].numel() * filters.element_size()
-    rows = max(2, block.piece_bytes(images.device) // output_bytes)
+    rows = max(2, piece_bytes(images.device) // output_bytes)
     # A last piece of one image joins the one before it: PyTorch convolves a batch of one in another way, with other
     # rounding, and an image's bits would depend on its place.
     edges = [*range(0, max(images.shape[0] - 1, 1), rows), images.shape[0]]
     return [slice(*piece) for piece in itertools.pairwise(edges)]
 
 
-def _convolve(images: Tensor, filters: Tensor) -> Tensor:
-    images = images.to(filters.dtype).contiguous(memory_format=torch.channels_last)
-    return F.conv2d(images, filters, padding=1)
-
-
-def _forward_torch(images, filters, weight, bias, eps, spatial_power, channel_power, outputs):
+def _convolved_pieces(images: Tensor, filters: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Runs of images, and their convolution."""
     filters = filters.contiguous(memory_format=torch.channels_last)
     for rows in _sample_pieces(images, filters):
-        block.forward_torch(
-            _convolve(images[rows], filters), weight, bias, eps, spatial_power, channel_power,
-            *(output[rows] for output in outputs),
-        )  # fmt: skip
+        piece = images[rows].to(filters.dtype).contiguous(memory_format=torch.channels_last)
+        yield rows, F.conv2d(piece, filters, padding=1)
 
 
-def _backward_torch(
-    grad_pooled,
-    grad_maps,
-    images,
-    filters,
-    weight,
-    bias,
-    maps,
-    mean,
-    rstd,
-    statistics,
-    spatial_power,
-    channel_power,
-):
-    filters = filters.contiguous(memory_format=torch.channels_last)
-    gradient = torch.empty_like(images, memory_format=torch.contiguous_format)
-    for rows in _sample_pieces(images, filters):
-        convolved = _convolve(images[rows], filters)
-        grad_convolved = torch.empty_like(convolved)
-        block.backward_torch(
-            grad_pooled[rows], None if grad_maps is None else grad_maps[rows], convolved, weight, bias,
-            *(saved[rows] for saved in (maps, mean, rstd, statistics)), spatial_power, channel_power, grad_convolved,
-        )  # fmt: skip
-        gradient[rows] = torch.nn.grad.conv2d_input(images[rows].shape, filters, grad_convolved, padding=1)
-    return gradient
+def _shared_windows(filters: Tensor) -> Tensor:
+    """The transposed convolution [C, C_in, 3, 3] as one that computes a 2x2 square at each place: [4 C_in, C, 4, 4].
+
+    The library's convolution computes 16 channels even where an image has 1 or 3. A square has four times as many, and
+    its pixels share the 4x4 window that they are summed over.
+    """
+    channels, image_channels = filters.shape[:2]
+    windows = filters.new_zeros(image_channels, 2, 2, channels, 4, 4)
+    for row in (0, 1):
+        for column in (0, 1):
+            windows[:, row, column, :, row : row + 3, column : column + 3] = filters.flip(2, 3).transpose(0, 1)
+    return windows.flatten(0, 2).contiguous(memory_format=torch.channels_last)
+
+
+def _image_gradient(grad_convolved: Tensor, filters: Tensor, windows: Tensor) -> Tensor:
+    """Gradient [B, C_in, H, W] of the images, from that of their convolution."""
+    batch, _, height, width = grad_convolved.shape
+    if height % 2 or width % 2:
+        shape = batch, filters.shape[1], height, width
+        return torch.nn.grad.conv2d_input(shape, filters, grad_convolved, padding=1)
+    return F.pixel_shuffle(F.conv2d(grad_convolved, windows, stride=2, padding=1), 2)

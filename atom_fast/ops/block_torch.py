@@ -1,0 +1,244 @@
+"""The block of `atom_fast.ops.block` in PyTorch operators: in pieces of samples that stay in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .attention import map_sizes
+from .compiling import piece_function
+from .launching import accumulation_dtype
+
+# Bytes of convolution output that a thread works on at once: a second-level cache's worth.
+PIECE_BYTES = 1 << 20
+# Between these, neither sums of powers nor the squares of those vanish or overflow in float32.
+SAFE_POWERS = 1e-15, 1e15
+
+
+def piece_bytes(device: torch.device) -> int:
+    """Bytes of convolution output worked on at once."""
+    return PIECE_BYTES * (torch.get_num_threads() if device.type == "cpu" else 128)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a position's channels are adjacent in memory, and its neighbours in the plane are not."""
+    return x.stride(1) == 1 and x.stride(3) != 1
+
+
+def forward_torch(
+    pieces: Iterable[tuple[slice, Tensor]],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    spatial_power: float | None,
+    channel_power: float | None,
+    backend: str,
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+) -> None:
+    """`block_op` into given memory, of pieces of a convolution's output and the rows that they are.
+
+    The level that features are divided by before they are raised to a power is at least a quarter of the largest
+    feature. On a CPU, where a number can be looked at without waiting, it is 1, which saves a pass, unless the powers
+    could leave their range.
+    """
+    pooled, maps, mean, rstd, statistics = outputs
+    constants = weight, bias, eps, spatial_power, channel_power
+    statistics.fill_(1.0)
+    for rows, x in pieces:
+        run = piece_function(forward_piece, backend, _case(x, weight, eps, spatial_power, channel_power))
+        scaled = x.device.type != "cpu"
+        mean[rows], rstd[rows], pooled[rows], level, own = run(x, *constants, scaled)
+        if level is None:
+            continue
+        if not scaled and not _is_safe(level, x.shape, spatial_power, channel_power):
+            scaled = True
+            *_, own = run(x, *constants, scaled)
+        if scaled:
+            statistics[rows, 0] = level
+        maps[rows] = own
+    n_spatial, _ = map_sizes(x.shape, spatial_power, channel_power)
+    for index, power, columns in ((1, spatial_power, slice(n_spatial)), (2, channel_power, slice(n_spatial, None))):
+        if power is not None:
+            unit_length(maps[:, columns], statistics[:, index], maps[:, columns])
+
+
+def _case(x: Tensor, weight: Tensor | None, *constants: float | None) -> tuple:
+    """What compiled code for a piece depends on."""
+    return *x.shape[1:], x.dtype, is_channels_last(x), weight is None, *constants
+
+
+def _is_safe(level: Tensor, shape: tuple[int, ...], *powers: float | None) -> bool:
+    """Whether features of these levels can be raised to the powers and summed as they are."""
+    _, channels, height, width = shape
+    power = max(power for power in powers if power is not None)
+    low, high = (float(bound) for bound in level.aminmax())
+    least, most = SAFE_POWERS
+    return least ** (1 / power) <= low and 4 * high <= (most / max(channels, height * width)) ** (1 / power)
+
+
+def forward_piece(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    spatial_power: float | None,
+    channel_power: float | None,
+    scaled: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Mean, 1 / standard deviation, pooled features, level, and both maps, not of unit length, of some samples.
+
+    With ``scaled`` the maps are those of the features divided by the level.
+    """
+    x = x.to(accumulation_dtype(x.dtype))
+    mean = x.mean((2, 3))
+    centred = x - mean[:, :, None, None]
+    rstd = torch.rsqrt((centred * centred).mean((2, 3)) + eps)
+    scale, shift = _scale_and_shift(rstd, weight, bias)
+    features = torch.addcmul(shift, centred, scale, out=centred).relu_()
+    pooled = F.avg_pool2d(features, 2)
+    if spatial_power is None and channel_power is None:
+        return mean, rstd, pooled, None, None
+    odd = x.shape[2] % 2 or x.shape[3] % 2
+    level = (features if odd else pooled).amax((1, 2, 3))
+    level = level.masked_fill(level == 0, 1.0)
+    if scaled:
+        features = features / level.view(-1, 1, 1, 1)
+    spatial = channel = None
+    if spatial_power is not None:
+        spatial = _raise(features, spatial_power)
+    if channel_power is not None:
+        channel = spatial if channel_power == spatial_power else _raise(features, channel_power)
+    maps = [] if spatial is None else [spatial.sum(1).flatten(1)]
+    maps += [] if channel is None else [channel.sum((2, 3))]
+    return mean, rstd, pooled, level, torch.cat(maps, 1)
+
+
+def unit_length(attention: Tensor, factor: Tensor, out: Tensor) -> None:
+    """Write the maps [B, M] with L2 norm 1, and 1 / norm (1 for a zero map) into ``factor`` [B]."""
+    norm = torch.linalg.vector_norm(attention, dim=1)
+    factor.copy_(norm.masked_fill_(norm == 0, 1.0).reciprocal_())
+    torch.mul(attention, factor[:, None], out=out)
+
+
+def backward_torch(
+    pieces: Iterable[tuple[slice, Tensor]],
+    grad_pooled: Tensor,
+    grad_maps: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    maps: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    statistics: Tensor,
+    spatial_power: float | None,
+    channel_power: float | None,
+    backend: str,
+) -> Iterator[tuple[slice, Tensor]]:
+    """`block_backward_op` of pieces of a convolution's output and the rows that they are: the rows and gradients."""
+    level = statistics[:, 0]
+    scaled = level.device.type != "cpu" or bool((level != 1).any())
+    powers = spatial_power, channel_power
+    factors = None
+    for rows, x in pieces:
+        if factors is None:
+            factors = _map_factors(grad_maps, maps, statistics, x.shape, *powers)
+        run = piece_function(backward_piece, backend, _case(x, weight, *powers))
+        own = (None if factor is None else factor[rows] for factor in factors)
+        yield rows, run(x, mean[rows], rstd[rows], weight, bias, grad_pooled[rows], *own, level[rows], *powers, scaled)
+
+
+def backward_piece(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    grad_pooled: Tensor,
+    spatial_factor: Tensor | None,
+    channel_factor: Tensor | None,
+    level: Tensor,
+    spatial_power: float | None,
+    channel_power: float | None,
+    scaled: bool,
+) -> Tensor:
+    """Gradient of the convolution's output of some samples; see `_map_factors`."""
+    centred = x.to(mean.dtype) - mean[:, :, None, None]
+    scale, shift = _scale_and_shift(rstd, weight, bias)
+    features = torch.addcmul(shift, centred, scale).relu_()
+    gradient = _upsample(grad_pooled.to(mean.dtype), features)
+    relative = features / level.view(-1, 1, 1, 1) if scaled else features
+    derivative = None
+    for power, factor, before in (
+        (spatial_power, spatial_factor, None),
+        (channel_power, channel_factor, spatial_power),
+    ):
+        if power is not None:
+            derivative = derivative if power == before else _raise(relative, power - 1)
+            gradient.addcmul_(derivative, factor)
+    del relative, derivative
+    torch.ops.aten.threshold_backward.grad_input(gradient, features, 0.0, grad_input=gradient)
+    slope = torch.mul(gradient, centred, out=features).mean((2, 3), keepdim=True) * (rstd * rstd)[:, :, None, None]
+    constant = gradient.mean((2, 3), keepdim=True)
+    result = torch.addcmul(constant * -scale, centred, slope * -scale, out=centred).addcmul_(gradient, scale)
+    return result.to(x.dtype)
+
+
+def _scale_and_shift(rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Factor and summand [B, C, 1, 1] that take centred planes to the norm's output."""
+    scale = rstd if weight is None else rstd * weight.to(rstd.dtype)
+    shift = torch.zeros_like(rstd) if bias is None else bias.to(rstd.dtype).expand_as(rstd)
+    return scale[:, :, None, None], shift[:, :, None, None]
+
+
+def _map_factors(
+    grad_maps: Tensor | None,
+    maps: Tensor,
+    statistics: Tensor,
+    shape: tuple[int, ...],
+    spatial_power: float | None,
+    channel_power: float | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """What multiplies (f / level)^(p - 1) in the gradient of each feature: [B, 1, H, W] and [B, C, 1, 1]."""
+    _, channels, height, width = shape
+    n_spatial, _ = map_sizes(shape, spatial_power, channel_power)
+    factors: list[Tensor | None] = []
+    for power, columns, index, view in (
+        (spatial_power, slice(n_spatial), 1, (-1, 1, height, width)),
+        (channel_power, slice(n_spatial, None), 2, (-1, channels, 1, 1)),
+    ):
+        if power is None:
+            factors.append(None)
+            continue
+        factor = power * statistics[:, index] / statistics[:, 0]
+        projected = _project(grad_maps[:, columns], maps[:, columns])
+        factors.append(projected.mul_(factor[:, None]).view(view))
+    return tuple(factors)
+
+
+def _project(gradient: Tensor, unit: Tensor) -> Tensor:
+    """The gradient [B, M] without its part along the maps, which L2 normalisation takes out."""
+    return torch.addcmul(gradient, unit, (gradient * unit).sum(1, keepdim=True), value=-1.0)
+
+
+def _raise(features: Tensor, power: float) -> Tensor:
+    """features^power for features >= 0, by products where the power is a small whole number."""
+    if power == 0:
+        return torch.ones_like(features)
+    if power == 1:
+        return features
+    if power in (2, 4, 8):
+        square = features * features
+        return square if power == 2 else _raise(square, power / 2)
+    if power == 7:
+        return _raise(features, 3).square().mul(features)
+    return features.pow(power)  # a cube is two products to PyTorch too
+
+
+def _upsample(grad_pooled: Tensor, like: Tensor) -> Tensor:
+    """Backward of 2x2 average pooling, in the shape of the features."""
+    upsampled = F.interpolate(grad_pooled * 0.25, scale_factor=2)
+    height, width = (size % 2 for size in like.shape[2:])
+    return F.pad(upsampled, (0, width, 0, height)) if height or width else upsampled
