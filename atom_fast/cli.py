@@ -15,6 +15,7 @@ from click.core import ParameterSource
 
 from atom_fast import __version__
 from atom_fast._files import write_atomically
+from atom_fast._malloc import keep_freed_memory
 from atom_fast.data.sources import SOURCES
 from atom_fast.data.whitening import KINDS
 from atom_fast.distill.config import PRESETS, DistillConfig, check_names, preset, read_settings
@@ -187,6 +188,7 @@ def main():
 
     Files are synthetic sets as `atom-fast distill` writes them (synthetic.safetensors in a run's folder).
     """
+    keep_freed_memory()  # a step on a CPU takes a fifth less time
 
 
 @main.command()

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from atom_fast._files import write_atomically
+from atom_fast._malloc import keep_freed_memory
 from atom_fast.distill.live_bytes import LiveBytes
 
 from .methods import Setting, build_step
@@ -28,6 +29,7 @@ FORMAT = 1  # of the JSON files; raised when their meaning changes
 WARMUP, FEWEST = 3, 3
 Step = Callable[[], object]  # runs one step; returns its loss on the device, or a function that reads it
 MEASURED = ("atom_fast", "kernels", "benchmarks/methods", "benchmarks/harness.py")
+UNCOUNTED = ("compile", "fused-compile")  # providers whose code makes its tensors where they cannot be counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +40,13 @@ class Plan:
         iterations: timed calls, at most.
         seconds: after this time no further call is timed, once there are three; warm-up has as long again.
         limit: seconds after which the cell's process is ended.
+        keep_memory: on a CPU, have the C library keep what is freed (`atom_fast._malloc`).
     """
 
     iterations: int = 100
     seconds: float = 60.0
     limit: float = 600.0
+    keep_memory: bool = True
 
 
 def run_cell(setting: Setting, plan: Plan) -> dict:
@@ -78,6 +82,8 @@ def run_cell(setting: Setting, plan: Plan) -> dict:
 
 def _measure_and_send(setting: Setting, plan: Plan, sender) -> None:
     try:
+        if plan.keep_memory and setting.device == "cpu":
+            keep_freed_memory()
         record = {"status": "ok", **measure(setting, plan)}
     except (torch.OutOfMemoryError, MemoryError) as error:
         record = _ended("OOM", str(error))
@@ -214,7 +220,7 @@ def _cuda_memory(resident: int) -> dict:
 
 def _cpu_memory(step: Step, setting: Setting) -> dict:
     """Bytes of the tensors one more step makes, at their peak; the data set and state between steps do not count."""
-    if setting.provider == "compile":
+    if setting.provider in UNCOUNTED:
         return {"counted": "no: compiled code makes its tensors where they cannot be counted", "peak_allocated": None}
     with LiveBytes() as counter:
         step()

@@ -25,6 +25,7 @@ COLOURS = {
     "compile": "0.3",
     "fused": "tab:orange",
     "fused-graph": "tab:red",
+    "fused-compile": "tab:red",
 }
 MARKERS = {"attention": "o", "block": "s", "first_block": "P", "instance_norm": "v", "augment": "^", "matching": "D"}
 # Arithmetic on a value, forward and backward, as `atom_fast.roofline` counts it. A block's is that of its norm and

@@ -58,6 +58,7 @@ EDITIONS = {
         plan=Plan(iterations=100, seconds=5, limit=180),
     ),
 }
+ELSEWHERE = {"cpu": "fused-graph", "cuda": "fused-compile"}  # by device, the provider that is for the other one
 # What a short run should have measured: this project's method at its largest, then its like, then the bi-level methods.
 WORTH = ("atom", "dam", "atom-channel", "dm", "mtt", "dsa", "dc")
 FIRST = (("atom", "tf32"), ("atom", "float32"))
@@ -82,8 +83,8 @@ def settings(
     for name in WORTH:
         for ipc in reversed(edition.ipcs):
             for provider in METHODS[name].providers:
-                if edition.device == "cpu" and provider == "fused-graph":
-                    continue  # CUDA graphs
+                if provider == ELSEWHERE[edition.device]:
+                    continue
                 chosen = (not methods or name in methods) and (not ipcs or ipc in ipcs)
                 if chosen and (not providers or provider in providers):
                     cells += _with_precisions(edition, name, provider, ipc)

@@ -13,7 +13,19 @@ from atom_fast.distill.live_bytes import LiveBytes, count_peak
 from benchmarks import cells, compare, digits, gpu, harness, operators, plots, report, scaling, table3
 from benchmarks.__main__ import main
 from benchmarks.merging import merge
-from benchmarks.methods import METHODS, Setting, attention, batched, build_step, dc, dm, fused, mtt, published
+from benchmarks.methods import (
+    ALL_PROVIDERS,
+    METHODS,
+    Setting,
+    attention,
+    batched,
+    build_step,
+    dc,
+    dm,
+    fused,
+    mtt,
+    published,
+)
 from benchmarks.methods import batched_augmentation as batch_wise
 
 SMALL = Setting(
@@ -306,12 +318,13 @@ def edition(monkeypatch):
 
 def test_second_call_continues(edition, tmp_path):
     path = table3.run("cpu", tmp_path, methods=["atom"], ipcs=[1])
-    assert edition == {("atom", provider): 1 for provider in ("eager", "eager-batched", "compile", "fused")}
+    providers = set(ALL_PROVIDERS) - {"fused-graph"}
+    assert edition == {("atom", provider): 1 for provider in providers}
     table3.run("cpu", tmp_path, methods=["atom", "mtt"], ipcs=[1])
     table3.run("cpu", tmp_path, methods=["atom", "mtt"], ipcs=[1])
     assert set(edition.values()) == {1}
     results = json.loads(path.read_text())
-    assert len(results["cells"]) == 5
+    assert len(results["cells"]) == 6
     assert {"device", "driver", "torch", "triton", "commit", "clean", "source"} <= results["environment"].keys()
 
 
@@ -510,7 +523,7 @@ def test_a_repeated_run_is_compared_either_way(measured, tmp_path, capsys):
     new = tmp_path / "new.json"
     new.write_text(json.dumps(results))
     assert main(["compare", str(old), str(new), "--repeated"]) == 0
-    assert "24 ratios; the largest difference is 10.0%, of method=dm ipc=1" in capsys.readouterr().out
+    assert "32 ratios; the largest difference is 10.0%, of method=dm ipc=1" in capsys.readouterr().out
     for files in ((old, new), (new, old)):
         largest, beyond = compare.compare_repeated(*files, 0.05)
         assert len(beyond) == 1 and "10.0%" in largest

@@ -228,9 +228,9 @@ def _weighted_sums(images: Tensor, table: _Table, offset: bool, output: Tensor) 
 
 
 def _add_colour(values: Tensor, table: _Table, offset: bool, sums: Tensor) -> None:
-    """Add what color needs of means, and the brightness; on a CPU, which can tell, only where there is color."""
+    """Add what color needs of means, and the brightness; on a CPU, which can tell, only to large groups with color."""
     chosen = slice(None)
-    if not values.is_cuda:
+    if values.shape[2] > 1 and not values.is_cuda:
         coloured = (table.pixel != 0) | (table.level != 0) | (table.brightness != 0)
         chosen = coloured.flatten().nonzero()[:, 0]
         if len(chosen) == 0:
