@@ -81,30 +81,30 @@ def _pairs(old: Path, new: Path) -> list[tuple[Path, Path]]:
 
 
 def ratios(path: Path) -> dict[tuple[Case, str], float]:
-    """Median time over eager's in the same file, by case and provider.
+    """Median time over eager's in the same file, by case and provider; the cell's own share where it has one.
 
     Raises:
         ValueError: the file is neither of the two kinds.
     """
-    medians = _medians(path)
-    return {
-        (case, provider): median / medians[case, "eager"]
-        for (case, provider), median in medians.items()
-        if provider != "eager" and (case, "eager") in medians
-    }
-
-
-def _medians(path: Path) -> dict[tuple[Case, str], float]:
     try:
         content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error})") from error
+    shares = {}
     if isinstance(content, dict) and "benchmarks" in content:
-        return dict(_pytest_case(benchmark) for benchmark in content["benchmarks"])
-    if isinstance(content, dict) and "cases" in content:
-        return dict(_kernel_case(case) for case in content["cases"])
-    measured = [cell for cell in load_results(path)["cells"] if cell["status"] == "ok"]
-    return dict(_table3_case(cell) for cell in measured)
+        medians = dict(_pytest_case(benchmark) for benchmark in content["benchmarks"])
+    elif isinstance(content, dict) and "cases" in content:
+        medians = dict(_kernel_case(case) for case in content["cases"])
+    else:
+        measured = [cell for cell in load_results(path)["cells"] if cell["status"] == "ok"]
+        medians = dict(_table3_case(cell) for cell in measured)
+        shares = {_table3_case(cell)[0]: cell["share_of_eager"] for cell in measured if "share_of_eager" in cell}
+    found = {
+        (case, provider): median / medians[case, "eager"]
+        for (case, provider), median in medians.items()
+        if provider != "eager" and (case, "eager") in medians
+    }
+    return {**found, **shares}
 
 
 def _pytest_case(benchmark: dict) -> tuple[tuple[Case, str], float]:

@@ -27,6 +27,7 @@ from .methods import Setting, build_step
 ROOT = Path(__file__).resolve().parent.parent
 FORMAT = 1  # of the JSON files; raised when their meaning changes
 WARMUP, FEWEST = 3, 3
+TURN = 0.15  # seconds that a process has at least before its neighbour's turn
 Step = Callable[[], object]  # runs one step; returns its loss on the device, or a function that reads it
 MEASURED = ("atom_fast", "kernels", "benchmarks/methods", "benchmarks/harness.py")
 UNCOUNTED = ("compile", "fused-compile")  # providers whose code makes its tensors where they cannot be counted
@@ -41,12 +42,15 @@ class Plan:
         seconds: after this time no further call is timed, once there are three; warm-up has as long again.
         limit: seconds after which the cell's process is ended.
         keep_memory: on a CPU, have the C library keep what is freed (`atom_fast._malloc`).
+        beside_eager: on a CPU, let a process that runs ``eager`` take turns with the cell's. Their ratio is then one of
+            neighbours in time: a machine that is faster in one minute than in the next is so for both.
     """
 
     iterations: int = 100
     seconds: float = 60.0
     limit: float = 600.0
     keep_memory: bool = True
+    beside_eager: bool = False
 
 
 def run_cell(setting: Setting, plan: Plan) -> dict:
@@ -61,9 +65,19 @@ def run_cell(setting: Setting, plan: Plan) -> dict:
     # Imported once by the server and inherited by every cell's process; it never touches the GPU.
     context.set_forkserver_preload(["benchmarks.harness", "benchmarks.methods.atom"])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure_and_send, args=(setting, plan, sender))
-    process.start()
+    processes, neighbour = [], None
+    if plan.beside_eager and setting.device == "cpu" and setting.provider != "eager":
+        neighbour, there = context.Pipe()
+        eager = dataclasses.replace(setting, provider="eager", class_chunk=None)
+        processes.append(context.Process(target=_take_turns, args=(eager, plan, there)))
+    process = context.Process(target=_measure_and_send, args=(setting, plan, sender, neighbour))
+    processes.append(process)
+    for each in processes:
+        each.start()
     sender.close()
+    if neighbour:
+        neighbour.close()
+        there.close()
     try:
         if receiver.poll(plan.limit):
             record = receiver.recv()
@@ -74,17 +88,18 @@ def run_cell(setting: Setting, plan: Plan) -> dict:
         process.join()
         record = _ended("failed", f"the process ended with code {process.exitcode}")
     finally:
-        process.kill()
-        process.join()
+        for each in processes:
+            each.kill()
+            each.join()
     record["cell_seconds"] = round(time.time() - started, 2)
     return record
 
 
-def _measure_and_send(setting: Setting, plan: Plan, sender) -> None:
+def _measure_and_send(setting: Setting, plan: Plan, sender, neighbour) -> None:
     try:
         if plan.keep_memory and setting.device == "cpu":
             keep_freed_memory()
-        record = {"status": "ok", **measure(setting, plan)}
+        record = {"status": "ok", **measure(setting, plan, neighbour)}
     except (torch.OutOfMemoryError, MemoryError) as error:
         record = _ended("OOM", str(error))
     except Exception as error:
@@ -100,23 +115,54 @@ def _ended(status: str, message: str) -> dict:
     return {"status": status, "message": message[:1000]}
 
 
-def measure(setting: Setting, plan: Plan) -> dict:
+def _take_turns(setting: Setting, plan: Plan, connection) -> None:
+    """Run a setting's step for a turn whenever the other end asks, and send back the seconds of each step."""
+    if plan.keep_memory:
+        keep_freed_memory()
+    connection.recv()  # not before the other process is ready: neither disturbs the other
+    step = _prepared_step(setting)
+    for _ in range(WARMUP):
+        step()
+    connection.send("ready")
+    while connection.recv():
+        connection.send(_turn(step)[0])
+
+
+def _turn(step: Step) -> tuple[list[float], object]:
+    seconds = []
+    while sum(seconds) < TURN:
+        taken, loss = _clocked(step)
+        seconds.append(taken)
+    return seconds, loss
+
+
+def _prepared_step(setting: Setting) -> Step:
+    set_precision(setting)
+    torch.manual_seed(setting.seed)
+    return build_step(setting)
+
+
+def measure(setting: Setting, plan: Plan, neighbour=None) -> dict:
     """Build a setting's step and measure it in this process.
+
+    Args:
+        setting, plan: what is measured, and for how long.
+        neighbour: connection to a process in `_take_turns`; None to run without one.
 
     Returns:
         ``seconds``: one figure an iteration; on a GPU between device events, so that nothing waits for the device in
         between. ``time``: their summary. ``memory``: see :func:`_cuda_memory` and :func:`_cpu_memory`; ``loss``: of the
-        last step; ``setup_seconds``: data, compilation or capture, and the first step.
+        last step; ``setup_seconds``: data, compilation or capture, and the first step. With a neighbour also
+        ``eager_seconds``, those of its steps, and ``share_of_eager``: the median over all turns of a step's time over
+        that in the neighbour's turn that followed.
     """
-    set_precision(setting)
-    torch.manual_seed(setting.seed)
     started = time.perf_counter()
-    step = build_step(setting)
+    step = _prepared_step(setting)
     loss = step()
     synchronize(setting.device)
     setup = time.perf_counter() - started
 
-    on_gpu = setting.device == "cuda"
+    on_gpu, beside = setting.device == "cuda", {}
     if on_gpu:
         torch.cuda.empty_cache()  # what only the first step needed: trials of convolutions, compilation
     for _ in range(WARMUP - 1):
@@ -131,9 +177,13 @@ def measure(setting: Setting, plan: Plan) -> dict:
         seconds, loss = _time_with_events(step, plan)
         memory = _cuda_memory(resident)
     else:
-        seconds, loss = _time_with_clock(step, plan)
+        if neighbour is None:
+            seconds, loss = _time_with_clock(step, plan)
+        else:
+            seconds, beside, loss = _time_in_turns(step, neighbour, plan)
         memory = _cpu_memory(step, setting)
     return {
+        **beside,
         "time": summary(seconds),
         "memory": memory,
         "loss": float(loss() if callable(loss) else loss),
@@ -180,12 +230,34 @@ def _recorded_event() -> torch.cuda.Event:
 def _time_with_clock(step: Step, plan: Plan) -> tuple[list[float], object]:
     seconds = []
     while len(seconds) < plan.iterations:
-        started = time.perf_counter()
-        loss = step()
-        seconds.append(time.perf_counter() - started)
+        taken, loss = _clocked(step)
+        seconds.append(taken)
         if len(seconds) >= FEWEST and sum(seconds) > plan.seconds:
             break
     return seconds, loss
+
+
+def _clocked(step: Step) -> tuple[float, object]:
+    started = time.perf_counter()
+    loss = step()
+    return time.perf_counter() - started, loss
+
+
+def _time_in_turns(step: Step, neighbour, plan: Plan) -> tuple[list[float], dict, object]:
+    """Seconds of the step, what `measure` adds of the neighbour's, and the loss."""
+    neighbour.send("prepare")
+    neighbour.recv()
+    seconds, eager_seconds, shares = [], [], []
+    while len(shares) < FEWEST or sum(seconds) + sum(eager_seconds) < plan.seconds:
+        own, loss = _turn(step)
+        neighbour.send(True)
+        others = neighbour.recv()
+        seconds += own
+        eager_seconds += others
+        shares.append(statistics.median(own) / statistics.median(others))
+    neighbour.send(False)
+    beside = {"share_of_eager": statistics.median(shares), "eager_seconds": eager_seconds}
+    return seconds, beside, loss
 
 
 def summary(seconds: list[float]) -> dict:

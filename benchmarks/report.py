@@ -188,7 +188,9 @@ def _time_entry(cell: dict) -> str:
         return cell["status"]
     median = cell["time"]["median"]
     text = _three_digits(median * 1e3)
-    if cell["setting"]["provider"] != "eager" and cell["eager"] and cell["eager"]["status"] == "ok":
+    if "share_of_eager" in cell:
+        text += f" ({_three_digits(1 / cell['share_of_eager'])}×)"
+    elif cell["setting"]["provider"] != "eager" and cell["eager"] and cell["eager"]["status"] == "ok":
         text += f" ({_three_digits(cell['eager']['time']['median'] / median)}×)"
     return text
 

@@ -282,6 +282,35 @@ def test_cell_is_measured_in_its_own_process():
     assert record["memory"]["peak_allocated"] > 0
 
 
+def test_on_a_cpu_a_cell_takes_turns_with_eager():
+    plan = dataclasses.replace(PLAN, seconds=0.5, beside_eager=True)
+    record = harness.run_cell(small("dm", provider="fused"), plan)
+    assert record["status"] == "ok", record
+    assert 0 < record["share_of_eager"] < 100
+    assert sum(record["seconds"]) > 3 * harness.TURN and sum(record["eager_seconds"]) > 3 * harness.TURN
+    assert "share_of_eager" not in harness.run_cell(small("dm"), plan)  # eager itself
+
+
+def test_the_share_is_of_neighbouring_turns(monkeypatch):
+    """A machine half as fast from some turn on leaves the share as it is."""
+    speeds = iter([1, 1, 2, 2, 2, 2, 2, 2])
+    monkeypatch.setattr(harness, "_clocked", lambda step: (next(speeds) * step(), 7.0))
+    sent = []
+
+    class Neighbour:
+        def send(self, message):
+            sent.append(message)
+
+        def recv(self):
+            return "ready" if len(sent) == 1 else [next(speeds) * 0.8]
+
+    plan = dataclasses.replace(PLAN, seconds=6)
+    seconds, beside, loss = harness._time_in_turns(lambda: 0.2, Neighbour(), plan)
+    assert sent == ["prepare", True, True, True, True, False] and loss == 7.0
+    assert seconds == [0.2, 0.4, 0.4, 0.4] and beside["eager_seconds"] == [0.8, 1.6, 1.6, 1.6]
+    assert beside["share_of_eager"] == pytest.approx(0.25)
+
+
 def test_out_of_memory_is_an_entry():
     record = harness.run_cell(small("dm", class_images=10**12), PLAN)
     assert record["status"] == "OOM"
@@ -510,6 +539,12 @@ def test_compare_names_what_got_slower_by_ratio(measured, tmp_path):
     new.write_text(json.dumps(results))
     assert len(compare.compare(old, new, 0.15)) == 2  # both sizes
     assert compare.compare(old, new, 0.4) == []
+    for cell in results["cells"]:  # measured in turns with eager: that ratio counts
+        if cell["setting"]["provider"] != "eager":
+            cell["share_of_eager"] = 0.9
+    new.write_text(json.dumps(results))
+    assert set(compare.ratios(new).values()) == {0.9}
+    assert "(1.11×)" in report.table3_markdown([new])
     with pytest.raises(FileNotFoundError):
         compare.compare(old, tmp_path / "nowhere.json", 0.15)
 
