@@ -55,7 +55,7 @@ EDITIONS = {
         real_divisor=8,
         precision="float32",
         bfloat16=(),
-        plan=Plan(iterations=100, seconds=8, limit=180, beside_eager=True),
+        plan=Plan(iterations=100, seconds=5, limit=180, beside_eager=True),
     ),
 }
 ELSEWHERE = {"cpu": "fused-graph", "cuda": "fused-compile"}  # by device, the provider that is for the other one
