@@ -29,8 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FORMAT = 1  # of the JSON files; raised when their meaning changes
 WARMUP, FEWEST = 3, 3
 TURN = 0.15  # seconds that a process has at least before its neighbour's turn
-# glibc reads it when a process starts. In pages of 4 KB, which of a cache's places a tensor meets is chance: one process
-# is then up to a sixth faster than the next. Many systems use large pages without being asked.
+# Huge pages, which many systems give without being asked. glibc reads this when a process starts.
 HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 Step = Callable[[], object]  # runs one step; returns its loss on the device, or a function that reads it
 MEASURED = ("atom_fast", "kernels", "benchmarks/methods", "benchmarks/harness.py")
@@ -65,9 +64,10 @@ def run_cell(setting: Setting, plan: Plan) -> dict:
         or a ``message``.
     """
     started = time.time()
-    if plan.keep_memory and setting.device == "cpu":
-        os.environ.setdefault(*HUGE_PAGES)
-    context = multiprocessing.get_context("forkserver")
+    as_installed = setting.device == "cpu" and not plan.keep_memory
+    if setting.device == "cpu" and plan.keep_memory:
+        os.environ.setdefault(*HUGE_PAGES)  # before the server starts, which hands it on
+    context = multiprocessing.get_context("spawn" if as_installed else "forkserver")
     # Imported once by the server and inherited by every cell's process; it never touches the GPU.
     context.set_forkserver_preload(["benchmarks.harness", "benchmarks.methods.atom"])
     receiver, sender = context.Pipe(duplex=False)
