@@ -186,6 +186,8 @@ def _gather(images, operation, uniforms, groups, transposed, offset, backend, ou
     constants = height, width, transposed, compute
     make_table = piece_function(_table, backend, constants)
     shared = None if groups is None else make_table(operation, uniforms, *constants)
+    case = members, *images.shape[1:], images.dtype, _layout(images), transposed
+    weighted_sums = piece_function(_weighted_sums, backend, case)
     block = max(1, BLOCK_PIXELS // (height * width * members))
     for first in range(0, batch // members, block):
         rows = slice(first, first + block)
@@ -194,7 +196,13 @@ def _gather(images, operation, uniforms, groups, transposed, offset, backend, ou
         else:
             table = shared.select(rows if members > 1 else groups[rows])
         own = slice(members * first, members * (first + block))
-        _weighted_sums(images[own].to(compute), table, offset, output[own])
+        source = images[own].to(compute)
+        target = output[own] if output.dtype == compute else torch.empty_like(source)
+        of_groups = [x.flatten(2).unflatten(0, (-1, members)) for x in (source, target)]
+        weighted_sums(*of_groups, table.place, table.weight)
+        _add_colour(*of_groups, table.pixel, table.level, table.brightness if offset else torch.zeros_like(table.level))
+        if output.dtype != compute:
+            output[own] = target
 
 
 def _members(groups: Tensor, count: int) -> int:
@@ -211,38 +219,30 @@ def _members(groups: Tensor, count: int) -> int:
     return members if torch.equal(groups, regular) else 1
 
 
-def _weighted_sums(images: Tensor, table: _Table, offset: bool, output: Tensor) -> None:
-    """Fill ``output`` [G * members, C, H, W] by the sums that ``table`` holds, in the order of its taps."""
-    groups, pixels, _ = table.place.shape
-    images, output = (x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(0, (groups, -1)) for x in (images, output))
-    values = images.transpose(1, 2).contiguous()  # [G, H * W, members, C]
-    first = torch.arange(groups, device=images.device, dtype=table.place.dtype) * pixels
+def _weighted_sums(images: Tensor, output: Tensor, place: Tensor, weight: Tensor) -> None:
+    """Fill ``output``, as images [G, members, C, H * W], by the sums that a table holds, in the order of its taps."""
+    groups, members, channels, pixels = images.shape
+    values = images.permute(0, 3, 1, 2).contiguous()
+    first = torch.arange(groups, device=images.device, dtype=place.dtype) * pixels
     sums = F.embedding_bag(
-        (table.place + first.view(-1, 1, 1)).flatten(0, 1),
-        values.view(groups * pixels, -1),
-        per_sample_weights=table.weight.flatten(0, 1),
+        (place + first.view(-1, 1, 1)).flatten(0, 1),
+        values.view(groups * pixels, members * channels),
+        per_sample_weights=weight.flatten(0, 1),
         mode="sum",
     ).view(values.shape)
-    _add_colour(values, table, offset, sums)
-    output.copy_(sums.transpose(1, 2))
+    output.copy_(sums.permute(0, 2, 3, 1))
 
 
-def _add_colour(values: Tensor, table: _Table, offset: bool, sums: Tensor) -> None:
-    """Add what color needs of means, and the brightness; on a CPU, which can tell, only to large groups with color."""
+def _add_colour(images: Tensor, output: Tensor, pixel: Tensor, level: Tensor, brightness: Tensor) -> None:
+    """Add what color needs of means, and the brightness; on a CPU, which can tell, only to groups with color."""
     chosen = slice(None)
-    if values.shape[2] > 1 and not values.is_cuda:
-        coloured = (table.pixel != 0) | (table.level != 0) | (table.brightness != 0)
-        chosen = coloured.flatten().nonzero()[:, 0]
+    if not images.is_cuda:
+        chosen = ((pixel != 0) | (level != 0) | (brightness != 0)).flatten().nonzero()[:, 0]
         if len(chosen) == 0:
             return
-    means = sum(values[chosen].unbind(3)) / values.shape[3]  # [G, H * W, members]
-    pixel, level, brightness = (factor[chosen] for factor in table[2:])
-    # Image by image, so that a mean's rounding does not depend on how many groups there are.
-    image_means = means.transpose(1, 2).contiguous().mean(2)[:, None]
-    colour = pixel * means + level * image_means
-    if offset:
-        colour = colour + brightness
-    sums[chosen] += colour[..., None]
+    means = sum(images[chosen].unbind(2)) / images.shape[2]  # [G, members, H * W]
+    colour = pixel[chosen] * means + level[chosen] * means.mean(2, keepdim=True) + brightness[chosen]
+    output[chosen] += colour[:, :, None]
 
 
 class _Coefficients(NamedTuple):

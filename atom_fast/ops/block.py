@@ -189,9 +189,9 @@ def block_backward_op(
         if backend == "triton":
             _backward_triton(grad_pooled, grad_maps, x, *saved, *powers, grad_x)
         else:
-            pieces = ((rows, x[rows]) for rows in _sample_pieces(x))
-            for rows, gradient in backward_torch(pieces, grad_pooled, grad_maps, *saved, *powers, backend):
-                grad_x[rows] = gradient
+            pieces = ((rows, x[rows], grad_x[rows]) for rows in _sample_pieces(x))
+            for _ in backward_torch(pieces, grad_pooled, grad_maps, *saved, *powers, backend):
+                pass  # each writes its rows
     return grad_x
 
 

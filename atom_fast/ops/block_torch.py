@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .attention import map_sizes
 from .compiling import piece_function
-from .launching import accumulation_dtype
 
 # Bytes of convolution output that a thread works on at once: a second-level cache's worth.
 PIECE_BYTES = 1 << 20
@@ -50,15 +49,15 @@ def forward_torch(
     for rows, x in pieces:
         run = piece_function(forward_piece, backend, _case(x, weight, eps, spatial_power, channel_power))
         scaled = x.device.type != "cpu"
-        mean[rows], rstd[rows], pooled[rows], level, own = run(x, *constants, scaled)
+        own = tuple(output[rows] for output in (pooled, maps, mean, rstd))
+        level = run(x, *constants, scaled, *own)
         if level is None:
             continue
         if not scaled and not _is_safe(level, x.shape, spatial_power, channel_power):
             scaled = True
-            *_, own = run(x, *constants, scaled)
+            run(x, *constants, scaled, *own)
         if scaled:
             statistics[rows, 0] = level
-        maps[rows] = own
     n_spatial, _ = map_sizes(x.shape, spatial_power, channel_power)
     for index, power, columns in ((1, spatial_power, slice(n_spatial)), (2, channel_power, slice(n_spatial, None))):
         if power is not None:
@@ -87,22 +86,28 @@ def forward_piece(
     spatial_power: float | None,
     channel_power: float | None,
     scaled: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Mean, 1 / standard deviation, pooled features, level, and both maps, not of unit length, of some samples.
+    pooled: Tensor,
+    maps: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> Tensor | None:
+    """Write the pooled features, both maps, not of unit length, mean and 1 / standard deviation of some samples.
 
-    With ``scaled`` the maps are those of the features divided by the level.
+    Returns the level. With ``scaled`` the maps are those of the features divided by it.
     """
-    x = x.to(accumulation_dtype(x.dtype))
-    mean = x.mean((2, 3))
-    centred = x - mean[:, :, None, None]
-    rstd = torch.rsqrt((centred * centred).mean((2, 3)) + eps)
-    scale, shift = _scale_and_shift(rstd, weight, bias)
+    x = x.to(mean.dtype)
+    own_mean = x.mean((2, 3))
+    centred = x - own_mean[:, :, None, None]
+    own_rstd = torch.rsqrt((centred * centred).mean((2, 3)) + eps)
+    scale, shift = _scale_and_shift(own_rstd, weight, bias)
     features = torch.addcmul(shift, centred, scale, out=centred).relu_()
-    pooled = F.avg_pool2d(features, 2)
+    own_pooled = F.avg_pool2d(features, 2)
+    for output, value in ((mean, own_mean), (rstd, own_rstd), (pooled, own_pooled)):
+        output.copy_(value)
     if spatial_power is None and channel_power is None:
-        return mean, rstd, pooled, None, None
+        return None
     odd = x.shape[2] % 2 or x.shape[3] % 2
-    level = (features if odd else pooled).amax((1, 2, 3))
+    level = (features if odd else own_pooled).amax((1, 2, 3))
     level = level.masked_fill(level == 0, 1.0)
     if scaled:
         features = features / level.view(-1, 1, 1, 1)
@@ -111,9 +116,12 @@ def forward_piece(
         spatial = _raise(features, spatial_power)
     if channel_power is not None:
         channel = spatial if channel_power == spatial_power else _raise(features, channel_power)
-    maps = [] if spatial is None else [spatial.sum(1).flatten(1)]
-    maps += [] if channel is None else [channel.sum((2, 3))]
-    return mean, rstd, pooled, level, torch.cat(maps, 1)
+    n_spatial, _ = map_sizes(x.shape, spatial_power, channel_power)
+    if spatial is not None:
+        maps[:, :n_spatial] = spatial.sum(1).flatten(1)
+    if channel is not None:
+        maps[:, n_spatial:] = channel.sum((2, 3))
+    return level
 
 
 def unit_length(attention: Tensor, factor: Tensor, out: Tensor) -> None:
@@ -124,7 +132,7 @@ def unit_length(attention: Tensor, factor: Tensor, out: Tensor) -> None:
 
 
 def backward_torch(
-    pieces: Iterable[tuple[slice, Tensor]],
+    pieces: Iterable[tuple[slice, Tensor, Tensor | None]],
     grad_pooled: Tensor,
     grad_maps: Tensor | None,
     weight: Tensor | None,
@@ -137,17 +145,21 @@ def backward_torch(
     channel_power: float | None,
     backend: str,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """`block_backward_op` of pieces of a convolution's output and the rows that they are: the rows and gradients."""
+    """`block_backward_op` of pieces of a convolution's output: the rows that each is, and its gradient.
+
+    A piece comes with its rows, and with memory for its gradient or None.
+    """
     level = statistics[:, 0]
     scaled = level.device.type != "cpu" or bool((level != 1).any())
     powers = spatial_power, channel_power
     factors = None
-    for rows, x in pieces:
+    for rows, x, out in pieces:
         if factors is None:
             factors = _map_factors(grad_maps, maps, statistics, x.shape, *powers)
         run = piece_function(backward_piece, backend, _case(x, weight, *powers))
         own = (None if factor is None else factor[rows] for factor in factors)
-        yield rows, run(x, mean[rows], rstd[rows], weight, bias, grad_pooled[rows], *own, level[rows], *powers, scaled)
+        saved = mean[rows], rstd[rows], weight, bias
+        yield rows, run(x, *saved, grad_pooled[rows], *own, level[rows], *powers, scaled, out)
 
 
 def backward_piece(
@@ -163,8 +175,9 @@ def backward_piece(
     spatial_power: float | None,
     channel_power: float | None,
     scaled: bool,
+    out: Tensor | None,
 ) -> Tensor:
-    """Gradient of the convolution's output of some samples; see `_map_factors`."""
+    """Gradient of the convolution's output of some samples, in ``out`` if given; see `_map_factors`."""
     centred = x.to(mean.dtype) - mean[:, :, None, None]
     scale, shift = _scale_and_shift(rstd, weight, bias)
     features = torch.addcmul(shift, centred, scale).relu_()
@@ -183,7 +196,7 @@ def backward_piece(
     slope = torch.mul(gradient, centred, out=features).mean((2, 3), keepdim=True) * (rstd * rstd)[:, :, None, None]
     constant = gradient.mean((2, 3), keepdim=True)
     result = torch.addcmul(constant * -scale, centred, slope * -scale, out=centred).addcmul_(gradient, scale)
-    return result.to(x.dtype)
+    return result.to(x.dtype) if out is None else out.copy_(result)
 
 
 def _scale_and_shift(rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:

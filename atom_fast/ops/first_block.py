@@ -145,7 +145,8 @@ def first_block_backward_op(
     if backend == "triton":
         return _backward_triton(grad_pooled, grad_maps, images, filters, *saved, *powers)
     gradient = torch.empty_like(images, memory_format=torch.contiguous_format)
-    pieces, windows = _convolved_pieces(images, filters), _shared_windows(filters)
+    pieces = ((rows, convolved, None) for rows, convolved in _convolved_pieces(images, filters))
+    windows = _shared_windows(filters)
     for rows, grad_convolved in backward_torch(pieces, grad_pooled, grad_maps, *saved, *powers, backend):
         gradient[rows] = _image_gradient(grad_convolved, filters, windows)
     return gradient
