@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import json
 import multiprocessing
-import os
 import platform
 import statistics
 import subprocess
@@ -28,9 +27,7 @@ from .methods import Setting, build_step
 ROOT = Path(__file__).resolve().parent.parent
 FORMAT = 1  # of the JSON files; raised when their meaning changes
 WARMUP, FEWEST = 3, 3
-TURN = 0.15  # seconds that a process has at least before its neighbour's turn
-# Huge pages, which many systems give without being asked. glibc reads this when a process starts.
-HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
+TURN = 0.2  # seconds that a process has at least before its neighbour's turn
 Step = Callable[[], object]  # runs one step; returns its loss on the device, or a function that reads it
 MEASURED = ("atom_fast", "kernels", "benchmarks/methods", "benchmarks/harness.py")
 UNCOUNTED = ("compile", "fused-compile")  # providers whose code makes its tensors where they cannot be counted
@@ -44,7 +41,7 @@ class Plan:
         iterations: timed calls, at most.
         seconds: after this time no further call is timed, once there are three; warm-up has as long again.
         limit: seconds after which the cell's process is ended.
-        keep_memory: on a CPU, have the C library keep what is freed (`atom_fast._malloc`), in huge pages.
+        keep_memory: on a CPU, have the C library keep what is freed (`atom_fast._malloc`).
         beside_eager: on a CPU, let a process that runs ``eager`` take turns with the cell's. Their ratio is then one of
             neighbours in time: a machine that is faster in one minute than in the next is so for both.
     """
@@ -64,11 +61,9 @@ def run_cell(setting: Setting, plan: Plan) -> dict:
         or a ``message``.
     """
     started = time.time()
-    as_installed = setting.device == "cpu" and not plan.keep_memory
-    if setting.device == "cpu" and plan.keep_memory:
-        os.environ.setdefault(*HUGE_PAGES)  # before the server starts, which hands it on
-    context = multiprocessing.get_context("spawn" if as_installed else "forkserver")
-    # Imported once by the server and inherited by every cell's process; it never touches the GPU.
+    # On a CPU a process is started afresh, as a user's is. For a GPU a server imports once what every cell's process
+    # inherits, which saves seconds a cell; it never touches the GPU.
+    context = multiprocessing.get_context("spawn" if setting.device == "cpu" else "forkserver")
     context.set_forkserver_preload(["benchmarks.harness", "benchmarks.methods.atom"])
     receiver, sender = context.Pipe(duplex=False)
     processes, neighbour = [], None
@@ -135,6 +130,8 @@ def _take_turns(setting: Setting, plan: Plan, connection) -> None:
 
 
 def _turn(step: Step) -> tuple[list[float], object]:
+    """Seconds of each step of a turn, and the last loss."""
+    step()  # not timed: the neighbour's threads look for work for some 10 ms more before they sleep
     seconds = []
     while sum(seconds) < TURN:
         taken, loss = _clocked(step)

@@ -222,7 +222,8 @@ def _members(groups: Tensor, count: int) -> int:
 def _weighted_sums(images: Tensor, output: Tensor, place: Tensor, weight: Tensor) -> None:
     """Fill ``output``, as images [G, members, C, H * W], by the sums that a table holds, in the order of its taps."""
     groups, members, channels, pixels = images.shape
-    values = images.permute(0, 3, 1, 2).contiguous()
+    # Cloned, so that strides of dimensions of size 1, by which the sum is chosen, are always the same.
+    values = images.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
     first = torch.arange(groups, device=images.device, dtype=place.dtype) * pixels
     sums = F.embedding_bag(
         (place + first.view(-1, 1, 1)).flatten(0, 1),
@@ -234,13 +235,17 @@ def _weighted_sums(images: Tensor, output: Tensor, place: Tensor, weight: Tensor
 
 
 def _add_colour(images: Tensor, output: Tensor, pixel: Tensor, level: Tensor, brightness: Tensor) -> None:
-    """Add what color needs of means, and the brightness; on a CPU, which can tell, only to groups with color."""
+    """Add what color needs of means, and the brightness; on a CPU, which can tell, only to groups with color.
+
+    Groups of one image stay together: the mean of an image that is alone may be rounded in another way.
+    """
     chosen = slice(None)
-    if not images.is_cuda:
+    if images.shape[1] > 1 and not images.is_cuda:
         chosen = ((pixel != 0) | (level != 0) | (brightness != 0)).flatten().nonzero()[:, 0]
         if len(chosen) == 0:
             return
-    means = sum(images[chosen].unbind(2)) / images.shape[2]  # [G, members, H * W]
+    # Contiguous, so that the rounding of an image's mean does not depend on where the image came from.
+    means = (sum(images[chosen].unbind(2)) / images.shape[2]).contiguous()  # [G, members, H * W]
     colour = pixel[chosen] * means + level[chosen] * means.mean(2, keepdim=True) + brightness[chosen]
     output[chosen] += colour[:, :, None]
 

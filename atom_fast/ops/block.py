@@ -127,16 +127,16 @@ def block_op(
     channel_power: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Pooled features; maps [B, M]; mean and 1 / standard deviation [B, C] of each plane; and [B, 3]: a
-    level near the largest feature, and 1 / norm of each map of the features over it (1 if not taken).
+    """Pooled features; maps [B, M]; mean and 1 / standard deviation [B, C] of each plane; and [B, 3]: what
+    features were divided by, and 1 / norm of each map of the features over it (1 if not taken).
     """
     outputs = empty_outputs(x.shape, x, is_channels_last(x), spatial_power, channel_power)
     if x.numel() > 0:
         if backend == "triton":
             _forward_triton(x, weight, bias, eps, spatial_power, channel_power, *outputs)
         else:
-            pieces = ((rows, x[rows]) for rows in _sample_pieces(x))
-            forward_torch(pieces, weight, bias, eps, spatial_power, channel_power, backend, outputs)
+            pieces = [(rows, x[rows]) for rows in _sample_pieces(x)]
+            forward_torch(lambda: pieces, weight, bias, eps, spatial_power, channel_power, backend, outputs)
     return outputs
 
 

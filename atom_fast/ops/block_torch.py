@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,8 @@ from .compiling import piece_function
 
 # Bytes of convolution output that a thread works on at once: a second-level cache's worth.
 PIECE_BYTES = 1 << 20
-# Between these, neither sums of powers nor the squares of those vanish or overflow in float32.
-SAFE_POWERS = 1e-15, 1e15
+# Between these, a map's norm was taken, and its values raised to their power, within float32's range.
+SAFE_NORMS = 1e-15, 1e15
 
 
 def piece_bytes(device: torch.device) -> int:
@@ -28,7 +28,7 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def forward_torch(
-    pieces: Iterable[tuple[slice, Tensor]],
+    pieces: Callable[[], Iterable[tuple[slice, Tensor]]],
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
@@ -39,29 +39,24 @@ def forward_torch(
 ) -> None:
     """`block_op` into given memory, of pieces of a convolution's output and the rows that they are.
 
-    The level that features are divided by before they are raised to a power is at least a quarter of the largest
-    feature. On a CPU, where a number can be looked at without waiting, it is 1, which saves a pass, unless the powers
-    could leave their range.
+    The level that features are divided by before they are raised to a power is the largest feature. On a CPU, where a
+    number can be looked at without waiting, it is 1, which saves passes, unless the maps' norms show that too large.
     """
     pooled, maps, mean, rstd, statistics = outputs
     constants = weight, bias, eps, spatial_power, channel_power
-    statistics.fill_(1.0)
-    for rows, x in pieces:
-        run = piece_function(forward_piece, backend, _case(x, weight, eps, spatial_power, channel_power))
-        scaled = x.device.type != "cpu"
-        own = tuple(output[rows] for output in (pooled, maps, mean, rstd))
-        level = run(x, *constants, scaled, *own)
-        if level is None:
+    for scaled in (False, True):
+        if not scaled and maps.device.type != "cpu":
             continue
-        if not scaled and not _is_safe(level, x.shape, spatial_power, channel_power):
-            scaled = True
-            run(x, *constants, scaled, *own)
-        if scaled:
-            statistics[rows, 0] = level
-    n_spatial, _ = map_sizes(x.shape, spatial_power, channel_power)
-    for index, power, columns in ((1, spatial_power, slice(n_spatial)), (2, channel_power, slice(n_spatial, None))):
-        if power is not None:
-            unit_length(maps[:, columns], statistics[:, index], maps[:, columns])
+        statistics.fill_(1.0)
+        for rows, x in pieces():
+            run = piece_function(forward_piece, backend, _case(x, weight, eps, spatial_power, channel_power))
+            level = run(x, *constants, scaled, pooled[rows], maps[rows], mean[rows], rstd[rows])
+            if level is not None:
+                statistics[rows, 0] = level
+        parts = maps.split(map_sizes(x.shape, spatial_power, channel_power), 1)
+        norms = [unit_length(part, statistics[:, place]) for place, part in enumerate(parts, 1) if part.numel() > 0]
+        if not scaled and all(_is_safe(norm) for norm in norms):
+            break
 
 
 def _case(x: Tensor, weight: Tensor | None, *constants: float | None) -> tuple:
@@ -69,13 +64,10 @@ def _case(x: Tensor, weight: Tensor | None, *constants: float | None) -> tuple:
     return *x.shape[1:], x.dtype, is_channels_last(x), weight is None, *constants
 
 
-def _is_safe(level: Tensor, shape: tuple[int, ...], *powers: float | None) -> bool:
-    """Whether features of these levels can be raised to the powers and summed as they are."""
-    _, channels, height, width = shape
-    power = max(power for power in powers if power is not None)
-    low, high = (float(bound) for bound in level.aminmax())
-    least, most = SAFE_POWERS
-    return least ** (1 / power) <= low and 4 * high <= (most / max(channels, height * width)) ** (1 / power)
+def _is_safe(norm: Tensor) -> bool:
+    least, most = SAFE_NORMS
+    low, high = norm.aminmax()
+    return bool(low >= least) and bool(high <= most)
 
 
 def forward_piece(
@@ -93,7 +85,7 @@ def forward_piece(
 ) -> Tensor | None:
     """Write the pooled features, both maps, not of unit length, mean and 1 / standard deviation of some samples.
 
-    Returns the level. With ``scaled`` the maps are those of the features divided by it.
+    With ``scaled`` the maps are those of the features divided by the level, which is returned.
     """
     x = x.to(mean.dtype)
     own_mean = x.mean((2, 3))
@@ -101,15 +93,12 @@ def forward_piece(
     own_rstd = torch.rsqrt((centred * centred).mean((2, 3)) + eps)
     scale, shift = _scale_and_shift(own_rstd, weight, bias)
     features = torch.addcmul(shift, centred, scale, out=centred).relu_()
-    own_pooled = F.avg_pool2d(features, 2)
-    for output, value in ((mean, own_mean), (rstd, own_rstd), (pooled, own_pooled)):
+    for output, value in ((mean, own_mean), (rstd, own_rstd), (pooled, F.avg_pool2d(features, 2))):
         output.copy_(value)
-    if spatial_power is None and channel_power is None:
-        return None
-    odd = x.shape[2] % 2 or x.shape[3] % 2
-    level = (features if odd else own_pooled).amax((1, 2, 3))
-    level = level.masked_fill(level == 0, 1.0)
+    level = None
     if scaled:
+        level = features.amax((1, 2, 3))
+        level = level.masked_fill(level == 0, 1.0)
         features = features / level.view(-1, 1, 1, 1)
     spatial = channel = None
     if spatial_power is not None:
@@ -124,11 +113,12 @@ def forward_piece(
     return level
 
 
-def unit_length(attention: Tensor, factor: Tensor, out: Tensor) -> None:
-    """Write the maps [B, M] with L2 norm 1, and 1 / norm (1 for a zero map) into ``factor`` [B]."""
+def unit_length(attention: Tensor, factor: Tensor, out: Tensor | None = None) -> Tensor:
+    """Write the maps [B, M] with L2 norm 1, and 1 / norm (1 for a zero map) into ``factor`` [B]; returns the norm."""
     norm = torch.linalg.vector_norm(attention, dim=1)
-    factor.copy_(norm.masked_fill_(norm == 0, 1.0).reciprocal_())
-    torch.mul(attention, factor[:, None], out=out)
+    factor.copy_(norm.masked_fill(norm == 0, 1.0).reciprocal_())
+    torch.mul(attention, factor[:, None], out=attention if out is None else out)
+    return norm
 
 
 def backward_torch(

@@ -34,7 +34,8 @@ def _compiled(function: Callable, case: Hashable, threads: int) -> Callable:
         function.__name__,
         function.__defaults__,
     )
-    compiled = torch.compile(own, fullgraph=True)
+    # What a few reads give is computed again where it is needed, and not written: passes take the time.
+    compiled = torch.compile(own, fullgraph=True, options={"realize_reads_threshold": 8})
     started = False
 
     def run(*arguments):

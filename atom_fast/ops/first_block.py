@@ -6,6 +6,7 @@ Filters, scale and shift are constants, as they are while distilling. There is n
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -102,7 +103,7 @@ def first_block_op(
         if backend == "triton":
             _forward_triton(images, filters, weight, bias, eps, spatial_power, channel_power, outputs)
         else:
-            pieces = _convolved_pieces(images, filters)
+            pieces = functools.partial(_convolved_pieces, images, filters)
             forward_torch(pieces, weight, bias, eps, spatial_power, channel_power, backend, outputs)
     return outputs
 
