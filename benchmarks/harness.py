@@ -61,9 +61,10 @@ def run_cell(setting: Setting, plan: Plan) -> dict:
         or a ``message``.
     """
     started = time.time()
-    # On a CPU a process is started afresh, as a user's is. For a GPU a server imports once what every cell's process
-    # inherits, which saves seconds a cell; it never touches the GPU.
-    context = multiprocessing.get_context("spawn" if setting.device == "cpu" else "forkserver")
+    # Imported once by a server and inherited by every cell's process; it never touches the GPU. A cell that is measured
+    # as PyTorch comes is started afresh, as a user's process is.
+    afresh = setting.device == "cpu" and not plan.keep_memory
+    context = multiprocessing.get_context("spawn" if afresh else "forkserver")
     context.set_forkserver_preload(["benchmarks.harness", "benchmarks.methods.atom"])
     receiver, sender = context.Pipe(duplex=False)
     processes, neighbour = [], None
