@@ -311,6 +311,30 @@ def test_the_share_is_of_neighbouring_turns(monkeypatch):
     assert beside["share_of_eager"] == pytest.approx(0.25)
 
 
+def test_cells_beside_which_eager_was_slow_are_measured_again(tmp_path, monkeypatch):
+    """Once each, the slowest first; kept is what was measured beside a faster eager."""
+    answers = {"compile": [1.0], "fused": [1.5, 1.4], "eager-batched": [1.2, 1.3], "fused-compile": [1.05]}
+    measured = []
+
+    def run_cell(setting, plan):
+        measured.append(setting.provider)
+        seconds = answers[setting.provider].pop(0)
+        record = {"status": "ok", "share_of_eager": 1 / seconds, "eager_seconds": [seconds]}
+        return {**record, "time": harness.summary([1.0]), "memory": {"peak_allocated": None}}
+
+    monkeypatch.setattr(cells, "run_cell", run_cell)
+    path, chosen = tmp_path / "results.json", [small("dm", provider=provider) for provider in answers]
+    cells.measure_cells(path, "table3", "cpu", chosen, PLAN)
+    del measured[:]
+    cells.measure_slow_again(path, chosen, PLAN, deadline=0.0)
+    assert not measured, "there was no time left"
+    for _ in range(2):
+        cells.measure_slow_again(path, chosen, PLAN)
+        assert measured == ["fused", "eager-batched"]
+    kept = {record["setting"]["provider"]: record["eager_seconds"] for record in harness.load_results(path)["cells"]}
+    assert kept == {"compile": [1.0], "fused": [1.4], "eager-batched": [1.2], "fused-compile": [1.05]}
+
+
 def test_out_of_memory_is_an_entry():
     record = harness.run_cell(small("dm", class_images=10**12), PLAN)
     assert record["status"] == "OOM"
