@@ -41,14 +41,19 @@ def measure_cells(
         if earlier and earlier["status"] in FINISHED:
             print(f"{label}: {outcome(earlier)} (measured before)", flush=True)
             continue
-        limit = plan.limit if deadline is None else min(plan.limit, deadline - time.monotonic())
-        if limit <= 0:
+        limited = _until(plan, deadline)
+        if limited.limit <= 0:
             print(f"{label}: no time left; call again to continue", flush=True)
             break
-        record = run_cell(setting, dataclasses.replace(plan, limit=limit))
+        record = run_cell(setting, limited)
         store(results, setting, record)
         save_results(path, results)
         print(f"{label}: {outcome(record)}", flush=True)
+
+
+def _until(plan: Plan, deadline: float | None) -> Plan:
+    """The plan for a cell that must end by the deadline."""
+    return plan if deadline is None else dataclasses.replace(plan, limit=min(plan.limit, deadline - time.monotonic()))
 
 
 def measure_slow_again(
@@ -63,12 +68,13 @@ def measure_slow_again(
         settings, plan, deadline: as for :func:`measure_cells`.
         by: how many times as long as in its fastest cell ``eager`` must have taken.
     """
-    for setting, slowness in _slowness(load_results(path), settings):
-        if slowness < by or (deadline is not None and time.monotonic() > deadline):
+    results = load_results(path)
+    for setting, slowness in _slowness(results, settings):
+        limited = _until(plan, deadline)
+        if slowness < by or limited.limit <= 0:
             break
-        results = load_results(path)
         earlier = find(results, setting)
-        record = run_cell(setting, plan)
+        record = run_cell(setting, limited)
         if record["status"] == "ok" and _eager_seconds(record) < _eager_seconds(earlier):
             earlier = record
         store(results, setting, {**earlier, "measured_again": True})
@@ -82,14 +88,18 @@ def _slowness(results: dict, settings: Sequence[Setting]) -> list[tuple[Setting,
     beside = [(setting, record) for setting, record in records if record and "eager_seconds" in record]
     fastest: dict[Setting, float] = {}
     for setting, record in beside:
-        eager = dataclasses.replace(setting, provider="eager")
+        eager = _eager(setting)
         fastest[eager] = min(_eager_seconds(record), fastest.get(eager, math.inf))
     once = [
-        (setting, _eager_seconds(record) / fastest[dataclasses.replace(setting, provider="eager")])
+        (setting, _eager_seconds(record) / fastest[_eager(setting)])
         for setting, record in beside
         if "measured_again" not in record
     ]
     return sorted(once, key=lambda pair: -pair[1])
+
+
+def _eager(setting: Setting) -> Setting:
+    return dataclasses.replace(setting, provider="eager")
 
 
 def _eager_seconds(record: dict) -> float:

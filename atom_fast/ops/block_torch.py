@@ -54,7 +54,8 @@ def forward_torch(
             if level is not None:
                 statistics[rows, 0] = level
         parts = maps.split(map_sizes(x.shape, spatial_power, channel_power), 1)
-        norms = [unit_length(part, statistics[:, place]) for place, part in enumerate(parts, 1) if part.numel() > 0]
+        taken = [(place, part) for place, part in enumerate(parts, 1) if part.numel() > 0]
+        norms = [unit_length(part, statistics[:, place], part) for place, part in taken]
         if not scaled and all(_is_safe(norm) for norm in norms):
             break
 
@@ -113,11 +114,11 @@ def forward_piece(
     return level
 
 
-def unit_length(attention: Tensor, factor: Tensor, out: Tensor | None = None) -> Tensor:
+def unit_length(attention: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     """Write the maps [B, M] with L2 norm 1, and 1 / norm (1 for a zero map) into ``factor`` [B]; returns the norm."""
     norm = torch.linalg.vector_norm(attention, dim=1)
     factor.copy_(norm.masked_fill(norm == 0, 1.0).reciprocal_())
-    torch.mul(attention, factor[:, None], out=attention if out is None else out)
+    torch.mul(attention, factor[:, None], out=out)
     return norm
 
 
