@@ -34,7 +34,7 @@ def measure_cells(
     """
     if not settings:
         return
-    results = open_results(path, kind, edition, environment(settings[0].device))
+    results = open_results(path, kind, edition, environment(settings[0].device, plan.threads))
     for number, setting in enumerate(settings, 1):
         label = f"[{number}/{len(settings)}] {describe(setting)}"
         earlier = find(results, setting)

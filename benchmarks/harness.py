@@ -42,6 +42,7 @@ class Plan:
         seconds: after this time no further call is timed, once there are three; warm-up has as long again.
         limit: seconds after which the cell's process is ended.
         keep_memory: on a CPU, have the C library keep what is freed (`atom_fast._malloc`).
+        threads: on a CPU, of each process; None for PyTorch's own choice, a thread a core.
         beside_eager: on a CPU, let a process that runs ``eager`` take turns with the cell's. Their ratio is then one of
             neighbours in time: a machine that is faster in one minute than in the next is so for both.
     """
@@ -50,6 +51,7 @@ class Plan:
     seconds: float = 60.0
     limit: float = 600.0
     keep_memory: bool = True
+    threads: int | None = None
     beside_eager: bool = False
 
 
@@ -122,7 +124,7 @@ def _take_turns(setting: Setting, plan: Plan, connection) -> None:
     if plan.keep_memory:
         keep_freed_memory()
     connection.recv()  # not before the other process is ready: neither disturbs the other
-    step = _prepared_step(setting)
+    step = _prepared_step(setting, plan)
     for _ in range(WARMUP):
         step()
     connection.send("ready")
@@ -140,7 +142,9 @@ def _turn(step: Step) -> tuple[list[float], object]:
     return seconds, loss
 
 
-def _prepared_step(setting: Setting) -> Step:
+def _prepared_step(setting: Setting, plan: Plan) -> Step:
+    if plan.threads and setting.device == "cpu":
+        torch.set_num_threads(plan.threads)
     set_precision(setting)
     torch.manual_seed(setting.seed)
     return build_step(setting)
@@ -161,7 +165,7 @@ def measure(setting: Setting, plan: Plan, neighbour=None) -> dict:
         that in the neighbour's turn that followed.
     """
     started = time.perf_counter()
-    step = _prepared_step(setting)
+    step = _prepared_step(setting, plan)
     loss = step()
     synchronize(setting.device)
     setup = time.perf_counter() - started
@@ -303,9 +307,9 @@ def _cpu_memory(step: Step, setting: Setting) -> dict:
     return {"counted": "live tensors made by a step", "peak_allocated": counter.peak}
 
 
-@functools.lru_cache(maxsize=1)
-def environment(device: str) -> dict:
-    """Where and with what figures are measured.
+@functools.lru_cache(maxsize=2)
+def environment(device: str, threads: int | None = None) -> dict:
+    """Where and with what figures are measured; ``threads`` as in `Plan`.
 
     Raises:
         RuntimeError: there is no such device.
@@ -318,7 +322,7 @@ def environment(device: str) -> dict:
         "device": _gpu_name() if device == "cuda" else _processor_name(),
         "driver": _driver() if device == "cuda" else None,
         "cuda": torch.version.cuda if device == "cuda" else None,
-        "threads": torch.get_num_threads(),
+        "threads": threads or torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
