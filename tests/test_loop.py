@@ -14,7 +14,7 @@ from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.distill.checkpoint import latest_checkpoint
 from atom_fast.distill.config import preset, read_config
 from atom_fast.distill.loop import distill
-from atom_fast.distill.step import NonFiniteError
+from atom_fast.distill.step import Distillation, NonFiniteError
 from atom_fast.synthetic import SyntheticSet
 from tests.test_step import make_data
 
@@ -73,6 +73,37 @@ def test_the_log_has_a_record_every_few_steps(finished):
         assert record["steps_per_second"] > 0
         assert record["peak_memory_bytes"] > 0
     assert [record["seconds"] for record in records] == sorted(record["seconds"] for record in records)
+
+
+@pytest.fixture
+def busy_device(monkeypatch):
+    """A device whose readings the host waits for after the next step, as a GPU's."""
+    monkeypatch.setattr(Distillation, "reads_at_once", lambda run: False)
+
+
+def test_a_device_that_is_behind_leaves_the_same_log(finished, data, tmp_path, busy_device):
+    _, straight = finished
+    settings = {"log_every": 1, "checkpoint_every": 4, "image_every": 3}
+    late = distill(small(**settings), data, tmp_path / "late", progress=False, device="cpu")
+    with pytest.MonkeyPatch.context() as ready:
+        ready.setattr(Distillation, "reads_at_once", lambda run: True)
+        distill(small(**settings), data, tmp_path / "ready", progress=False, device="cpu")
+    assert torch.equal(late.images, straight.images)
+    names = ("iteration", "loss", "attention_loss", "mmd_loss")
+    one, other = (
+        [[record[name] for name in names] for record in map(json.loads, (tmp_path / folder / "log.jsonl").open())]
+        for folder in ("late", "ready")
+    )
+    assert one == other and [record[0] for record in one] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_device_that_is_behind_is_stopped_by_a_nan_before_anything_else_is_kept(data, tmp_path, busy_device):
+    settings = {"loss_scale": 1e30, "image_lr": 1e30, "augmentation": "none", "log_every": 1, "image_every": 3}
+    with pytest.raises(NonFiniteError, match="iteration [12]") as stop:
+        distill(small(**settings), data, tmp_path, progress=False, device="cpu")
+    assert "iteration-00000000" in str(stop.value)
+    for folder in ("checkpoints", "images"):
+        assert [path.stem for path in (tmp_path / folder).iterdir()] == ["iteration-00000000"]
 
 
 def test_resuming_gives_the_bits_of_an_uninterrupted_run(finished, data, tmp_path):

@@ -100,6 +100,33 @@ def test_the_loss_is_made_of_its_terms():
     assert all(value != value for value in run.read_terms()), "no step, no mean"
 
 
+def test_steps_after_a_reading_began_do_not_change_it(device):
+    run, _ = make_run(make_data(device=device))
+    other, _ = make_run(make_data(device=device))
+    for iteration in (1, 2):
+        run.step(iteration)
+        other.step(iteration)
+    run.start_reading()
+    run.step(3)
+    expected = other.read_terms()
+    other.step(3)
+    assert run.finish_reading() == pytest.approx(expected, rel=1e-4)
+    assert run.read_terms() == pytest.approx(other.read_terms(), rel=1e-4), "the third step is in the next reading"
+
+
+def test_a_nan_is_noticed_as_of_when_the_reading_began():
+    run, _ = make_run()
+    run.step(1)
+    with torch.no_grad():
+        run.images[0, 0, 0, 0] = float("inf")
+    run.start_reading()
+    run.step(2)
+    with pytest.raises(NonFiniteError, match="in the images after iteration 1.*class 0"):
+        run.finish_reading()
+    with pytest.raises(NonFiniteError, match="at iteration 2"):
+        run.read_terms()
+
+
 def test_only_the_product_of_scale_and_learning_rate_counts():
     one, _ = make_run(loss_scale=100.0, image_lr=0.25)
     other, _ = make_run(loss_scale=1.0, image_lr=25.0)
@@ -315,10 +342,11 @@ def test_a_step_never_waits_for_the_device(graph):
     torch.cuda.set_sync_debug_mode("error")
     try:
         run.step(2)
+        run.start_reading()
         run.step(3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    run.read_terms()
+    run.finish_reading()
 
 
 @pytest.mark.parametrize("backend_name", ["torch", "triton"])

@@ -207,6 +207,62 @@ def test_gathered_images_are_those_of_the_indices_in_model_space(device, whitene
     torch.testing.assert_close(real, expected, rtol=0, atol=1e-5)
 
 
+def test_a_gatherer_puts_the_precision_of_products_back(monkeypatch):
+    settings = torch.backends.cuda.matmul
+    before, seen = settings.fp32_precision, []
+
+    def to_model(preprocessing, images):
+        seen.append(settings.fp32_precision)
+        raise KeyError
+
+    images = smooth_images(4)
+    monkeypatch.setattr(Preprocessing, "to_model", to_model)
+    for precision in ("float32", "tf32", "bfloat16"):
+        standard = Preprocessing(mean=torch.zeros(3), std=torch.ones(3))
+        gather = real_image_gatherer(data_of(images, "cpu"), standard, precision=precision)
+        with pytest.raises(KeyError):
+            gather(torch.tensor([0]))
+        assert settings.fp32_precision == before
+    assert seen == ["ieee", "tf32", "tf32"]
+
+
+def test_precision_changes_nothing_on_a_cpu():
+    preprocessing, data = orthonormal_preprocessing(), data_of(smooth_images(40), "cpu")
+    indices = torch.tensor([3, 17, 0])
+    exact, low = (
+        real_image_gatherer(data, preprocessing, precision=precision, progress=False)(indices)
+        for precision in ("float32", "tf32")
+    )
+    assert torch.equal(exact, low)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0), reason="TF32 needs capability 8.0"
+)
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+def test_a_gpu_whitens_in_the_precision_asked_for(device, precision):
+    """Whatever the user's own setting is: float32 is float32 under a TF32 one as well."""
+    generator = torch.Generator().manual_seed(0)
+    shape, size = (3, 16, 16), 768
+    images = torch.randint(0, 256, (256, *shape), generator=generator, dtype=torch.uint8)
+    matrix = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0].float()
+    tensors = {"zca_mean": torch.full(shape, 0.5), "zca_matrix": matrix, "zca_inverse": matrix.T.contiguous()}
+    gather = real_image_gatherer(
+        data_of(images, device), Preprocessing.from_tensors(tensors).to(device), precision=precision, progress=False
+    )
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "ieee" if precision != "float32" else "tf32"
+    try:
+        whitened = gather(torch.arange(256, device=device)).cpu().double().flatten(1)
+    finally:
+        settings.fp32_precision = before
+    expected = (images.double() / 255 - 0.5).flatten(1) @ matrix.double()
+    error = (whitened - expected).norm() / expected.norm()
+    assert error < 1e-5 if precision == "float32" else 1e-5 < error < 2e-3
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("whitened", [False, True], ids=["standard", "zca"])
 def test_gathering_runs_in_a_cuda_graph(device, whitened):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -206,6 +207,7 @@ def real_image_gatherer(
     preprocessing: Preprocessing,
     *,
     memory_format: torch.memory_format = torch.contiguous_format,
+    precision: str = "float32",
     progress: bool = True,
 ) -> Callable[[Tensor], Tensor]:
     """A function that fetches training images by index, in model space, ready for a network.
@@ -218,6 +220,8 @@ def real_image_gatherer(
         data: the real images.
         preprocessing: the map to model space, on the device of ``data``.
         memory_format: of the images returned: ``torch.contiguous_format`` or ``torch.channels_last``.
+        precision: ``"float32"``, or ``"tf32"`` or ``"bfloat16"`` to whiten in TF32 on a GPU. In whitened CIFAR images
+            its error is less than a tenth of what rounding pixels to 8 bits has left there, in the Euclidean norm.
         progress: show a progress bar on standard error while the training set is whitened.
 
     Returns:
@@ -235,10 +239,23 @@ def real_image_gatherer(
     def gather(indices: Tensor) -> Tensor:
         batch = images.index_select(0, indices.flatten())
         if batch.dtype == torch.uint8:
-            batch = preprocessing.to_model(batch)
+            with _product_precision(precision):
+                batch = preprocessing.to_model(batch)
         return batch.contiguous(memory_format=memory_format)
 
     return gather
+
+
+@contextlib.contextmanager
+def _product_precision(precision: str) -> Iterator[None]:
+    """Multiply float32 matrices on a GPU in float32, or in TF32 for any other ``precision``."""
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "ieee" if precision == "float32" else "tf32"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 # Several distillations with one preprocessing, on a CPU, share the copy; it goes with the preprocessing.

@@ -160,7 +160,8 @@ class DistillConfig:
     )
     precision: str = _setting(
         "auto",
-        "arithmetic of the convolutions, all else being float32; auto: tf32 on GPUs that have it, float32 elsewhere",
+        "arithmetic of the convolutions and, on a GPU, of whitening real batches (TF32 for bfloat16), all else being "
+        "float32; auto: tf32 on GPUs that have it, float32 elsewhere",
         choices=("auto", *PRECISIONS),
     )
     class_chunk: int | None = _setting(

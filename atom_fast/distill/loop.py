@@ -291,6 +291,7 @@ class _Recorder:
         self._lock = os.stat(output / LOCK_FILE) if self._writes else None
         self._started = time.monotonic() - (start.seconds if start else 0.0)
         self._last_reading = self.first, time.monotonic()
+        self._being_read: int | None = None  # the iteration whose loss terms are on their way from the device
         self._log = RunLog(output, self.first) if self._writes else None
         self._bar = tqdm(
             total=run.config.iterations, initial=self.first, desc="distilling", unit="step", disable=not progress
@@ -316,20 +317,33 @@ class _Recorder:
         return time.monotonic() - self._started
 
     def advance(self) -> None:
-        """Count one finished step."""
+        """Count a step that was handed to the device, and write down what `log` left; raises as `log`."""
+        self._finish_reading()
         self._bar.update()
 
     def log(self, iteration: int) -> None:
         """Read the loss terms back from the device, unless that was done at this iteration, and write them down.
 
+        On a GPU the latter is left to `advance`, so that the device has the next step to do meanwhile.
+
         Raises:
             NonFiniteError: one of them, or an image, is NaN or infinite.
         """
-        if iteration == self._last_reading[0]:
+        if iteration in (self._last_reading[0], self._being_read):
+            return
+        self.run.start_reading()
+        self._being_read = iteration
+        if self.run.reads_at_once():
+            self._finish_reading()
+
+    def _finish_reading(self) -> None:
+        """Write down what `log` began to read, if there is such; raises as `log`."""
+        iteration, self._being_read = self._being_read, None
+        if iteration is None:
             return
         self.check_folder()
         try:
-            terms = self.run.read_terms()
+            terms = self.run.finish_reading()
         except NonFiniteError as error:
             kept = self.saved or f"in {self.output / CHECKPOINT_FOLDER}"
             raise NonFiniteError(f"{error}; the last good checkpoint is {kept}") from error
@@ -344,13 +358,15 @@ class _Recorder:
         self._log.write({**record, "seconds": self.seconds()})
         self._bar.set_postfix_str(
             f"loss {terms.loss:.4g} attention {terms.attention_loss:.4g} mmd {terms.mmd_loss:.4g} "
-            f"peak {memory / 2**20:.0f} MiB"
+            f"peak {memory / 2**20:.0f} MiB",
+            refresh=False,  # with the next step, unless the bar was drawn less than a tenth of a second before
         )
 
     def save(self, iteration: int) -> None:
         """Write a checkpoint of images that are known to be finite."""
         self.check_folder()
         self.log(iteration)
+        self._finish_reading()
         state, config = self.run.state(), self.run.config
         if self._writes:
             checkpoint = Checkpoint(iteration, state, config.to_dict(), self._fingerprint, self.seconds(), versions())
@@ -359,6 +375,7 @@ class _Recorder:
 
     def draw(self, iteration: int) -> None:
         """Write a picture of the images, a row a class, or ten a row at one image a class."""
+        self._finish_reading()
         self.check_folder()
         images = self.run.all_images()
         if images is None:

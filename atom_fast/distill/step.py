@@ -118,12 +118,18 @@ class Distillation:
         self.labels = torch.arange(classes.start, classes.stop, device=device).repeat_interleave(config.ipc)
         self.network = make_network(config, data).to(device, memory_format=layout)
         self.extractor, self.fusion = fused_if_possible(self.network, config)
-        self.gather_real = real_image_gatherer(data, preprocessing, memory_format=layout, progress=progress)
+        self.gather_real = real_image_gatherer(
+            data, preprocessing, memory_format=layout, precision=config.precision, progress=progress
+        )
         self.generator = torch.Generator(device)
         self._iteration = torch.zeros((), dtype=torch.int64, device=device)
         self._sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
         self._first_bad = torch.zeros(len(TERMS), dtype=torch.int64, device=device)  # 0: none, iterations start at 1
         self._steps = 0
+        size = 1 + 2 * len(TERMS) + len(self.classes)
+        self._reading = torch.empty(size, dtype=torch.float64, pin_memory=self.images.is_cuda)
+        self._steps_read = 0
+        self._copied = torch.cuda.Event() if self.images.is_cuda else None
         self.set_class_chunk(config.class_chunk or len(classes))
 
     def set_class_chunk(self, size: int) -> None:
@@ -238,9 +244,29 @@ class Distillation:
         Raises:
             NonFiniteError: a loss term or an image is NaN or infinite; names the term, iteration and classes.
         """
+        self.start_reading()
+        return self.finish_reading()
+
+    def start_reading(self) -> None:
+        """Queue on the device what `finish_reading` waits for. Steps may follow before it, and do not change it."""
         classes = len(self.classes)
         finite = torch.isfinite(self.images).flatten(1).all(dim=1).view(classes, -1).all(dim=1)
-        packed = torch.cat((self._sums, self._first_bad.double(), finite.double())).tolist()
+        packed = (self._iteration.view(1), self._sums, self._first_bad, finite)
+        self._reading.copy_(torch.cat([part.double() for part in packed]), non_blocking=True)
+        if self._copied is not None:
+            self._copied.record(torch.cuda.current_stream(self.images.device))
+        self._sums.zero_()
+        self._steps_read, self._steps = self._steps, 0
+
+    def reads_at_once(self) -> bool:
+        """Whether `finish_reading` does not wait. A GPU is not asked: all ranks must meet at the same places."""
+        return self._copied is None
+
+    def finish_reading(self) -> Terms:
+        """What `read_terms` returns and raises, as of the last `start_reading`."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        iteration, *packed = self._reading.tolist()
         count = len(TERMS)
         ranks = self.world.exchange(packed)
         sums = [sum(own) for own in zip(*(read[:count] for read in ranks), strict=True)]
@@ -250,9 +276,8 @@ class Distillation:
         ]
         finite = [good for read in ranks for good in read[2 * count :]]
         if any(first_bad) or not all(finite):
-            raise NonFiniteError(_describe_non_finite(first_bad, finite, self.data.class_names, int(self._iteration)))
-        steps, self._steps = self._steps, 0
-        self._sums.zero_()
+            raise NonFiniteError(_describe_non_finite(first_bad, finite, self.data.class_names, int(iteration)))
+        steps = self._steps_read
         return Terms(*(total / steps if steps else float("nan") for total in sums))
 
     def all_images(self, *, everywhere: bool = False) -> Tensor | None:
