@@ -20,7 +20,7 @@ def instance_norm_launch(channels: int, positions: int, element_size: int) -> di
 
 
 @triton.jit
-def _place_offsets(
+def place_offsets(
     start, stride_h, stride_w, H: tl.constexpr, W: tl.constexpr, QUADS: tl.constexpr, BLOCK_P: tl.constexpr
 ):
     """Offsets of the places ``start`` onwards, row by row or quad by quad, and which of them lie in the plane."""
@@ -35,26 +35,26 @@ def _place_offsets(
 
 
 @triton.jit
-def _load(
+def load_tile(
     p_plane, start, stride_c, stride_h, stride_w, o_c, dtype: tl.constexpr,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, QUADS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """A tile [BLOCK_P, BLOCK_C] of planes, and the mask [BLOCK_P, 1] of its places."""
-    offsets, m_p = _place_offsets(start, stride_h, stride_w, H, W, QUADS, BLOCK_P)
+    offsets, m_p = place_offsets(start, stride_h, stride_w, H, W, QUADS, BLOCK_P)
     mask = m_p[:, None] & (o_c < C)[None, :]
     b_x = tl.load(p_plane + offsets[:, None] + (o_c * stride_c)[None, :], mask=mask, other=0.0).to(dtype)
     return b_x, m_p[:, None]
 
 
 @triton.jit
-def _pooled_offsets(start, stride_h, stride_w, H: tl.constexpr, W: tl.constexpr, BLOCK_Q: tl.constexpr):
+def pooled_offsets(start, stride_h, stride_w, H: tl.constexpr, W: tl.constexpr, BLOCK_Q: tl.constexpr):
     """Offsets of the pooled places that the places ``start`` onwards belong to, and which of them exist."""
     o_q = start // 4 + tl.arange(0, BLOCK_Q)
     return o_q // (W // 2) * stride_h + o_q % (W // 2) * stride_w, o_q < (H // 2) * (W // 2)
 
 
 @triton.jit
-def _load_gradient(
+def load_gradient(
     p_grad, start, stride_c, stride_h, stride_w, o_c, dtype: tl.constexpr,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, POOL: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +65,7 @@ def _load_gradient(
         mask = (o_q < (H // 2) * (W // 2))[:, None] & (o_c < C)[None, :]
         b_g = tl.load(p_grad + offsets[:, None] + (o_c * stride_c)[None, :], mask=mask, other=0.0).to(dtype) * 0.25
     else:
-        b_g, _ = _load(p_grad, start, stride_c, stride_h, stride_w, o_c, dtype, C, H, W, False, BLOCK_P)
+        b_g, _ = load_tile(p_grad, start, stride_c, stride_h, stride_w, o_c, dtype, C, H, W, False, BLOCK_P)
     return b_g
 
 
@@ -110,12 +110,12 @@ def instance_norm_forward_kernel(
     dtype: tl.constexpr = p_mean.dtype.element_ty
     p_x += i_b * stride_b
     p_out += i_b * out_stride_b
-    b_x, _ = _load(p_x, 0, stride_c, stride_h, stride_w, o_c, dtype, C, H, W, POOL, BLOCK_P)
+    b_x, _ = load_tile(p_x, 0, stride_c, stride_h, stride_w, o_c, dtype, C, H, W, POOL, BLOCK_P)
     b_pivot = tl.sum(b_x, axis=0) / min(BLOCK_P, H * W)
     b_sums = tl.zeros([BLOCK_P, BLOCK_C], dtype)
     b_squares = tl.zeros([BLOCK_P, BLOCK_C], dtype)
     for start in range(0, H * W, BLOCK_P):
-        b_x, m_p = _load(p_x, start, stride_c, stride_h, stride_w, o_c, dtype, C, H, W, POOL, BLOCK_P)
+        b_x, m_p = load_tile(p_x, start, stride_c, stride_h, stride_w, o_c, dtype, C, H, W, POOL, BLOCK_P)
         b_d = tl.where(m_p, b_x - b_pivot[None, :], 0.0)
         b_sums += b_d
         b_squares += b_d * b_d
@@ -129,15 +129,15 @@ def instance_norm_forward_kernel(
     b_scale = b_rstd * tl.load(p_weight + o_c, mask=o_c < C, other=0.0).to(dtype)
     b_bias = tl.load(p_bias + o_c, mask=o_c < C, other=0.0).to(dtype)
     for start in range(0, H * W, BLOCK_P):
-        b_x, _ = _load(p_x, start, stride_c, stride_h, stride_w, o_c, dtype, C, H, W, POOL, BLOCK_P)
+        b_x, _ = load_tile(p_x, start, stride_c, stride_h, stride_w, o_c, dtype, C, H, W, POOL, BLOCK_P)
         b_y = (b_x - b_mean[None, :]) * b_scale[None, :] + b_bias[None, :]
         if RECTIFY:
             b_y = tl.maximum(b_y, 0.0, propagate_nan=tl.PropagateNan.ALL)
         if POOL:
             b_y = tl.sum(tl.reshape(b_y, [BLOCK_P // 4, 4, BLOCK_C]), axis=1) * 0.25
-            offsets, m_p = _pooled_offsets(start, out_stride_h, out_stride_w, H, W, BLOCK_P // 4)
+            offsets, m_p = pooled_offsets(start, out_stride_h, out_stride_w, H, W, BLOCK_P // 4)
         else:
-            offsets, m_p = _place_offsets(start, out_stride_h, out_stride_w, H, W, False, BLOCK_P)
+            offsets, m_p = place_offsets(start, out_stride_h, out_stride_w, H, W, False, BLOCK_P)
         p_tile = p_out + offsets[:, None] + (o_c * out_stride_c)[None, :]
         tl.store(p_tile, b_y.to(p_out.dtype.element_ty), mask=m_p[:, None] & (o_c < C)[None, :])
 
@@ -194,9 +194,9 @@ def instance_norm_backward_kernel(
     b_sums = tl.zeros([BLOCK_P, BLOCK_C], dtype)
     b_dots = tl.zeros([BLOCK_P, BLOCK_C], dtype)
     for start in range(0, H * W, BLOCK_P):
-        b_x, m_p = _load(p_x, start, stride_c, stride_h, stride_w, o_c, dtype, C, H, W, POOL, BLOCK_P)
+        b_x, m_p = load_tile(p_x, start, stride_c, stride_h, stride_w, o_c, dtype, C, H, W, POOL, BLOCK_P)
         b_d = tl.where(m_p, b_x - b_mean[None, :], 0.0)
-        b_g = _load_gradient(
+        b_g = load_gradient(
             p_grad, start, grad_stride_c, grad_stride_h, grad_stride_w, o_c, dtype, C, H, W, POOL, BLOCK_P
         )
         if RECTIFY:
@@ -211,14 +211,14 @@ def instance_norm_backward_kernel(
     b_level = (b_sum / (H * W))[None, :]
     b_slope = (b_dot * b_rstd / (H * W))[None, :]
     for start in range(0, H * W, BLOCK_P):
-        b_x, m_p = _load(p_x, start, stride_c, stride_h, stride_w, o_c, dtype, C, H, W, POOL, BLOCK_P)
+        b_x, m_p = load_tile(p_x, start, stride_c, stride_h, stride_w, o_c, dtype, C, H, W, POOL, BLOCK_P)
         b_d = b_x - b_mean[None, :]
-        b_g = _load_gradient(
+        b_g = load_gradient(
             p_grad, start, grad_stride_c, grad_stride_h, grad_stride_w, o_c, dtype, C, H, W, POOL, BLOCK_P
         )
         if RECTIFY:
             b_g = tl.where(b_d * b_scale[None, :] + b_bias[None, :] > 0, b_g, 0.0)
         b_dx = (b_g - b_level - b_d * b_slope) * b_scale[None, :]
-        offsets, _ = _place_offsets(start, out_stride_h, out_stride_w, H, W, POOL, BLOCK_P)
+        offsets, _ = place_offsets(start, out_stride_h, out_stride_w, H, W, POOL, BLOCK_P)
         p_tile = p_grad_x + offsets[:, None] + (o_c * out_stride_c)[None, :]
         tl.store(p_tile, b_dx.to(p_grad_x.dtype.element_ty), mask=m_p & (o_c < C)[None, :])

@@ -6,16 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from atom_fast._backend import resolve_backend
 from atom_fast.networks.convnet import ConvBlock, ConvNet
+from atom_fast.ops.batch_norm import batch_norm
 from atom_fast.ops.instance_norm import instance_norm
 
 
 def logits(network: nn.Module, images: Tensor) -> Tensor:
     """``network(images)``, to rounding, with gradients for every parameter that the logits depend on.
 
-    A ConvNet's blocks of InstanceNorm, ReLU and 2×2 average pooling run as one operation after a convolution without
-    bias, which InstanceNorm takes away. What hooks on these modules would see is never computed, and gradients cannot
-    be differentiated again; hence this function beside the network's own ``forward``. Other networks run as they are.
+    A ConvNet's blocks of InstanceNorm or, on a GPU, BatchNorm, ReLU and 2×2 average pooling run as one operation after
+    a convolution without bias, which the norm takes away. What hooks on these modules would see is never computed, and
+    gradients cannot be differentiated again; hence this function beside the network's own ``forward``. Other networks
+    run as they are.
     """
     if isinstance(network, ConvNet):
         return network.classifier(embed(network, images))
@@ -34,12 +37,26 @@ def embed(network: nn.Module, images: Tensor) -> Tensor:
 
 def _block(block: ConvBlock, x: Tensor) -> Tensor:
     norm, pool = block.norm, block.pool
-    if not (_is_instance_norm(norm) and isinstance(block.activation, nn.ReLU)):
+    # Without the kernels BatchNorm is PyTorch's, which is what the block itself calls.
+    batch = isinstance(norm, nn.BatchNorm2d) and resolve_backend(x) == "triton"
+    if not ((batch or _is_instance_norm(norm)) and isinstance(block.activation, nn.ReLU)):
         return block(x)
     convolved = F.conv2d(x, block.convolution.weight, padding=block.convolution.padding)
     pooled = isinstance(pool, nn.AvgPool2d) and pool.kernel_size == 2 and not (x.shape[2] % 2 or x.shape[3] % 2)
-    x = instance_norm(convolved, norm.weight, norm.bias, norm.eps, rectify=True, pool=pooled)
+    if batch:
+        x = _batch_norm(norm, convolved, block.convolution.bias, pooled)
+    else:
+        x = instance_norm(convolved, norm.weight, norm.bias, norm.eps, rectify=True, pool=pooled)
     return x if pooled else pool(x)
+
+
+def _batch_norm(norm: nn.BatchNorm2d, convolved: Tensor, offset: Tensor, pooled: bool) -> Tensor:
+    if norm.training:
+        norm.num_batches_tracked.add_(1)
+    return batch_norm(
+        convolved, norm.weight, norm.bias, norm.running_mean, norm.running_var, offset=offset,
+        training=norm.training, momentum=norm.momentum, eps=norm.eps, rectify=True, pool=pooled,
+    )  # fmt: skip
 
 
 def _is_instance_norm(norm: nn.Module) -> bool:

@@ -1,0 +1,231 @@
+"""BatchNorm, ReLU and 2x2 average pooling as one operator, for training and for testing.
+
+On a GPU the statistics are a pass of their own, since they are of the whole batch; the input and two numbers a channel
+are kept for the backward pass, and asking for a second derivative raises. Elsewhere PyTorch's own operators run.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._backend import resolve_backend
+from .launching import accumulation_dtype, device_of
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    offset: Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    rectify: bool = False,
+    pool: bool = False,
+) -> Tensor:
+    """Normalise every channel, scale and shift it; then, as asked for, ReLU and 2x2 average pooling.
+
+    What is normalised is ``x + offset``, as where a convolution's bias comes before the norm. Statistics of the batch
+    take it away again, so that it costs no pass: the running mean alone depends on it, and its gradient is zero.
+
+    Args:
+        x: [B, C, H, W], floating point; fastest in channels_last. H and W even with ``pool``.
+        weight, bias: [C] scale and shift, in the type of ``x`` or a wider one.
+        running_mean, running_var: [C], both or neither. With ``training`` they are updated in place, as by
+            ``nn.BatchNorm2d``: the variance is the unbiased one.
+        offset: [C], added to every place of ``x``.
+        training: normalise by mean and variance of the batch, over B, H and W; otherwise by the running ones.
+        momentum: weight of this batch in the running statistics.
+        eps: added to the variance.
+        rectify: apply ReLU.
+        pool: apply 2x2 average pooling, after ReLU.
+
+    Returns:
+        [B, C, H, W], with ``pool`` [B, C, H / 2, W / 2], in the type and memory format of ``x``. Differentiable once,
+        in ``x``, ``weight``, ``bias`` and ``offset``.
+
+    Raises:
+        ValueError: a shape does not fit, running statistics are missing, or a channel has fewer than two values to
+            train with.
+    """
+    _check(x, weight, bias, running_mean, running_var, offset, training, pool)
+    if resolve_backend(x) != "triton" or (not training and torch.is_grad_enabled()):
+        return reference_batch_norm(
+            x, weight, bias, running_mean, running_var, offset, training, momentum, eps, rectify, pool
+        )
+    if not training:
+        mean = running_mean if offset is None else running_mean - offset
+        wide = accumulation_dtype(x.dtype)
+        return batch_norm_op(
+            x, weight, bias, offset, mean.to(wide), (running_var + eps).rsqrt().to(wide), rectify, pool
+        )
+    if running_mean is None:  # updated for nobody
+        running_mean, running_var = torch.empty_like(weight), torch.empty_like(weight)
+    mean, rstd = batch_statistics_op(
+        x.detach(), None if offset is None else offset.detach(), running_mean, running_var, momentum, eps
+    )
+    return batch_norm_op(x, weight, bias, offset, mean, rstd, rectify, pool)
+
+
+def _check(x, weight, bias, running_mean, running_var, offset, training, pool) -> None:
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(f"x must be floating point [B, C, H, W]; got {x.dtype} of shape {tuple(x.shape)}")
+    vectors = {"running_mean": running_mean, "running_var": running_var, "offset": offset}
+    for name, vector in {"weight": weight, "bias": bias, **vectors}.items():
+        if vector is not None and vector.shape != x.shape[1:2]:
+            raise ValueError(f"{name} must be [{x.shape[1]}]; got {tuple(vector.shape)}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var go together; got one of them")
+    if not training and running_mean is None:
+        raise ValueError("without training, running_mean and running_var are what x is normalised by; got None")
+    if training and x.shape[0] * x.shape[2] * x.shape[3] < 2:
+        raise ValueError(f"training needs two values a channel or more; got x of shape {tuple(x.shape)}")
+    if pool and (x.shape[2] % 2 or x.shape[3] % 2):
+        raise ValueError(f"pooling needs an even height and width; got {tuple(x.shape)}")
+
+
+def reference_batch_norm(
+    x, weight, bias, running_mean, running_var, offset, training, momentum, eps, rectify, pool
+) -> Tensor:
+    """`batch_norm` in PyTorch's own operators."""
+    x = x if offset is None else x + offset.to(x.dtype)[:, None, None]
+    x = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    x = F.relu(x) if rectify else x
+    return F.avg_pool2d(x, 2) if pool else x
+
+
+@torch.library.custom_op("atom_fast::batch_statistics", mutates_args=("running_mean", "running_var"))
+def batch_statistics_op(
+    x: Tensor, offset: Tensor | None, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / standard deviation [C] of ``x``; updates the running statistics of ``x + offset``."""
+    from ..kernels.batch_norm import batch_norm_parts_kernel, batch_norm_statistics_kernel, statistics_launch
+
+    mean, rstd = _empty_statistics(x)
+    rows, grid, constants = _launch(x)
+    means, squares = mean.new_empty((2, rows, x.shape[1])).unbind()
+    channels, positions = x.shape[1], x.shape[2] * x.shape[3]
+    launch = statistics_launch(rows)
+    with device_of(x):
+        batch_norm_parts_kernel[grid](x, means, squares, *x.stride(), **constants)
+        batch_norm_statistics_kernel[(-(-channels // launch["BLOCK_C"]),)](
+            means, squares, offset, running_mean, running_var, mean, rstd, rows, x.shape[0] * positions,
+            MOMENTUM=momentum, EPS=eps, C=channels, POSITIONS=positions, PLACES=constants["PLACES"], **launch,
+        )  # fmt: skip
+    return mean, rstd
+
+
+def _empty_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    wide = {"dtype": accumulation_dtype(x.dtype), "device": x.device}
+    return torch.empty(x.shape[1], **wide), torch.empty(x.shape[1], **wide)
+
+
+@batch_statistics_op.register_fake
+def _(x, offset, running_mean, running_var, momentum, eps):
+    return _empty_statistics(x)
+
+
+@torch.library.custom_op("atom_fast::batch_norm", mutates_args=())
+def batch_norm_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    offset: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    rectify: bool,
+    pool: bool,
+) -> Tensor:
+    """``x`` normalised by ``mean`` and ``rstd`` [C], of which the gradient takes for granted that they are the batch's.
+
+    ``offset`` is there for its gradient alone, zero.
+    """
+    from ..kernels.batch_norm import batch_norm_apply_kernel
+
+    out = _empty_output(x, pool)
+    if x.numel() > 0:
+        _, grid, constants = _launch(x)
+        with device_of(x):
+            batch_norm_apply_kernel[grid](
+                x, weight, bias, mean, rstd, out, *x.stride(), *out.stride(), RECTIFY=rectify, POOL=pool, **constants
+            )
+    return out
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _empty_output(x: Tensor, pool: bool) -> Tensor:
+    batch, channels, height, width = x.shape
+    shape = (batch, channels, height // 2, width // 2) if pool else x.shape
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+
+
+@batch_norm_op.register_fake
+def _(x, weight, bias, offset, mean, rstd, rectify, pool):
+    return _empty_output(x, pool)
+
+
+@torch.library.custom_op("atom_fast::batch_norm_backward", mutates_args=())
+def batch_norm_backward_op(
+    gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, rectify: bool, pool: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``x`` [B, C, H, W], and of shift and scale [2, C]."""
+    from ..kernels.batch_norm import batch_norm_backward_kernel, batch_norm_sums_kernel
+
+    rows, grid, constants = _launch(x)
+    constants |= {"RECTIFY": rectify, "POOL": pool}
+    # Each row's part, added afterwards in a fixed order.
+    parts = mean.new_empty((2, rows, x.shape[1]))
+    grad_x = torch.empty_like(x, memory_format=_layout(x))
+    with device_of(x):
+        batch_norm_sums_kernel[grid](
+            gradient, x, weight, bias, mean, rstd, parts, *gradient.stride(), *x.stride(), **constants
+        )
+        sums = parts.sum(1)
+        batch_norm_backward_kernel[grid](
+            gradient, x, weight, bias, mean, rstd, sums, grad_x, x.numel() // x.shape[1],
+            *gradient.stride(), *x.stride(), *grad_x.stride(), **constants,
+        )  # fmt: skip
+    return grad_x, sums
+
+
+@batch_norm_backward_op.register_fake
+def _(gradient, x, weight, bias, mean, rstd, rectify, pool):
+    return torch.empty_like(x, memory_format=_layout(x)), mean.new_empty((2, x.shape[1]))
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, offset, mean, rstd, *ctx.options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, bias, mean, rstd, offset)
+
+
+def _backward(ctx, gradient):
+    if gradient is None:
+        return (None,) * 8
+    *saved, offset = ctx.saved_tensors
+    grad_x, (grad_bias, grad_weight) = batch_norm_backward_op(gradient, *saved, *ctx.options)
+    grad_offset = None if offset is None else torch.zeros_like(offset)
+    return grad_x, grad_weight.to(saved[1].dtype), grad_bias.to(saved[2].dtype), grad_offset, None, None, None, None
+
+
+batch_norm_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _launch(x: Tensor) -> tuple[int, tuple[int], dict]:
+    """Rows of the kernels that walk ``x``, see kernels/batch_norm.py; their grid; and what they share."""
+    from ..kernels.batch_norm import batch_norm_launch
+
+    batch, channels, height, width = x.shape
+    launch = batch_norm_launch(channels, height * width, x.element_size())
+    rows = batch * -(-height * width // launch["PLACES"])
+    grid = (rows * -(-channels // launch["BLOCK_C"]),)
+    return rows, grid, {"C": channels, "H": height, "W": width, **launch}
