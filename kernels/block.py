@@ -1,10 +1,13 @@
-"""InstanceNorm, ReLU, both attention maps and 2x2 average pooling of a convolution's output, without its feature map.
+"""A norm, ReLU, both attention maps and 2x2 average pooling of a convolution's output, without its feature map.
 
 The plane of a sample's channel is what InstanceNorm needs at once. `block_forward_kernel` and `block_backward_kernel`
 hold the planes of BLOCK_C channels in registers: one read of the convolution's output, one write of a quarter of it,
 and backward one read and one write. A program owns a sample and walks its channels, so that both maps are complete and
 normalised where they are made. Planes too large for registers are walked in tiles by the `tiled_` kernels, twice, the
 second time from the L2 cache; a program then owns BLOCK_C channels of a sample.
+
+The statistics of BatchNorm are GIVEN, as those of every plane. The two sums that its gradient needs over the batch are
+written by a first launch of a backward kernel, and given to a second one as means over samples.
 
 A tile is a quad: the positions (2i + a, 2j + b) for a, b in {0, 1} are four arrays [BLOCK_P, BLOCK_C] over the same
 (i, j), so that pooling is their sum; they are passed as a tuple. The grid of (i, j) is rounded up for odd sizes and
@@ -328,12 +331,45 @@ def rectify_quad(quad, b_scale, b_shift, valid, EXACT: tl.constexpr):
 
 
 @triton.jit
-def normalize_planes(quad, valid, eps, H: tl.constexpr, W: tl.constexpr, EXACT: tl.constexpr):
-    """Centred planes, their mean and 1 / sqrt(variance + eps) [BLOCK_C]; the variance is that of centred values."""
+def centre_planes(quad, valid, H: tl.constexpr, W: tl.constexpr, EXACT: tl.constexpr):
+    """Centred planes, their mean and population variance [BLOCK_C]; the variance is that of centred values."""
     b_mean = tl.sum(sum_quad(quad), axis=0) / (H * W)
     quad = centre_quad(quad, b_mean, valid, EXACT)
-    b_variance = tl.sum(dot_quad(quad, quad), axis=0) / (H * W)
-    return quad, b_mean, 1.0 / tl.sqrt(b_variance + eps)
+    return quad, b_mean, tl.sum(dot_quad(quad, quad), axis=0) / (H * W)
+
+
+@triton.jit
+def load_statistics(p_mean, p_rstd, i_b, o_c, C: tl.constexpr):
+    """Mean and 1 / sqrt(variance + eps) of channels ``o_c`` of sample ``i_b``; zero past the last channel."""
+    b_mean = tl.load(p_mean + i_b * C + o_c, mask=o_c < C, other=0.0)
+    return b_mean, tl.load(p_rstd + i_b * C + o_c, mask=o_c < C, other=0.0)
+
+
+@triton.jit
+def normalize_planes(
+    quad,
+    valid,
+    p_mean,
+    p_rstd,
+    i_b,
+    o_c,
+    eps,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    EXACT: tl.constexpr,
+    GIVEN: tl.constexpr,
+):
+    """Centred planes and 1 / sqrt(variance + eps) [BLOCK_C]: of the statistics GIVEN, or their own, then written."""
+    if GIVEN:
+        b_mean, b_rstd = load_statistics(p_mean, p_rstd, i_b, o_c, C)
+        quad = centre_quad(quad, b_mean, valid, EXACT)
+    else:
+        quad, b_mean, b_variance = centre_planes(quad, valid, H, W, EXACT)
+        b_rstd = 1.0 / tl.sqrt(b_variance + eps)
+        tl.store(p_mean + i_b * C + o_c, b_mean, mask=o_c < C)
+        tl.store(p_rstd + i_b * C + o_c, b_rstd, mask=o_c < C)
+    return quad, b_rstd
 
 
 @triton.jit
@@ -383,7 +419,8 @@ def add_maps(
         b_max = tl.maximum(tl.maximum(quad[0], quad[1]), tl.maximum(quad[2], quad[3]))
         new_peak = tl.maximum(peak, tl.max(tl.max(b_max, axis=0), axis=0))
         inverse = relative_to(new_peak)
-        ratio = peak * inverse
+        # Exactly 1 where the peak stays: what is added up is multiplied once for each of many chunks.
+        ratio = tl.where(new_peak > peak, peak * inverse, 1.0)
         quad = scale_quad(quad, inverse)
         if SPATIAL > 0:
             ratio_s = power(ratio, SPATIAL)
@@ -472,6 +509,7 @@ def block_forward_kernel(
     CHANNEL: tl.constexpr,
     AFFINE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    GIVEN: tl.constexpr,
     EXACT: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -485,7 +523,7 @@ def block_forward_kernel(
         p_weight, p_bias: [C] scale and shift of the norm, read with AFFINE.
         p_pooled: [B, C, H // 2, W // 2] by its strides.
         p_maps: [B, M] the spatial map (H W values, if taken), then the channel map (C), each of L2 norm 1 or zero.
-        p_mean, p_rstd: [B, C] mean and 1 / sqrt(variance + eps) of each plane.
+        p_mean, p_rstd: [B, C] mean and 1 / sqrt(variance + eps) of each plane; read where they are GIVEN.
         p_statistics: [B, 3] the largest feature and 1 / norm of each map relative to it; 1 where zero or not taken.
         CHUNKS: number of blocks of BLOCK_C channels, rounded up to a power of two.
     """
@@ -500,9 +538,7 @@ def block_forward_kernel(
         quad = _load_quad(
             p_x, 0, o_c, stride_c, stride_h, stride_w, dtype, C, H, W, BLOCK_P, BLOCK_C, CHANNELS_LAST, EXACT
         )
-        quad, b_mean, b_rstd = normalize_planes(quad, valid, eps, H, W, EXACT)
-        tl.store(p_mean + i_b * C + o_c, b_mean, mask=o_c < C)
-        tl.store(p_rstd + i_b * C + o_c, b_rstd, mask=o_c < C)
+        quad, b_rstd = normalize_planes(quad, valid, p_mean, p_rstd, i_b, o_c, eps, C, H, W, EXACT, GIVEN)
         b_weight, b_bias = load_affine(p_weight, p_bias, o_c, dtype, C, AFFINE, BLOCK_C)
         quad = rectify_quad(quad, b_rstd * b_weight, b_bias, valid, EXACT)
         pointers, mask = pooled_pointers(
@@ -585,7 +621,8 @@ def through_norm(gradient, quad, b_sum, b_dot, b_rstd, b_scale, H: tl.constexpr,
 
     Args:
         gradient, quad: gradient of the norm's output and centred input, four tiles [BLOCK_P, BLOCK_C] each.
-        b_sum, b_dot: [BLOCK_C] sums over the plane of the gradient, and of its product with the centred input.
+        b_sum, b_dot: [BLOCK_C] sums over the plane of the gradient, and of its product with the centred input; where
+            statistics are those of the batch, the means over samples of these sums.
     """
     b_offset = (b_sum * b_scale / (H * W))[None, :]
     b_slope = (b_dot * b_rstd * b_rstd * b_scale / (H * W))[None, :]
@@ -624,6 +661,19 @@ def channel_dot(p_gradient, p_map, C: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def load_sums(p_sums, o_c, C: tl.constexpr):
+    """Both sums of `through_norm` for channels ``o_c``."""
+    return tl.load(p_sums + o_c, mask=o_c < C, other=0.0), tl.load(p_sums + C + o_c, mask=o_c < C, other=0.0)
+
+
+@triton.jit
+def store_sums(p_sums, b_sum, b_dot, o_c, C: tl.constexpr):
+    """Write what `load_sums` reads."""
+    tl.store(p_sums + o_c, b_sum, mask=o_c < C)
+    tl.store(p_sums + C + o_c, b_dot, mask=o_c < C)
+
+
+@triton.jit
 def block_backward_kernel(
     p_x,
     p_weight,
@@ -634,6 +684,7 @@ def block_backward_kernel(
     p_mean,
     p_rstd,
     p_statistics,
+    p_sums,
     p_grad_x,
     stride_b,
     stride_c: tl.constexpr,
@@ -654,6 +705,7 @@ def block_backward_kernel(
     CHANNEL: tl.constexpr,
     AFFINE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    SUMS: tl.constexpr,
     EXACT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -667,13 +719,18 @@ def block_backward_kernel(
     Args:
         p_grad_pooled: [B, C, H // 2, W // 2] by its strides.
         p_grad_maps: [B, M] laid out as p_maps.
+        p_sums: [B, 2, C] both sums of `through_norm`, written, or [2, C] their means over samples, read.
         p_grad_x: [B, C, H, W] by its strides.
+        SUMS: "own" for those of the plane, "write" to write them and no gradient, "read" for those of the batch.
         The others as in `block_forward_kernel`.
     """
     i_b = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = p_mean.dtype.element_ty
     p_x += i_b * stride_b
-    p_grad_x += i_b * grad_stride_b
+    if SUMS == "write":
+        p_sums += i_b * (2 * C)
+    else:
+        p_grad_x += i_b * grad_stride_b
     p_grad_pooled += i_b * pooled_stride_b
     valid = valid_quad(0, H, W, BLOCK_P)
     inverse_peak = 1.0 / tl.load(p_statistics + i_b * 3)
@@ -699,8 +756,7 @@ def block_backward_kernel(
             p_grad_pooled, 0, o_c, pooled_stride_c, pooled_stride_h, pooled_stride_w, C, H, W, BLOCK_P
         )
         b_pooled = load_tile(pointers, mask, dtype, EXACT) * 0.25
-        b_mean = tl.load(p_mean + i_b * C + o_c, mask=o_c < C, other=0.0)
-        b_rstd = tl.load(p_rstd + i_b * C + o_c, mask=o_c < C, other=0.0)
+        b_mean, b_rstd = load_statistics(p_mean, p_rstd, i_b, o_c, C)
         b_channel = b_mean
         if CHANNEL > 0:
             b_channel = channel_weights(p_grad_maps, p_maps, channel_factor, dot, o_c, C)
@@ -710,13 +766,19 @@ def block_backward_kernel(
         gradient = gradient_quad(
             quad, b_scale, b_bias, inverse_peak, b_pooled, spatial, b_channel, valid, SPATIAL, CHANNEL, EXACT
         )
-        b_sum = tl.sum(sum_quad(gradient), axis=0)
-        b_dot = tl.sum(dot_quad(gradient, quad), axis=0)
-        _store_quad(
-            p_grad_x, 0, o_c, grad_stride_c, grad_stride_h, grad_stride_w,
-            through_norm(gradient, quad, b_sum, b_dot, b_rstd, b_scale, H, W),
-            C, H, W, BLOCK_P, BLOCK_C, CHANNELS_LAST, EXACT,
-        )  # fmt: skip
+        if SUMS == "read":
+            b_sum, b_dot = load_sums(p_sums, o_c, C)
+        else:
+            b_sum = tl.sum(sum_quad(gradient), axis=0)
+            b_dot = tl.sum(dot_quad(gradient, quad), axis=0)
+        if SUMS == "write":
+            store_sums(p_sums, b_sum, b_dot, o_c, C)
+        else:
+            _store_quad(
+                p_grad_x, 0, o_c, grad_stride_c, grad_stride_h, grad_stride_w,
+                through_norm(gradient, quad, b_sum, b_dot, b_rstd, b_scale, H, W),
+                C, H, W, BLOCK_P, BLOCK_C, CHANNELS_LAST, EXACT,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -780,6 +842,7 @@ def tiled_forward_kernel(
     CHANNEL: tl.constexpr,
     AFFINE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    GIVEN: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -814,9 +877,12 @@ def tiled_forward_kernel(
     b_mean, b_variance = join_statistics(b_count, b_mean, b_m2, H * W)
     b_low = tl.min(b_low, axis=0)
     b_high = tl.max(b_high, axis=0)
-    b_rstd = 1.0 / tl.sqrt(b_variance + eps)
-    tl.store(p_mean + i_b * C + o_c, b_mean, mask=o_c < C)
-    tl.store(p_rstd + i_b * C + o_c, b_rstd, mask=o_c < C)
+    if GIVEN:
+        b_mean, b_rstd = load_statistics(p_mean, p_rstd, i_b, o_c, C)
+    else:
+        b_rstd = 1.0 / tl.sqrt(b_variance + eps)
+        tl.store(p_mean + i_b * C + o_c, b_mean, mask=o_c < C)
+        tl.store(p_rstd + i_b * C + o_c, b_rstd, mask=o_c < C)
 
     b_weight, b_bias = load_affine(p_weight, p_bias, o_c, dtype, C, AFFINE, BLOCK_C)
     b_scale = b_rstd * b_weight
@@ -932,6 +998,7 @@ def tiled_backward_kernel(
     p_mean,
     p_rstd,
     p_statistics,
+    p_sums,
     p_grad_x,
     stride_b,
     stride_c: tl.constexpr,
@@ -952,6 +1019,7 @@ def tiled_backward_kernel(
     CHANNEL: tl.constexpr,
     AFFINE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    SUMS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -965,38 +1033,46 @@ def tiled_backward_kernel(
     dtype: tl.constexpr = p_mean.dtype.element_ty
     PLACES: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
     p_x += i_b * stride_b
-    p_grad_x += i_b * grad_stride_b
+    if SUMS == "write":
+        p_sums += i_b * (2 * C)
+    else:
+        p_grad_x += i_b * grad_stride_b
     p_grad_pooled += i_b * pooled_stride_b
     p_weights += i_b * map_length(C, H, W, SPATIAL, CHANNEL)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    b_mean = tl.load(p_mean + i_b * C + o_c, mask=o_c < C, other=0.0)
-    b_rstd = tl.load(p_rstd + i_b * C + o_c, mask=o_c < C, other=0.0)
+    b_mean, b_rstd = load_statistics(p_mean, p_rstd, i_b, o_c, C)
     b_weight, b_bias = load_affine(p_weight, p_bias, o_c, dtype, C, AFFINE, BLOCK_C)
     b_scale = b_rstd * b_weight
     inverse_peak = 1.0 / tl.load(p_statistics + i_b * 3)
     b_channel = b_mean  # unread without CHANNEL
     if CHANNEL > 0:
         b_channel = tl.load(p_weights + map_length(0, H, W, SPATIAL, 0) + o_c, mask=o_c < C, other=0.0)
-    b_sum = tl.zeros([BLOCK_P, BLOCK_C], dtype)
-    b_dot = tl.zeros([BLOCK_P, BLOCK_C], dtype)
-    for start in range(0, PLACES, BLOCK_P):
-        quad, gradient = _tiled_gradient(
-            p_x, p_grad_pooled, p_weights, start, o_c, b_mean, b_scale, b_bias, b_channel, inverse_peak,
-            stride_c, stride_h, stride_w, pooled_stride_c, pooled_stride_h, pooled_stride_w,
-            dtype, C, H, W, SPATIAL, CHANNEL, BLOCK_P, BLOCK_C, CHANNELS_LAST,
-        )  # fmt: skip
-        b_sum += sum_quad(gradient)
-        b_dot += dot_quad(gradient, quad)
-    b_sum = tl.sum(b_sum, axis=0)
-    b_dot = tl.sum(b_dot, axis=0)
-    for start in range(0, PLACES, BLOCK_P):
-        quad, gradient = _tiled_gradient(
-            p_x, p_grad_pooled, p_weights, start, o_c, b_mean, b_scale, b_bias, b_channel, inverse_peak,
-            stride_c, stride_h, stride_w, pooled_stride_c, pooled_stride_h, pooled_stride_w,
-            dtype, C, H, W, SPATIAL, CHANNEL, BLOCK_P, BLOCK_C, CHANNELS_LAST,
-        )  # fmt: skip
-        _store_quad(
-            p_grad_x, start, o_c, grad_stride_c, grad_stride_h, grad_stride_w,
-            through_norm(gradient, quad, b_sum, b_dot, b_rstd, b_scale, H, W),
-            C, H, W, BLOCK_P, BLOCK_C, CHANNELS_LAST, False,
-        )  # fmt: skip
+    if SUMS == "read":
+        b_sum, b_dot = load_sums(p_sums, o_c, C)
+    else:
+        b_sum = tl.zeros([BLOCK_P, BLOCK_C], dtype)
+        b_dot = tl.zeros([BLOCK_P, BLOCK_C], dtype)
+        for start in range(0, PLACES, BLOCK_P):
+            quad, gradient = _tiled_gradient(
+                p_x, p_grad_pooled, p_weights, start, o_c, b_mean, b_scale, b_bias, b_channel, inverse_peak,
+                stride_c, stride_h, stride_w, pooled_stride_c, pooled_stride_h, pooled_stride_w,
+                dtype, C, H, W, SPATIAL, CHANNEL, BLOCK_P, BLOCK_C, CHANNELS_LAST,
+            )  # fmt: skip
+            b_sum += sum_quad(gradient)
+            b_dot += dot_quad(gradient, quad)
+        b_sum = tl.sum(b_sum, axis=0)
+        b_dot = tl.sum(b_dot, axis=0)
+    if SUMS == "write":
+        store_sums(p_sums, b_sum, b_dot, o_c, C)
+    else:
+        for start in range(0, PLACES, BLOCK_P):
+            quad, gradient = _tiled_gradient(
+                p_x, p_grad_pooled, p_weights, start, o_c, b_mean, b_scale, b_bias, b_channel, inverse_peak,
+                stride_c, stride_h, stride_w, pooled_stride_c, pooled_stride_h, pooled_stride_w,
+                dtype, C, H, W, SPATIAL, CHANNEL, BLOCK_P, BLOCK_C, CHANNELS_LAST,
+            )  # fmt: skip
+            _store_quad(
+                p_grad_x, start, o_c, grad_stride_c, grad_stride_h, grad_stride_w,
+                through_norm(gradient, quad, b_sum, b_dot, b_rstd, b_scale, H, W),
+                C, H, W, BLOCK_P, BLOCK_C, CHANNELS_LAST, False,
+            )  # fmt: skip

@@ -2,9 +2,11 @@
 
 An image is a few kilobytes and its convolution 128 times as much, so nothing of the convolution is ever written: it is
 recomputed from the image wherever it is needed, by a product of the image's 3x3 neighbourhoods [positions, 9 channels]
-with the filters. The convolution's bias is left out, because InstanceNorm takes the mean of a plane away.
+with the filters. The convolution's bias is left out, because the norm takes the mean of a channel away.
 
-Backward: `first_block_sums_kernel` takes the two sums of a plane that InstanceNorm's gradient needs,
+The statistics of BatchNorm are GIVEN: `first_block_statistics_kernel` takes those of every plane beforehand.
+
+Backward: `first_block_sums_kernel` takes the two sums of a plane that the norm's gradient needs,
 `first_block_columns_kernel` multiplies the gradient of the convolution's output with the filters, and `fold_kernel`
 adds the gradients of every position's neighbourhood up where neighbourhoods overlap.
 """
@@ -14,12 +16,14 @@ import triton.language as tl
 
 from .block import (
     add_maps,
+    centre_planes,
     centre_quad,
     dot_quad,
     empty_maps,
     gradient_quad,
     load_affine,
     load_map,
+    load_statistics,
     load_tile,
     map_length,
     normalize_planes,
@@ -47,16 +51,14 @@ def first_block_launch(image_channels: int, channels: int, height: int, width: i
     return {"BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_K": block_k, "GROUP": 2, "num_warps": num_warps}
 
 
-def first_block_backward_launch(
-    image_channels: int, channels: int, height: int, width: int, element_size: int
-) -> dict[str, int]:
+def first_block_backward_launch(image_channels: int) -> dict[str, int]:
     """Launch table of the backward kernels, which walk a tile of BLOCK_P places through the channels.
 
-    32 places for float32: with 64, TF32 products become warp-group instructions on sm_90, and the gradient came out
-    wrong by a third (Triton 3.6, 27 columns), the same bits every time; narrower types were right.
+    Measured on an H100. Where a warp's share of a product is 16 places by 16 channels (16 channels, and 16 places a
+    warp), the gradient came out wrong by nearly half its length: in TF32 and bfloat16, the same bits every time
+    (Triton 3.6).
     """
-    block_p = min(32 if element_size > 2 else 64, _places(height, width))
-    return {"BLOCK_P": block_p, "BLOCK_C": 16, "BLOCK_K": _columns_block(image_channels), "num_warps": 4}
+    return {"BLOCK_P": 16, "BLOCK_C": 32, "BLOCK_K": _columns_block(image_channels), "num_warps": 2}
 
 
 def product_precision(tf32: bool, height: int, width: int) -> str:
@@ -133,13 +135,65 @@ def _filters(p_filter, o_k, o_c, operand: tl.constexpr, CI: tl.constexpr, C: tl.
 
 
 @triton.jit
-def _convolve(columns, b_filter, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """The convolution's output: four tiles [BLOCK_P, BLOCK_C]."""
+def _convolve(columns, b_filter, dtype: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr = False):
+    """The convolution's output: four tiles [BLOCK_P, BLOCK_C].
+
+    Without tensor cores the compiler interleaves the products, which spills registers; APART is one after the other.
+    """
     b_00 = tl.dot(columns[0], b_filter, input_precision=PRECISION, out_dtype=dtype)
+    if APART:
+        tl.debug_barrier()
     b_01 = tl.dot(columns[1], b_filter, input_precision=PRECISION, out_dtype=dtype)
+    if APART:
+        tl.debug_barrier()
     b_10 = tl.dot(columns[2], b_filter, input_precision=PRECISION, out_dtype=dtype)
+    if APART:
+        tl.debug_barrier()
     b_11 = tl.dot(columns[3], b_filter, input_precision=PRECISION, out_dtype=dtype)
     return b_00, b_01, b_10, b_11
+
+
+@triton.jit
+def first_block_statistics_kernel(
+    p_image,
+    p_filter,
+    p_mean,
+    p_variance,
+    image_stride_b,
+    image_stride_c: tl.constexpr,
+    image_stride_h: tl.constexpr,
+    image_stride_w: tl.constexpr,
+    CI: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Mean and population variance [B, C] of every plane of the convolution's output. Grid: (samples,).
+
+    Args:
+        As in `first_block_forward_kernel`.
+    """
+    i_b = tl.program_id(0).to(tl.int64)
+    dtype: tl.constexpr = p_mean.dtype.element_ty
+    operand: tl.constexpr = p_filter.dtype.element_ty
+    APART: tl.constexpr = PRECISION == "ieee" and operand == tl.float32
+    o_k = tl.arange(0, BLOCK_K)
+    valid = valid_quad(0, H, W, BLOCK_P)
+    columns = _columns_quad(
+        p_image + i_b * image_stride_b, 0, image_stride_c, image_stride_h, image_stride_w,
+        operand, CI, H, W, BLOCK_P, BLOCK_K,
+    )  # fmt: skip
+    for i_c in range(tl.cdiv(C, BLOCK_C)):
+        o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+        quad = _convolve(columns, _filters(p_filter, o_k, o_c, operand, CI, C), dtype, PRECISION, APART)
+        quad, b_mean, b_variance = centre_planes(quad, valid, H, W, EXACT)
+        tl.store(p_mean + i_b * C + o_c, b_mean, mask=o_c < C)
+        tl.store(p_variance + i_b * C + o_c, b_variance, mask=o_c < C)
 
 
 @triton.jit
@@ -169,6 +223,7 @@ def first_block_forward_kernel(
     SPATIAL: tl.constexpr,
     CHANNEL: tl.constexpr,
     AFFINE: tl.constexpr,
+    GIVEN: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
@@ -188,6 +243,7 @@ def first_block_forward_kernel(
     i_b = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = p_mean.dtype.element_ty
     operand: tl.constexpr = p_filter.dtype.element_ty
+    APART: tl.constexpr = GIVEN and PRECISION == "ieee" and operand == tl.float32
     p_pooled += i_b * pooled_stride_b
     o_k = tl.arange(0, BLOCK_K)
     valid = valid_quad(0, H, W, BLOCK_P)
@@ -198,10 +254,8 @@ def first_block_forward_kernel(
     peak, spatial, b_channel = empty_maps(dtype, BLOCK_P, BLOCK_C, GROUP, CHUNKS)
     for i_c in range(tl.cdiv(C, BLOCK_C)):
         o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
-        quad = _convolve(columns, _filters(p_filter, o_k, o_c, operand, CI, C), dtype, PRECISION)
-        quad, b_mean, b_rstd = normalize_planes(quad, valid, eps, H, W, EXACT)
-        tl.store(p_mean + i_b * C + o_c, b_mean, mask=o_c < C)
-        tl.store(p_rstd + i_b * C + o_c, b_rstd, mask=o_c < C)
+        quad = _convolve(columns, _filters(p_filter, o_k, o_c, operand, CI, C), dtype, PRECISION, APART)
+        quad, b_rstd = normalize_planes(quad, valid, p_mean, p_rstd, i_b, o_c, eps, C, H, W, EXACT, GIVEN)
         b_weight, b_bias = load_affine(p_weight, p_bias, o_c, dtype, C, AFFINE, BLOCK_C)
         quad = rectify_quad(quad, b_rstd * b_weight, b_bias, valid, EXACT)
         pointers, mask = pooled_pointers(
@@ -298,12 +352,10 @@ def first_block_sums_kernel(
         spatial = load_map(p_weights, start, H, W, BLOCK_P)
     for i_c in range(tl.cdiv(C, BLOCK_C)):
         o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
-        m_c = o_c < C
-        b_mean = tl.load(p_mean + i_b * C + o_c, mask=m_c, other=0.0)
-        b_rstd = tl.load(p_rstd + i_b * C + o_c, mask=m_c, other=0.0)
+        b_mean, b_rstd = load_statistics(p_mean, p_rstd, i_b, o_c, C)
         b_channel = b_mean
         if CHANNEL > 0:
-            b_channel = tl.load(p_weights + map_length(0, H, W, SPATIAL, 0) + o_c, mask=m_c, other=0.0)
+            b_channel = tl.load(p_weights + map_length(0, H, W, SPATIAL, 0) + o_c, mask=o_c < C, other=0.0)
         b_weight, b_bias = load_affine(p_weight, p_bias, o_c, dtype, C, AFFINE, BLOCK_C)
         quad, gradient = _tile_gradient(
             columns, _filters(p_filter, o_k, o_c, operand, CI, C), p_grad_pooled, start, o_c,
@@ -311,8 +363,8 @@ def first_block_sums_kernel(
             pooled_stride_c, pooled_stride_h, pooled_stride_w,
             dtype, C, H, W, SPATIAL, CHANNEL, BLOCK_P, EXACT, PRECISION,
         )  # fmt: skip
-        tl.store(p_sums + o_c, tl.sum(sum_quad(gradient), axis=0), mask=m_c)
-        tl.store(p_sums + C + o_c, tl.sum(dot_quad(gradient, quad), axis=0), mask=m_c)
+        tl.store(p_sums + o_c, tl.sum(sum_quad(gradient), axis=0), mask=o_c < C)
+        tl.store(p_sums + C + o_c, tl.sum(dot_quad(gradient, quad), axis=0), mask=o_c < C)
 
 
 @triton.jit
@@ -362,7 +414,8 @@ def first_block_columns_kernel(
     """Gradient of each position's neighbourhood. Grid: (samples, tiles of BLOCK_P places).
 
     Args:
-        p_sums: [B, tiles, 2, C] of `first_block_sums_kernel`.
+        p_sums: [B, TILES, 2, C] of `first_block_sums_kernel`; [B, 1, 2, C], in each row the means over samples of its
+            tiles' total, where the statistics are those of the batch.
         p_columns: [B, 9 CI, H W] the gradient: channel, row and column of the neighbourhood in order.
         The others as in `first_block_sums_kernel`.
     """
@@ -386,12 +439,10 @@ def first_block_columns_kernel(
     g_00, g_01, g_10, g_11 = zero, zero, zero, zero
     for i_c in range(tl.cdiv(C, BLOCK_C)):
         o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
-        m_c = o_c < C
-        b_mean = tl.load(p_mean + i_b * C + o_c, mask=m_c, other=0.0)
-        b_rstd = tl.load(p_rstd + i_b * C + o_c, mask=m_c, other=0.0)
+        b_mean, b_rstd = load_statistics(p_mean, p_rstd, i_b, o_c, C)
         b_channel = b_mean
         if CHANNEL > 0:
-            b_channel = tl.load(p_weights + map_length(0, H, W, SPATIAL, 0) + o_c, mask=m_c, other=0.0)
+            b_channel = tl.load(p_weights + map_length(0, H, W, SPATIAL, 0) + o_c, mask=o_c < C, other=0.0)
         b_weight, b_bias = load_affine(p_weight, p_bias, o_c, dtype, C, AFFINE, BLOCK_C)
         b_scale = b_rstd * b_weight
         b_filter = _filters(p_filter, o_k, o_c, operand, CI, C)

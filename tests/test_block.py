@@ -1,18 +1,22 @@
-"""The fused block equals InstanceNorm, ReLU, the attention equations and average pooling, and moves few bytes."""
+"""The fused block equals either norm, ReLU, the attention equations and average pooling, and moves few bytes."""
+
+import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from atom_fast.kernels import block as kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import atom_fast as af
-from atom_fast.ops.block import attention_block, block_op, reference_block
+from atom_fast.ops.block import NORMS, attention_block, block_op, reference_block
 from atom_fast.roofline import block_bytes
 from tests.cubin import CAPABILITIES
 from tests.launches import compile_launch, recorded
 
 BACKENDS = ("torch", "triton")
+FUSED = [("torch", "instance"), ("triton", "instance"), ("triton", "batch")]
 SHARED = 163 * 1024  # bytes a program can have on sm_80, the smaller of the two
 
 
@@ -35,16 +39,15 @@ def run(block, x, *args, seed=1):
     return [t.detach().double() for t in (*outputs, x.grad)]
 
 
-def fused(backend, x, weight, bias, spatial_power=4.0, channel_power=4.0):
+def fused(backend, x, weight, bias, spatial_power=4.0, channel_power=4.0, norm="instance"):
+    powers = {"spatial_power": spatial_power, "channel_power": channel_power}
     with af.backend(backend):
-        return run(
-            lambda x: attention_block(x, weight, bias, spatial_power=spatial_power, channel_power=channel_power), x
-        )
+        return run(lambda x: attention_block(x, weight, bias, **powers, norm=norm), x)
 
 
-def exact(x, weight, bias, spatial_power=4.0, channel_power=4.0):
+def exact(x, weight, bias, spatial_power=4.0, channel_power=4.0, norm="instance"):
     weight, bias = (None if p is None else p.double() for p in (weight, bias))
-    return run(lambda x: reference_block(x, weight, bias, 1e-5, spatial_power, channel_power), x.double())
+    return run(lambda x: reference_block(x, weight, bias, 1e-5, spatial_power, channel_power, norm), x.double())
 
 
 def assert_equal(actual, expected, tolerance=1e-10):
@@ -69,36 +72,63 @@ def test_results_and_gradient_equal_the_equations(backend, shape, channels_last,
     assert_equal(fused(backend, x, weight, bias, *powers), exact(x, weight, bias, *powers))
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("shape", [(1, 6, 32, 32), (1, 3, 64, 48), (1, 2, 128, 128), (1, 2, 65, 127)])
-def test_planes_of_every_size(shape, channels_last, device):
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(2, 12), st.integers(2, 12)),
+    channels_last=st.booleans(),
+    affine=st.booleans(),
+    powers=st.tuples(POWERS, POWERS),
+)
+@settings(max_examples=10)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batch_norm_is_that_of_the_batch(backend, shape, channels_last, affine, powers, device):
     x, weight, bias = draw(shape, device, channels_last=channels_last)
-    assert_equal(fused("triton", x, weight, bias), exact(x, weight, bias))
+    weight, bias = (weight, bias) if affine else (None, None)
+    features = F.relu(F.batch_norm(x, None, None, weight, bias, training=True))
+    actual = fused(backend, x, weight, bias, *powers, norm="batch")
+    assert_equal(actual[:1], [F.avg_pool2d(features, 2)])
+    assert_equal(actual, exact(x, weight, bias, *powers, norm="batch"))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_both_norms_are_the_same_for_one_sample(backend, channels_last, device):
+    x, weight, bias = draw((1, 6, 9, 12), device, channels_last=channels_last)
+    assert_equal(*(fused(backend, x, weight, bias, norm=norm) for norm in NORMS))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape", [(1, 6, 32, 32), (2, 3, 64, 48), (1, 2, 128, 128), (2, 2, 65, 127)])
+def test_planes_of_every_size(shape, channels_last, norm, device):
+    x, weight, bias = draw(shape, device, channels_last=channels_last)
+    assert_equal(fused("triton", x, weight, bias, norm=norm), exact(x, weight, bias, norm=norm))
 
 
 @given(
     shape=st.tuples(st.just(2), st.integers(1, 40), st.integers(2, 20), st.integers(2, 9)),
     channels_last=st.booleans(),
     powers=st.tuples(st.sampled_from([None, 4.0]), st.sampled_from([None, 2.5])),
+    norm=st.sampled_from(NORMS),
 )
-@settings(max_examples=8)
-def test_tiles_give_what_whole_planes_give(shape, channels_last, powers, device):
+@settings(max_examples=10)
+def test_tiles_give_what_whole_planes_give(shape, channels_last, powers, norm, device):
     x, weight, bias = draw(shape, device, channels_last=channels_last)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "block_launch", lambda *_: None)
         patch.setattr(kernels, "block_backward_launch", lambda *_: None)
         patch.setattr(kernels, "tiled_launch", lambda *_: {"BLOCK_P": 8, "BLOCK_C": 16, "num_warps": 4})
-        tiled = fused("triton", x, weight, bias, *powers)
-    assert_equal(tiled, exact(x, weight, bias, *powers))
+        tiled = fused("triton", x, weight, bias, *powers, norm=norm)
+    assert_equal(tiled, exact(x, weight, bias, *powers, norm=norm))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "norm"), FUSED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_low_precision_costs_at_most_twice_what_it_costs_unfused(backend, dtype, device):
+def test_low_precision_costs_at_most_twice_what_it_costs_unfused(backend, norm, dtype, device):
     x, weight, bias = draw((3, 24, 16, 16), device, dtype)
-    expected = exact(x, weight, bias)
-    plain = run(lambda x: reference_block(x, weight, bias, 1e-5, 4.0, 4.0), x)
-    for got, unfused, wanted in zip(fused(backend, x, weight.float(), bias.float()), plain, expected, strict=True):
+    expected = exact(x, weight, bias, norm=norm)
+    plain = run(lambda x: reference_block(x, weight, bias, 1e-5, 4.0, 4.0, norm), x)
+    actual = fused(backend, x, weight.float(), bias.float(), norm=norm)
+    for got, unfused, wanted in zip(actual, plain, expected, strict=True):
         assert (got - wanted).norm() <= 2 * (unfused - wanted).norm() + 1e-6 * wanted.norm()
 
 
@@ -113,15 +143,22 @@ def test_maps_are_accurate_at_every_magnitude(backend, power, magnitude, device)
     assert_equal(scaled, exact(x, magnitude * weight, magnitude * bias, power, power), 2e-5)
 
 
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_constant_planes_and_zero_samples(backend, device):
+def test_constant_planes_and_zero_samples(backend, norm, device):
     x, weight, bias = draw((3, 6, 8, 8), device)
-    x[0, 2] = 7.0  # zero variance: the feature is max(shift, 0)
+    x[:, 2] = 7.0  # zero variance: the feature is max(shift, 0)
     x[1] = 7.0
     bias[:3], bias[3:] = 0.5, -0.5
-    assert_equal(fused(backend, x, weight, bias), exact(x, weight, bias))
-    silent = fused(backend, x, weight * 0, -bias.abs())
+    assert_equal(fused(backend, x, weight, bias, norm=norm), exact(x, weight, bias, norm=norm))
+    silent = fused(backend, x, weight * 0, -bias.abs(), norm=norm)
     assert all((value == 0).all() for value in silent)
+
+
+def test_batch_statistics_are_accurate_far_from_zero(device):
+    x, weight, bias = draw((4, 6, 16, 16), device, torch.float32)
+    x += torch.linspace(-300, 300, 6, device=device).view(1, 6, 1, 1)
+    assert_equal(fused("triton", x, weight, bias, norm="batch"), exact(x, weight, bias, norm="batch"), 1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -131,74 +168,78 @@ def test_nan_is_not_hidden(backend, device):
     pooled, maps, _ = fused(backend, x, weight, bias)
     assert pooled[0, 1].isnan().all() and maps[0].isnan().any()
     assert pooled[1].isfinite().all() and maps[1].isfinite().all()
+    pooled, _, _ = fused(backend, x, weight, bias, norm="batch")
+    assert pooled[:, 1].isnan().all() and pooled[:, 2:].isfinite().all()
 
 
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_strided_inputs_and_gradients_without_stride(backend, device):
+def test_strided_inputs_and_gradients_without_stride(backend, norm, device):
     x, weight, bias = draw((2, 6, 10, 12), device)
-    sliced = x[:, ::2, 1:9, ::2]
-    assert_equal(fused(backend, sliced, weight[::2], bias[::2]), exact(sliced, weight[::2], bias[::2]))
+    sliced = x[:, ::2, 1:9, ::2], weight[::2], bias[::2]
+    assert_equal(fused(backend, *sliced, norm=norm), exact(*sliced, norm=norm))
 
     gradients = []
     for name in (backend, "reference"):
         leaf = x.detach().requires_grad_()
         with af.backend(name):
-            block = attention_block(leaf, weight, bias)
+            block = attention_block(leaf, weight, bias, norm=norm)
         (block.pooled.sum() + block.maps.sum()).backward()
         gradients.append(leaf.grad)
     assert_equal(gradients[:1], gradients[1:])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "norm"), FUSED)
 @pytest.mark.parametrize("used", ["pooled", "maps"])
-def test_an_output_that_is_not_used_has_no_gradient(backend, used, device):
+def test_an_output_that_is_not_used_has_no_gradient(backend, norm, used, device):
     x, weight, bias = draw((2, 6, 8, 8), device)
     gradients = []
     for name in (backend, "reference"):
         leaf = x.detach().requires_grad_()
         with af.backend(name):
-            getattr(attention_block(leaf, weight, bias), used).cumsum(1).sum().backward()
+            getattr(attention_block(leaf, weight, bias, norm=norm), used).cumsum(1).sum().backward()
         gradients.append(leaf.grad)
     assert_equal(gradients[:1], gradients[1:])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_layout_is_kept_and_bits_repeat(backend, device):
+@pytest.mark.parametrize(("backend", "norm"), FUSED)
+def test_layout_is_kept_and_bits_repeat(backend, norm, device):
     for channels_last, layout in ((True, torch.channels_last), (False, torch.contiguous_format)):
         x, weight, bias = draw((2, 8, 8, 8), device, torch.float32, channels_last)
-        first, second = (fused(backend, x, weight, bias) for _ in range(2))
+        first, second = (fused(backend, x, weight, bias, norm=norm) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         with af.backend(backend):
-            assert attention_block(x, weight, bias).pooled.is_contiguous(memory_format=layout)
+            assert attention_block(x, weight, bias, norm=norm).pooled.is_contiguous(memory_format=layout)
 
 
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_an_empty_batch(backend, device):
+def test_an_empty_batch(backend, norm, device):
     x, weight, bias = draw((0, 4, 8, 8), device)
-    pooled, maps, gradient = fused(backend, x, weight, bias)
+    pooled, maps, gradient = fused(backend, x, weight, bias, norm=norm)
     assert pooled.shape == (0, 4, 4, 4) and maps.shape == (0, 68) and gradient.shape == x.shape
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_only_the_gradient_keeps_anything(backend, device):
+@pytest.mark.parametrize(("backend", "norm"), FUSED)
+def test_only_the_gradient_keeps_anything(backend, norm, device):
     x, weight, bias = draw((2, 16, 16, 16), device, torch.float32)
     kept = []
     with af.backend(backend), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        attention_block(x, weight, bias)
+        attention_block(x, weight, bias, norm=norm)
         with torch.no_grad():
-            attention_block(x.requires_grad_(), weight, bias)
+            attention_block(x.requires_grad_(), weight, bias, norm=norm)
         assert not kept
-        attention_block(x, weight, bias)
+        attention_block(x, weight, bias, norm=norm)
     assert sum(t.numel() * t.element_size() for t in kept) <= 1.1 * x.numel() * x.element_size()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_operator_passes_opcheck_and_compiles_as_one_graph(backend, device):
+@pytest.mark.parametrize(("backend", "norm"), FUSED)
+def test_operator_passes_opcheck_and_compiles_as_one_graph(backend, norm, device):
     x, weight, bias = draw((2, 4, 8, 8), device, torch.float32)
-    torch.library.opcheck(block_op, (x.requires_grad_(), weight, bias, 1e-5, 4.0, None, backend))
+    torch.library.opcheck(block_op, (x.requires_grad_(), weight, bias, 1e-5, 4.0, None, backend, norm))
 
     def loss(x):
-        pooled, maps = attention_block(x, weight, bias)
+        pooled, maps = attention_block(x, weight, bias, norm=norm)
         return pooled.square().sum() + maps.square().cumsum(1).sum()
 
     with af.backend(backend):
@@ -207,11 +248,11 @@ def test_operator_passes_opcheck_and_compiles_as_one_graph(backend, device):
     torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_second_derivative_is_refused(backend, device):
+@pytest.mark.parametrize(("backend", "norm"), FUSED)
+def test_a_second_derivative_is_refused(backend, norm, device):
     x, weight, bias = draw((1, 4, 8, 8), device, torch.float32)
     with af.backend(backend):
-        maps = attention_block(x.requires_grad_(), weight, bias).maps
+        maps = attention_block(x.requires_grad_(), weight, bias, norm=norm).maps
     (gradient,) = torch.autograd.grad(maps.cumsum(1).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError):
         gradient.sum().backward()
@@ -224,6 +265,7 @@ def test_a_second_derivative_is_refused(backend, device):
         ((2, 4, 1, 8), {}, "at least 2"),
         ((2, 4, 8, 8), {"spatial_power": 0.5}, r"spatial_power must be in \[1, 16\] or None; got 0.5"),
         ((2, 4, 8, 8), {"channel_power": 17}, r"channel_power must be in \[1, 16\] or None; got 17"),
+        ((2, 4, 8, 8), {"norm": "group"}, "norm must be one of instance, batch; got 'group'"),
         ((2, 4, 8, 8), {"weight": torch.ones(4)}, "together"),
         ((2, 4, 8, 8), {"weight": torch.ones(3), "bias": torch.ones(4)}, r"weight must be \[4\]; got \(3,\)"),
         ((2, 4, 8, 8), {"weight": torch.ones(4, requires_grad=True), "bias": torch.ones(4)}, "weight requires a grad"),
@@ -239,11 +281,11 @@ def test_integers_are_refused():
         attention_block(torch.zeros((1, 2, 4, 4), dtype=torch.int64))
 
 
-def launches_of(shape, dtype=torch.float32, channels_last=True):
+def launches_of(shape, dtype=torch.float32, channels_last=True, norm="instance"):
     """What forward and backward launch for x of this shape, without running it."""
     x, weight, bias = draw(shape, "cpu", dtype, channels_last)
     with recorded(kernels) as launches, af.backend("triton"):
-        block = attention_block(x.requires_grad_(), weight.float(), bias.float())
+        block = attention_block(x.requires_grad_(), weight.float(), bias.float(), norm=norm)
         torch.autograd.backward(list(block), [torch.empty_like(output) for output in block])
     return launches
 
@@ -272,26 +314,56 @@ def test_kernels_fit_registers_and_access_128_bits(shape, dtype, channels_last, 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is launched is recorded through the interpreter")
 @pytest.mark.parametrize(("shape", "dtype", "channels_last"), STREAMING)
 def test_bytes_are_at_most_a_quarter_above_the_roofline(shape, dtype, channels_last):
-    forward, *backward = launches_of((4, *shape[1:]), dtype, channels_last)
-    size = 4, *shape[1:], dtype.itemsize, True
+    shape = (4, *shape[1:])
+    forward, *backward = launches_of(shape, dtype, channels_last)
+    size = *shape, dtype.itemsize, True
     assert forward.bytes <= 1.25 * block_bytes(*size, backward=False)
     assert sum(launch.bytes for launch in backward) <= 1.25 * block_bytes(*size, backward=True)
+    # BatchNorm's sums are of the batch: everything is read once more, but the gradient is written once.
+    forward, *backward = launches_of(shape, dtype, channels_last, "batch")
+    assert forward.bytes <= 1.25 * block_bytes(*size, backward=False)
+    gradient = math.prod(shape) * dtype.itemsize
+    assert sum(launch.bytes for launch in backward) <= 1.25 * (2 * block_bytes(*size, backward=True) - gradient)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is launched is recorded through the interpreter")
-@pytest.mark.parametrize(("shape", "channels_last"), [((1, 128, 128, 128), True), ((1, 64, 31, 33), False)])
-def test_tiled_and_odd_planes_do_not_spill(shape, channels_last):
-    for launch in launches_of(shape, channels_last=channels_last):
+@pytest.mark.parametrize(("dtype", "capability"), [(torch.float32, 80), (torch.float32, 90), (torch.bfloat16, 90)])
+def test_kernels_of_batch_norm_fit_registers_and_read_128_bits(dtype, capability):
+    for launch in launches_of((1, 128, 16, 16), dtype, norm="batch"):
+        report = compile_launch("block", launch, capability)
+        assert report.spills == 0, launch.kernel
+        assert report.shared <= SHARED, launch.kernel
+        assert report.widest_load == 128, launch.kernel
+        if launch.arguments.get("SUMS") != "write":
+            assert report.widest_store == 128, launch.kernel
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is launched is recorded through the interpreter")
+@pytest.mark.parametrize(
+    ("shape", "channels_last", "norm"),
+    [((1, 128, 128, 128), True, "instance"), ((1, 64, 31, 33), False, "instance"), ((1, 128, 128, 128), True, "batch")],
+)
+def test_tiled_and_odd_planes_do_not_spill(shape, channels_last, norm):
+    for launch in launches_of(shape, channels_last=channels_last, norm=norm):
         report = compile_launch("block", launch, 80)
         assert report.spills == 0, launch.kernel
         assert report.shared <= SHARED, launch.kernel
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [8, 16, 32, 64])
-def test_full_size_on_a_gpu(size, dtype, channels_last, device):
+def test_full_size_on_a_gpu(size, dtype, channels_last, norm, device):
     x, weight, bias = draw((64, 128, size, size), device, dtype, channels_last)
     tolerance = 3e-3 if dtype == torch.bfloat16 else 1e-6
-    assert_equal(fused("triton", x, weight.float(), bias.float()), exact(x, weight, bias), tolerance)
+    *outputs, gradient = fused("triton", x, weight.float(), bias.float(), norm=norm)
+    *wanted_outputs, wanted = exact(x, weight, bias, norm=norm)
+    assert_equal(outputs, wanted_outputs, tolerance)
+    if dtype == torch.float32:
+        # Of millions of values a few lie within rounding of ReLU's kink, and their gradients are there or not.
+        apart = (gradient - wanted).abs() > 0.01 * wanted.square().mean().sqrt()
+        assert apart.sum() <= 2 + 1e-6 * x.numel()
+        gradient = gradient.where(~apart, wanted)
+    assert_equal([gradient], [wanted], tolerance)

@@ -1,4 +1,4 @@
-"""The first block from the image equals convolution, InstanceNorm, ReLU, the attention equations and pooling."""
+"""The first block from the image equals convolution, either norm, ReLU, the attention equations and pooling."""
 
 import contextlib
 
@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import atom_fast as af
-from atom_fast.ops.block import reference_block
+from atom_fast.ops.block import NORMS, reference_block
 from atom_fast.ops.first_block import first_block, first_block_op
 from tests.cubin import CAPABILITIES
 from tests.launches import compile_launch, recorded
-from tests.test_block import BACKENDS, SHARED, assert_equal, run
+from tests.test_block import BACKENDS, FUSED, SHARED, assert_equal, run
 
 
 def draw(batch, image_channels, channels, height, width, device="cpu", dtype=torch.float64, seed=0):
@@ -36,19 +36,19 @@ def products(precision):
         torch.backends.cudnn.conv.fp32_precision = before
 
 
-def fused(backend, images, filters, weight, bias, *powers):
+def fused(backend, images, filters, weight, bias, *powers, norm="instance"):
     powers = dict(zip(("spatial_power", "channel_power"), powers, strict=False))
     with af.backend(backend):
-        return run(lambda x: first_block(x, filters, weight, bias, **powers), images)
+        return run(lambda x: first_block(x, filters, weight, bias, **powers, norm=norm), images)
 
 
-def exact(images, filters, weight, bias, spatial_power=4.0, channel_power=4.0):
+def exact(images, filters, weight, bias, spatial_power=4.0, channel_power=4.0, norm="instance"):
     filters, weight, bias = (None if p is None else p.double() for p in (filters, weight, bias))
 
     def block(x):
         offset = torch.linspace(-1, 1, len(filters), dtype=torch.float64, device=x.device)  # what the norm takes away
         convolved = F.conv2d(x, filters, offset, padding=1)
-        return reference_block(convolved, weight, bias, 1e-5, spatial_power, channel_power)
+        return reference_block(convolved, weight, bias, 1e-5, spatial_power, channel_power, norm)
 
     return run(block, images.double())
 
@@ -69,19 +69,43 @@ def test_results_and_gradient_equal_the_equations(backend, shape, affine, powers
     assert_equal(fused(backend, images, filters, weight, bias, *powers), exact(images, filters, weight, bias, *powers))
 
 
-@pytest.mark.parametrize(("image_channels", "size"), [(3, 32), (1, 28), (3, 64), (6, 8)])
-def test_sizes_and_channels_beyond_the_kernels_too(image_channels, size, device):
-    inputs = draw(1, image_channels, 20, size, size, device)
-    assert_equal(fused("triton", *inputs), exact(*inputs))
-
-
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 20), st.integers(2, 11), st.integers(2, 11)),
+    affine=st.booleans(),
+    powers=st.tuples(POWERS, POWERS),
+)
+@settings(max_examples=6)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_float32_and_channels_last_images(backend, device):
+def test_batch_norm_equals_the_equations(backend, shape, affine, powers, device):
+    images, filters, weight, bias = draw(*shape, device)
+    inputs = images, filters, *((weight, bias) if affine else (None, None)), *powers
+    assert_equal(fused(backend, *inputs, norm="batch"), exact(*inputs, norm="batch"))
+
+
+@pytest.mark.parametrize(
+    ("batch", "image_channels", "size", "norm"),
+    [
+        (1, 3, 32, "instance"),
+        (1, 1, 28, "instance"),
+        (1, 3, 64, "instance"),
+        (1, 6, 8, "instance"),
+        (2, 1, 28, "batch"),
+        (2, 6, 8, "batch"),
+    ],
+)
+def test_sizes_and_channels_beyond_the_kernels_too(batch, image_channels, size, norm, device):
+    inputs = draw(batch, image_channels, 20, size, size, device)
+    assert_equal(fused("triton", *inputs, norm=norm), exact(*inputs, norm=norm))
+
+
+@pytest.mark.parametrize(("backend", "norm"), FUSED)
+def test_float32_and_channels_last_images(backend, norm, device):
     images, filters, weight, bias = draw(3, 3, 24, 16, 16, device, torch.float32)
-    expected = exact(images, filters, weight, bias)
+    images += 2 * torch.arange(3, device=device).view(3, 1, 1, 1)  # the planes' means differ
+    expected = exact(images, filters, weight, bias, norm=norm)
     with products("ieee"):
         for layout in (torch.contiguous_format, torch.channels_last):
-            actual = fused(backend, images.contiguous(memory_format=layout), filters, weight, bias)
+            actual = fused(backend, images.contiguous(memory_format=layout), filters, weight, bias, norm=norm)
             assert_equal(actual, expected, 5e-6)
 
 
@@ -96,48 +120,51 @@ def test_autocast_and_narrow_filters_give_their_dtype(backend, device):
     assert gradient.shape == images.shape and gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "norm"), FUSED)
 @pytest.mark.parametrize("used", ["pooled", "maps"])
-def test_gradients_without_stride_and_of_one_output(backend, used, device):
+def test_gradients_without_stride_and_of_one_output(backend, norm, used, device):
     images, filters, weight, bias = draw(2, 3, 8, 8, 8, device)
     gradients = []
     for name in (backend, "reference"):
         leaf = images.detach().requires_grad_()
         with af.backend(name):
-            getattr(first_block(leaf, filters, weight, bias), used).sum().backward()
+            getattr(first_block(leaf, filters, weight, bias, norm=norm), used).sum().backward()
         gradients.append(leaf.grad)
     assert_equal(gradients[:1], gradients[1:])
 
 
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_black_image_and_an_empty_batch(backend, device):
+def test_a_black_image_and_an_empty_batch(backend, norm, device):
     images, filters, weight, bias = draw(2, 3, 8, 8, 8, device)
     images[0] = 0  # every plane is constant
-    assert_equal(fused(backend, images, filters, weight, bias), exact(images, filters, weight, bias))
-    pooled, maps, gradient = fused(backend, images[:0], filters, weight, bias)
+    inputs = filters, weight, bias
+    assert_equal(fused(backend, images, *inputs, norm=norm), exact(images, *inputs, norm=norm))
+    pooled, maps, gradient = fused(backend, images[:0], *inputs, norm=norm)
     assert pooled.shape == (0, 8, 4, 4) and maps.shape == (0, 72) and gradient.shape == (0, 3, 8, 8)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_of_the_convolutions_size_is_kept(backend, device):
+@pytest.mark.parametrize(("backend", "norm"), FUSED)
+def test_nothing_of_the_convolutions_size_is_kept(backend, norm, device):
     images, filters, weight, bias = draw(4, 3, 32, 16, 16, device, torch.float32)
     kept = []
     with af.backend(backend), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         with torch.no_grad():
-            first_block(images.requires_grad_(), filters, weight, bias)
+            first_block(images.requires_grad_(), filters, weight, bias, norm=norm)
         assert not kept
-        first_block(images, filters, weight, bias)
+        first_block(images, filters, weight, bias, norm=norm)
     largest = max(t.numel() for t in kept if t.data_ptr() != images.data_ptr())
     assert largest <= max(filters.numel(), 4 * (16 * 16 + 32))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_operator_passes_opcheck_and_compiles_as_one_graph(backend, device):
+@pytest.mark.parametrize(("backend", "norm"), FUSED)
+def test_operator_passes_opcheck_and_compiles_as_one_graph(backend, norm, device):
     images, filters, weight, bias = draw(2, 3, 8, 8, 8, device, torch.float32)
-    torch.library.opcheck(first_block_op, (images.requires_grad_(), filters, weight, bias, 1e-5, None, 4.0, backend))
+    inputs = images.requires_grad_(), filters, weight, bias
+    torch.library.opcheck(first_block_op, (*inputs, 1e-5, None, 4.0, backend, norm))
 
     def loss(x):
-        pooled, maps = first_block(x, filters, weight, bias)
+        pooled, maps = first_block(x, filters, weight, bias, norm=norm)
         return pooled.square().sum() + maps.square().cumsum(1).sum()
 
     with af.backend(backend):
@@ -165,10 +192,15 @@ def test_filters_that_want_a_gradient_are_refused():
         first_block(torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3, requires_grad=True))
 
 
-def launches_of(image_channels, size, dtype, precision):
+def test_another_norm_is_refused():
+    with pytest.raises(ValueError, match="norm must be one of instance, batch; got 'layer'"):
+        first_block(torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3), norm="layer")
+
+
+def launches_of(image_channels, size, dtype, precision, norm="instance"):
     images, filters, weight, bias = draw(1, image_channels, 128, size, size, dtype=torch.float32)
     with products(precision), recorded(kernels, block_kernels) as launches, af.backend("triton"):
-        block = first_block(images.requires_grad_(), filters.to(dtype), weight, bias)
+        block = first_block(images.requires_grad_(), filters.to(dtype), weight, bias, norm=norm)
         torch.autograd.backward(list(block), [torch.empty_like(output) for output in block])
     return [launch for launch in launches if launch.kernel != "map_weights_kernel"]
 
@@ -196,17 +228,41 @@ def test_kernels_fit_and_use_the_tensor_cores(image_channels, size, dtype, preci
             assert report.widest_store == 128
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is launched is recorded through the interpreter")
+@pytest.mark.parametrize(
+    ("dtype", "precision", "capability"),
+    [
+        (torch.float32, "tf32", 80),
+        (torch.float32, "tf32", 90),
+        (torch.float32, "ieee", 90),
+        (torch.bfloat16, "tf32", 90),
+    ],
+)
+def test_kernels_of_batch_norm_fit_and_use_the_tensor_cores(dtype, precision, capability):
+    statistics, forward, *backward = launches_of(3, 32, dtype, precision, "batch")
+    assert statistics.kernel == "first_block_statistics_kernel"
+    assert [launch.kernel for launch in backward] == [
+        "first_block_sums_kernel", "first_block_columns_kernel", "fold_kernel"
+    ]  # fmt: skip
+    for launch in (statistics, forward, backward[1]):  # the other two are those of InstanceNorm
+        report = compile_launch("first_block", launch, capability)
+        assert report.spills == 0, launch.kernel
+        assert report.shared <= SHARED, launch.kernel
+        assert report.tensor_core == (precision == "tf32"), launch.kernel
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize(("image_channels", "size"), [(1, 8), (1, 28), (3, 16), (3, 32), (2, 32), (4, 16)])
 @pytest.mark.parametrize("precision", ["ieee", "tf32", "bfloat16"])
-def test_products_of_every_precision_on_a_gpu(precision, image_channels, size, device):
+def test_products_of_every_precision_on_a_gpu(precision, image_channels, size, norm, device):
     images, filters, weight, bias = draw(64, image_channels, 128, size, size, device, torch.float32)
     filters = filters.bfloat16() if precision == "bfloat16" else filters
     # Rounding the operands turns some features off or on, each of which changes the gradient by a whole term: 1e-3 of
     # them in TF32 and 4e-3 in bfloat16 make errors of the square root.
     tolerances = {"ieee": (1e-6, 2e-6), "tf32": (2e-3, 5e-2), "bfloat16": (1e-2, 1e-1)}[precision]
     with products("tf32" if precision == "tf32" else "ieee"):
-        *outputs, gradient = fused("triton", images, filters, weight, bias)
-    *wanted_outputs, wanted_gradient = exact(images, filters, weight, bias)
+        *outputs, gradient = fused("triton", images, filters, weight, bias, norm=norm)
+    *wanted_outputs, wanted_gradient = exact(images, filters, weight, bias, norm=norm)
     assert_equal(outputs, wanted_outputs, tolerances[0])
     assert_equal([gradient], [wanted_gradient], tolerances[1])

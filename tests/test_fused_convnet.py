@@ -8,9 +8,12 @@ from hypothesis import strategies as st
 
 import atom_fast as af
 from atom_fast import reference
+from atom_fast.distill.config import preset
 from atom_fast.distill.live_bytes import LiveBytes
+from atom_fast.distill.step import fused_if_possible
 from atom_fast.networks.convnet import ConvNet
 from atom_fast.networks.fused_convnet import FusedConvNet
+from atom_fast.ops.block import NORMS
 from atom_fast.ops.block_torch import PIECE_BYTES
 
 BACKENDS = ("reference", "torch", "triton")
@@ -45,11 +48,12 @@ def matching(real, synthetic, classes):
     size=st.tuples(st.integers(8, 13), st.integers(8, 12)),
     depth=st.integers(1, 3),
     powers=st.sampled_from([(4.0, 4.0), (1.0, 8.0), (None, 4.0), (2.5, None)]),
+    norm=st.sampled_from(NORMS),
 )
 @settings(max_examples=6)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_loss_and_image_gradient_equal_the_plain_network(backend, channels, size, depth, powers, device):
-    network = frozen(channels, size, width=8, depth=depth, device=device)
+def test_loss_and_image_gradient_equal_the_plain_network(backend, channels, size, depth, powers, norm, device):
+    network = frozen(channels, size, width=8, depth=depth, norm=norm, device=device)
     real, synthetic = (images_of(batch, channels, *size, device, seed=seed) for batch, seed in ((4, 1), (3, 2)))
     classes = torch.tensor([1, 0, 1, 0], device=device), torch.tensor([0, 1, 1], device=device)
 
@@ -71,9 +75,10 @@ def test_loss_and_image_gradient_equal_the_plain_network(backend, channels, size
     assert (gradient - expected_gradient).norm() <= 1e-8 * expected_gradient.norm() + 1e-14
 
 
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_embedding_and_logits_are_those_of_the_network(backend, device):
-    network = frozen(3, 16, width=16, depth=2, device=device)
+def test_embedding_and_logits_are_those_of_the_network(backend, norm, device):
+    network = frozen(3, 16, width=16, depth=2, norm=norm, device=device)
     images = images_of(2, 3, 16, 16, device)
     with af.backend(backend):
         embedding, maps = network.fused().features(images)
@@ -98,16 +103,41 @@ def test_weights_are_shared_and_lead_back(device):
     assert not torch.allclose(before, after)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_twenty_steps_give_the_images_of_the_plain_network(backend, device):
-    network = frozen(1, 8, width=8, depth=2, device=device, dtype=torch.float32)
+def test_batch_norm_without_scale_and_shift_and_with_one_sample(device):
+    network = frozen(3, 8, width=8, depth=2, norm="batch", device=device)
+    for block in network.blocks:
+        block.norm = nn.BatchNorm2d(8, affine=False, device=device, dtype=torch.float64)
+    images = images_of(1, 3, 8, 8, device)
+    with af.backend("triton"):
+        embedding, _ = network.fused().features(images)
+    torch.testing.assert_close(embedding, network.features(images)[0])
+
+
+def test_running_statistics_are_neither_taken_nor_changed(device):
+    network = frozen(3, 8, width=8, depth=2, norm="batch", device=device)
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    fused = network.fused()
+    images = images_of(2, 3, 8, 8, device)
+    fused.features(images)
+    assert before and all(torch.equal(buffer, before[name]) for name, buffer in network.named_buffers())
+    network.eval()
+    for refused in (network.fused, lambda: fused.features(images)):
+        with pytest.raises(ValueError, match="block 1 cannot be fused: its BatchNorm is in evaluation mode"):
+            refused()
+
+
+@pytest.mark.parametrize(
+    ("backend", "norm", "steps"), [("torch", "instance", 20), ("triton", "instance", 20), ("triton", "batch", 6)]
+)
+def test_steps_give_the_images_of_the_plain_network(backend, norm, steps, device):
+    network = frozen(1, 8, width=8, depth=2, norm=norm, device=device, dtype=torch.float32)
     real = images_of(6, 1, 8, 8, device, torch.float32)
     start = images_of(2, 1, 8, 8, device, torch.float32, seed=2)
     classes = torch.tensor([0, 1], device=device).repeat_interleave(3), torch.tensor([0, 1], device=device)
 
     def distil(loss_of):
         images = start.clone().requires_grad_()
-        for _ in range(20):
+        for _ in range(steps):
             (gradient,) = torch.autograd.grad(loss_of(images), images)
             with torch.no_grad():
                 images -= gradient
@@ -129,8 +159,7 @@ def test_twenty_steps_give_the_images_of_the_plain_network(backend, device):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"norm": "batch"}, r"block 1 cannot be fused: its norm is not InstanceNorm .* BatchNorm2d"),
-        ({"norm": "group"}, r"its norm is not InstanceNorm .* GroupNorm\(4, 8"),
+        ({"norm": "group"}, r"block 1 cannot be fused: its norm is not InstanceNorm .* GroupNorm\(4, 8"),
         ({"norm": "none"}, "its norm is not InstanceNorm"),
         ({"activation": "leakyrelu"}, "its activation is not ReLU, but LeakyReLU"),
         ({"pooling": "avg3"}, "its pooling is not 2x2 average pooling"),
@@ -166,9 +195,10 @@ def test_a_power_and_trainable_parameters_are_refused():
         fused.features(images)
 
 
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_the_real_side_keeps_nothing(backend, device):
-    fused = frozen(3, 8, width=8, depth=2, device=device, dtype=torch.float32).fused()
+def test_the_real_side_keeps_nothing(backend, norm, device):
+    fused = frozen(3, 8, width=8, depth=2, norm=norm, device=device, dtype=torch.float32).fused()
     kept = []
     record = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
     with af.backend(backend), torch.no_grad(), record:
@@ -204,9 +234,35 @@ def test_a_step_lives_in_a_fifth_of_the_memory(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("norm", NORMS)
+def test_features_and_gradient_never_wait_for_the_device(norm, device):
+    fused = frozen(3, 32, width=128, depth=3, norm=norm, device=device, dtype=torch.float32).fused()
+    images = images_of(4, 3, 32, 32, device, torch.float32).requires_grad_()
+
+    def gradient():
+        embedding, maps = fused.features(images)
+        return torch.autograd.grad(embedding.square().sum() + sum(m.cumsum(1).sum() for m in maps), images)
+
+    gradient()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradient()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_distillation_runs_batch_norm_with_fused_blocks():
+    config = preset("paper", norm="batch", depth=2, width=8)
+    extractor, how = fused_if_possible(frozen(3, 8, width=8, depth=2, norm="batch", device="cpu"), config)
+    assert (type(extractor), how) == (FusedConvNet, "fused blocks")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("precision", ["ieee", "tf32", "bfloat16"])
-def test_a_whole_step_on_a_gpu(precision, device):
-    network = frozen(3, 32, width=128, depth=3, device=device, dtype=torch.float32)
+def test_a_whole_step_on_a_gpu(precision, norm, device):
+    network = frozen(3, 32, width=128, depth=3, norm=norm, device=device, dtype=torch.float32)
     images = images_of(32, 3, 32, 32, device, torch.float32)
     gradients = []
     for run, dtype in ((network.fused(), torch.float32), (network.double().fused(), torch.float64)):

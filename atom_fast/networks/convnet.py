@@ -141,7 +141,8 @@ class ConvNet(nn.Module):
         """This network with its attention maps taken while it computes; weights are shared, ``.network`` leads back.
 
         Raises:
-            ValueError: a block is not 3×3 convolution, InstanceNorm, ReLU and 2×2 average pooling, with the reason.
+            ValueError: a block is not 3×3 convolution, InstanceNorm or BatchNorm (in training mode), ReLU and 2×2
+                average pooling, with the reason.
         """
         from .fused_convnet import FusedConvNet
 

@@ -14,7 +14,8 @@ from .convnet import ConvBlock, ConvNet
 class FusedConvNet(nn.Module):
     """The same weights and the same results as a `ConvNet`, for matching attention: its parameters are constants.
 
-    The convolutions' biases are left out: InstanceNorm takes the mean of every plane away, so nothing depends on them.
+    The convolutions' biases are left out: the norm takes the mean of every plane or channel away, so nothing depends on
+    them. BatchNorm takes its statistics from the images of each call, and leaves its running statistics as they are.
 
     Args:
         network: shared, not copied; drawing its weights anew draws these.
@@ -22,8 +23,8 @@ class FusedConvNet(nn.Module):
         channel_power: exponent p_c of the channel maps, likewise.
 
     Raises:
-        ValueError: a block is not 3×3 convolution, InstanceNorm, ReLU and 2×2 average pooling; the message says which
-            part of which block. Or a power is not accepted.
+        ValueError: a block is not 3×3 convolution, InstanceNorm or BatchNorm (in training mode), ReLU and 2×2 average
+            pooling; the message says which part of which block. Or a power is not accepted.
 
     Attributes:
         network: the `ConvNet`.
@@ -54,7 +55,7 @@ class FusedConvNet(nn.Module):
             Differentiable once, in the images.
 
         Raises:
-            ValueError: gradients are recorded and a parameter requires one.
+            ValueError: gradients are recorded and a parameter requires one, or BatchNorm is not in training mode.
         """
         return self._blocks(images, maps_of=len(self.network.blocks) - 1)
 
@@ -63,10 +64,13 @@ class FusedConvNet(nn.Module):
         x, maps = images, []
         for index, block in enumerate(self.network.blocks):
             takes_maps = index < maps_of
+            if not _takes_own_statistics(block.norm):
+                raise ValueError(f"block {index + 1} cannot be fused: {_RUNNING_STATISTICS}")
             options = {
                 "eps": block.norm.eps,
                 "spatial_power": self.spatial_power if takes_maps else None,
                 "channel_power": self.channel_power if takes_maps else None,
+                "norm": "batch" if isinstance(block.norm, nn.BatchNorm2d) else "instance",
             }
             filters, scale, shift = block.convolution.weight, block.norm.weight, block.norm.bias
             if index == 0:
@@ -86,14 +90,28 @@ class FusedConvNet(nn.Module):
             )
 
 
+_RUNNING_STATISTICS = (
+    "its BatchNorm is in evaluation mode, in which it takes running statistics, and fused blocks take those of the "
+    "batch; use network.train(), or the ConvNet itself"
+)
+
+
+def _takes_own_statistics(norm: nn.Module) -> bool:
+    """Whether a norm takes its statistics from what it normalises."""
+    return not isinstance(norm, nn.BatchNorm2d) or norm.training or norm.running_mean is None
+
+
 def _refusal(block: ConvBlock) -> str | None:
     """Why a block cannot be fused; None if it can."""
     convolution, norm, activation, pool = block.convolution, block.norm, block.activation, block.pool
     geometry = convolution.kernel_size, convolution.stride, convolution.padding, convolution.dilation
     if geometry != ((3, 3), (1, 1), (1, 1), (1, 1)) or convolution.groups != 1:
         return f"its convolution is not 3x3 with stride 1 and padding 1, but {convolution}"
-    if not isinstance(norm, nn.GroupNorm) or norm.num_groups != norm.num_channels:
-        return f"its norm is not InstanceNorm (a GroupNorm with one group a channel), but {norm}"
+    instance = isinstance(norm, nn.GroupNorm) and norm.num_groups == norm.num_channels
+    if not instance and not isinstance(norm, nn.BatchNorm2d):
+        return f"its norm is not InstanceNorm (a GroupNorm with one group a channel) or BatchNorm2d, but {norm}"
+    if not _takes_own_statistics(norm):
+        return _RUNNING_STATISTICS
     if not isinstance(activation, nn.ReLU):
         return f"its activation is not ReLU, but {activation}"
     if not isinstance(pool, nn.AvgPool2d) or _pooling(pool) != (2, 2, 0) or pool.ceil_mode or pool.divisor_override:

@@ -1,8 +1,11 @@
-"""The block after a convolution as one operator: InstanceNorm, ReLU, both attention maps, 2x2 average pooling.
+"""The block after a convolution as one operator: a norm, ReLU, both attention maps, 2x2 average pooling.
 
 The feature map between ReLU and pooling, which the maps are taken of, is never written. The backward pass keeps the
 convolution's output, the maps and a few numbers a plane, and recomputes the rest. Scale and shift of the norm are
 constants, as they are while distilling. There is no formula for a second derivative: asking for one raises.
+
+The norm is InstanceNorm, or BatchNorm with the statistics of the batch; the latter is one operator with backend
+"triton" alone.
 """
 
 from __future__ import annotations
@@ -15,9 +18,11 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import resolve_backend
-from .attention import map_sizes
+from .attention import attention_maps, map_sizes
 from .block_torch import backward_torch, forward_torch, is_channels_last, piece_bytes, unit_length
 from .launching import accumulation_dtype, constant_power, device_of
+
+NORMS = ("instance", "batch")
 
 
 class BlockOutput(NamedTuple):
@@ -35,8 +40,9 @@ def attention_block(
     eps: float = 1e-5,
     spatial_power: float | None = 4.0,
     channel_power: float | None = 4.0,
+    norm: str = "instance",
 ) -> BlockOutput:
-    """InstanceNorm, ReLU, attention maps (equations 1 to 3 of the ATOM paper) and 2x2 average pooling, fused.
+    """A norm, ReLU, attention maps (equations 1 to 3 of the ATOM paper) and 2x2 average pooling, fused.
 
     Args:
         convolved: [B, C, H, W] output of a convolution, H and W at least 2; float64, float32, float16 or bfloat16, any
@@ -46,21 +52,27 @@ def attention_block(
         eps: added to the variance.
         spatial_power: exponent p_s of the spatial map, in [1, 16]; None leaves that map out of ``maps``.
         channel_power: exponent p_c of the channel map, likewise.
+        norm: ``"instance"`` takes mean and population variance over each plane, ``"batch"`` over a channel's planes of
+            all samples, as BatchNorm does in training; running statistics are neither read nor written.
 
     Returns:
-        The pooled features and the maps. Differentiable once, in ``convolved``. A zero sample has zero maps.
+        The pooled features and the maps. Differentiable once, in ``convolved``. A sample of zero features has zero
+        maps.
 
     Raises:
         TypeError: ``convolved`` is no floating-point tensor.
-        ValueError: a shape or power is not accepted, or the scale or shift requires a gradient.
+        ValueError: a shape, power or norm is not accepted, or the scale or shift requires a gradient.
     """
     check_powers(spatial_power, channel_power)
+    check_norm(norm)
     check_constants(weight=weight, bias=bias)
     _check_input(convolved, weight, bias)
     backend = resolve_backend(convolved)
     if backend == "reference":
-        return reference_block(convolved, weight, bias, eps, spatial_power, channel_power)
-    pooled, maps, *_ = block_op(convolved, weight, bias, eps, spatial_power, channel_power, backend)
+        return reference_block(convolved, weight, bias, eps, spatial_power, channel_power, norm)
+    if norm == "batch" and backend != "triton":
+        return _unfused_batch_block(convolved, weight, bias, eps, spatial_power, channel_power)
+    pooled, maps, *_ = block_op(convolved, weight, bias, eps, spatial_power, channel_power, backend, norm)
     return BlockOutput(pooled, maps)
 
 
@@ -69,6 +81,18 @@ def check_powers(spatial_power: float | None, channel_power: float | None) -> No
     for name, power in (("spatial_power", spatial_power), ("channel_power", channel_power)):
         if power is not None and not 1 <= power <= 16:
             raise ValueError(f"{name} must be in [1, 16] or None; got {power}")
+
+
+def check_norm(norm: str) -> None:
+    """Raise ValueError for a norm that the blocks do not compute."""
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}; got {norm!r}")
+
+
+def check_is_fused(norm: str, backend: str) -> None:
+    """Raise NotImplementedError for a norm that a backend's operators do not compute."""
+    if norm == "batch" and backend != "triton":
+        raise NotImplementedError(f"norm 'batch' is computed by backend 'triton' alone; got {backend!r}")
 
 
 def check_constants(**parameters: Tensor | None) -> None:
@@ -105,9 +129,13 @@ def reference_block(
     eps: float,
     spatial_power: float | None,
     channel_power: float | None,
+    norm: str = "instance",
 ) -> BlockOutput:
     """`attention_block` in plain PyTorch: what the fused block is compared with."""
-    features = F.relu(F.group_norm(convolved, convolved.shape[1], weight, bias, eps))
+    if norm == "batch":
+        features = _batch_features(convolved, weight, bias, eps)
+    else:
+        features = F.relu(F.group_norm(convolved, convolved.shape[1], weight, bias, eps))
     wide = features.to(accumulation_dtype(features.dtype))
     maps = [wide.new_empty((wide.shape[0], 0))]
     if spatial_power is not None:
@@ -115,6 +143,27 @@ def reference_block(
     if channel_power is not None:
         maps.append(reference.channel_attention(wide, channel_power))
     return BlockOutput(F.avg_pool2d(features, 2), torch.cat(maps, dim=1))
+
+
+def _batch_features(convolved: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return F.relu(F.batch_norm(convolved, None, None, weight, bias, training=True, eps=eps))
+
+
+def _unfused_batch_block(
+    convolved: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    spatial_power: float | None,
+    channel_power: float | None,
+) -> BlockOutput:
+    """`attention_block` with BatchNorm where it is not fused: the operators of PyTorch, and that of the maps."""
+    features = _batch_features(convolved, weight, bias, eps)
+    if spatial_power is None and channel_power is None:
+        maps = features.new_empty((features.shape[0], 0), dtype=accumulation_dtype(features.dtype))
+    else:
+        maps, _ = attention_maps(features, spatial_power, channel_power, True, "torch")
+    return BlockOutput(F.avg_pool2d(features, 2), maps)
 
 
 @torch.library.custom_op("atom_fast::block", mutates_args=())
@@ -126,14 +175,18 @@ def block_op(
     spatial_power: float | None,
     channel_power: float | None,
     backend: str,
+    norm: str = "instance",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Pooled features; maps [B, M]; mean and 1 / standard deviation [B, C] of each plane; and [B, 3]: what
-    features were divided by, and 1 / norm of each map of the features over it (1 if not taken).
+    """Pooled features; maps [B, M]; mean and 1 / standard deviation [B, C] that each plane is normalised with; and
+    [B, 3]: what features were divided by, and 1 / norm of each map of the features over it (1 if not taken).
+
+    Norm "batch" is computed with backend "triton" alone.
     """
+    check_is_fused(norm, backend)
     outputs = empty_outputs(x.shape, x, is_channels_last(x), spatial_power, channel_power)
     if x.numel() > 0:
         if backend == "triton":
-            _forward_triton(x, weight, bias, eps, spatial_power, channel_power, *outputs)
+            _forward_triton(x, weight, bias, eps, spatial_power, channel_power, norm, *outputs)
         else:
             pieces = [(rows, x[rows]) for rows in _sample_pieces(x)]
             forward_torch(lambda: pieces, weight, bias, eps, spatial_power, channel_power, backend, outputs)
@@ -159,7 +212,7 @@ def empty_outputs(
 
 
 @block_op.register_fake
-def _(x, weight, bias, eps, spatial_power, channel_power, backend):
+def _(x, weight, bias, eps, spatial_power, channel_power, backend, norm="instance"):
     return empty_outputs(x.shape, x, is_channels_last(x), spatial_power, channel_power)
 
 
@@ -177,6 +230,7 @@ def block_backward_op(
     spatial_power: float | None,
     channel_power: float | None,
     backend: str,
+    norm: str = "instance",
 ) -> Tensor:
     """Gradient [B, C, H, W] of the convolution's output; a gradient that is None is zero."""
     grad_x = _empty_gradient(x)
@@ -187,7 +241,7 @@ def block_backward_op(
         powers = (None, None) if grad_maps is None else (spatial_power, channel_power)
         saved = weight, bias, maps, mean, rstd, statistics
         if backend == "triton":
-            _backward_triton(grad_pooled, grad_maps, x, *saved, *powers, grad_x)
+            _backward_triton(grad_pooled, grad_maps, x, *saved, *powers, norm, grad_x)
         else:
             pieces = ((rows, x[rows], grad_x[rows]) for rows in _sample_pieces(x))
             for _ in backward_torch(pieces, grad_pooled, grad_maps, *saved, *powers, backend):
@@ -223,7 +277,7 @@ def _backward(ctx, grad_pooled, grad_maps, *_):
     grad_x = None
     if grad_pooled is not None or grad_maps is not None:
         grad_x = block_backward_op(grad_pooled, grad_maps, *ctx.saved_tensors, *ctx.options)
-    return grad_x, None, None, None, None, None, None
+    return grad_x, None, None, None, None, None, None, None
 
 
 block_op.register_autograd(_backward, setup_context=_setup_context)
@@ -232,17 +286,19 @@ block_op.register_autograd(_backward, setup_context=_setup_context)
 # Triton: see kernels/block.py.
 
 
-def _forward_triton(x, weight, bias, eps, spatial_power, channel_power, pooled, maps, mean, rstd, statistics):
+def _forward_triton(x, weight, bias, eps, spatial_power, channel_power, norm, pooled, maps, mean, rstd, statistics):
     import triton
 
     from ..kernels import block as kernels
 
     batch, channels, height, width = x.shape
     x, weight, bias = _addressable(x), dense(weight), dense(bias)
-    constants = _constants(x, weight, spatial_power, channel_power)
+    constants = _constants(x, weight, spatial_power, channel_power) | {"GIVEN": norm == "batch"}
     size = channels, height, width, x.element_size(), constants["CHANNELS_LAST"]
     launch = kernels.block_launch(*size)
     with device_of(x):
+        if norm == "batch":
+            _batch_statistics(x, eps, mean, rstd)
         if launch is not None:
             kernels.block_forward_kernel[(batch,)](
                 x, weight, bias, pooled, maps, mean, rstd, statistics, *x.stride(), *pooled.stride(), eps,
@@ -261,6 +317,17 @@ def _forward_triton(x, weight, bias, eps, spatial_power, channel_power, pooled, 
             **constants, **launch,
         )  # fmt: skip
     join_chunks(spatial, channel, peaks, launch["BLOCK_C"], spatial_power, channel_power, maps, statistics)
+
+
+def _batch_statistics(x: Tensor, eps: float, mean: Tensor, rstd: Tensor) -> None:
+    """Write each channel's mean and 1 / sqrt(variance + eps) over the batch into every row of [B, C]."""
+    if x.is_cuda:
+        own_mean, own_rstd = torch.batch_norm_stats(x, eps)
+    else:
+        variance, own_mean = torch.var_mean(x.to(mean.dtype), (0, 2, 3), correction=0)
+        own_rstd = torch.rsqrt(variance + eps)
+    mean.copy_(own_mean)
+    rstd.copy_(own_rstd)
 
 
 def join_chunks(
@@ -294,7 +361,7 @@ def join_chunks(
 
 
 def _backward_triton(
-    grad_pooled, grad_maps, x, weight, bias, maps, mean, rstd, statistics, spatial_power, channel_power, grad_x
+    grad_pooled, grad_maps, x, weight, bias, maps, mean, rstd, statistics, spatial_power, channel_power, norm, grad_x
 ):
     import triton
 
@@ -308,18 +375,21 @@ def _backward_triton(
     launch = kernels.block_backward_launch(*size)
     with device_of(x):
         if launch is not None:
-            grad_maps = maps if grad_maps is None else grad_maps.contiguous()  # not read without powers
-            kernels.block_backward_kernel[(batch,)](
-                x, weight, bias, grad_pooled, grad_maps, maps, mean, rstd, statistics, grad_x, *strides,
-                **constants, EXACT=kernels.is_exact(channels, height, width, launch),
-                CHUNKS=triton.next_power_of_2(triton.cdiv(channels, launch["BLOCK_C"])), **launch,
-            )  # fmt: skip
-            return
-        launch = kernels.tiled_launch(*size)
-        weights = map_weights(grad_maps, maps, statistics, x.shape, spatial_power, channel_power)
-        kernels.tiled_backward_kernel[(batch, triton.cdiv(channels, launch["BLOCK_C"]))](
-            x, weight, bias, grad_pooled, weights, mean, rstd, statistics, grad_x, *strides, **constants, **launch
-        )
+            kernel = kernels.block_backward_kernel[(batch,)]
+            of_maps = maps if grad_maps is None else grad_maps.contiguous(), maps  # not read without powers
+            constants["EXACT"] = kernels.is_exact(channels, height, width, launch)
+            constants["CHUNKS"] = triton.next_power_of_2(triton.cdiv(channels, launch["BLOCK_C"]))
+        else:
+            launch = kernels.tiled_launch(*size)
+            kernel = kernels.tiled_backward_kernel[(batch, triton.cdiv(channels, launch["BLOCK_C"]))]
+            of_maps = (map_weights(grad_maps, maps, statistics, x.shape, spatial_power, channel_power),)
+        inputs = x, weight, bias, grad_pooled, *of_maps, mean, rstd, statistics
+        if norm == "instance":
+            kernel(*inputs, None, grad_x, *strides, **constants, SUMS="own", **launch)
+        else:
+            sums = mean.new_empty((batch, 2, channels))
+            kernel(*inputs, sums, None, *strides, **constants, SUMS="write", **launch)
+            kernel(*inputs, sums.mean(0), grad_x, *strides, **constants, SUMS="read", **launch)
 
 
 def map_weights(

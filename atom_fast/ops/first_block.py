@@ -32,37 +32,41 @@ def first_block(
     eps: float = 1e-5,
     spatial_power: float | None = 4.0,
     channel_power: float | None = 4.0,
+    norm: str = "instance",
 ) -> BlockOutput:
     """3x3 convolution with padding 1, then `atom_fast.ops.block.attention_block`, fused.
 
-    The convolution takes no bias: InstanceNorm takes the mean of every plane away, so nothing depends on one.
+    The convolution takes no bias: the norm takes the mean of every plane or channel away, so nothing depends on one.
     Precision is that of PyTorch's convolutions: autocast, and TF32 by ``torch.backends.cudnn.conv.fp32_precision``.
 
     Args:
         images: [B, C_in, H, W], H and W at least 2, any floating dtype, rounded to that of the filters.
         filters: [C, C_in, 3, 3], constants; float64, float32, float16 or bfloat16.
-        weight, bias, eps, spatial_power, channel_power: as in `attention_block`.
+        weight, bias, eps, spatial_power, channel_power, norm: as in `attention_block`.
 
     Returns:
-        The pooled features in the filters' dtype, channels_last, and the maps. Differentiable once, in ``images``.
+        The pooled features in the filters' dtype, channels_last where fused, and the maps. Differentiable once, in
+        ``images``.
 
     Raises:
         TypeError: images or filters are no floating-point tensors.
-        ValueError: a shape or power is not accepted, or filters, scale or shift require a gradient.
+        ValueError: a shape, power or norm is not accepted, or filters, scale or shift require a gradient.
     """
     block.check_powers(spatial_power, channel_power)
+    block.check_norm(norm)
     block.check_constants(filters=filters, weight=weight, bias=bias)
     _check_input(images, filters)
     backend = resolve_backend(images)
-    if backend == "reference" or (backend == "triton" and not _is_fusible(images, filters)):
+    fusible = _is_fusible(images, filters) if backend == "triton" else norm == "instance"
+    if backend == "reference" or not fusible:
         convolved = F.conv2d(images.to(filters.dtype), filters, padding=1)
         return block.attention_block(
-            convolved, weight, bias, eps=eps, spatial_power=spatial_power, channel_power=channel_power
+            convolved, weight, bias, eps=eps, spatial_power=spatial_power, channel_power=channel_power, norm=norm
         )
     block.check_affine(weight, bias, filters.shape[0])
     if torch.is_autocast_enabled(images.device.type):
         filters = filters.to(torch.get_autocast_dtype(images.device.type))
-    pooled, maps, *_ = first_block_op(images, filters, weight, bias, eps, spatial_power, channel_power, backend)
+    pooled, maps, *_ = first_block_op(images, filters, weight, bias, eps, spatial_power, channel_power, backend, norm)
     return BlockOutput(pooled, maps)
 
 
@@ -96,12 +100,14 @@ def first_block_op(
     spatial_power: float | None,
     channel_power: float | None,
     backend: str,
+    norm: str = "instance",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `atom_fast.ops.block.block_op` returns for the convolution of the images."""
+    block.check_is_fused(norm, backend)
     outputs = _empty_outputs(images, filters, spatial_power, channel_power)
     if images.numel() > 0:
         if backend == "triton":
-            _forward_triton(images, filters, weight, bias, eps, spatial_power, channel_power, outputs)
+            _forward_triton(images, filters, weight, bias, eps, spatial_power, channel_power, norm, outputs)
         else:
             pieces = functools.partial(_convolved_pieces, images, filters)
             forward_torch(pieces, weight, bias, eps, spatial_power, channel_power, backend, outputs)
@@ -115,7 +121,7 @@ def _empty_outputs(images, filters, spatial_power, channel_power):
 
 
 @first_block_op.register_fake
-def _(images, filters, weight, bias, eps, spatial_power, channel_power, backend):
+def _(images, filters, weight, bias, eps, spatial_power, channel_power, backend, norm="instance"):
     return _empty_outputs(images, filters, spatial_power, channel_power)
 
 
@@ -134,6 +140,7 @@ def first_block_backward_op(
     spatial_power: float | None,
     channel_power: float | None,
     backend: str,
+    norm: str = "instance",
 ) -> Tensor:
     """Gradient [B, C_in, H, W] of the images; a gradient that is None is zero."""
     if images.numel() == 0:
@@ -144,7 +151,7 @@ def first_block_backward_op(
     powers = (None, None) if grad_maps is None else (spatial_power, channel_power)
     saved = weight, bias, maps, mean, rstd, statistics
     if backend == "triton":
-        return _backward_triton(grad_pooled, grad_maps, images, filters, *saved, *powers)
+        return _backward_triton(grad_pooled, grad_maps, images, filters, *saved, *powers, norm)
     gradient = torch.empty_like(images, memory_format=torch.contiguous_format)
     pieces = ((rows, convolved, None) for rows, convolved in _convolved_pieces(images, filters))
     windows = _shared_windows(filters)
@@ -170,7 +177,7 @@ def _backward(ctx, grad_pooled, grad_maps, *_):
     gradient = None
     if grad_pooled is not None or grad_maps is not None:
         gradient = first_block_backward_op(grad_pooled, grad_maps, *ctx.saved_tensors, *ctx.options)
-    return gradient, None, None, None, None, None, None, None
+    return gradient, None, None, None, None, None, None, None, None
 
 
 first_block_op.register_autograd(_backward, setup_context=_setup_context)
@@ -179,7 +186,7 @@ first_block_op.register_autograd(_backward, setup_context=_setup_context)
 # Triton: see kernels/first_block.py.
 
 
-def _forward_triton(images, filters, weight, bias, eps, spatial_power, channel_power, outputs):
+def _forward_triton(images, filters, weight, bias, eps, spatial_power, channel_power, norm, outputs):
     import triton
 
     from ..kernels import first_block as kernels
@@ -187,15 +194,34 @@ def _forward_triton(images, filters, weight, bias, eps, spatial_power, channel_p
 
     batch, image_channels, height, width = images.shape
     channels = filters.shape[0]
+    filters = filters.contiguous()
     launch = kernels.first_block_launch(image_channels, channels, height, width)
+    constants = _constants(images, filters, weight, spatial_power, channel_power)
+    constants["EXACT"] = is_exact(channels, height, width, launch)
     with device_of(images):
+        if norm == "batch":
+            _, _, mean, rstd, _ = outputs
+            _batch_statistics(images, filters, eps, constants | launch, mean, rstd)
         kernels.first_block_forward_kernel[(batch,)](
-            images, filters.contiguous(), block.dense(weight), block.dense(bias), *outputs,
-            *images.stride(), *outputs[0].stride(), eps,
-            **_constants(images, filters, weight, spatial_power, channel_power),
-            EXACT=is_exact(channels, height, width, launch),
+            images, filters, block.dense(weight), block.dense(bias), *outputs,
+            *images.stride(), *outputs[0].stride(), eps, **constants, GIVEN=norm == "batch",
             CHUNKS=triton.next_power_of_2(triton.cdiv(channels, launch["BLOCK_C"])), **launch,
         )  # fmt: skip
+
+
+def _batch_statistics(images, filters, eps, constants, mean, rstd) -> None:
+    """Write what `atom_fast.ops.block` takes of a convolution's output, here of one that is nowhere in memory."""
+    from ..kernels.first_block import first_block_statistics_kernel
+
+    means, variances = torch.empty_like(mean), torch.empty_like(mean)
+    names = "CI", "C", "H", "W", "EXACT", "PRECISION", "BLOCK_P", "BLOCK_C", "BLOCK_K", "num_warps"
+    first_block_statistics_kernel[(images.shape[0],)](
+        images, filters, means, variances, *images.stride(), **{name: constants[name] for name in names}
+    )
+    # Planes are of one size: the variance is the mean of theirs and the variance of their means.
+    between, total = torch.var_mean(means, 0, correction=0)
+    mean.copy_(total)
+    rstd.copy_(torch.rsqrt(variances.mean(0) + between + eps))
 
 
 def _backward_triton(
@@ -211,6 +237,7 @@ def _backward_triton(
     statistics,
     spatial_power,
     channel_power,
+    norm,
 ):
     import triton
 
@@ -221,7 +248,7 @@ def _backward_triton(
     channels = filters.shape[0]
     filters = filters.contiguous()
     constants = _constants(images, filters, weight, spatial_power, channel_power)
-    launch = kernels.first_block_backward_launch(image_channels, channels, height, width, filters.element_size())
+    launch = kernels.first_block_backward_launch(image_channels)
     tiles = triton.cdiv(triton.cdiv(height, 2) * triton.cdiv(width, 2), launch["BLOCK_P"])
     shape = (batch, channels, height, width)
     sums = mean.new_empty((batch, tiles, 2, channels))
@@ -230,12 +257,14 @@ def _backward_triton(
     with device_of(images):
         weights = block.map_weights(grad_maps, maps, statistics, shape, spatial_power, channel_power)
         affine = block.dense(weight), block.dense(bias)
-        inputs = (images, filters, *affine, grad_pooled, weights, mean, rstd, statistics, sums)
+        inputs = (images, filters, *affine, grad_pooled, weights, mean, rstd, statistics)
         strides = *images.stride(), *grad_pooled.stride()
         constants["EXACT"] = is_exact(channels, height, width, launch, tiles)
-        kernels.first_block_sums_kernel[(batch, tiles)](*inputs, *strides, **constants, **launch)
+        kernels.first_block_sums_kernel[(batch, tiles)](*inputs, sums, *strides, **constants, **launch)
+        if norm == "batch":
+            sums = (sums.sum((0, 1)) / batch).expand(batch, 1, 2, channels).contiguous()
         kernels.first_block_columns_kernel[(batch, tiles)](
-            *inputs, columns, *strides, **constants, TILES=tiles, **launch
+            *inputs, sums, columns, *strides, **constants, TILES=sums.shape[1], **launch
         )
         pixels = min(triton.next_power_of_2(height * width), 1024)
         kernels.fold_kernel[(batch * image_channels, triton.cdiv(height * width, pixels))](
