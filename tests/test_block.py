@@ -366,4 +366,4 @@ def test_full_size_on_a_gpu(size, dtype, channels_last, norm, device):
         apart = (gradient - wanted).abs() > 0.01 * wanted.square().mean().sqrt()
         assert apart.sum() <= 2 + 1e-6 * x.numel()
         gradient = gradient.where(~apart, wanted)
-    assert_equal([gradient], [wanted], tolerance)
+    assert_equal([gradient], [wanted], 3 * tolerance)

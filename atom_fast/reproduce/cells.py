@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from atom_fast._files import write_atomically
-from atom_fast.distill.config import DistillConfig
+from atom_fast.distill.config import DistillConfig, default_norm
 from atom_fast.evaluate.protocols import Protocol
 from atom_fast.reproduce.methods import configuration, get_method
 
@@ -111,7 +111,9 @@ def architecture(cell: Cell, network: str, norm: str | None = None) -> dict[str,
     config = configuration("atom", cell.ipc, cell.seed, dict(cell.settings))
     names = {"width": "width", "depth": "depth", "norm": "norm", "pooling": "pooling", "network_init": "initialization"}
     found = {name: getattr(config, key) for key, name in names.items() if getattr(config, key) is not None}
-    return found if norm is None else {**found, "norm": norm}
+    if norm is not None or config.norm == "auto":
+        found["norm"] = norm or default_norm(cell.dataset, cell.ipc)
+    return found
 
 
 def cell_folder(output: Path, cell: Cell) -> Path:

@@ -35,8 +35,8 @@ METHODS = {
     "herding": Method("Herding"),
     "k-center": Method("K-Center"),
     "forgetting": Method("Forgetting"),
-    # As published, but for what the command line overrides.
-    "dm": Method("DM", "dm"),
+    # As published, but for the norm, that of the networks it is tested on, and for what the command line overrides.
+    "dm": Method("DM", "dm", {"norm": "auto"}),
     "dam": Method("DAM", "paper", {"channel_power": None}),
     "atom-channel": Method("ATOM†", "channel"),
     "atom": Method("ATOM", "paper"),

@@ -11,6 +11,7 @@ from atom_fast.evaluate.coresets import EPOCHS
 from atom_fast.evaluate.protocols import Protocol, get_protocol
 
 SEEDS, NETWORKS = 5, 20  # paper section 4.1
+_OF_DM = ("iterations", "real_batch")  # settings of which DM has values of its own
 SEEDS_NAME, NETWORKS_NAME = "sets a cell", "networks a set"
 
 # Digits stand in for the paper's data where there is neither a GPU nor a download: small enough for minutes on a CPU.
@@ -63,7 +64,7 @@ class Scale:
 
     def reductions(self) -> list[str]:
         """What is not as in the paper, in words."""
-        paper = preset("paper")
+        paper, dm = preset("paper"), preset("dm")
         found = [
             f"{title} {value} instead of {full}"
             for title, value, full in (
@@ -73,7 +74,7 @@ class Scale:
             if value != full
         ]
         for name, value in self.settings.items():
-            if value != getattr(paper, name):
+            if value != getattr(paper, name) or (name in _OF_DM and value != getattr(dm, name)):
                 found.append(f"{name} {value} instead of {_shown(name, paper)}")
         if self.protocol != "paper":
             found.append(f"evaluation protocol {self.protocol}")
@@ -86,7 +87,7 @@ class Scale:
 
 def _shown(name: str, paper: DistillConfig) -> str:
     value = getattr(paper, name)
-    if name in ("iterations", "real_batch"):
+    if name in _OF_DM:
         own = getattr(preset("dm"), name)
         return f"{value:,} (DM {own:,})"
     return str(value)

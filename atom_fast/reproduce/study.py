@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from atom_fast.reproduce.cells import architecture
+from atom_fast.reproduce.datasets import DATASETS
 from atom_fast.reproduce.layout import Entry, Row, Section, jobs_for
 from atom_fast.reproduce.paper import TABLE1
 from atom_fast.reproduce.scale import Scale
@@ -42,7 +44,7 @@ def section(dataset: str, ipc: int, scale: Scale, factors: Sequence[str] | None 
             if factor == PROTOCOL:
                 jobs = jobs_for(scale, dataset, ipc, "atom", protocol=value)
             elif factor == TESTED_NORM:
-                own = base[0][0].config.norm
+                own = architecture(base[0][0], "convnet")["norm"]
                 jobs = jobs_for(scale, dataset, ipc, "atom", norm=None if value == own else value)
             else:
                 jobs = jobs_for(scale, dataset, ipc, "atom", changes={factor: value})
@@ -53,9 +55,6 @@ def section(dataset: str, ipc: int, scale: Scale, factors: Sequence[str] | None 
 
 
 def _outcome(job) -> tuple:
-    """What a job's accuracy depends on, with a data set's own preprocessing by its name."""
+    """What a job's accuracy depends on, with what follows from the data set put in."""
     cell, evaluation = job
-    config = cell.config.to_dict()
-    if config["preprocessing"] == "auto":
-        config["preprocessing"] = "zca" if cell.dataset in ("cifar10", "cifar100") else "standard"
-    return tuple(config.items()), evaluation
+    return cell.config.for_data(DATASETS[cell.dataset][2], cell.dataset), evaluation

@@ -35,6 +35,7 @@ def build(setting: Setting, *, spatial: bool, channel: bool, mmd_weight: float) 
         channel_power=published.POWER if channel else None,
         mmd_weight=mmd_weight,
         loss_scale=1.0,
+        norm="instance",
         width=setting.width,
         depth=setting.depth,
         network_init="default",
