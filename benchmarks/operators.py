@@ -123,7 +123,8 @@ def prepare(case: Case, device: str) -> Work:
     leaf = x.clone().requires_grad_()
     with torch.no_grad():
         outputs = operator.fused(x)
-    gradients = [_random(output.shape, output.dtype, device) for output in outputs]
+    # In the layout of what they are gradients of, as the next layer hands them on.
+    gradients = [torch.empty_like(output).copy_(_random(output.shape, output.dtype, device)) for output in outputs]
     written = sum(map(_bytes, outputs))
     forward = _bytes(x) + written + operator.parameters
     backward = 2 * _bytes(x) + written + operator.parameters

@@ -16,8 +16,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from atom_fast._files import write_atomically
-from atom_fast.distill.config import DistillConfig, default_norm
+from atom_fast.distill.config import DistillConfig
 from atom_fast.evaluate.protocols import Protocol
+from atom_fast.reproduce.datasets import DATASETS
 from atom_fast.reproduce.methods import configuration, get_method
 
 CELL_FILE = "cell.json"
@@ -109,11 +110,10 @@ def architecture(cell: Cell, network: str, norm: str | None = None) -> dict[str,
     if network != "convnet":
         return {}
     config = configuration("atom", cell.ipc, cell.seed, dict(cell.settings))
+    config = config.for_data(DATASETS[cell.dataset][2], cell.dataset)
     names = {"width": "width", "depth": "depth", "norm": "norm", "pooling": "pooling", "network_init": "initialization"}
-    found = {name: getattr(config, key) for key, name in names.items() if getattr(config, key) is not None}
-    if norm is not None or config.norm == "auto":
-        found["norm"] = norm or default_norm(cell.dataset, cell.ipc)
-    return found
+    found = {name: getattr(config, key) for key, name in names.items()}
+    return found if norm is None else {**found, "norm": norm}
 
 
 def cell_folder(output: Path, cell: Cell) -> Path:
