@@ -19,6 +19,7 @@ from atom_fast import reference
 from atom_fast._backend import resolve_backend
 from atom_fast.data.augmentation import AugmentationParameters, augment, draw_augmentation
 from atom_fast.functional import _attention_maps
+from atom_fast.ops.batch_norm import batch_norm, reference_batch_norm
 from atom_fast.ops.block import attention_block, reference_block
 from atom_fast.ops.first_block import first_block
 from atom_fast.ops.instance_norm import instance_norm, reference_instance_norm
@@ -96,6 +97,7 @@ def cases(device: str, operators: Sequence[str] | None = None, providers: Sequen
         "attention": layers,
         "block": layers,
         "instance_norm": layers,
+        "batch_norm": layers,
         "first_block": [(batch, 3, 32, 32) for batch in batches],
         "augment": [(batch, 3, side, side) for side in (64, 32) for batch in batches],
         "matching": [(batch, columns) for columns in (32 * 32 + WIDTH, 16 * 16 + WIDTH, 2048) for batch in batches],
@@ -179,6 +181,15 @@ def _instance_norm(x: Tensor) -> Operator:
     )
 
 
+def _batch_norm(x: Tensor) -> Operator:
+    """BatchNorm, ReLU and pooling, as a network in training has it."""
+    weight, bias = _affine(x)
+    return Operator(
+        lambda x: (reference_batch_norm(x, weight, bias, None, None, None, True, 0.1, 1e-5, True, True),),
+        lambda x: (batch_norm(x, weight, bias, rectify=True, pool=True),),
+    )
+
+
 def _augment(x: Tensor) -> Operator:
     """Siamese augmentation of a batch of ten classes, every operation among them."""
     parameters = draw_augmentation(CLASSES, torch.Generator(x.device).manual_seed(0))
@@ -209,6 +220,7 @@ OPERATORS: dict[str, Callable[[Tensor], Operator]] = {
     "block": _block,
     "first_block": _first_block,
     "instance_norm": _instance_norm,
+    "batch_norm": _batch_norm,
     "augment": _augment,
     "matching": _matching,
 }

@@ -27,7 +27,15 @@ COLOURS = {
     "fused-graph": "tab:red",
     "fused-compile": "tab:red",
 }
-MARKERS = {"attention": "o", "block": "s", "first_block": "P", "instance_norm": "v", "augment": "^", "matching": "D"}
+MARKERS = {
+    "attention": "o",
+    "block": "s",
+    "first_block": "P",
+    "instance_norm": "v",
+    "batch_norm": "<",
+    "augment": "^",
+    "matching": "D",
+}
 # Arithmetic on a value, forward and backward, as `atom_fast.roofline` counts it. A block's is that of its norm and
 # pooling, and of the maps, which are the attention operator's. Augmentation interpolates between four pixels.
 MAPS = 10, 9
@@ -36,6 +44,7 @@ OPERATIONS = {
     "block": (FORWARD_OPERATIONS, BACKWARD_OPERATIONS),
     "first_block": (FORWARD_OPERATIONS, BACKWARD_OPERATIONS),
     "instance_norm": (FORWARD_OPERATIONS - MAPS[0], BACKWARD_OPERATIONS - MAPS[1]),
+    "batch_norm": (FORWARD_OPERATIONS - MAPS[0], BACKWARD_OPERATIONS - MAPS[1]),
     "augment": (20, 20),
     "matching": (3, 2),
 }

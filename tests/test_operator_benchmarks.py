@@ -13,6 +13,7 @@ SMALL = {
     "block": (10, 128, 8, 8),
     "first_block": (10, 3, 8, 8),
     "instance_norm": (10, 128, 8, 8),
+    "batch_norm": (10, 128, 8, 8),
     "augment": (20, 3, 8, 8),
     "matching": (20, 64),
 }

@@ -34,7 +34,8 @@ def fit_class_chunk(run: Distillation, budget: str) -> int:
     limit = parse_budget(budget)
     if limit is None:
         limit = int(_FREE_SHARE * _free_memory(run.images.device))
-    if run.config.norm == "batch" or classes == 1:
+    coupled = run.config.norm == "batch"
+    if coupled or classes == 1:
         smallest = run.peak_memory(classes)
         chunk = classes
     else:
@@ -42,8 +43,10 @@ def fit_class_chunk(run: Distillation, budget: str) -> int:
         growth = max(run.peak_memory(2) - smallest, 1)
         chunk = min(classes, 1 + (limit - smallest) // growth)
     if smallest > limit:
+        hint = "; under norm 'batch' all classes run together, under 'instance' fewer can" if coupled else ""
         raise ValueError(
             f"memory_budget {budget!r} is too small: {limit} bytes; the smallest that works here is {smallest} bytes"
+            + hint
         )
     while chunk > 1 and run.peak_memory(chunk) > limit:
         chunk -= 1
