@@ -57,7 +57,7 @@ EDITIONS = {
         precision="float32",
         bfloat16=(),
         # One thread: two on a shared machine's two cores wait for each other, now more, now less.
-        plan=Plan(iterations=100, seconds=4, limit=180, threads=1, beside_eager=True),
+        plan=Plan(iterations=100, seconds=3, limit=180, threads=1, beside_eager=True),
     ),
 }
 AGAIN_UNTIL = 560.0  # seconds after the start: no cell is measured again beyond these

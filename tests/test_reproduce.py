@@ -323,6 +323,18 @@ def test_an_interrupted_cell_is_resumed(tmp_path, monkeypatch):
     )
 
 
+def test_a_stopped_run_writes_what_is_finished(tmp_path, monkeypatch):
+    def stop(self, iteration):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(Distillation, "step", stop)
+    with pytest.raises(SystemExit):
+        run(small("table4", ["random", "atom"]), tmp_path)
+    record = json.loads((tmp_path / "table4.json").read_text())
+    ours = [row["entries"]["digits:1"]["ours"] for row in record["sections"][0]["rows"]]
+    assert ours[0]["networks"] == 1 and not any(ours[1:])
+
+
 def test_a_cell_that_another_process_has_is_passed_over(tmp_path):
     target = small("table4", ["random", "atom"])
     [(cell, _), _] = target.units

@@ -51,7 +51,7 @@ def reproduce(
     Raises:
         FileNotFoundError: data are not there; says where they are looked for and how to get them.
         ValueError: a unit that is not there, or a damaged cell; finished ones are not touched.
-        SystemExit: stopped by a signal; what was done is kept.
+        SystemExit: stopped by a signal; what was done is kept, and the results of finished cells are written.
     """
     output, common = Path(output), common_settings(plan.units)
     shelf = Shelf(data_dir, download=download, device=own_device(device), progress=progress)
@@ -61,7 +61,12 @@ def reproduce(
     estimator = Estimator(output, plan.units, shelf)
     if budget is not None:
         missing = _fitting(missing, estimator, budget, common, report)
-    elsewhere = _do(output, missing, estimator, budget, common, report)
+    try:
+        elsewhere = _do(output, missing, estimator, budget, common, report)
+    except (SystemExit, KeyboardInterrupt):
+        report("stopped; what is done is kept, and the same command goes on with it")
+        write_results(plan, output, report)  # of what is finished
+        raise
     if elsewhere:
         report(f"{elsewhere} cells are in work by other processes; run the same again when they have ended")
     return write_results(plan, output, report)
@@ -132,12 +137,7 @@ def _do(
         if budget is not None and begun - started + estimator.seconds(unit) > 60 * budget:
             report(f"left, the budget being used up: {describe(unit, common)}")
             continue
-        try:
-            mine = work(output, *unit, estimator.shelf)
-        except (SystemExit, KeyboardInterrupt):
-            report("stopped; what is done is kept, and the same command goes on with it")
-            raise
-        if mine:
+        if work(output, *unit, estimator.shelf):
             report(f"{place} of {len(units)} in {duration(time.monotonic() - begun)}: {describe(unit, common)}")
         else:
             passed.append(unit)
