@@ -197,6 +197,16 @@ def test_another_norm_is_refused():
         first_block(torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3), norm="layer")
 
 
+@pytest.mark.parametrize("backend", ["torch", "compile"])
+def test_the_operators_refuse_batch_norm_where_they_do_not_compute_it(backend):
+    images, filters = torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3)
+    message = f"norm 'batch' is computed by backend 'triton' alone; got '{backend}'"
+    with pytest.raises(ValueError, match=message):
+        torch.ops.atom_fast.first_block(images, filters, None, None, 1e-5, 4.0, 4.0, backend, "batch")
+    with pytest.raises(ValueError, match=message):
+        torch.ops.atom_fast.block(images, None, None, 1e-5, 4.0, 4.0, backend, "batch")
+
+
 def launches_of(image_channels, size, dtype, precision, norm="instance"):
     images, filters, weight, bias = draw(1, image_channels, 128, size, size, dtype=torch.float32)
     with products(precision), recorded(kernels, block_kernels) as launches, af.backend("triton"):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._backend import resolve_backend
+from .instance_norm import check_input, empty_gradient, empty_output, rectified_and_pooled
 from .launching import accumulation_dtype, device_of
 
 
@@ -73,20 +74,14 @@ def batch_norm(
 
 
 def _check(x, weight, bias, running_mean, running_var, offset, training, pool) -> None:
-    if x.dim() != 4 or not x.is_floating_point():
-        raise ValueError(f"x must be floating point [B, C, H, W]; got {x.dtype} of shape {tuple(x.shape)}")
     vectors = {"running_mean": running_mean, "running_var": running_var, "offset": offset}
-    for name, vector in {"weight": weight, "bias": bias, **vectors}.items():
-        if vector is not None and vector.shape != x.shape[1:2]:
-            raise ValueError(f"{name} must be [{x.shape[1]}]; got {tuple(vector.shape)}")
+    check_input(x, pool, weight=weight, bias=bias, **vectors)
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var go together; got one of them")
     if not training and running_mean is None:
         raise ValueError("without training, running_mean and running_var are what x is normalised by; got None")
     if training and x.shape[0] * x.shape[2] * x.shape[3] < 2:
         raise ValueError(f"training needs two values a channel or more; got x of shape {tuple(x.shape)}")
-    if pool and (x.shape[2] % 2 or x.shape[3] % 2):
-        raise ValueError(f"pooling needs an even height and width; got {tuple(x.shape)}")
 
 
 def reference_batch_norm(
@@ -95,8 +90,7 @@ def reference_batch_norm(
     """`batch_norm` in PyTorch's own operators."""
     x = x if offset is None else x + offset.to(x.dtype)[:, None, None]
     x = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    x = F.relu(x) if rectify else x
-    return F.avg_pool2d(x, 2) if pool else x
+    return rectified_and_pooled(x, rectify, pool)
 
 
 @torch.library.custom_op("atom_fast::batch_statistics", mutates_args=("running_mean", "running_var"))
@@ -147,7 +141,7 @@ def batch_norm_op(
     """
     from ..kernels.batch_norm import batch_norm_apply_kernel
 
-    out = _empty_output(x, pool)
+    out = empty_output(x, pool)
     if x.numel() > 0:
         _, grid, constants = _launch(x)
         with device_of(x):
@@ -157,20 +151,9 @@ def batch_norm_op(
     return out
 
 
-def _layout(x: Tensor) -> torch.memory_format:
-    channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def _empty_output(x: Tensor, pool: bool) -> Tensor:
-    batch, channels, height, width = x.shape
-    shape = (batch, channels, height // 2, width // 2) if pool else x.shape
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
-
-
 @batch_norm_op.register_fake
 def _(x, weight, bias, offset, mean, rstd, rectify, pool):
-    return _empty_output(x, pool)
+    return empty_output(x, pool)
 
 
 @torch.library.custom_op("atom_fast::batch_norm_backward", mutates_args=())
@@ -184,7 +167,7 @@ def batch_norm_backward_op(
     constants |= {"RECTIFY": rectify, "POOL": pool}
     # Each row's part, added afterwards in a fixed order.
     parts = mean.new_empty((2, rows, x.shape[1]))
-    grad_x = torch.empty_like(x, memory_format=_layout(x))
+    grad_x = empty_gradient(x)
     with device_of(x):
         batch_norm_sums_kernel[grid](
             gradient, x, weight, bias, mean, rstd, parts, *gradient.stride(), *x.stride(), **constants
@@ -199,7 +182,7 @@ def batch_norm_backward_op(
 
 @batch_norm_backward_op.register_fake
 def _(gradient, x, weight, bias, mean, rstd, rectify, pool):
-    return torch.empty_like(x, memory_format=_layout(x)), mean.new_empty((2, x.shape[1]))
+    return empty_gradient(x), mean.new_empty((2, x.shape[1]))
 
 
 def _setup_context(ctx, inputs, output):

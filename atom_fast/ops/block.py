@@ -90,9 +90,9 @@ def check_norm(norm: str) -> None:
 
 
 def check_is_fused(norm: str, backend: str) -> None:
-    """Raise NotImplementedError for a norm that a backend's operators do not compute."""
+    """Raise ValueError for a norm that a backend's operators do not compute."""
     if norm == "batch" and backend != "triton":
-        raise NotImplementedError(f"norm 'batch' is computed by backend 'triton' alone; got {backend!r}")
+        raise ValueError(f"norm 'batch' is computed by backend 'triton' alone; got {backend!r}")
 
 
 def check_constants(**parameters: Tensor | None) -> None:

@@ -35,13 +35,7 @@ def instance_norm(
     Raises:
         ValueError: a shape does not fit.
     """
-    if x.dim() != 4 or not x.is_floating_point():
-        raise ValueError(f"x must be floating point [B, C, H, W]; got {x.dtype} of shape {tuple(x.shape)}")
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter.shape != x.shape[1:2]:
-            raise ValueError(f"{name} must be [{x.shape[1]}]; got {tuple(parameter.shape)}")
-    if pool and (x.shape[2] % 2 or x.shape[3] % 2):
-        raise ValueError(f"pooling needs an even height and width; got {tuple(x.shape)}")
+    check_input(x, pool, weight=weight, bias=bias)
     backend = resolve_backend(x)
     # Planes whose values are adjacent are what PyTorch's own operators are fast at on a CPU.
     if backend == "reference" or (backend == "torch" and not _is_channels_last(x)):
@@ -51,9 +45,25 @@ def instance_norm(
     return instance_norm_op(x, weight, bias, eps, rectify, pool, backend == "triton")[0]
 
 
+def check_input(x: Tensor, pool: bool, **vectors: Tensor | None) -> None:
+    """Raise ValueError unless ``x`` is [B, C, H, W], even with ``pool``, and the vectors that are given are [C]."""
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(f"x must be floating point [B, C, H, W]; got {x.dtype} of shape {tuple(x.shape)}")
+    for name, vector in vectors.items():
+        if vector is not None and vector.shape != x.shape[1:2]:
+            raise ValueError(f"{name} must be [{x.shape[1]}]; got {tuple(vector.shape)}")
+    if pool and (x.shape[2] % 2 or x.shape[3] % 2):
+        raise ValueError(f"pooling needs an even height and width; got {tuple(x.shape)}")
+
+
 def reference_instance_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, rectify: bool, pool: bool) -> Tensor:
     """`instance_norm` in PyTorch's own operators."""
     x = F.group_norm(x, x.shape[1], weight.to(x.dtype), bias.to(x.dtype), eps)
+    return rectified_and_pooled(x, rectify, pool)
+
+
+def rectified_and_pooled(x: Tensor, rectify: bool, pool: bool) -> Tensor:
+    """What follows a norm, as asked for: ReLU, 2x2 average pooling."""
     x = F.relu(x) if rectify else x
     return F.avg_pool2d(x, 2) if pool else x
 
@@ -75,15 +85,19 @@ def instance_norm_op(
 
 
 def _empty_outputs(x: Tensor, pool: bool) -> tuple[Tensor, Tensor, Tensor]:
+    wide = {"dtype": accumulation_dtype(x.dtype), "device": x.device}
+    return empty_output(x, pool), torch.empty(x.shape[:2], **wide), torch.empty(x.shape[:2], **wide)
+
+
+def empty_output(x: Tensor, pool: bool) -> Tensor:
+    """Memory for the normalised and perhaps pooled planes, in the layout of ``x``."""
     batch, channels, height, width = x.shape
     shape = (batch, channels, height // 2, width // 2) if pool else x.shape
-    layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
-    wide = {"dtype": accumulation_dtype(x.dtype), "device": x.device}
-    return (
-        torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout),
-        torch.empty((batch, channels), **wide),
-        torch.empty((batch, channels), **wide),
-    )
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if _is_channels_last(x) else torch.contiguous_format
 
 
 @instance_norm_op.register_fake
@@ -109,7 +123,7 @@ def instance_norm_backward_op(
 
 
 def _gradients(gradient, x, weight, bias, mean, rstd, rectify, pool, backward) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x = _empty_gradient(x)
+    grad_x = empty_gradient(x)
     if x.numel() == 0:
         return grad_x, torch.zeros_like(weight), torch.zeros_like(bias)
     # Each sample's part, added afterwards in a fixed order.
@@ -118,13 +132,14 @@ def _gradients(gradient, x, weight, bias, mean, rstd, rectify, pool, backward) -
     return grad_x, grad_weight.sum(0).to(weight.dtype), grad_bias.sum(0).to(bias.dtype)
 
 
-def _empty_gradient(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.channels_last if _is_channels_last(x) else torch.contiguous_format)
+def empty_gradient(x: Tensor) -> Tensor:
+    """Memory for the gradient of ``x``, in its layout."""
+    return torch.empty_like(x, memory_format=_layout(x))
 
 
 @instance_norm_backward_op.register_fake
 def _(gradient, x, weight, bias, mean, rstd, rectify, pool, fused):
-    return _empty_gradient(x), torch.empty_like(weight), torch.empty_like(bias)
+    return empty_gradient(x), torch.empty_like(weight), torch.empty_like(bias)
 
 
 def _setup_context(ctx, inputs, output):
