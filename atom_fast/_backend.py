@@ -1,4 +1,4 @@
-"""Which implementation a public function runs: equations, lean PyTorch, or Triton kernels."""
+"""Which implementation a public function runs: equations, lean PyTorch, or kernels in Triton or C."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from collections.abc import Iterator
 
 import torch
 
+from . import _native
+
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-BACKENDS = ("auto", "triton", "torch", "compile", "reference")
+BACKENDS = ("auto", "triton", "native", "torch", "reference")
 
 _selected = "auto"  # a plain global: torch.compile guards it, and not every release can trace a ContextVar
 
@@ -20,10 +22,11 @@ def backend(name: str) -> Iterator[None]:
     """Run the enclosed calls, of every thread, with one backend; the results mean the same with each.
 
     Args:
-        name: ``"auto"`` (Triton on CUDA tensors where Triton can be imported, otherwise lean PyTorch),
-            ``"triton"`` (the fused kernels), ``"torch"`` (lean PyTorch with analytic gradients), ``"compile"`` (the
-            same, its fused blocks compiled for a CPU by ``torch.compile``: some ten seconds at first, then faster;
-            needs a C++ compiler), or ``"reference"`` (equations 1 to 4 of the ATOM paper as they are written).
+        name: ``"auto"`` (Triton on CUDA tensors where Triton can be imported, the kernels in C on CPU tensors where a
+            C compiler can be found, otherwise lean PyTorch), ``"triton"`` (the fused kernels for a GPU), ``"native"``
+            (those for a CPU: float32; other types, and what has no such kernel, run in lean PyTorch), ``"torch"``
+            (lean PyTorch with analytic gradients), or ``"reference"`` (equations 1 to 4 of the ATOM paper as they are
+            written).
 
     Raises:
         ValueError: the name is none of these.
@@ -42,10 +45,12 @@ def resolve_backend(tensor: torch.Tensor) -> str:
     """The backend for work on ``tensor``: any of `BACKENDS` but ``"auto"``.
 
     Raises:
-        RuntimeError: ``"triton"`` was asked for where its kernels cannot run, or ``"compile"`` for a GPU.
+        RuntimeError: ``"triton"`` or ``"native"`` was asked for where its kernels cannot run.
     """
     name = _selected
     if name == "auto":
+        if tensor.device.type == "cpu":
+            return "native" if tensor.dtype == torch.float32 else "torch"
         return "triton" if tensor.is_cuda and HAS_TRITON else "torch"
     if name == "triton":
         if not HAS_TRITON:
@@ -55,11 +60,11 @@ def resolve_backend(tensor: torch.Tensor) -> str:
                 f"backend 'triton' needs CUDA tensors, got one on {tensor.device}; "
                 "use backend 'torch', or set TRITON_INTERPRET=1 before starting Python to interpret the kernels"
             )
-    if name == "compile" and tensor.device.type != "cpu":
-        raise RuntimeError(
-            f"backend 'compile' is for CPU tensors, got one on {tensor.device}; use backend 'auto', whose kernels "
-            "for a GPU are compiled already"
-        )
+    if name == "native":
+        if tensor.device.type != "cpu":
+            raise RuntimeError(f"backend 'native' is for CPU tensors, got one on {tensor.device}; use backend 'auto'")
+        if not _native.is_built():
+            raise RuntimeError("backend 'native' could not be built, see the warning; use backend 'torch'")
     return name
 
 

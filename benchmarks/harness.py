@@ -30,7 +30,6 @@ WARMUP, FEWEST = 3, 3
 TURN = 0.2  # seconds that a process has at least before its neighbour's turn
 Step = Callable[[], object]  # runs one step; returns its loss on the device, or a function that reads it
 MEASURED = ("atom_fast", "kernels", "benchmarks/methods", "benchmarks/harness.py")
-UNCOUNTED = ("compile", "fused-compile")  # providers whose code makes its tensors where they cannot be counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,7 +299,7 @@ def _cuda_memory(resident: int) -> dict:
 
 def _cpu_memory(step: Step, setting: Setting) -> dict:
     """Bytes of the tensors one more step makes, at their peak; the data set and state between steps do not count."""
-    if setting.provider in UNCOUNTED:
+    if setting.provider == "compile":
         return {"counted": "no: compiled code makes its tensors where they cannot be counted", "peak_allocated": None}
     with LiveBytes() as counter:
         step()
@@ -373,8 +372,8 @@ def source_identity() -> str:
     """Hash of the code that is measured; it names a version where there is no git, and a changed tree too."""
     digest = hashlib.sha256()
     for place in MEASURED:
-        files = sorted((ROOT / place).rglob("*.py")) if (ROOT / place).is_dir() else [ROOT / place]
-        for file in files:
+        inside = (file for file in (ROOT / place).rglob("*") if file.suffix in (".py", ".c", ".h"))
+        for file in sorted(inside) if (ROOT / place).is_dir() else [ROOT / place]:
             digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 

@@ -25,7 +25,6 @@ COLOURS = {
     "compile": "0.3",
     "fused": "tab:orange",
     "fused-graph": "tab:red",
-    "fused-compile": "tab:red",
 }
 MARKERS = {
     "attention": "o",

@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
         real_batch=options.real_batch, class_images=max(200, options.real_batch), width=options.width,
         precision=options.precision, device=options.device,
     )  # fmt: skip
-    ours = ["fused", "fused-graph" if options.device == "cuda" else "fused-compile"]
+    ours = ["fused", "fused-graph"] if options.device == "cuda" else ["fused"]
     providers = options.provider or [EAGER, "compile", *ours]
     record = {"environment": environment(options.device), "setting": dataclasses.asdict(setting), "cells": []}
     for keep_memory in (True,) if options.device == "cuda" else (False, True):

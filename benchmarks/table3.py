@@ -61,7 +61,6 @@ EDITIONS = {
     ),
 }
 AGAIN_UNTIL = 560.0  # seconds after the start: no cell is measured again beyond these
-ELSEWHERE = {"cpu": "fused-graph", "cuda": "fused-compile"}  # by device, the provider that is for the other one
 # What a short run should have measured: this project's method at its largest, then its like, then the bi-level methods.
 WORTH = ("atom", "dam", "atom-channel", "dm", "mtt", "dsa", "dc")
 FIRST = (("atom", "tf32"), ("atom", "float32"))
@@ -86,7 +85,7 @@ def settings(
     for name in WORTH:
         for ipc in reversed(edition.ipcs):
             for provider in METHODS[name].providers:
-                if provider == ELSEWHERE[edition.device]:
+                if provider == "fused-graph" and edition.device == "cpu":
                     continue
                 chosen = (not methods or name in methods) and (not ipcs or ipc in ipcs)
                 if chosen and (not providers or provider in providers):

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import atom_fast as af
+from atom_fast import _native
 
+_native.is_built()  # once and before any test, some of which leave a process little time or room on the disk
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
 settings.register_profile(
     "atom_fast", deadline=None, print_blob=True, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
@@ -33,6 +35,12 @@ def pytest_collection_modifyitems(config, items):
 def device():
     """The device kernels are tested on: CUDA, or the CPU through Triton's interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def place(backend, device):
+    """The device of a test that is parametrised by ``backend``: the kernels in C are for a CPU."""
+    return torch.device("cpu") if backend == "native" else device
 
 
 @pytest.fixture

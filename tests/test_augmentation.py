@@ -96,10 +96,17 @@ def assert_like_reference(images, parameters, groups, tolerance):
         torch.testing.assert_close(ours.double(), exact, rtol=tolerance, atol=tolerance)
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", "triton", "native"])
 def each_backend(request):
     with backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def device(device, request):
+    """The CPU for the kernel in C; for everything else the device that all tests share."""
+    native = "each_backend" in request.fixturenames and request.getfixturevalue("each_backend") == "native"
+    return torch.device("cpu") if native else device
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -107,6 +114,15 @@ def test_every_operation_equals_its_definition(size, each_backend, device):
     parameters = parameters_of(EACH * (1 if each_backend == "triton" else 20), device)
     images = normal(len(parameters.operation), *size, device=device)
     assert_like_reference(images, parameters, None, 1e-5)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("size", [(1, 5, 17), (2, 6, 4), (3, 2, 33), (4, 7, 5), (5, 4, 6), (9, 3, 2)], ids=str)
+def test_every_number_of_channels_in_both_layouts(size, memory_format):
+    parameters = parameters_of(EACH * 4, seed=6)
+    images = normal(len(parameters.operation), *size).contiguous(memory_format=memory_format)
+    with backend("native"):
+        assert_like_reference(images, parameters, None, 1e-5)
 
 
 def test_every_operation_in_float64(each_backend, device):
@@ -217,9 +233,10 @@ def test_the_same_bits_twice(each_backend, device):
 def test_the_block_size_does_not_change_the_bits(monkeypatch):
     images, gradient = normal(35, 3, 6, 6), normal(35, 3, 6, 6, seed=2)
     settings = [(parameters_of(EACH * 5), None), (parameters_of(EACH), torch.arange(35) % 7)]
-    whole = [with_gradient(augment, images, gradient, *setting) for setting in settings]
-    monkeypatch.setattr(operators, "BLOCK_PIXELS", 4 * 36)
-    blocks = [with_gradient(augment, images, gradient, *setting) for setting in settings]
+    with backend("torch"):
+        whole = [with_gradient(augment, images, gradient, *setting) for setting in settings]
+        monkeypatch.setattr(operators, "BLOCK_PIXELS", 4 * 36)
+        blocks = [with_gradient(augment, images, gradient, *setting) for setting in settings]
     for one, other in zip(whole, blocks, strict=True):
         assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
@@ -235,6 +252,85 @@ def test_tiles_and_programs_share_an_image(programs, monkeypatch, device, triton
     assert kernels.split(len(EACH), math.prod(size)) == {1: (1, 3), 2: (2, 2), 3: (3, 1)}[programs]
     exact = augment_reference(images.double(), parameters)
     torch.testing.assert_close(augment(images, parameters).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(params=[torch.contiguous_format, torch.channels_last], ids=str)
+def native_case(request):
+    """Images, their gradients, parameters and groups; odd sizes, so that images start wherever in memory."""
+    names = [name for name in EACH for _ in range(3)]
+    images, gradient = (normal(45, 3, 7, 11, seed=s).contiguous(memory_format=request.param) for s in (1, 2))
+    return images, gradient, parameters_of(names, seed=7), torch.arange(45) * 10 % 21
+
+
+@pytest.mark.parametrize("size", [(65, 63), (4, 1023)], ids=str)
+def test_the_number_of_threads_does_not_change_the_bits(size):
+    """Images so large that threads which shared memory would meet in it."""
+    parameters = parameters_of(EACH * 8, seed=7)
+    images, gradient = (normal(len(parameters.operation), 3, *size, seed=seed) for seed in (1, 2))
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            with backend("native"):
+                results.append(with_gradient(augment, images, gradient, parameters))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert torch.equal(result[0], results[0][0]) and torch.equal(result[1], results[0][1])
+
+
+@pytest.mark.parametrize("size", [1, 2, 10])
+def test_other_images_do_not_change_an_image_s_bits(size, native_case):
+    images, gradient, parameters, groups = native_case
+    some = torch.randperm(len(images), generator=torch.Generator().manual_seed(3))
+    with backend("native"):
+        whole = with_gradient(augment, *native_case)
+        for own in some.split(size):
+            layout = [x[own].contiguous(memory_format=operators._layout(x)) for x in (images, gradient)]
+            part = with_gradient(augment, *layout, parameters, groups[own])
+            assert torch.equal(part[0], whole[0][own]) and torch.equal(part[1], whole[1][own])
+
+
+@pytest.mark.parametrize("size", [(3, 6, 7), (1, 12, 5), (4, 3, 19)], ids=str)
+def test_a_derivative_is_the_transpose(size, each_backend, device):
+    parameters = parameters_of(EACH * 2, device, seed=8)
+    x, y = normal(14, *size, device=device), normal(14, *size, device=device, seed=2)
+    forward = augment_op(x, *parameters, None, False, False, each_backend)
+    back = augment_op(y, *parameters, None, True, False, each_backend)
+    actual, expected = ((a.double() * b).sum((1, 2, 3)) for a, b in ((forward, y), (x, back)))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("each_backend", ["triton", "native"], indirect=True)
+def test_a_value_that_is_not_finite_reaches_what_has_a_weight_on_it(value, transposed, each_backend, device):
+    """A weight of zero is not multiplied: an infinity beside it would leave NaN."""
+    names = [name for name in EACH if name != "color"]
+    operation, uniforms = parameters_of(names * 6, device, seed=9)
+    uniforms[-len(names) :] = 0.5  # rotation by nothing, whose other weights are zero
+    parameters = operation, uniforms, None, transposed, False, each_backend
+    images, pulse = (torch.full((len(operation), 1, 5, 7), fill, device=device) for fill in (1.0, 0.0))
+    images[:, :, 2, 4], pulse[:, :, 2, 4] = value, 1
+    result, reached = augment_op(images, *parameters), augment_op(pulse, *parameters) != 0
+    assert torch.equal(result.isnan() if math.isnan(value) else result == value, reached)
+    assert torch.equal(result.isfinite(), ~reached)
+    assert 0 < reached.sum(dim=(1, 2, 3)).float().mean() < 9
+
+
+def test_one_pixel_that_is_not_finite_is_in_the_mean_of_color(each_backend, device):
+    images = normal(2, 3, 4, 4, device=device)
+    images[0, 1, 2, 3] = math.nan
+    result = augment(images, parameters_of(["color"] * 2, device))
+    assert result[0].isnan().all() and result[1].isfinite().all()
+
+
+def test_groups_that_are_not_there_are_refused():
+    images = torch.zeros(2, 1, 3, 3)
+    for group in (-1, 7):
+        with backend("native"), pytest.raises(IndexError):
+            augment(images, parameters_of(EACH), torch.tensor([0, group]))
 
 
 def test_no_images(each_backend, device):

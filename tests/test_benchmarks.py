@@ -313,7 +313,7 @@ def test_the_share_is_of_neighbouring_turns(monkeypatch):
 
 def test_cells_beside_which_eager_was_slow_are_measured_again(tmp_path, monkeypatch):
     """Once each, the slowest first; kept is what was measured beside a faster eager."""
-    answers = {"compile": [1.0], "fused": [1.5, 1.4], "eager-batched": [1.2, 1.3], "fused-compile": [1.05]}
+    answers = {"compile": [1.0], "fused": [1.5, 1.4], "eager-batched": [1.2, 1.3], "fused-graph": [1.05]}
     measured = []
 
     def run_cell(setting, plan):
@@ -332,7 +332,7 @@ def test_cells_beside_which_eager_was_slow_are_measured_again(tmp_path, monkeypa
         cells.measure_slow_again(path, chosen, PLAN)
         assert measured == ["fused", "eager-batched"]
     kept = {record["setting"]["provider"]: record["eager_seconds"] for record in harness.load_results(path)["cells"]}
-    assert kept == {"compile": [1.0], "fused": [1.4], "eager-batched": [1.2], "fused-compile": [1.05]}
+    assert kept == {"compile": [1.0], "fused": [1.4], "eager-batched": [1.2], "fused-graph": [1.05]}
 
 
 def test_out_of_memory_is_an_entry():
@@ -377,7 +377,7 @@ def test_second_call_continues(edition, tmp_path):
     table3.run("cpu", tmp_path, methods=["atom", "mtt"], ipcs=[1])
     assert set(edition.values()) == {1}
     results = json.loads(path.read_text())
-    assert len(results["cells"]) == 6
+    assert len(results["cells"]) == 5
     assert {"device", "driver", "torch", "triton", "commit", "clean", "source"} <= results["environment"].keys()
 
 
@@ -399,6 +399,19 @@ def test_every_edition_has_all_seven_methods():
         assert {cell.method for cell in cells} == set(METHODS)
         assert len(set(cells)) == len(cells)
         assert all(cell.device == edition.device for cell in cells)
+
+
+def test_a_version_is_named_by_its_kernels_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.setattr(harness, "MEASURED", ("kernels",))
+    (tmp_path / "kernels").mkdir()
+    found = {harness.source_identity()}
+    for name in ("block.py", "block.c", "block.h"):
+        (tmp_path / "kernels" / name).write_text("one")
+        found.add(harness.source_identity())
+        (tmp_path / "kernels" / name).write_text("two")
+        found.add(harness.source_identity())
+    assert len(found) == 7
 
 
 def test_figures_of_another_version_are_neither_mixed_nor_overwritten(edition, tmp_path):
@@ -512,6 +525,20 @@ def test_the_projects_own_readme_shows_the_figures_kept_with_it():
     assert report.refresh(root / "benchmarks" / "results", root / "README.md", check=True) == []
 
 
+def test_a_provider_that_is_no_more_is_left_out(measured):
+    path = table3.results_path(measured / "results", "cpu")
+    results = json.loads(path.read_text())
+    shown = report.table3_markdown([path])
+    for cell in list(results["cells"]):
+        if cell["setting"]["provider"] == "fused":
+            results["cells"].append({**cell, "setting": {**cell["setting"], "provider": "fused-before"}})
+    path.write_text(json.dumps(results))
+    assert report.table3_markdown([path]) == shown
+    report.refresh(measured / "results", measured / "README.md")
+    assert (measured / "docs" / "figures" / "table3-cpu.png").stat().st_size > 10_000
+    assert compare.compare(path, path, 0.15) == []
+
+
 def test_check_sees_a_figure_changed_by_hand(measured):
     readme = measured / "README.md"
     report.refresh(measured / "results", readme)
@@ -582,7 +609,7 @@ def test_a_repeated_run_is_compared_either_way(measured, tmp_path, capsys):
     new = tmp_path / "new.json"
     new.write_text(json.dumps(results))
     assert main(["compare", str(old), str(new), "--repeated"]) == 0
-    assert "32 ratios; the largest difference is 10.0%, of method=dm ipc=1" in capsys.readouterr().out
+    assert "24 ratios; the largest difference is 10.0%, of method=dm ipc=1" in capsys.readouterr().out
     for files in ((old, new), (new, old)):
         largest, beyond = compare.compare_repeated(*files, 0.05)
         assert len(beyond) == 1 and "10.0%" in largest

@@ -16,7 +16,7 @@ from tests.cubin import CAPABILITIES
 from tests.launches import compile_launch, recorded
 
 BACKENDS = ("torch", "triton")
-FUSED = [("torch", "instance"), ("triton", "instance"), ("triton", "batch")]
+FUSED = [("torch", "instance"), *((backend, norm) for backend in ("native", "triton") for norm in NORMS)]
 SHARED = 163 * 1024  # bytes a program can have on sm_80, the smaller of the two
 
 
@@ -73,6 +73,22 @@ def test_results_and_gradient_equal_the_equations(backend, shape, channels_last,
 
 
 @given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(2, 12), st.integers(2, 12)),
+    channels_last=st.booleans(),
+    affine=st.booleans(),
+    powers=st.tuples(POWERS, POWERS),
+    norm=st.sampled_from(NORMS),
+)
+@settings(max_examples=100)
+def test_native_float32_is_as_exact_as_unfused(shape, channels_last, affine, powers, norm):
+    x, weight, bias = draw(shape, "cpu", torch.float32, channels_last)
+    arguments = x, *((weight, bias) if affine else (None, None)), *powers, norm
+    expected, plain = exact(*arguments), fused("reference", *arguments)
+    for got, unfused, wanted in zip(fused("native", *arguments), plain, expected, strict=True):
+        assert (got - wanted).norm() <= 4 * (unfused - wanted).norm() + 2e-6 * wanted.norm()
+
+
+@given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(2, 12), st.integers(2, 12)),
     channels_last=st.booleans(),
     affine=st.booleans(),
@@ -123,8 +139,8 @@ def test_tiles_give_what_whole_planes_give(shape, channels_last, powers, norm, d
 
 @pytest.mark.parametrize(("backend", "norm"), FUSED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_low_precision_costs_at_most_twice_what_it_costs_unfused(backend, norm, dtype, device):
-    x, weight, bias = draw((3, 24, 16, 16), device, dtype)
+def test_low_precision_costs_at_most_twice_what_it_costs_unfused(backend, norm, dtype, place):
+    x, weight, bias = draw((3, 24, 16, 16), place, dtype)
     expected = exact(x, weight, bias, norm=norm)
     plain = run(lambda x: reference_block(x, weight, bias, 1e-5, 4.0, 4.0, norm), x)
     actual = fused(backend, x, weight.float(), bias.float(), norm=norm)
@@ -132,15 +148,33 @@ def test_low_precision_costs_at_most_twice_what_it_costs_unfused(backend, norm, 
         assert (got - wanted).norm() <= 2 * (unfused - wanted).norm() + 1e-6 * wanted.norm()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["native", *BACKENDS])
 @pytest.mark.parametrize("power", [1.0, 4.0, 16.0])
 @pytest.mark.parametrize("magnitude", [1e-6, 1.0, 1e6])
-def test_maps_are_accurate_at_every_magnitude(backend, power, magnitude, device):
-    x, weight, bias = draw((2, 8, 16, 16), device, torch.float32)
+def test_maps_are_accurate_at_every_magnitude(backend, power, magnitude, place):
+    x, weight, bias = draw((2, 8, 16, 16), place, torch.float32)
     x[0, :, 3, 5] += 1e3  # one outlier: the others lie near 1/16 of it after the norm
     scaled = fused(backend, x, magnitude * weight, magnitude * bias, power, power)
     assert all(value.isfinite().all() for value in scaled)
     assert_equal(scaled, exact(x, magnitude * weight, magnitude * bias, power, power), 2e-5)
+
+
+@pytest.mark.parametrize("backend", ["native", *BACKENDS])
+@pytest.mark.parametrize("magnitude", [1e-12, 1e12])
+def test_powers_that_would_leave_the_range_are_scaled(magnitude, backend, place):
+    """(1e12)^8 is beyond float32, (1e-12)^8 below it: the maps are of the features over their level then."""
+    x, weight, bias = draw((3, 8, 6, 6), place, torch.float32)
+    weight, bias = magnitude * weight, magnitude * bias
+    assert_equal(fused(backend, x, weight, bias, 8.0, 4.0), exact(x, weight, bias, 8.0, 4.0), 2e-5)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("powers", [(4.0, 4.0), (2.0, 3.5), (None, 8.0), (None, None)], ids=str)
+def test_pieces_give_what_the_whole_gives(powers, channels_last, device, monkeypatch):
+    """Two samples a piece, and one in the last."""
+    x, weight, bias = draw((5, 8, 5, 7), device, channels_last=channels_last)
+    monkeypatch.setattr("atom_fast.ops.block.piece_bytes", lambda device: 2 * x[0].numel() * x.element_size())
+    assert_equal(fused("torch", x, weight, bias, *powers), exact(x, weight, bias, *powers))
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -161,9 +195,9 @@ def test_batch_statistics_are_accurate_far_from_zero(device):
     assert_equal(fused("triton", x, weight, bias, norm="batch"), exact(x, weight, bias, norm="batch"), 1e-4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_is_not_hidden(backend, device):
-    x, weight, bias = draw((2, 4, 8, 8), device, torch.float32)
+@pytest.mark.parametrize("backend", ["native", *BACKENDS])
+def test_nan_is_not_hidden(backend, place):
+    x, weight, bias = draw((2, 4, 8, 8), place, torch.float32)
     x[0, 1, 0, 0] = torch.nan
     pooled, maps, _ = fused(backend, x, weight, bias)
     assert pooled[0, 1].isnan().all() and maps[0].isnan().any()
@@ -191,21 +225,22 @@ def test_strided_inputs_and_gradients_without_stride(backend, norm, device):
 
 @pytest.mark.parametrize(("backend", "norm"), FUSED)
 @pytest.mark.parametrize("used", ["pooled", "maps"])
-def test_an_output_that_is_not_used_has_no_gradient(backend, norm, used, device):
-    x, weight, bias = draw((2, 6, 8, 8), device)
+def test_an_output_that_is_not_used_has_no_gradient(backend, norm, used, place):
+    dtype, tolerance = (torch.float32, 1e-5) if backend == "native" else (torch.float64, 1e-10)
+    x, weight, bias = draw((2, 6, 8, 8), place, dtype)
     gradients = []
     for name in (backend, "reference"):
         leaf = x.detach().requires_grad_()
         with af.backend(name):
             getattr(attention_block(leaf, weight, bias, norm=norm), used).cumsum(1).sum().backward()
         gradients.append(leaf.grad)
-    assert_equal(gradients[:1], gradients[1:])
+    assert_equal(gradients[:1], gradients[1:], tolerance)
 
 
 @pytest.mark.parametrize(("backend", "norm"), FUSED)
-def test_layout_is_kept_and_bits_repeat(backend, norm, device):
+def test_layout_is_kept_and_bits_repeat(backend, norm, place):
     for channels_last, layout in ((True, torch.channels_last), (False, torch.contiguous_format)):
-        x, weight, bias = draw((2, 8, 8, 8), device, torch.float32, channels_last)
+        x, weight, bias = draw((2, 8, 8, 8), place, torch.float32, channels_last)
         first, second = (fused(backend, x, weight, bias, norm=norm) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         with af.backend(backend):
@@ -221,8 +256,8 @@ def test_an_empty_batch(backend, norm, device):
 
 
 @pytest.mark.parametrize(("backend", "norm"), FUSED)
-def test_only_the_gradient_keeps_anything(backend, norm, device):
-    x, weight, bias = draw((2, 16, 16, 16), device, torch.float32)
+def test_only_the_gradient_keeps_anything(backend, norm, place):
+    x, weight, bias = draw((2, 16, 16, 16), place, torch.float32)
     kept = []
     with af.backend(backend), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         attention_block(x, weight, bias, norm=norm)
@@ -234,8 +269,8 @@ def test_only_the_gradient_keeps_anything(backend, norm, device):
 
 
 @pytest.mark.parametrize(("backend", "norm"), FUSED)
-def test_operator_passes_opcheck_and_compiles_as_one_graph(backend, norm, device):
-    x, weight, bias = draw((2, 4, 8, 8), device, torch.float32)
+def test_operator_passes_opcheck_and_compiles_as_one_graph(backend, norm, place):
+    x, weight, bias = draw((2, 4, 8, 8), place, torch.float32)
     torch.library.opcheck(block_op, (x.requires_grad_(), weight, bias, 1e-5, 4.0, None, backend, norm))
 
     def loss(x):
@@ -249,8 +284,8 @@ def test_operator_passes_opcheck_and_compiles_as_one_graph(backend, norm, device
 
 
 @pytest.mark.parametrize(("backend", "norm"), FUSED)
-def test_a_second_derivative_is_refused(backend, norm, device):
-    x, weight, bias = draw((1, 4, 8, 8), device, torch.float32)
+def test_a_second_derivative_is_refused(backend, norm, place):
+    x, weight, bias = draw((1, 4, 8, 8), place, torch.float32)
     with af.backend(backend):
         maps = attention_block(x.requires_grad_(), weight, bias, norm=norm).maps
     (gradient,) = torch.autograd.grad(maps.cumsum(1).sum(), x, create_graph=True)

@@ -133,7 +133,6 @@ CONFIGS = st.builds(
     augmentation=st.sampled_from(["none", "flip", "color_crop"]),
     precision=st.sampled_from(["auto", "float32", "bfloat16"]),
     cuda_graph=st.booleans(),
-    compile=st.booleans(),
 )
 
 
@@ -158,6 +157,18 @@ def test_the_hash_is_of_what_the_images_depend_on(config, steps):
 def test_a_whole_number_is_the_same_setting():
     assert preset(loss_scale=2).config_hash() == preset(loss_scale=2.0).config_hash()
     assert isinstance(preset(loss_scale=2).loss_scale, float)
+
+
+def test_what_an_earlier_version_wrote_can_be_read(tmp_path):
+    """No image depended on the setting: those it was read with are those it is read with now."""
+    config = preset("channel", ipc=10)
+    earlier = {**config.to_dict(), "compile": True}
+    assert DistillConfig.from_dict(earlier) == config
+    path = write_config(config, tmp_path / "config.yaml")
+    path.write_text(path.read_text() + "compile: true\n")
+    assert read_config(path) == config
+    with pytest.raises(ValueError, match="unknown setting 'compile'"):
+        preset(compile=True)
 
 
 def test_a_file_may_name_a_preset_and_what_differs(tmp_path):

@@ -1,6 +1,7 @@
 """The first block from the image equals convolution, either norm, ReLU, the attention equations and pooling."""
 
 import contextlib
+import math
 
 import pytest
 import torch
@@ -82,6 +83,21 @@ def test_batch_norm_equals_the_equations(backend, shape, affine, powers, device)
     assert_equal(fused(backend, *inputs, norm="batch"), exact(*inputs, norm="batch"))
 
 
+@given(
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 40), st.integers(2, 12), st.integers(2, 12)),
+    affine=st.booleans(),
+    powers=st.tuples(POWERS, POWERS),
+    norm=st.sampled_from(NORMS),
+)
+@settings(max_examples=50)
+def test_native_float32_is_as_exact_as_unfused(shape, affine, powers, norm):
+    images, filters, weight, bias = draw(*shape, dtype=torch.float32)
+    inputs = images, filters, *((weight, bias) if affine else (None, None)), *powers
+    expected, plain = exact(*inputs, norm=norm), fused("reference", *inputs, norm=norm)
+    for got, unfused, wanted in zip(fused("native", *inputs, norm=norm), plain, expected, strict=True):
+        assert (got - wanted).norm() <= 4 * (unfused - wanted).norm() + 5e-6 * wanted.norm()
+
+
 @pytest.mark.parametrize(
     ("batch", "image_channels", "size", "norm"),
     [
@@ -99,14 +115,22 @@ def test_sizes_and_channels_beyond_the_kernels_too(batch, image_channels, size, 
 
 
 @pytest.mark.parametrize(("backend", "norm"), FUSED)
-def test_float32_and_channels_last_images(backend, norm, device):
-    images, filters, weight, bias = draw(3, 3, 24, 16, 16, device, torch.float32)
-    images += 2 * torch.arange(3, device=device).view(3, 1, 1, 1)  # the planes' means differ
+def test_float32_and_channels_last_images(backend, norm, place):
+    images, filters, weight, bias = draw(3, 3, 24, 16, 16, place, torch.float32)
+    images += 2 * torch.arange(3, device=place).view(3, 1, 1, 1)  # the planes' means differ
     expected = exact(images, filters, weight, bias, norm=norm)
     with products("ieee"):
         for layout in (torch.contiguous_format, torch.channels_last):
             actual = fused(backend, images.contiguous(memory_format=layout), filters, weight, bias, norm=norm)
             assert_equal(actual, expected, 5e-6)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 7)])
+def test_pieces_give_what_the_whole_gives(size, device, monkeypatch):
+    inputs = draw(5, 3, 8, *size, device)
+    plane_bytes = math.prod(size) * 8
+    monkeypatch.setattr("atom_fast.ops.first_block.piece_bytes", lambda device: 2 * 8 * plane_bytes)
+    assert_equal(fused("torch", *inputs), exact(*inputs))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -122,15 +146,16 @@ def test_autocast_and_narrow_filters_give_their_dtype(backend, device):
 
 @pytest.mark.parametrize(("backend", "norm"), FUSED)
 @pytest.mark.parametrize("used", ["pooled", "maps"])
-def test_gradients_without_stride_and_of_one_output(backend, norm, used, device):
-    images, filters, weight, bias = draw(2, 3, 8, 8, 8, device)
+def test_gradients_without_stride_and_of_one_output(backend, norm, used, place):
+    dtype, tolerance = (torch.float32, 1e-5) if backend == "native" else (torch.float64, 1e-10)
+    images, filters, weight, bias = draw(2, 3, 8, 8, 8, place, dtype)
     gradients = []
     for name in (backend, "reference"):
         leaf = images.detach().requires_grad_()
         with af.backend(name):
             getattr(first_block(leaf, filters, weight, bias, norm=norm), used).sum().backward()
         gradients.append(leaf.grad)
-    assert_equal(gradients[:1], gradients[1:])
+    assert_equal(gradients[:1], gradients[1:], tolerance)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -145,8 +170,8 @@ def test_a_black_image_and_an_empty_batch(backend, norm, device):
 
 
 @pytest.mark.parametrize(("backend", "norm"), FUSED)
-def test_nothing_of_the_convolutions_size_is_kept(backend, norm, device):
-    images, filters, weight, bias = draw(4, 3, 32, 16, 16, device, torch.float32)
+def test_nothing_of_the_convolutions_size_is_kept(backend, norm, place):
+    images, filters, weight, bias = draw(4, 3, 32, 16, 16, place, torch.float32)
     kept = []
     with af.backend(backend), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         with torch.no_grad():
@@ -158,8 +183,8 @@ def test_nothing_of_the_convolutions_size_is_kept(backend, norm, device):
 
 
 @pytest.mark.parametrize(("backend", "norm"), FUSED)
-def test_operator_passes_opcheck_and_compiles_as_one_graph(backend, norm, device):
-    images, filters, weight, bias = draw(2, 3, 8, 8, 8, device, torch.float32)
+def test_operator_passes_opcheck_and_compiles_as_one_graph(backend, norm, place):
+    images, filters, weight, bias = draw(2, 3, 8, 8, 8, place, torch.float32)
     inputs = images.requires_grad_(), filters, weight, bias
     torch.library.opcheck(first_block_op, (*inputs, 1e-5, None, 4.0, backend, norm))
 
@@ -197,14 +222,13 @@ def test_another_norm_is_refused():
         first_block(torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3), norm="layer")
 
 
-@pytest.mark.parametrize("backend", ["torch", "compile"])
-def test_the_operators_refuse_batch_norm_where_they_do_not_compute_it(backend):
+def test_the_operators_refuse_batch_norm_where_they_do_not_compute_it():
     images, filters = torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3)
-    message = f"norm 'batch' is computed by backend 'triton' alone; got '{backend}'"
+    message = "norm 'batch' is computed by backends 'triton' and 'native'; got 'torch'"
     with pytest.raises(ValueError, match=message):
-        torch.ops.atom_fast.first_block(images, filters, None, None, 1e-5, 4.0, 4.0, backend, "batch")
+        torch.ops.atom_fast.first_block(images, filters, None, None, 1e-5, 4.0, 4.0, "torch", "batch")
     with pytest.raises(ValueError, match=message):
-        torch.ops.atom_fast.block(images, None, None, 1e-5, 4.0, 4.0, backend, "batch")
+        torch.ops.atom_fast.block(images, None, None, 1e-5, 4.0, 4.0, "torch", "batch")
 
 
 def launches_of(image_channels, size, dtype, precision, norm="instance"):

@@ -1,5 +1,6 @@
 """Whole runs: what they leave behind, how they stop, and that going on gives the same bits."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from atom_fast.data.whitening import fit_preprocessing
-from atom_fast.distill.checkpoint import latest_checkpoint
+from atom_fast.distill.checkpoint import latest_checkpoint, save_checkpoint
 from atom_fast.distill.config import preset, read_config
 from atom_fast.distill.loop import distill
 from atom_fast.distill.step import Distillation, NonFiniteError
@@ -122,6 +123,16 @@ def test_a_finished_run_resumes_to_itself(finished, data):
     folder, straight = finished
     again = distill(small(log_every=1), data, folder, resume=True, progress=False, device="cpu")
     assert torch.equal(again.images, straight.images)
+
+
+def test_a_run_of_an_earlier_version_is_resumed(finished, data, tmp_path):
+    """Its records hold a setting that no image depended on and that is no more."""
+    distill(small(4), data, tmp_path, progress=False, device="cpu")
+    written = latest_checkpoint(tmp_path / "checkpoints")
+    earlier = dataclasses.replace(written, config={**written.config, "compile": True})
+    save_checkpoint(tmp_path / "checkpoints", earlier)
+    resumed = distill(small(), data, tmp_path, resume=True, progress=False, device="cpu")
+    assert torch.equal(resumed.images, finished[1].images)
 
 
 def test_a_damaged_newest_checkpoint_costs_only_its_steps(finished, data, tmp_path, capsys):

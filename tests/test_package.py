@@ -52,13 +52,13 @@ def test_the_wheel_holds_the_kernels(tmp_path):
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    sources = {f"atom_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    sources = {f"atom_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.*")}
     assert sources and sources <= set(names)
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "benchmarks/"))]
 
 
 def test_backend_names_are_checked():
-    with pytest.raises(ValueError, match="auto, triton, torch, compile, reference; got 'cuda'"), af.backend("cuda"):
+    with pytest.raises(ValueError, match="auto, triton, native, torch, reference; got 'cuda'"), af.backend("cuda"):
         pass
 
 
@@ -69,7 +69,7 @@ def test_backend_is_restored_after_an_error():
 
     with pytest.raises(KeyError), af.backend("reference"):
         raise KeyError
-    assert resolve_backend(torch.zeros(1)) == "torch"
+    assert resolve_backend(torch.zeros(1)) != "reference"
 
 
 def test_triton_on_cpu_tensors_without_the_interpreter_says_what_to_do():
@@ -81,6 +81,15 @@ with af.backend("triton"):
     done = run_python(code, TRITON_INTERPRET="0")
     assert done.returncode == 1
     assert "needs CUDA tensors, got one on cpu; use backend 'torch'" in done.stderr
+
+
+def test_native_is_for_cpu_tensors():
+    import torch
+
+    from atom_fast._backend import resolve_backend
+
+    with af.backend("native"), pytest.raises(RuntimeError, match="for CPU tensors, got one on meta; use backend"):
+        resolve_backend(torch.empty(1, device="meta"))
 
 
 def test_every_public_name_is_documented():

@@ -349,12 +349,12 @@ def test_a_step_never_waits_for_the_device(graph):
     run.finish_reading()
 
 
-@pytest.mark.parametrize("backend_name", ["torch", "triton"])
-def test_chunks_of_classes_give_the_gradients_of_all_at_once(backend_name, device):
+@pytest.mark.parametrize("backend", ["torch", "native", "triton"])
+def test_chunks_of_classes_give_the_gradients_of_all_at_once(backend, place):
     results = []
     for chunk in (None, 1, 3):
-        run = make_run(make_data(4, device=device), class_chunk=chunk)[0]
-        with af.backend(backend_name):
+        run = make_run(make_data(4, device=place), class_chunk=chunk)[0]
+        with af.backend(backend):
             run.step(1)
         results.append(run.momentum.double())
     for chunked in results[1:]:

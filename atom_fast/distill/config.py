@@ -22,6 +22,8 @@ from atom_fast.networks.convnet import INITIALIZATIONS, NORMS, POOLINGS, default
 
 IMAGE_INITIALIZATIONS = ("real", "noise", "given")
 PRECISIONS = ("float32", "tf32", "bfloat16")
+# Settings that earlier versions wrote into files and that no image depended on: what holds them can still be read.
+RETIRED = ("compile",)
 
 # MTT and DataDAM whiten CIFAR; the ATOM paper (section 7.2) does not whiten Tiny ImageNet, DM whitens nothing.
 _WHITENED = ("cifar10", "cifar100")
@@ -187,12 +189,6 @@ class DistillConfig:
     cuda_graph: bool = _setting(
         True, "on a GPU, capture a step once and replay it: the same images, faster", affects_result=False
     )
-    compile: bool = _setting(
-        False,
-        "on a CPU, compile the step's parts with torch.compile: the same images to rounding, faster after some ten "
-        "seconds; needs a C++ compiler",
-        affects_result=False,
-    )
     log_every: int = _setting(10, "steps between records in the log", unit="steps", minimum=1, affects_result=False)
     image_every: int = _setting(
         500, "steps between pictures of the images", unit="steps", minimum=1, affects_result=False
@@ -221,9 +217,12 @@ class DistillConfig:
     def from_dict(cls, settings: Mapping[str, object]) -> DistillConfig:
         """A configuration from settings by name; those not given have their defaults.
 
+        Settings of earlier versions that no image depended on (``RETIRED``) are passed over.
+
         Raises:
             ValueError: a name is unknown (the nearest one is suggested), or a value is not accepted.
         """
+        settings = _without_retired(settings)
         check_names(settings)
         return cls(**settings)
 
@@ -335,6 +334,7 @@ def preset(name: str = "paper", **overrides) -> DistillConfig:
     """
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {name!r}{_suggestion(name, PRESETS)}")
+    check_names(overrides)
     return DistillConfig.from_dict({**PRESETS[name], **overrides})
 
 
@@ -371,8 +371,14 @@ def check_names(settings: Mapping[str, object]) -> None:
             raise ValueError(f"unknown setting {name!r}{hint}")
 
 
+def _without_retired(settings: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in settings.items() if name not in RETIRED}
+
+
 def read_settings(path: str | os.PathLike) -> dict[str, object]:
     """Settings in a YAML file: a mapping of names to values, and perhaps the name of a ``preset``.
+
+    Settings of earlier versions that no image depended on (``RETIRED``) are passed over.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -401,6 +407,7 @@ def read_settings(path: str | os.PathLike) -> dict[str, object]:
     for name, value in settings.items():
         if not isinstance(value, (str, int, float, type(None))):
             raise ValueError(f"{path} must hold names and plain values; got {name!r}: {value!r}")
+    settings = _without_retired(settings)
     check_names({name: value for name, value in settings.items() if name != "preset"})
     return settings
 

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atom_fast._backend import backend
 from atom_fast.data.augmentation import AugmentationParameters, augment, draw_augmentation
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.sampling import check_class_sizes, sample_class_indices
@@ -158,8 +157,7 @@ class Distillation:
             rows = slice(start * self.config.ipc, (start + len(chosen)) * self.config.ipc)
             groups = class_groups(real_labels, labels)
             self._chunks.append(_Chunk(slice(chosen.start, chosen.stop), rows, real_labels, labels, groups))
-        compiled = self.config.compile and device.type == "cpu"
-        self._run = self._advance_compiled if compiled else self._advance
+        self._run = self._advance
 
     def step(self, iteration: int) -> None:
         """Run iteration ``iteration`` (1, 2, ...); its randomness depends on it and on the seed alone.
@@ -208,10 +206,6 @@ class Distillation:
             self.momentum.mul_(config.momentum).add_(self._gradient)
             self.images.sub_(self.momentum, alpha=config.image_lr)
             self._record(terms)
-
-    def _advance_compiled(self) -> None:
-        with backend("compile"):
-            self._advance()
 
     def _match(self, chunk: _Chunk, indices: Tensor, augmentation: AugmentationParameters) -> tuple[Tensor, Tensor]:
         """Loss terms of a chunk of classes, and the gradient of its synthetic images."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compiling import piece_function
+from .. import _native
 
 OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
 COLOR, CROP, CUTOUT, FLIP, SCALE, ROTATE = range(len(OPERATIONS))
@@ -80,7 +80,8 @@ def augment_op(
         groups: int64 [B], each image's group; None where image i is of group i.
         transposed: apply the transpose, as a gradient needs it.
         offset: add the brightness, the one part that does not depend on the image; a derivative is without it.
-        backend: "triton" runs the kernel, "torch" PyTorch operators, "compile" those with their tables compiled.
+        backend: "triton" and "native" run their kernels, the second for float32 alone; everything else runs PyTorch
+            operators.
 
     Returns:
         [B, C, H, W] of the same type, channels_last where ``images`` is.
@@ -90,8 +91,10 @@ def augment_op(
         return output
     if backend == "triton":
         _launch(images, operation.contiguous(), uniforms.contiguous(), groups, transposed, offset, output)
+    elif backend == "native" and _native.takes(images):
+        _run_native(images, operation, uniforms, groups, transposed, offset, output)
     else:
-        _gather(images, operation, uniforms, groups, transposed, offset, backend, output)
+        _gather(images, operation, uniforms, groups, transposed, offset, output)
     return output
 
 
@@ -162,6 +165,31 @@ def _launch(images, operation, uniforms, groups, transposed, offset, output):
         )
 
 
+def _run_native(images, operation, uniforms, groups, transposed, offset, output):
+    """Fill ``output`` by the kernel in C."""
+    height, width = images.shape[2:]
+    sizes = extent(height, width)
+    if groups is not None:
+        operation, uniforms = operation.index_select(0, groups), uniforms.index_select(0, groups)
+    layout = _layout(images)
+    _native.run(
+        "augment",
+        images.contiguous(memory_format=layout),
+        operation.contiguous(),
+        uniforms.contiguous(),
+        output,
+        images.new_empty(torch.get_num_threads(), 4 * (height * width + 1) + 8 * width),
+        *images.shape,
+        layout == torch.channels_last,
+        *sizes.pad,
+        *sizes.cut,
+        MAX_SCALE,
+        MAX_ANGLE,
+        transposed,
+        offset,
+    )
+
+
 class _Table(NamedTuple):
     """What each of G groups does to its images: weighted sums of pixels, plus the means that color needs."""
 
@@ -176,7 +204,7 @@ class _Table(NamedTuple):
         return _Table(*(entry[groups] for entry in self))
 
 
-def _gather(images, operation, uniforms, groups, transposed, offset, backend, output):
+def _gather(images, operation, uniforms, groups, transposed, offset, output):
     """Fill ``output`` by PyTorch operators, a block of images at a time to keep the tables small."""
     batch, _, height, width = images.shape
     compute = torch.float64 if images.dtype == torch.float64 else torch.float32
@@ -184,22 +212,19 @@ def _gather(images, operation, uniforms, groups, transposed, offset, backend, ou
         operation, uniforms, groups = operation[groups], uniforms[groups], None
     members = 1 if groups is None else _members(groups, operation.shape[0])
     constants = height, width, transposed, compute
-    make_table = piece_function(_table, backend, constants)
-    shared = None if groups is None else make_table(operation, uniforms, *constants)
-    case = members, *images.shape[1:], images.dtype, _layout(images), transposed
-    weighted_sums = piece_function(_weighted_sums, backend, case)
+    shared = None if groups is None else _table(operation, uniforms, *constants)
     block = max(1, BLOCK_PIXELS // (height * width * members))
     for first in range(0, batch // members, block):
         rows = slice(first, first + block)
         if groups is None:
-            table = make_table(operation[rows], uniforms[rows], *constants)
+            table = _table(operation[rows], uniforms[rows], *constants)
         else:
             table = shared.select(rows if members > 1 else groups[rows])
         own = slice(members * first, members * (first + block))
         source = images[own].to(compute)
         target = output[own] if output.dtype == compute else torch.empty_like(source)
         of_groups = [x.flatten(2).unflatten(0, (-1, members)) for x in (source, target)]
-        weighted_sums(*of_groups, table.place, table.weight)
+        _weighted_sums(*of_groups, table.place, table.weight)
         _add_colour(*of_groups, table.pixel, table.level, table.brightness if offset else torch.zeros_like(table.level))
         if output.dtype != compute:
             output[own] = target

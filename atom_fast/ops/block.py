@@ -4,19 +4,19 @@ The feature map between ReLU and pooling, which the maps are taken of, is never 
 convolution's output, the maps and a few numbers a plane, and recomputes the rest. Scale and shift of the norm are
 constants, as they are while distilling. There is no formula for a second derivative: asking for one raises.
 
-The norm is InstanceNorm, or BatchNorm with the statistics of the batch; the latter is one operator with backend
-"triton" alone.
+The norm is InstanceNorm, or BatchNorm with the statistics of the batch; the latter is not one operator in PyTorch's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
+from .. import _native, reference
 from .._backend import resolve_backend
 from .attention import attention_maps, map_sizes
 from .block_torch import backward_torch, forward_torch, is_channels_last, piece_bytes, unit_length
@@ -68,9 +68,11 @@ def attention_block(
     check_constants(weight=weight, bias=bias)
     _check_input(convolved, weight, bias)
     backend = resolve_backend(convolved)
+    if backend == "native" and not _is_native(convolved, weight, bias):
+        backend = "torch"
     if backend == "reference":
         return reference_block(convolved, weight, bias, eps, spatial_power, channel_power, norm)
-    if norm == "batch" and backend != "triton":
+    if norm == "batch" and backend == "torch":
         return _unfused_batch_block(convolved, weight, bias, eps, spatial_power, channel_power)
     pooled, maps, *_ = block_op(convolved, weight, bias, eps, spatial_power, channel_power, backend, norm)
     return BlockOutput(pooled, maps)
@@ -90,9 +92,9 @@ def check_norm(norm: str) -> None:
 
 
 def check_is_fused(norm: str, backend: str) -> None:
-    """Raise ValueError for a norm that a backend's operators do not compute."""
-    if norm == "batch" and backend != "triton":
-        raise ValueError(f"norm 'batch' is computed by backend 'triton' alone; got {backend!r}")
+    """Raise ValueError for a norm that PyTorch's operators do not compute in pieces."""
+    if norm == "batch" and backend == "torch":
+        raise ValueError(f"norm 'batch' is computed by backends 'triton' and 'native'; got {backend!r}")
 
 
 def check_constants(**parameters: Tensor | None) -> None:
@@ -180,16 +182,18 @@ def block_op(
     """Pooled features; maps [B, M]; mean and 1 / standard deviation [B, C] that each plane is normalised with; and
     [B, 3]: what features were divided by, and 1 / norm of each map of the features over it (1 if not taken).
 
-    Norm "batch" is computed with backend "triton" alone.
+    Norm "batch" is not computed with backend "torch".
     """
     check_is_fused(norm, backend)
     outputs = empty_outputs(x.shape, x, is_channels_last(x), spatial_power, channel_power)
     if x.numel() > 0:
         if backend == "triton":
             _forward_triton(x, weight, bias, eps, spatial_power, channel_power, norm, *outputs)
+        elif backend == "native":
+            _forward_native(x, weight, bias, eps, spatial_power, channel_power, norm, *outputs)
         else:
             pieces = [(rows, x[rows]) for rows in _sample_pieces(x)]
-            forward_torch(lambda: pieces, weight, bias, eps, spatial_power, channel_power, backend, outputs)
+            forward_torch(lambda: pieces, weight, bias, eps, spatial_power, channel_power, outputs)
     return outputs
 
 
@@ -235,16 +239,19 @@ def block_backward_op(
     """Gradient [B, C, H, W] of the convolution's output; a gradient that is None is zero."""
     grad_x = _empty_gradient(x)
     if x.numel() > 0:
+        saved = weight, bias, maps, mean, rstd, statistics
+        if backend == "native":
+            _backward_native(grad_pooled, grad_maps, x, *saved, spatial_power, channel_power, norm, grad_x)
+            return grad_x
         batch, channels, height, width = x.shape
         if grad_pooled is None:
             grad_pooled = x.new_zeros(()).expand(batch, channels, height // 2, width // 2)
         powers = (None, None) if grad_maps is None else (spatial_power, channel_power)
-        saved = weight, bias, maps, mean, rstd, statistics
         if backend == "triton":
             _backward_triton(grad_pooled, grad_maps, x, *saved, *powers, norm, grad_x)
         else:
             pieces = ((rows, x[rows], grad_x[rows]) for rows in _sample_pieces(x))
-            for _ in backward_torch(pieces, grad_pooled, grad_maps, *saved, *powers, backend):
+            for _ in backward_torch(pieces, grad_pooled, grad_maps, *saved, *powers):
                 pass  # each writes its rows
     return grad_x
 
@@ -281,6 +288,67 @@ def _backward(ctx, grad_pooled, grad_maps, *_):
 
 
 block_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+# C: see kernels/block.c.
+
+
+def _is_native(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether the kernel in C takes this input; other types and layouts run in PyTorch operators."""
+    return _native.takes(x, weight, bias) and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _forward_native(x, weight, bias, eps, spatial_power, channel_power, norm, pooled, maps, mean, rstd, statistics):
+    if norm == "batch":
+        means, variances = torch.empty_like(mean), torch.empty_like(mean)
+        _native.run("block_statistics", x, means, variances, *x.shape)
+        join_statistics(means, variances, eps, mean, rstd)
+    _native.run(
+        "block_forward", x, dense(weight), dense(bias), pooled, maps, mean, rstd, statistics,
+        *x.shape, eps, *native_powers(spatial_power, channel_power), norm == "batch",
+    )  # fmt: skip
+
+
+def join_statistics(means: Tensor, variances: Tensor, eps: float, mean: Tensor, rstd: Tensor) -> None:
+    """Write mean and 1 / sqrt(variance + eps) of channels over the batch, of those of its planes; all are [B, C]."""
+    # Planes are of one size: the variance is the mean of theirs and the variance of their means.
+    between, total = torch.var_mean(means, 0, correction=0)
+    mean.copy_(total)
+    rstd.copy_(torch.rsqrt(variances.mean(0) + between + eps))
+
+
+def _backward_native(
+    grad_pooled, grad_maps, x, weight, bias, maps, mean, rstd, statistics, spatial_power, channel_power, norm, grad_x
+):
+    inputs = *native_gradients(grad_pooled, grad_maps), x, dense(weight), dense(bias), maps, mean, rstd, statistics
+    scratch = x.new_empty((torch.get_num_threads(), maps.shape[1]))
+    sizes = *x.shape, *native_powers(spatial_power, channel_power)
+    for sums, mode in sums_passes(norm, mean):
+        _native.run("block_backward", *inputs, sums, grad_x, scratch, *sizes, mode)
+
+
+OWN_SUMS, WRITE_SUMS, READ_SUMS = range(3)  # as in kernels/block.h
+
+
+def sums_passes(norm: str, mean: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """The calls that a backward kernel in C takes: the sums that it writes or reads, and which of these."""
+    sums = mean.new_empty((mean.shape[0], 2, mean.shape[1]))
+    if norm == "instance":
+        yield sums, OWN_SUMS
+    else:
+        yield sums, WRITE_SUMS
+        yield sums.mean(0), READ_SUMS
+
+
+def native_powers(*powers: float | None) -> tuple[float, ...]:
+    """Powers as the kernels in C take them."""
+    return tuple(0.0 if power is None else float(power) for power in powers)
+
+
+def native_gradients(grad_pooled: Tensor | None, grad_maps: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of a block's outputs as the kernels in C index them."""
+    layout = torch.channels_last
+    return None if grad_pooled is None else grad_pooled.contiguous(memory_format=layout), dense(grad_maps)
 
 
 # Triton: see kernels/block.py.

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import map_sizes
-from .compiling import piece_function
 
 # Bytes of convolution output that a thread works on at once: a second-level cache's worth.
 PIECE_BYTES = 1 << 20
@@ -34,7 +33,6 @@ def forward_torch(
     eps: float,
     spatial_power: float | None,
     channel_power: float | None,
-    backend: str,
     outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
 ) -> None:
     """`block_op` into given memory, of pieces of a convolution's output and the rows that they are.
@@ -49,8 +47,7 @@ def forward_torch(
             continue
         statistics.fill_(1.0)
         for rows, x in pieces():
-            run = piece_function(forward_piece, backend, _case(x, weight, eps, spatial_power, channel_power))
-            level = run(x, *constants, scaled, pooled[rows], maps[rows], mean[rows], rstd[rows])
+            level = forward_piece(x, *constants, scaled, pooled[rows], maps[rows], mean[rows], rstd[rows])
             if level is not None:
                 statistics[rows, 0] = level
         parts = maps.split(map_sizes(x.shape, spatial_power, channel_power), 1)
@@ -58,11 +55,6 @@ def forward_torch(
         norms = [unit_length(part, statistics[:, place], part) for place, part in taken]
         if not scaled and all(_is_safe(norm) for norm in norms):
             break
-
-
-def _case(x: Tensor, weight: Tensor | None, *constants: float | None) -> tuple:
-    """What compiled code for a piece depends on."""
-    return *x.shape[1:], x.dtype, is_channels_last(x), weight is None, *constants
 
 
 def _is_safe(norm: Tensor) -> bool:
@@ -134,7 +126,6 @@ def backward_torch(
     statistics: Tensor,
     spatial_power: float | None,
     channel_power: float | None,
-    backend: str,
 ) -> Iterator[tuple[slice, Tensor]]:
     """`block_backward_op` of pieces of a convolution's output: the rows that each is, and its gradient.
 
@@ -147,10 +138,9 @@ def backward_torch(
     for rows, x, out in pieces:
         if factors is None:
             factors = _map_factors(grad_maps, maps, statistics, x.shape, *powers)
-        run = piece_function(backward_piece, backend, _case(x, weight, *powers))
         own = (None if factor is None else factor[rows] for factor in factors)
         saved = mean[rows], rstd[rows], weight, bias
-        yield rows, run(x, *saved, grad_pooled[rows], *own, level[rows], *powers, scaled, out)
+        yield rows, backward_piece(x, *saved, grad_pooled[rows], *own, level[rows], *powers, scaled, out)
 
 
 def backward_piece(

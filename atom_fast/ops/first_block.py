@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _native
 from .._backend import resolve_backend
 from . import block
 from .block import BlockOutput
@@ -56,16 +57,18 @@ def first_block(
     block.check_norm(norm)
     block.check_constants(filters=filters, weight=weight, bias=bias)
     _check_input(images, filters)
+    if torch.is_autocast_enabled(images.device.type):
+        filters = filters.to(torch.get_autocast_dtype(images.device.type))
     backend = resolve_backend(images)
-    fusible = _is_fusible(images, filters) if backend == "triton" else norm == "instance"
+    if backend == "native" and not _is_native(images, filters, weight, bias):
+        backend = "torch"
+    fusible = _is_fusible(images, filters) if backend == "triton" else backend == "native" or norm == "instance"
     if backend == "reference" or not fusible:
         convolved = F.conv2d(images.to(filters.dtype), filters, padding=1)
         return block.attention_block(
             convolved, weight, bias, eps=eps, spatial_power=spatial_power, channel_power=channel_power, norm=norm
         )
     block.check_affine(weight, bias, filters.shape[0])
-    if torch.is_autocast_enabled(images.device.type):
-        filters = filters.to(torch.get_autocast_dtype(images.device.type))
     pooled, maps, *_ = first_block_op(images, filters, weight, bias, eps, spatial_power, channel_power, backend, norm)
     return BlockOutput(pooled, maps)
 
@@ -108,9 +111,11 @@ def first_block_op(
     if images.numel() > 0:
         if backend == "triton":
             _forward_triton(images, filters, weight, bias, eps, spatial_power, channel_power, norm, outputs)
+        elif backend == "native":
+            _forward_native(images, filters, weight, bias, eps, spatial_power, channel_power, norm, *outputs)
         else:
             pieces = functools.partial(_convolved_pieces, images, filters)
-            forward_torch(pieces, weight, bias, eps, spatial_power, channel_power, backend, outputs)
+            forward_torch(pieces, weight, bias, eps, spatial_power, channel_power, outputs)
     return outputs
 
 
@@ -145,17 +150,19 @@ def first_block_backward_op(
     """Gradient [B, C_in, H, W] of the images; a gradient that is None is zero."""
     if images.numel() == 0:
         return torch.empty_like(images, memory_format=torch.contiguous_format)
+    saved = weight, bias, maps, mean, rstd, statistics
+    if backend == "native":
+        return _backward_native(grad_pooled, grad_maps, images, filters, *saved, spatial_power, channel_power, norm)
     batch, _, height, width = images.shape
     if grad_pooled is None:
         grad_pooled = filters.new_zeros(()).expand(batch, filters.shape[0], height // 2, width // 2)
     powers = (None, None) if grad_maps is None else (spatial_power, channel_power)
-    saved = weight, bias, maps, mean, rstd, statistics
     if backend == "triton":
         return _backward_triton(grad_pooled, grad_maps, images, filters, *saved, *powers, norm)
     gradient = torch.empty_like(images, memory_format=torch.contiguous_format)
     pieces = ((rows, convolved, None) for rows, convolved in _convolved_pieces(images, filters))
     windows = _shared_windows(filters)
-    for rows, grad_convolved in backward_torch(pieces, grad_pooled, grad_maps, *saved, *powers, backend):
+    for rows, grad_convolved in backward_torch(pieces, grad_pooled, grad_maps, *saved, *powers):
         gradient[rows] = _image_gradient(grad_convolved, filters, windows)
     return gradient
 
@@ -181,6 +188,76 @@ def _backward(ctx, grad_pooled, grad_maps, *_):
 
 
 first_block_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+# C: see kernels/first_block.c.
+
+
+def _is_native(images: Tensor, filters: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether the kernel in C takes this input; the rest runs in PyTorch operators."""
+    return _native.takes(images, filters, weight, bias) and images.shape[1] <= IMAGE_CHANNELS
+
+
+def _forward_native(
+    images, filters, weight, bias, eps, spatial_power, channel_power, norm, pooled, maps, mean, rstd, statistics
+):
+    own, image_values, values = _native_sizes(images, filters)
+    inputs, sizes = (images, _strides(images), own), (*images.shape, filters.shape[0])
+    scratch = _scratch(images, image_values + values)
+    if norm == "batch":
+        means, variances = torch.empty_like(mean), torch.empty_like(mean)
+        _native.run("first_block_statistics", *inputs, means, variances, scratch, *sizes)
+        block.join_statistics(means, variances, eps, mean, rstd)
+    _native.run(
+        "first_block_forward", *inputs, block.dense(weight), block.dense(bias), pooled, maps, mean, rstd, statistics,
+        scratch, *sizes, eps, *block.native_powers(spatial_power, channel_power), norm == "batch",
+    )  # fmt: skip
+
+
+def _backward_native(
+    grad_pooled,
+    grad_maps,
+    images,
+    filters,
+    weight,
+    bias,
+    maps,
+    mean,
+    rstd,
+    statistics,
+    spatial_power,
+    channel_power,
+    norm,
+):
+    gradient = torch.empty_like(images, memory_format=torch.contiguous_format)
+    own, image_values, values = _native_sizes(images, filters)
+    framed = image_values // images.shape[1] * own.shape[-1]
+    scratch = _scratch(images, image_values + framed + values + maps.shape[1] + 2 * filters.shape[0])
+    gradients = block.native_gradients(grad_pooled, grad_maps)
+    saved = block.dense(weight), block.dense(bias), maps, mean, rstd, statistics
+    sizes = *images.shape, filters.shape[0], *block.native_powers(spatial_power, channel_power)
+    for sums, mode in block.sums_passes(norm, mean):
+        _native.run(
+            "first_block_backward", *gradients, images, _strides(images), own, *saved, sums, gradient, scratch,
+            *sizes, mode,
+        )  # fmt: skip
+    return gradient
+
+
+def _native_sizes(images: Tensor, filters: Tensor) -> tuple[Tensor, int, int]:
+    """Filters as [3, 3, C_in, C], C filled up with zeros to whole vectors; values of a framed image, of its planes."""
+    channels, (_, image_channels, height, width) = filters.shape[0], images.shape
+    own = F.pad(filters.permute(2, 3, 1, 0), (0, -channels % _native.LANES)).contiguous()
+    return own, (height + 2) * (width + 2) * image_channels, height * width * own.shape[-1]
+
+
+def _strides(images: Tensor) -> Tensor:
+    return torch.tensor(images.stride())
+
+
+def _scratch(images: Tensor, values: int) -> Tensor:
+    """Memory of each thread."""
+    return images.new_empty((torch.get_num_threads(), values))
 
 
 # Triton: see kernels/first_block.py.
@@ -218,10 +295,7 @@ def _batch_statistics(images, filters, eps, constants, mean, rstd) -> None:
     first_block_statistics_kernel[(images.shape[0],)](
         images, filters, means, variances, *images.stride(), **{name: constants[name] for name in names}
     )
-    # Planes are of one size: the variance is the mean of theirs and the variance of their means.
-    between, total = torch.var_mean(means, 0, correction=0)
-    mean.copy_(total)
-    rstd.copy_(torch.rsqrt(variances.mean(0) + between + eps))
+    block.join_statistics(means, variances, eps, mean, rstd)
 
 
 def _backward_triton(

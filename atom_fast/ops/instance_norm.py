@@ -7,11 +7,14 @@ for a second derivative: asking for one raises.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import _native
 from .._backend import resolve_backend
 from .launching import accumulation_dtype, device_of
 
@@ -37,12 +40,14 @@ def instance_norm(
     """
     check_input(x, pool, weight=weight, bias=bias)
     backend = resolve_backend(x)
+    if backend == "native" and not _native.takes(x, weight, bias):
+        backend = "torch"
     # Planes whose values are adjacent are what PyTorch's own operators are fast at on a CPU.
-    if backend == "reference" or (backend == "torch" and not _is_channels_last(x)):
+    if backend == "reference" or (backend != "triton" and not _is_channels_last(x)):
         return reference_instance_norm(x, weight, bias, eps, rectify, pool)
-    if backend == "torch" and not torch.compiler.is_compiling():
-        return _InstanceNorm.apply(x, weight, bias, eps, rectify, pool)
-    return instance_norm_op(x, weight, bias, eps, rectify, pool, backend == "triton")[0]
+    if backend != "triton" and not torch.compiler.is_compiling():
+        return _InstanceNorm.apply(x, weight, bias, eps, rectify, pool, backend)
+    return instance_norm_op(x, weight, bias, eps, rectify, pool, backend)[0]
 
 
 def check_input(x: Tensor, pool: bool, **vectors: Tensor | None) -> None:
@@ -74,14 +79,23 @@ def _is_channels_last(x: Tensor) -> bool:
 
 @torch.library.custom_op("atom_fast::instance_norm", mutates_args=())
 def instance_norm_op(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, rectify: bool, pool: bool, fused: bool
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, rectify: bool, pool: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, and mean and 1 / standard deviation [B, C] of each plane; ``fused`` runs the Triton kernel."""
+    """The result, and mean and 1 / standard deviation [B, C] of each plane."""
     outputs = _empty_outputs(x, pool)
     if x.numel() > 0:
-        forward = _forward_triton if fused else _forward_torch
+        forward, _ = _implementation(backend)
         forward(x, weight, bias, eps, rectify, pool, *outputs)
     return outputs
+
+
+def _implementation(backend: str) -> tuple[Callable, Callable]:
+    """Forward and backward of a backend."""
+    return {
+        "triton": (_forward_triton, _backward_triton),
+        "native": (_forward_native, _backward_native),
+        "torch": (_forward_torch, _backward_torch),
+    }[backend]
 
 
 def _empty_outputs(x: Tensor, pool: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +115,7 @@ def _layout(x: Tensor) -> torch.memory_format:
 
 
 @instance_norm_op.register_fake
-def _(x, weight, bias, eps, rectify, pool, fused):
+def _(x, weight, bias, eps, rectify, pool, backend):
     return _empty_outputs(x, pool)
 
 
@@ -115,19 +129,19 @@ def instance_norm_backward_op(
     rstd: Tensor,
     rectify: bool,
     pool: bool,
-    fused: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``x`` [B, C, H, W], and of scale and shift [C]."""
-    backward = _backward_triton if fused else _backward_torch
-    return _gradients(gradient, x, weight, bias, mean, rstd, rectify, pool, backward)
+    return _gradients(gradient, x, weight, bias, mean, rstd, rectify, pool, backend)
 
 
-def _gradients(gradient, x, weight, bias, mean, rstd, rectify, pool, backward) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(gradient, x, weight, bias, mean, rstd, rectify, pool, backend) -> tuple[Tensor, Tensor, Tensor]:
     grad_x = empty_gradient(x)
     if x.numel() == 0:
         return grad_x, torch.zeros_like(weight), torch.zeros_like(bias)
     # Each sample's part, added afterwards in a fixed order.
     grad_weight, grad_bias = torch.empty_like(mean), torch.empty_like(mean)
+    _, backward = _implementation(backend)
     backward(gradient, x, weight, bias, mean, rstd, rectify, pool, grad_x, grad_weight, grad_bias)
     return grad_x, grad_weight.sum(0).to(weight.dtype), grad_bias.sum(0).to(bias.dtype)
 
@@ -138,7 +152,7 @@ def empty_gradient(x: Tensor) -> Tensor:
 
 
 @instance_norm_backward_op.register_fake
-def _(gradient, x, weight, bias, mean, rstd, rectify, pool, fused):
+def _(gradient, x, weight, bias, mean, rstd, rectify, pool, backend):
     return empty_gradient(x), torch.empty_like(weight), torch.empty_like(bias)
 
 
@@ -164,19 +178,34 @@ class _InstanceNorm(torch.autograd.Function):
     """The operator without its dispatch, which takes a twentieth of a step of a hundred digits on a CPU."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, rectify, pool):
+    def forward(ctx, x, weight, bias, eps, rectify, pool, backend):
         out, mean, rstd = _empty_outputs(x, pool)
         if x.numel() > 0:
-            _forward_torch(x, weight, bias, eps, rectify, pool, out, mean, rstd)
+            forward, _ = _implementation(backend)
+            forward(x, weight, bias, eps, rectify, pool, out, mean, rstd)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.options = rectify, pool
+        ctx.options = rectify, pool, backend
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        gradients = _gradients(gradient, *ctx.saved_tensors, *ctx.options, _backward_torch)
-        return *gradients, None, None, None
+        gradients = _gradients(gradient, *ctx.saved_tensors, *ctx.options)
+        return *gradients, None, None, None, None
+
+
+# C: see kernels/instance_norm.c, for channels_last.
+
+
+def _forward_native(x, weight, bias, eps, rectify, pool, out, mean, rstd):
+    arguments = x, weight.contiguous(), bias.contiguous(), out, mean, rstd
+    _native.run("instance_norm_forward", *arguments, *x.shape, eps, rectify, pool)
+
+
+def _backward_native(gradient, x, weight, bias, mean, rstd, rectify, pool, grad_x, grad_weight, grad_bias):
+    gradient = gradient.contiguous(memory_format=torch.channels_last)
+    arguments = gradient, x, weight.contiguous(), bias.contiguous(), mean, rstd, grad_x, grad_weight, grad_bias
+    _native.run("instance_norm_backward", *arguments, *x.shape, rectify, pool)
 
 
 # Triton: see kernels/instance_norm.py.

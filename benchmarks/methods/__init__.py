@@ -11,7 +11,7 @@ from torch import Tensor
 from .setting import Setting
 
 ONE_PROVIDER = ("eager",)
-ALL_PROVIDERS = ("eager", "eager-batched", "compile", "fused", "fused-graph", "fused-compile")
+ALL_PROVIDERS = ("eager", "eager-batched", "compile", "fused", "fused-graph")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""DM, DAM, ATOM† and ATOM as this project runs them: its own step, plain, captured as a CUDA graph, or compiled.
+"""DM, DAM, ATOM† and ATOM as this project runs them: its own step, plain or captured as a CUDA graph.
 
 The same step as ``eager``: a new network, real images of all classes, augmentation, loss, update. The data set is held
 as uint8; on a GPU every batch of it is whitened as it is fetched, work that the public code does once for all images
@@ -21,7 +21,7 @@ from atom_fast.distill.step import Distillation, initial_images
 from . import published
 from .setting import Setting
 
-PROVIDERS = ("fused", "fused-graph", "fused-compile")
+PROVIDERS = ("fused", "fused-graph")
 
 
 def build(setting: Setting, *, spatial: bool, channel: bool, mmd_weight: float) -> Callable[[], Callable[[], float]]:
@@ -42,7 +42,6 @@ def build(setting: Setting, *, spatial: bool, channel: bool, mmd_weight: float) 
         precision=setting.precision,
         seed=setting.seed,
         class_chunk=setting.class_chunk,
-        compile=setting.provider == "fused-compile",
     ).resolve(data.image_shape, data.name, device)
     # As the field does: whitening at 32x32; from 64x64 its matrix outgrows its use, and mean and deviation do.
     preprocessing = whitening(data) if setting.resolution <= 32 else standardization(data)

@@ -1,0 +1,78 @@
+/* Sixteen floats at a time, in the vector types that GCC and Clang lower to what the processor has. */
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+#define omp_get_thread_num() 0
+#endif
+
+#define LANES 16
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vector __attribute__((vector_size(4 * LANES)));
+typedef int32_t mask __attribute__((vector_size(4 * LANES)));
+typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Channels rounded up to whole vectors. */
+INLINE int64_t padded(int64_t channels) { return (channels + LANES - 1) / LANES * LANES; }
+
+INLINE vector splat(float value) { return value - (vector){0}; }
+
+/* `count` values, and zeros where there are fewer than LANES. */
+INLINE vector load(const float *from, int64_t count) {
+    if (count >= LANES) return *(const unaligned *)from;
+    vector value = {0};
+    memcpy(&value, from, 4 * count);
+    return value;
+}
+
+INLINE void store(float *to, vector value, int64_t count) {
+    if (count >= LANES)
+        *(unaligned *)to = value;
+    else
+        memcpy(to, &value, 4 * count);
+}
+
+INLINE vector choose(mask which, vector yes, vector no) {
+    return (vector)((which & (mask)yes) | (~which & (mask)no));
+}
+
+/* Zero for what is below zero; NaN stays. */
+INLINE vector rectified(vector value) { return choose(value < splat(0), splat(0), value); }
+
+INLINE float sum_of(vector value) {
+    typedef float eight __attribute__((vector_size(32)));
+    typedef float four __attribute__((vector_size(16)));
+    eight half = __builtin_shufflevector(value, value, 0, 1, 2, 3, 4, 5, 6, 7) +
+                 __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15);
+    four quarter = __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+    return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+}
+
+/* value^power for values >= 0, by products where the power is a small whole number. */
+INLINE vector raised(vector value, float power) {
+    if (power == 4) {
+        vector square = value * value;
+        return square * square;
+    }
+    if (power == 3) return value * value * value;
+    if (power == 0) return splat(1);
+    if (power == 1) return value;
+    vector square = value * value;
+    if (power == 2) return square;
+    if (power == 8) {
+        square *= square;
+        return square * square;
+    }
+    if (power == 7) return square * square * square * value;
+    for (int lane = 0; lane < LANES; lane++) value[lane] = powf(value[lane], power);
+    return value;
+}
