@@ -18,6 +18,7 @@ GROUPS = (
     "Damaged files",
     "Hostile files",
     "What a run must not go on with",
+    "Kernels in C",
 )
 BEGIN, END = "<!-- faults: written by python -m tests.faults -->", "<!-- end of faults -->"
 

@@ -208,71 +208,35 @@ def _gather(images, operation, uniforms, groups, transposed, offset, output):
     """Fill ``output`` by PyTorch operators, a block of images at a time to keep the tables small."""
     batch, _, height, width = images.shape
     compute = torch.float64 if images.dtype == torch.float64 else torch.float32
+    constants = height, width, transposed, compute
     if groups is not None and operation.shape[0] >= batch:
         operation, uniforms, groups = operation[groups], uniforms[groups], None
-    members = 1 if groups is None else _members(groups, operation.shape[0])
-    constants = height, width, transposed, compute
     shared = None if groups is None else _table(operation, uniforms, *constants)
-    block = max(1, BLOCK_PIXELS // (height * width * members))
-    for first in range(0, batch // members, block):
+    block = max(1, BLOCK_PIXELS // (height * width))
+    for first in range(0, batch, block):
         rows = slice(first, first + block)
-        if groups is None:
-            table = _table(operation[rows], uniforms[rows], *constants)
-        else:
-            table = shared.select(rows if members > 1 else groups[rows])
-        own = slice(members * first, members * (first + block))
-        source = images[own].to(compute)
-        target = output[own] if output.dtype == compute else torch.empty_like(source)
-        of_groups = [x.flatten(2).unflatten(0, (-1, members)) for x in (source, target)]
-        _weighted_sums(*of_groups, table.place, table.weight)
-        _add_colour(*of_groups, table.pixel, table.level, table.brightness if offset else torch.zeros_like(table.level))
-        if output.dtype != compute:
-            output[own] = target
+        table = _table(operation[rows], uniforms[rows], *constants) if groups is None else shared.select(groups[rows])
+        source = images[rows].to(compute).flatten(2)
+        result = _weighted_sums(source, table)
+        # Contiguous, so that the rounding of an image's mean does not depend on where the image came from.
+        means = (sum(source.unbind(1)) / source.shape[1]).contiguous()
+        colour = table.pixel[:, 0] * means + table.level[:, 0] * means.mean(1, keepdim=True)
+        if offset:
+            colour += table.brightness[:, 0]
+        output[rows] = (result + colour[:, None]).view(output[rows].shape)
 
 
-def _members(groups: Tensor, count: int) -> int:
-    """How many images each group has where they lie group after group, all with as many; otherwise 1.
-
-    The images of a group then move as one of many channels, whose sums PyTorch rounds in another way than those of few.
-    Two images go by themselves: a single one that is given company must keep its bits. Only a CPU can tell without
-    waiting.
-    """
-    members, rest = divmod(len(groups), count)
-    if groups.is_cuda or rest != 0 or members <= 2:
-        return 1
-    regular = torch.arange(count, device=groups.device).repeat_interleave(members)
-    return members if torch.equal(groups, regular) else 1
-
-
-def _weighted_sums(images: Tensor, output: Tensor, place: Tensor, weight: Tensor) -> None:
-    """Fill ``output``, as images [G, members, C, H * W], by the sums that a table holds, in the order of its taps."""
-    groups, members, channels, pixels = images.shape
-    # Cloned, so that strides of dimensions of size 1, by which the sum is chosen, are always the same.
-    values = images.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
-    first = torch.arange(groups, device=images.device, dtype=place.dtype) * pixels
+def _weighted_sums(images: Tensor, table: _Table) -> Tensor:
+    """Images [B, C, H * W] with every pixel replaced by the sum that a table holds for it, in the order of its taps."""
+    count, channels, pixels = images.shape
+    first = torch.arange(count, device=images.device, dtype=table.place.dtype) * pixels
     sums = F.embedding_bag(
-        (place + first.view(-1, 1, 1)).flatten(0, 1),
-        values.view(groups * pixels, members * channels),
-        per_sample_weights=weight.flatten(0, 1),
+        (table.place + first.view(-1, 1, 1)).flatten(0, 1),
+        images.transpose(1, 2).reshape(count * pixels, channels),
+        per_sample_weights=table.weight.flatten(0, 1),
         mode="sum",
-    ).view(values.shape)
-    output.copy_(sums.permute(0, 2, 3, 1))
-
-
-def _add_colour(images: Tensor, output: Tensor, pixel: Tensor, level: Tensor, brightness: Tensor) -> None:
-    """Add what color needs of means, and the brightness; on a CPU, which can tell, only to groups with color.
-
-    Groups of one image stay together: the mean of an image that is alone may be rounded in another way.
-    """
-    chosen = slice(None)
-    if images.shape[1] > 1 and not images.is_cuda:
-        chosen = ((pixel != 0) | (level != 0) | (brightness != 0)).flatten().nonzero()[:, 0]
-        if len(chosen) == 0:
-            return
-    # Contiguous, so that the rounding of an image's mean does not depend on where the image came from.
-    means = (sum(images[chosen].unbind(2)) / images.shape[2]).contiguous()  # [G, members, H * W]
-    colour = pixel[chosen] * means + level[chosen] * means.mean(2, keepdim=True) + brightness[chosen]
-    output[chosen] += colour[:, :, None]
+    )
+    return sums.view(count, pixels, channels).transpose(1, 2)
 
 
 class _Coefficients(NamedTuple):

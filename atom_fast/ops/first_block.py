@@ -161,9 +161,9 @@ def first_block_backward_op(
         return _backward_triton(grad_pooled, grad_maps, images, filters, *saved, *powers, norm)
     gradient = torch.empty_like(images, memory_format=torch.contiguous_format)
     pieces = ((rows, convolved, None) for rows, convolved in _convolved_pieces(images, filters))
-    windows = _shared_windows(filters)
     for rows, grad_convolved in backward_torch(pieces, grad_pooled, grad_maps, *saved, *powers):
-        gradient[rows] = _image_gradient(grad_convolved, filters, windows)
+        shape = gradient[rows].shape
+        gradient[rows] = torch.nn.grad.conv2d_input(shape, filters, grad_convolved, padding=1)
     return gradient
 
 
@@ -382,26 +382,3 @@ def _convolved_pieces(images: Tensor, filters: Tensor) -> Iterator[tuple[slice, 
     for rows in _sample_pieces(images, filters):
         piece = images[rows].to(filters.dtype).contiguous(memory_format=torch.channels_last)
         yield rows, F.conv2d(piece, filters, padding=1)
-
-
-def _shared_windows(filters: Tensor) -> Tensor:
-    """The transposed convolution [C, C_in, 3, 3] as one that computes a 2x2 square at each place: [4 C_in, C, 4, 4].
-
-    The library's convolution computes 16 channels even where an image has 1 or 3. A square has four times as many, and
-    its pixels share the 4x4 window that they are summed over.
-    """
-    channels, image_channels = filters.shape[:2]
-    windows = filters.new_zeros(image_channels, 2, 2, channels, 4, 4)
-    for row in (0, 1):
-        for column in (0, 1):
-            windows[:, row, column, :, row : row + 3, column : column + 3] = filters.flip(2, 3).transpose(0, 1)
-    return windows.flatten(0, 2).contiguous(memory_format=torch.channels_last)
-
-
-def _image_gradient(grad_convolved: Tensor, filters: Tensor, windows: Tensor) -> Tensor:
-    """Gradient [B, C_in, H, W] of the images, from that of their convolution."""
-    batch, _, height, width = grad_convolved.shape
-    if height % 2 or width % 2:
-        shape = batch, filters.shape[1], height, width
-        return torch.nn.grad.conv2d_input(shape, filters, grad_convolved, padding=1)
-    return F.pixel_shuffle(F.conv2d(grad_convolved, windows, stride=2, padding=1), 2)
