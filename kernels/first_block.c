@@ -97,11 +97,12 @@ static void fold_image(const float *gradient, Shape s, const float *filters, int
     FOR_IMAGE_CHANNELS(fold(gradient, s, filters, IC, out))
 }
 
+/* Whole vectors, so that what lies behind an image in memory is aligned. */
 static int64_t image_values(int64_t image_channels, int64_t height, int64_t width) {
-    return (height + 2) * (width + 2) * image_channels;
+    return padded((height + 2) * (width + 2) * image_channels);
 }
 
-/* Below, `strides` are those of the images [B, C_in, H, W], and `scratch` is [threads, (H + 2) (W + 2) C_in + H W
+/* Below, `strides` are those of the images [B, C_in, H, W], and `scratch` is [threads, padded((H + 2) (W + 2) C_in) + H W
  * padded(C)], with more where said. */
 
 /* Mean and variance [B, C] of each plane of the convolution. */
@@ -141,7 +142,8 @@ void first_block_forward(const float *images, const int64_t *strides, const floa
 }
 
 /* The gradient [B, C_in, H, W] of the images, not where sums are written. A gradient that is NULL is zero. `sums` is
- * [B, 2, C], or [2, C] where they are read. `scratch` has (H + 2) (W + 2) padded(C) + M + 2 C more. */
+ * [B, 2, C], or [2, C] where they are read. `scratch` has (H + 2) (W + 2) padded(C) + padded(M + 2 C)
+ * more. */
 void first_block_backward(const float *grad_pooled, const float *grad_maps, const float *images, const int64_t *strides,
                           const float *filters, const float *weight, const float *bias, const float *maps,
                           const float *mean, const float *rstd, const float *statistics, float *sums, float *grad_images,
@@ -151,7 +153,7 @@ void first_block_backward(const float *grad_pooled, const float *grad_maps, cons
     Shape framed = {channels, height, width, s.pitch, s.pitch * (width + 2)};
     int64_t values = map_values(s, spatial_power, channel_power);
     int64_t own_image = image_values(image_channels, height, width), frame = (height + 2) * framed.row;
-    int64_t of_thread = own_image + frame + height * s.row + values + 2 * channels;
+    int64_t of_thread = own_image + frame + height * s.row + padded(values + 2 * channels);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < samples; i++) {
         float *padded_image = scratch + omp_get_thread_num() * of_thread, *framed_gradient = padded_image + own_image;

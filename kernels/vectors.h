@@ -21,8 +21,8 @@ typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_a
 
 INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Channels rounded up to whole vectors. */
-INLINE int64_t padded(int64_t channels) { return (channels + LANES - 1) / LANES * LANES; }
+/* A number of values rounded up to whole vectors. */
+INLINE int64_t padded(int64_t values) { return (values + LANES - 1) / LANES * LANES; }
 
 INLINE vector splat(float value) { return value - (vector){0}; }
 

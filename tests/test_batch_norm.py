@@ -14,10 +14,12 @@ from torch import nn
 import atom_fast as af
 from atom_fast.evaluate.training import Trainer
 from atom_fast.networks import ConvNet, lean
-from atom_fast.ops.batch_norm import batch_norm, batch_norm_op, batch_statistics_op
+from atom_fast.ops.batch_norm import batch_norm, batch_norm_op, batch_statistics_op, is_fused
 from tests.cubin import CAPABILITIES, compile_kernel
 from tests.test_evaluate import PROTOCOL, assert_same_network, plain_loop, train
 
+FUSED = ["triton", "native"]
+BACKENDS = [*FUSED, "torch", "reference"]
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 NAMES = ("output", "grad_x", "grad_weight", "grad_bias", "grad_offset", "running_mean", "running_var")
 
@@ -32,6 +34,11 @@ def inputs(*shape, device="cpu", dtype=torch.float64, layout="channels_last", me
     x = x.to(device, dtype).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
     *parameters, running_mean, running_var = (vector.to(device, wide) for vector in vectors)
     return [x, *(parameter.requires_grad_() for parameter in parameters), running_mean, running_var]
+
+
+def dtype_of(backend):
+    """What a backend computes most precisely."""
+    return torch.float32 if backend == "native" else torch.float64
 
 
 def results(function, x, weight, bias, offset, running_mean, running_var, **options):
@@ -53,21 +60,32 @@ def plain_batch_norm(x, weight, bias, running_mean, running_var, *, offset, rect
     return F.avg_pool2d(x, 2) if pool else x
 
 
-def assert_close(got, expected, tolerance=1e-9):
+def assert_close(got, expected, tolerance=None):
+    tolerance = tolerance or (1e-5 if got["output"].dtype == torch.float32 else 1e-9)
     for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, rtol=tolerance, atol=tolerance, msg=lambda text, n=name: n + text)
+        own = got[name].to(value.dtype)
+        torch.testing.assert_close(own, value, rtol=tolerance, atol=tolerance, msg=lambda text, n=name: n + text)
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rectify, pool", [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("shape", [(3, 5, 4, 6), (2, 40, 12, 10), (1, 3, 2, 2)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_equals_the_equations(layout, shape, rectify, pool, backend, device):
-    tensors = inputs(*shape, device=device, layout=layout)
+def test_equals_the_equations(layout, shape, rectify, pool, backend, place):
+    tensors = inputs(*shape, device=place, dtype=dtype_of(backend), layout=layout)
     with af.backend(backend):
         got = results(batch_norm, *tensors, rectify=rectify, pool=pool)
     assert_close(got, expected_results(*tensors, rectify=rectify, pool=pool))
     assert got["output"].is_contiguous(memory_format=LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(2, 6, 5, 7), (3, 4, 1, 1), (4, 17, 1, 3)])
+def test_odd_planes_without_pooling(shape, backend, place):
+    tensors = inputs(*shape, device=place, dtype=dtype_of(backend))
+    with af.backend(backend):
+        got = results(batch_norm, *tensors, rectify=True)
+    assert_close(got, expected_results(*tensors, rectify=True))
 
 
 @given(
@@ -99,11 +117,11 @@ def test_more_samples_than_are_put_together_at_once(triton_backend, device):
     assert_close(results(batch_norm, *tensors), expected_results(*tensors))
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("backend", [*FUSED, "torch"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
-def test_narrow_types_are_computed_in_float32(dtype, tolerance, backend, device):
-    tensors = inputs(3, 8, 8, 8, device=device, dtype=dtype)
-    if backend == "torch":
+def test_narrow_types_are_computed_in_float32(dtype, tolerance, backend, place):
+    tensors = inputs(3, 8, 8, 8, device=place, dtype=dtype)
+    if backend != "triton":
         tensors[3] = tensors[3].detach().zero_().requires_grad_()  # a sum in a narrow type is rounded
     with af.backend(backend):
         got = results(batch_norm, *tensors, rectify=True, pool=True)
@@ -113,28 +131,34 @@ def test_narrow_types_are_computed_in_float32(dtype, tolerance, backend, device)
             assert (got[name].double() - value).abs().max() <= tolerance * value.abs().max(), name
 
 
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_mean_far_from_zero_costs_no_accuracy(layout, triton_backend, device):
-    tensors = inputs(3, 4, 16, 48, device=device, dtype=torch.float32, mean=3000.0, layout=layout)
+def test_a_mean_far_from_zero_costs_no_accuracy(layout, backend, place):
+    tensors = inputs(3, 4, 16, 48, device=place, dtype=torch.float32, mean=3000.0, layout=layout)
     expected = expected_results(*tensors)
-    got = results(batch_norm, *tensors)
+    with af.backend(backend):
+        got = results(batch_norm, *tensors)
     for name in ("output", "running_mean", "running_var"):  # float32 holds 3000 to 1.2e-4
         assert (got[name] - expected[name]).abs().max() <= 5e-4 * expected[name].abs().max()
 
 
-def test_not_a_number_is_passed_on(triton_backend, device):
-    x, *vectors = inputs(2, 4, 4, 4, device=device)
+@pytest.mark.parametrize("backend", FUSED)
+def test_not_a_number_is_passed_on(backend, place):
+    x, *vectors = inputs(2, 4, 4, 4, device=place, dtype=dtype_of(backend))
     with torch.no_grad():
         x[1, 2, 0, 0] = torch.nan
-    got = results(batch_norm, x, *vectors, rectify=True, pool=True)
+    with af.backend(backend):
+        got = results(batch_norm, x, *vectors, rectify=True, pool=True)
     for name in ("output", "running_mean", "running_var"):
         nans = got[name].isnan().transpose(0, got[name].dim() // 2 - got[name].dim() // 4)
         assert nans[2].all() and nans.sum() == nans[2].numel()
 
 
-def test_same_input_same_bits(triton_backend, device):
-    tensors = inputs(5, 33, 8, 8, device=device, dtype=torch.float32)
-    first, again = (results(batch_norm, *tensors, rectify=True, pool=True) for _ in range(2))
+@pytest.mark.parametrize("backend", FUSED)
+def test_same_input_same_bits(backend, place):
+    tensors = inputs(5, 33, 8, 8, device=place, dtype=torch.float32)
+    with af.backend(backend):
+        first, again = (results(batch_norm, *tensors, rectify=True, pool=True) for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in NAMES)
 
 
@@ -144,27 +168,30 @@ def test_gradients_are_those_of_finite_differences(pool, triton_backend, device)
     assert torch.autograd.gradcheck(lambda *tensors: batch_norm(*tensors, rectify=True, pool=pool), (x, weight, bias))
 
 
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_running_statistics_are_those_of_the_module(channels_last, triton_backend, device):
+def test_running_statistics_are_those_of_the_module(channels_last, backend, place):
     """After several steps, with a convolution's bias, and what evaluation mode makes of them."""
     torch.manual_seed(0)
-    convolution, norm = nn.Conv2d(2, 6, 3, padding=1).double().to(device), nn.BatchNorm2d(6).double().to(device)
+    dtype, tolerance = dtype_of(backend), 1e-12 if backend == "triton" else 1e-6
+    convolution, norm = (module.to(place, dtype) for module in (nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6)))
     nn.init.normal_(norm.weight)
     mine = copy.deepcopy(norm)
     options = {"momentum": mine.momentum, "eps": mine.eps, "rectify": True}
     statistics = (mine.running_mean, mine.running_var)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     for size in (5, 3, 4):
-        x = torch.randn(size, 2, 7, 7, dtype=torch.float64, device=device).contiguous(memory_format=layout)
+        x = torch.randn(size, 2, 7, 7, dtype=dtype, device=place).contiguous(memory_format=layout)
         expected = norm(convolution(x)).relu()
         convolved = F.conv2d(x, convolution.weight, padding=1)
-        got = batch_norm(convolved, mine.weight, mine.bias, *statistics, offset=convolution.bias, **options)
+        with af.backend(backend):
+            got = batch_norm(convolved, mine.weight, mine.bias, *statistics, offset=convolution.bias, **options)
         torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(mine.running_mean, norm.running_mean, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(mine.running_var, norm.running_var, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(mine.running_mean, norm.running_mean, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(mine.running_var, norm.running_var, rtol=tolerance, atol=tolerance)
     norm.eval()
     for gradients in (False, True):
-        with torch.set_grad_enabled(gradients):
+        with torch.set_grad_enabled(gradients), af.backend(backend):
             arguments = (F.conv2d(x, convolution.weight, padding=1), mine.weight, mine.bias, *statistics)
             got = batch_norm(*arguments, offset=convolution.bias, training=False, **options)
             torch.testing.assert_close(got, norm(convolution(x)).relu())
@@ -179,9 +206,11 @@ def test_operator_contract(device):
     torch.library.opcheck(batch_norm_op, (x, weight, bias, offset, mean, rstd, True, True), test_utils=tests)
 
 
-def test_a_second_derivative_is_refused(triton_backend, device):
-    x, weight, bias, *_ = inputs(2, 4, 4, 4, device=device)
-    (gradient,) = torch.autograd.grad(batch_norm(x, weight, bias).sum(), x, create_graph=True)
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_second_derivative_is_refused(backend, place):
+    x, weight, bias, *_ = inputs(2, 4, 4, 4, device=place, dtype=dtype_of(backend))
+    with af.backend(backend):
+        (gradient,) = torch.autograd.grad(batch_norm(x, weight, bias).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(gradient.square().sum(), x)
 
@@ -204,33 +233,60 @@ def test_what_does_not_fit_is_refused(shape, width, options, message):
         batch_norm(torch.zeros(shape), torch.zeros(width), torch.zeros(width), **options)
 
 
-def small_set(size, device):
+def test_what_is_one_operation_on_a_cpu():
+    x = torch.zeros(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    with af.backend("native"):
+        assert is_fused(x, True)
+        assert not is_fused(x.contiguous(), True) and not is_fused(x.double(), True)
+        assert not is_fused(x, True, torch.zeros(3, dtype=torch.float64)) and not is_fused(x, False)
+        with torch.no_grad():
+            assert is_fused(x, False)
+
+
+def small_set(size, device, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(5, 2, size, size, generator=generator, dtype=torch.float64)
-    return images.to(device).contiguous(memory_format=torch.channels_last), torch.arange(5, device=device) % 3
+    return images.to(device, dtype).contiguous(memory_format=torch.channels_last), torch.arange(5, device=device) % 3
 
 
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("pooling, size", [("avg2", 4), ("avg2", 5), ("max2", 4)])
-def test_training_equals_a_plain_loop(pooling, size, triton_backend, device):
+def test_training_equals_a_plain_loop(pooling, size, backend, place):
     """Every weight, bias and running statistic after 20 steps, and the logits in evaluation mode."""
-    images, labels = small_set(size, device)
+    dtype, tolerance = dtype_of(backend), 1e-9 if backend == "triton" else 1e-4
+    images, labels = small_set(size, place, dtype)
     # A weight decay that the convolutions' biases feel.
     protocol = dataclasses.replace(PROTOCOL, epochs=10, batch_size=3, augmentation="none", weight_decay=1 / 8)
 
     def network():
-        return ConvNet(2, 3, size, norm="batch", width=4, depth=2, pooling=pooling).to(device, torch.float64)
+        return ConvNet(2, 3, size, norm="batch", width=4, depth=2, pooling=pooling).to(place, dtype)
 
     expected = plain_loop(images, labels, protocol, 4, network())
-    trainer = Trainer(network().to(memory_format=torch.channels_last), images, labels, protocol)
-    trainer.restart(7)  # a network before it leaves nothing behind
-    trainer.train_epoch(0)
-    got = train(trainer, 4)
-    assert_same_network(got, expected)
+    with af.backend(backend):
+        trainer = Trainer(network().to(memory_format=torch.channels_last), images, labels, protocol)
+        trainer.restart(7)  # a network before it leaves nothing behind
+        trainer.train_epoch(0)
+        got = train(trainer, 4)
+    assert_same_network(got, expected, tolerance)
     expected.eval()
     trainer.network.eval()
-    with torch.no_grad():
-        torch.testing.assert_close(lean.logits(trainer.network, images), expected(images), rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(trainer.network(images), expected(images), rtol=1e-9, atol=1e-9)
+    with torch.no_grad(), af.backend(backend):
+        for logits in (lean.logits(trainer.network, images), trainer.network(images)):
+            torch.testing.assert_close(logits, expected(images), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_cumulative_average_is_the_modules(backend, place):
+    images, _ = small_set(4, place, dtype_of(backend))
+    network = ConvNet(2, 3, 4, norm="batch", width=4, depth=2).to(images).to(memory_format=torch.channels_last)
+    network.reset_parameters(torch.Generator(place).manual_seed(0))
+    for block in network.blocks:
+        block.norm.momentum = None
+    plain = copy.deepcopy(network)
+    with af.backend(backend):
+        for batch in (images[:3], images):
+            torch.testing.assert_close(lean.logits(network, batch), plain(batch))
+    torch.testing.assert_close(dict(network.named_buffers()), dict(plain.named_buffers()))
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ import torch
 
 import atom_fast as af
 from atom_fast import _native
+from atom_fast.ops.batch_norm import batch_norm
 from atom_fast.ops.block import attention_block
 from atom_fast.ops.first_block import first_block
 from atom_fast.ops.instance_norm import instance_norm
@@ -101,6 +102,7 @@ OPERATORS = {
     "batch block": lambda x: attention_block(x.repeat(1, 7, 1, 1), norm="batch"),
     "first block": lambda x: first_block(x, images(20, 3, 3, 3)),
     "batch first block": lambda x: first_block(x, images(20, 3, 3, 3), norm="batch"),
+    "batch norm": lambda x: [batch_norm(x, torch.ones(3), torch.ones(3), rectify=True, pool=True)],
     "instance norm": lambda x: [instance_norm(x, torch.ones(3), torch.ones(3), rectify=True, pool=True)],
 }
 

@@ -6,17 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atom_fast._backend import resolve_backend
 from atom_fast.networks.convnet import ConvBlock, ConvNet
-from atom_fast.ops.batch_norm import batch_norm
+from atom_fast.ops.batch_norm import batch_norm, is_fused
 from atom_fast.ops.instance_norm import instance_norm
 
 
 def logits(network: nn.Module, images: Tensor) -> Tensor:
     """``network(images)``, to rounding, with gradients for every parameter that the logits depend on.
 
-    A ConvNet's blocks of InstanceNorm or, on a GPU, BatchNorm, ReLU and 2×2 average pooling run as one operation after
-    a convolution without bias, which the norm takes away. What hooks on these modules would see is never computed, and
+    A ConvNet's blocks of InstanceNorm or BatchNorm, ReLU and 2×2 average pooling run as one operation after a
+    convolution without bias, which the norm takes away. What hooks on these modules would see is never computed, and
     gradients cannot be differentiated again; hence this function beside the network's own ``forward``. Other networks
     run as they are.
     """
@@ -38,7 +37,7 @@ def embed(network: nn.Module, images: Tensor) -> Tensor:
 def _block(block: ConvBlock, x: Tensor) -> Tensor:
     norm, pool = block.norm, block.pool
     # Without the kernels BatchNorm is PyTorch's, which is what the block itself calls.
-    batch = isinstance(norm, nn.BatchNorm2d) and resolve_backend(x) == "triton"
+    batch = isinstance(norm, nn.BatchNorm2d) and norm.momentum is not None and is_fused(x, norm.training)
     if not ((batch or _is_instance_norm(norm)) and isinstance(block.activation, nn.ReLU)):
         return block(x)
     convolved = F.conv2d(x, block.convolution.weight, padding=block.convolution.padding)

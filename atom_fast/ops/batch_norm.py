@@ -1,16 +1,22 @@
 """BatchNorm, ReLU and 2x2 average pooling as one operator, for training and for testing.
 
-On a GPU the statistics are a pass of their own, since they are of the whole batch; the input and two numbers a channel
-are kept for the backward pass, and asking for a second derivative raises. Elsewhere PyTorch's own operators run.
+The statistics are a pass of their own, since they are of the whole batch; the input and two numbers a channel are kept
+for the backward pass, and asking for a second derivative raises. That is on a GPU, and on a CPU for float32 in
+channels_last; elsewhere PyTorch's own operators run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from .. import _native
 from .._backend import resolve_backend
+from .block import join_statistics
 from .instance_norm import check_input, empty_gradient, empty_output, rectified_and_pooled
 from .launching import accumulation_dtype, device_of
 
@@ -55,22 +61,33 @@ def batch_norm(
             train with.
     """
     _check(x, weight, bias, running_mean, running_var, offset, training, pool)
-    if resolve_backend(x) != "triton" or (not training and torch.is_grad_enabled()):
+    if not is_fused(x, training, weight, bias, running_mean, running_var, offset):
         return reference_batch_norm(
             x, weight, bias, running_mean, running_var, offset, training, momentum, eps, rectify, pool
         )
-    if not training:
-        mean = running_mean if offset is None else running_mean - offset
+    native = resolve_backend(x) == "native"
+    if training:
+        if running_mean is None:  # updated for nobody
+            running_mean, running_var = torch.empty_like(weight), torch.empty_like(weight)
+        statistics = _statistics_native if native else batch_statistics_op
+        offset_alone = None if offset is None else offset.detach()
+        mean, rstd = statistics(x.detach(), offset_alone, running_mean, running_var, momentum, eps)
+    else:
         wide = accumulation_dtype(x.dtype)
-        return batch_norm_op(
-            x, weight, bias, offset, mean.to(wide), (running_var + eps).rsqrt().to(wide), rectify, pool
-        )
-    if running_mean is None:  # updated for nobody
-        running_mean, running_var = torch.empty_like(weight), torch.empty_like(weight)
-    mean, rstd = batch_statistics_op(
-        x.detach(), None if offset is None else offset.detach(), running_mean, running_var, momentum, eps
-    )
-    return batch_norm_op(x, weight, bias, offset, mean, rstd, rectify, pool)
+        mean = (running_mean if offset is None else running_mean - offset).to(wide)
+        rstd = (running_var + eps).rsqrt().to(wide)
+    apply = _BatchNorm.apply if native else batch_norm_op
+    return apply(x, weight, bias, offset, mean, rstd, rectify, pool)
+
+
+def is_fused(x: Tensor, training: bool, *vectors: Tensor | None) -> bool:
+    """Whether `batch_norm` of ``x``, with these vectors, is one operation and not PyTorch's own operators."""
+    backend = resolve_backend(x)
+    if not training and torch.is_grad_enabled():
+        return False
+    if backend == "native" and not torch.compiler.is_compiling():
+        return x.is_contiguous(memory_format=torch.channels_last) and _native.takes(x, *vectors)
+    return backend == "triton"
 
 
 def _check(x, weight, bias, running_mean, running_var, offset, training, pool) -> None:
@@ -192,15 +209,67 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, gradient):
-    if gradient is None:
-        return (None,) * 8
+    return (None,) * 8 if gradient is None else _gradients(batch_norm_backward_op, ctx, gradient)
+
+
+def _gradients(backward: Callable, ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
     *saved, offset = ctx.saved_tensors
-    grad_x, (grad_bias, grad_weight) = batch_norm_backward_op(gradient, *saved, *ctx.options)
+    grad_x, (grad_bias, grad_weight) = backward(gradient, *saved, *ctx.options)
     grad_offset = None if offset is None else torch.zeros_like(offset)
     return grad_x, grad_weight.to(saved[1].dtype), grad_bias.to(saved[2].dtype), grad_offset, None, None, None, None
 
 
 batch_norm_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+# C: see kernels/batch_norm.c, for channels_last.
+
+
+class _BatchNorm(torch.autograd.Function):
+    """`batch_norm_op` in C, without the dispatch of an operator."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, offset, mean, rstd, rectify, pool):
+        out = empty_output(x, pool)
+        vectors = (vector.contiguous() for vector in (weight, bias, mean, rstd))
+        _native.run("batch_norm_forward", x, *vectors, out, *x.shape, rectify, pool)
+        _setup_context(ctx, (x, weight, bias, offset, mean, rstd, rectify, pool), out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return _gradients(_backward_native, ctx, gradient)
+
+
+def _statistics_native(x, offset, running_mean, running_var, momentum, eps) -> tuple[Tensor, Tensor]:
+    """As `batch_statistics_op`."""
+    means, variances = x.new_empty((2, *x.shape[:2]))
+    _native.run("block_statistics", x, means, variances, *x.shape)
+    mean, variance = join_statistics(means, variances)
+    count = x.numel() / x.shape[1]
+    running_mean.lerp_(mean if offset is None else mean + offset, momentum)
+    running_var.lerp_(variance * (count / (count - 1)), momentum)
+    return mean, variance.add_(eps).rsqrt_()
+
+
+def _backward_native(gradient, x, weight, bias, mean, rstd, rectify, pool) -> tuple[Tensor, Tensor]:
+    """As `batch_norm_backward_op`."""
+    gradient = gradient.contiguous(memory_format=torch.channels_last)
+    inputs = gradient, x, weight.contiguous(), bias.contiguous(), mean, rstd
+    # Each sample's part, added afterwards in a fixed order.
+    parts = x.new_empty((2, *x.shape[:2]))
+    _native.run("batch_norm_backward", *inputs, *parts, None, *x.shape, rectify, pool)
+    sums = parts.sum(1)
+    sums[1] *= rstd
+    means = sums * (x.shape[1] / x.numel())
+    means[1] *= rstd
+    grad_x = empty_gradient(x)
+    _native.run("batch_norm_backward", *inputs, *means, grad_x, *x.shape, rectify, pool)
+    return grad_x, sums
+
+
+# Triton: see kernels/batch_norm.py.
 
 
 def _launch(x: Tensor) -> tuple[int, tuple[int], dict]:

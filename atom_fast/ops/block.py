@@ -302,19 +302,25 @@ def _forward_native(x, weight, bias, eps, spatial_power, channel_power, norm, po
     if norm == "batch":
         means, variances = torch.empty_like(mean), torch.empty_like(mean)
         _native.run("block_statistics", x, means, variances, *x.shape)
-        join_statistics(means, variances, eps, mean, rstd)
+        write_batch_statistics(means, variances, eps, mean, rstd)
     _native.run(
         "block_forward", x, dense(weight), dense(bias), pooled, maps, mean, rstd, statistics,
         *x.shape, eps, *native_powers(spatial_power, channel_power), norm == "batch",
     )  # fmt: skip
 
 
-def join_statistics(means: Tensor, variances: Tensor, eps: float, mean: Tensor, rstd: Tensor) -> None:
-    """Write mean and 1 / sqrt(variance + eps) of channels over the batch, of those of its planes; all are [B, C]."""
+def join_statistics(means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance [C] of channels over a batch, of those of its planes [B, C], which are used up."""
     # Planes are of one size: the variance is the mean of theirs and the variance of their means.
-    between, total = torch.var_mean(means, 0, correction=0)
+    mean = means.mean(0)
+    return mean, variances.add_(means.sub_(mean).square_()).mean(0)
+
+
+def write_batch_statistics(means: Tensor, variances: Tensor, eps: float, mean: Tensor, rstd: Tensor) -> None:
+    """Write mean and 1 / sqrt(variance + eps) of the batch into every row of [B, C]; see `join_statistics`."""
+    total, variance = join_statistics(means, variances)
     mean.copy_(total)
-    rstd.copy_(torch.rsqrt(variances.mean(0) + between + eps))
+    rstd.copy_(torch.rsqrt(variance + eps))
 
 
 def _backward_native(

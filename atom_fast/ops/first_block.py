@@ -207,7 +207,7 @@ def _forward_native(
     if norm == "batch":
         means, variances = torch.empty_like(mean), torch.empty_like(mean)
         _native.run("first_block_statistics", *inputs, means, variances, scratch, *sizes)
-        block.join_statistics(means, variances, eps, mean, rstd)
+        block.write_batch_statistics(means, variances, eps, mean, rstd)
     _native.run(
         "first_block_forward", *inputs, block.dense(weight), block.dense(bias), pooled, maps, mean, rstd, statistics,
         scratch, *sizes, eps, *block.native_powers(spatial_power, channel_power), norm == "batch",
@@ -231,8 +231,9 @@ def _backward_native(
 ):
     gradient = torch.empty_like(images, memory_format=torch.contiguous_format)
     own, image_values, values = _native_sizes(images, filters)
-    framed = image_values // images.shape[1] * own.shape[-1]
-    scratch = _scratch(images, image_values + framed + values + maps.shape[1] + 2 * filters.shape[0])
+    height, width = images.shape[2:]
+    framed = (height + 2) * (width + 2) * own.shape[-1]
+    scratch = _scratch(images, image_values + framed + values + _padded(maps.shape[1] + 2 * filters.shape[0]))
     gradients = block.native_gradients(grad_pooled, grad_maps)
     saved = block.dense(weight), block.dense(bias), maps, mean, rstd, statistics
     sizes = *images.shape, filters.shape[0], *block.native_powers(spatial_power, channel_power)
@@ -247,8 +248,13 @@ def _backward_native(
 def _native_sizes(images: Tensor, filters: Tensor) -> tuple[Tensor, int, int]:
     """Filters as [3, 3, C_in, C], C filled up with zeros to whole vectors; values of a framed image, of its planes."""
     channels, (_, image_channels, height, width) = filters.shape[0], images.shape
-    own = F.pad(filters.permute(2, 3, 1, 0), (0, -channels % _native.LANES)).contiguous()
-    return own, (height + 2) * (width + 2) * image_channels, height * width * own.shape[-1]
+    own = F.pad(filters.permute(2, 3, 1, 0), (0, _padded(channels) - channels)).contiguous()
+    return own, _padded((height + 2) * (width + 2) * image_channels), height * width * own.shape[-1]
+
+
+def _padded(values: int) -> int:
+    """A number of values rounded up to whole vectors."""
+    return values + -values % _native.LANES
 
 
 def _strides(images: Tensor) -> Tensor:
@@ -295,7 +301,7 @@ def _batch_statistics(images, filters, eps, constants, mean, rstd) -> None:
     first_block_statistics_kernel[(images.shape[0],)](
         images, filters, means, variances, *images.stride(), **{name: constants[name] for name in names}
     )
-    block.join_statistics(means, variances, eps, mean, rstd)
+    block.write_batch_statistics(means, variances, eps, mean, rstd)
 
 
 def _backward_triton(
