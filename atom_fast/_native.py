@@ -8,10 +8,12 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from . import kernels
 
 LANES = 16  # floats in the kernels' vectors, see kernels/vectors.h
 _COMPILERS = ("cc", "gcc", "clang")
+_PATIENCE = 120  # seconds that a compiler may take
 # Sums may be taken in vectors, and products added in one rounding; NaN and infinity stay what they are.
 _FLAGS = (
     "-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
@@ -42,16 +45,25 @@ def takes(*tensors: Tensor | None) -> bool:
     return all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors) and is_built()
 
 
-def run(name: str, *arguments: Tensor | int | float | None) -> None:
-    """Call the kernel ``name``, which splits its samples over PyTorch's threads.
+def threads_for(samples: int) -> int:
+    """How many of PyTorch's threads work on so many samples."""
+    return max(1, min(torch.get_num_threads(), samples))
+
+
+def run(name: str, samples: int, *arguments: Tensor | int | float | None) -> None:
+    """Call the kernel ``name``, which splits its samples over `threads_for` them.
 
     Args:
         name: a function of ``kernels/*.c``.
+        samples: how many there are.
         arguments: in its order, without the number of threads, which comes last: tensors and None as pointers, int and
             bool as int64_t, float as float.
+
+    Raises:
+        TypeError: a tensor is not of float32 or int64 in a CPU's memory.
     """
     converted = [_converted(argument) for argument in arguments]
-    getattr(_library(), name)(*converted, ctypes.c_int64(torch.get_num_threads()))
+    getattr(_library(), name)(*converted, ctypes.c_int64(threads_for(samples)))
 
 
 def _converted(argument: Tensor | int | float | None):
@@ -60,66 +72,91 @@ def _converted(argument: Tensor | int | float | None):
     if isinstance(argument, Tensor):
         if argument.device.type != "cpu" or argument.dtype not in (torch.float32, torch.int64):
             raise TypeError(f"kernels in C take float32 and int64 on a CPU; got {argument.dtype} on {argument.device}")
+        if argument.numel() > 0 and argument.data_ptr() == 0:
+            raise TypeError(f"kernels in C take tensors with memory; got a {type(argument).__name__}")
         return ctypes.c_void_p(argument.data_ptr())
     return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
+    reasons = []
     try:
-        path = _path()
-        if path.exists():
-            with contextlib.suppress(OSError):  # a damaged file is built anew
-                return ctypes.CDLL(str(path))
+        name = _name()
+        for folder in (_cache, _temporary_folder):
+            try:
+                with folder() as place:
+                    return _loaded(Path(place) / name)
+            except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+                reasons.append(str(error))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        reasons.append(str(error))
+    warnings.warn(
+        f"the fused kernels for a CPU could not be built, so PyTorch's operators take their place, several times "
+        f"slower: {'; '.join(dict.fromkeys(reasons))}",
+        stacklevel=4,
+    )
+    return None
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    """The library at ``path``, which is built unless it is there and whole."""
+    if not _is_whole(path):
         _build(path)
-        return ctypes.CDLL(str(path))
-    except (OSError, RuntimeError) as error:
-        warnings.warn(
-            f"the fused kernels for a CPU could not be built, so PyTorch's operators take their place, several times "
-            f"slower: {error}",
-            stacklevel=4,
-        )
-        return None
+    return ctypes.CDLL(str(path))
 
 
-def _path() -> Path:
-    """Where the library of these sources, this compiler and this processor is kept."""
-    digest = hashlib.sha256(f"{_FLAGS} {platform.machine()} {_processor()}".encode())
-    digest.update(_output([_compiler(), "--version"]).encode())
+def _name() -> str:
+    """Tells apart the libraries of these sources, this compiler and this processor from others."""
+    digest = hashlib.sha256(f"{_compiler()} {_FLAGS} {platform.machine()} {_processor()}".encode())
+    digest.update(_output([*_compiler(), "--version"]).encode())
     for file in _sources("*.[ch]"):
         digest.update(file.read_bytes())
-    return _cache() / f"kernels-{digest.hexdigest()[:16]}.so"
+    return f"kernels-{digest.hexdigest()[:16]}.so"
 
 
 def _build(path: Path) -> None:
     # Beside its place, then moved: another process sees a whole library or none.
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = Path(scratch) / path.name
-        command = [_compiler(), *_FLAGS, *map(str, _sources("*.c")), "-o", str(made), "-lm"]
+        command = [*_compiler(), *_FLAGS, *map(str, _sources("*.c")), "-o", str(made), "-lm"]
         try:
             _output([*command, "-fopenmp"])
         except RuntimeError:
             _output(command)  # Apple's compiler has no OpenMP: one thread
+        with made.open("ab") as file:
+            file.write(hashlib.sha256(made.read_bytes()).digest())
         os.replace(made, path)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library is there and ends with its checksum: half a library may load, and end the process later."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 def _sources(pattern: str) -> list[Path]:
     return sorted(Path(next(iter(kernels.__path__))).glob(pattern))
 
 
-def _compiler() -> str:
-    named = os.environ.get("CC")
-    found = next(filter(None, map(shutil.which, [named] if named else _COMPILERS)), None)
-    if found is None:
-        raise RuntimeError(
-            f"no C compiler was found ({named or ', '.join(_COMPILERS)}); install one, or name one by the environment "
-            "variable CC"
-        )
-    return found
+def _compiler() -> list[str]:
+    named = os.environ.get("CC", "").strip()
+    for command in [shlex.split(named)] if named else [[name] for name in _COMPILERS]:
+        if shutil.which(command[0]):
+            return command
+    raise RuntimeError(
+        f"no C compiler was found ({named or ', '.join(_COMPILERS)}); install one, or name one by the environment "
+        "variable CC"
+    )
 
 
 def _output(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=_PATIENCE
+    )
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} ended with status {done.returncode}: {done.stderr.strip()[-2000:]}")
     return done.stdout
@@ -134,13 +171,16 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def _cache() -> Path:
-    """A folder of this user's that can be written: the usual one for caches, or a temporary one."""
+@contextlib.contextmanager
+def _cache() -> Iterator[Path]:
+    """The folder for what this user's programs keep, of which nobody else is the owner: code is loaded from it."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atom_fast"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.access(folder, os.W_OK):
-            return folder
-    except (OSError, RuntimeError):
-        pass
-    return Path(tempfile.mkdtemp(prefix="atom_fast-"))
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
+        raise RuntimeError(f"{folder} belongs to another user")
+    yield folder
+
+
+def _temporary_folder() -> contextlib.AbstractContextManager[str]:
+    """For this process alone; a library that is loaded needs its file no longer."""
+    return tempfile.TemporaryDirectory(prefix="atom_fast-")

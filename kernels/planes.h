@@ -12,7 +12,7 @@ typedef struct {
 /* Mean, or with `mean` given the mean square around it, of `n` channels over all places. */
 INLINE vector mean_over_places(const float *x, Shape s, int64_t n, const vector *mean) {
     vector sums[4] = {{0}, {0}, {0}, {0}}; /* independent, so that one addition need not wait for the last */
-    vector centre = mean ? *mean : splat(0);
+    vector centre = mean ? *mean : load(x, n); /* a mean is summed from the first place's value: less is rounded */
     for (int64_t y = 0; y < s.height; y++) {
         const float *row = x + y * s.row;
         int64_t column = 0;
@@ -26,7 +26,8 @@ INLINE vector mean_over_places(const float *x, Shape s, int64_t n, const vector 
             sums[0] += mean ? value * value : value;
         }
     }
-    return ((sums[0] + sums[1]) + (sums[2] + sums[3])) / splat(s.height * s.width);
+    vector result = ((sums[0] + sums[1]) + (sums[2] + sums[3])) / splat(s.height * s.width);
+    return mean ? result : result + centre;
 }
 
 /* Mean and variance of every channel of a sample. */

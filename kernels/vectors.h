@@ -51,9 +51,10 @@ INLINE vector rectified(vector value) { return choose(value < splat(0), splat(0)
 INLINE float sum_of(vector value) {
     typedef float eight __attribute__((vector_size(32)));
     typedef float four __attribute__((vector_size(16)));
-    eight half = __builtin_shufflevector(value, value, 0, 1, 2, 3, 4, 5, 6, 7) +
-                 __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15);
-    four quarter = __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+    /* By unions: __builtin_shufflevector came with GCC 12. */
+    union { vector whole; eight parts[2]; } halves = {value};
+    union { eight whole; four parts[2]; } quarters = {halves.parts[0] + halves.parts[1]};
+    four quarter = quarters.parts[0] + quarters.parts[1];
     return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 

@@ -298,6 +298,7 @@ def test_a_second_derivative_is_refused(backend, norm, place):
     [
         ((4, 8, 8), {}, r"\[B, C, H, W\]"),
         ((2, 4, 1, 8), {}, "at least 2"),
+        ((2, 0, 8, 8), {}, "C at least 1"),
         ((2, 4, 8, 8), {"spatial_power": 0.5}, r"spatial_power must be in \[1, 16\] or None; got 0.5"),
         ((2, 4, 8, 8), {"channel_power": 17}, r"channel_power must be in \[1, 16\] or None; got 17"),
         ((2, 4, 8, 8), {"norm": "group"}, "norm must be one of instance, batch; got 'group'"),

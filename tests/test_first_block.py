@@ -203,6 +203,7 @@ def test_operator_passes_opcheck_and_compiles_as_one_graph(backend, norm, place)
     [
         ((3, 8, 8), (4, 3, 3, 3), r"images must be \[B, C, H, W\]"),
         ((1, 3, 1, 8), (4, 3, 3, 3), "at least 2"),
+        ((1, 0, 8, 8), (4, 0, 3, 3), "C at least 1"),
         ((1, 3, 8, 8), (4, 1, 3, 3), r"filters must be \[C, 3, 3, 3\]; got \(4, 1, 3, 3\)"),
         ((1, 3, 8, 8), (4, 3, 5, 5), r"filters must be \[C, 3, 3, 3\]"),
     ],

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.fx.experimental.proxy_tensor
 
 import atom_fast as af
 from atom_fast import _native
@@ -57,19 +58,30 @@ def test_processes_that_start_together_build_one_library(tmp_path):
     assert len(list((tmp_path / "atom_fast").iterdir())) == 1
 
 
-@pytest.mark.fault("Kernels in C", "the library that is kept is damaged", "it is built anew")
-def test_a_damaged_library_is_built_anew(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library = _native._path()
-    library.write_bytes(b"\x7fELF")
+@pytest.mark.fault("Kernels in C", "half of the library that is kept is lost", "it is built anew")
+def test_a_damaged_library_is_built_anew(tmp_path):
+    with _native._cache() as folder:
+        whole = (folder / _native._name()).read_bytes()
+    library = tmp_path / "atom_fast" / _native._name()
+    library.parent.mkdir()
+    library.write_bytes(whole[: len(whole) // 2])
     assert finish(start(tmp_path)) == ("True", "")
-    assert library.stat().st_size > 10_000
+    assert _native._is_whole(library)
 
 
 @pytest.mark.fault("Kernels in C", "the folder for caches cannot be made", "they are built for this process alone")
 def test_a_cache_that_cannot_be_made_is_done_without(tmp_path):
     (tmp_path / "file").touch()
-    assert finish(start(tmp_path / "file")) == ("True", "")
+    (tmp_path / "temporary").mkdir()
+    assert finish(start(tmp_path / "file", TMPDIR=str(tmp_path / "temporary"))) == ("True", "")
+    assert not list((tmp_path / "temporary").glob("atom_fast-*"))
+
+
+def test_the_compiler_may_be_named_with_options(monkeypatch):
+    plain = _native._name()
+    monkeypatch.setenv("CC", "cc -O1")
+    assert _native._compiler() == ["cc", "-O1"]
+    assert _native._name() != plain
 
 
 @pytest.mark.fault(
@@ -89,7 +101,7 @@ def test_without_a_compiler_pytorch_takes_over_and_says_so_once(compiler, messag
 
 def test_other_types_are_refused_before_they_are_read():
     with pytest.raises(TypeError, match="take float32 and int64 on a CPU; got torch.float64 on cpu"):
-        _native.run("block_statistics", torch.zeros(1, dtype=torch.float64))
+        _native.run("block_statistics", 1, torch.zeros(1, dtype=torch.float64))
 
 
 def images(*shape):
@@ -134,3 +146,31 @@ def test_a_sample_does_not_depend_on_the_others(name):
     together = results(images(4, 3, 8, 8))
     alone = results(images(4, 3, 8, 8)[2:3].detach())
     assert all(torch.equal(a[2:3], b) for a, b in zip(together, alone, strict=True))
+
+
+def test_the_operator_takes_no_other_layout():
+    with pytest.raises(ValueError, match="takes float32 in channels_last"):
+        torch.ops.atom_fast.block(torch.zeros(1, 3, 4, 4), None, None, 1e-5, 4.0, 4.0, "native")
+
+
+def test_a_whole_number_is_an_eps_too():
+    x, ones = images(2, 3, 8, 8), torch.ones(3)
+    assert torch.equal(instance_norm(x, ones, ones, 1, pool=True), instance_norm(x, ones, ones, 1.0, pool=True))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_traces_or_maps_sees_operators():
+    x, ones = images(2, 3, 8, 8), torch.ones(3)
+    expected = instance_norm(x, ones, ones)
+    traced = torch.jit.trace(lambda x: instance_norm(x, ones, ones), x)
+    symbolic = torch.fx.experimental.proxy_tensor.make_fx(lambda x: instance_norm(x, ones, ones))(x)
+    assert torch.equal(traced(x), expected) and torch.equal(symbolic(x), expected)
+
+    stack = torch.stack([x, x + 1])
+    mapped = torch.func.vmap(lambda x: attention_block(x).maps)(stack)
+    torch.testing.assert_close(mapped[1], attention_block(x + 1).maps)
+
+
+def test_a_negated_view_is_read_as_it_is():
+    x, ones = images(2, 3, 8, 8), torch.ones(3)
+    torch.testing.assert_close(instance_norm(torch._neg_view(x), ones, ones), instance_norm(-x, ones, ones))

@@ -174,11 +174,12 @@ def _run_native(images, operation, uniforms, groups, transposed, offset, output)
     layout = _layout(images)
     _native.run(
         "augment",
+        len(images),
         images.contiguous(memory_format=layout),
         operation.contiguous(),
         uniforms.contiguous(),
         output,
-        images.new_empty(torch.get_num_threads(), 4 * (height * width + 1) + 8 * width),
+        images.new_empty(_native.threads_for(len(images)), 4 * (height * width + 1) + 8 * width),
         *images.shape,
         layout == torch.channels_last,
         *sizes.pad,

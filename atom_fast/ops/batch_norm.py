@@ -18,7 +18,7 @@ from .. import _native
 from .._backend import resolve_backend
 from .block import join_statistics
 from .instance_norm import check_input, empty_gradient, empty_output, rectified_and_pooled
-from .launching import accumulation_dtype, device_of
+from .launching import accumulation_dtype, device_of, is_traced
 
 
 def batch_norm(
@@ -85,8 +85,9 @@ def is_fused(x: Tensor, training: bool, *vectors: Tensor | None) -> bool:
     backend = resolve_backend(x)
     if not training and torch.is_grad_enabled():
         return False
-    if backend == "native" and not torch.compiler.is_compiling():
-        return x.is_contiguous(memory_format=torch.channels_last) and _native.takes(x, *vectors)
+    if backend == "native":
+        dense = x.is_contiguous(memory_format=torch.channels_last)
+        return dense and _native.takes(x, *vectors) and not is_traced() and not x.is_neg()
     return backend == "triton"
 
 
@@ -232,7 +233,7 @@ class _BatchNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, offset, mean, rstd, rectify, pool):
         out = empty_output(x, pool)
         vectors = (vector.contiguous() for vector in (weight, bias, mean, rstd))
-        _native.run("batch_norm_forward", x, *vectors, out, *x.shape, rectify, pool)
+        _native.run("batch_norm_forward", len(x), x, *vectors, out, *x.shape, rectify, pool)
         _setup_context(ctx, (x, weight, bias, offset, mean, rstd, rectify, pool), out)
         return out
 
@@ -245,7 +246,7 @@ class _BatchNorm(torch.autograd.Function):
 def _statistics_native(x, offset, running_mean, running_var, momentum, eps) -> tuple[Tensor, Tensor]:
     """As `batch_statistics_op`."""
     means, variances = x.new_empty((2, *x.shape[:2]))
-    _native.run("block_statistics", x, means, variances, *x.shape)
+    _native.run("block_statistics", len(x), x, means, variances, *x.shape)
     mean, variance = join_statistics(means, variances)
     count = x.numel() / x.shape[1]
     running_mean.lerp_(mean if offset is None else mean + offset, momentum)
@@ -259,13 +260,13 @@ def _backward_native(gradient, x, weight, bias, mean, rstd, rectify, pool) -> tu
     inputs = gradient, x, weight.contiguous(), bias.contiguous(), mean, rstd
     # Each sample's part, added afterwards in a fixed order.
     parts = x.new_empty((2, *x.shape[:2]))
-    _native.run("batch_norm_backward", *inputs, *parts, None, *x.shape, rectify, pool)
+    _native.run("batch_norm_backward", len(x), *inputs, *parts, None, *x.shape, rectify, pool)
     sums = parts.sum(1)
     sums[1] *= rstd
     means = sums * (x.shape[1] / x.numel())
     means[1] *= rstd
     grad_x = empty_gradient(x)
-    _native.run("batch_norm_backward", *inputs, *means, grad_x, *x.shape, rectify, pool)
+    _native.run("batch_norm_backward", len(x), *inputs, *means, grad_x, *x.shape, rectify, pool)
     return grad_x, sums
 
 

@@ -91,6 +91,12 @@ def check_norm(norm: str) -> None:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}; got {norm!r}")
 
 
+def _check_is_native(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Raise ValueError for what the kernel in C would misread."""
+    if not _is_native(x, weight, bias):
+        raise ValueError(f"backend 'native' takes float32 in channels_last; got {x.dtype} of strides {x.stride()}")
+
+
 def check_is_fused(norm: str, backend: str) -> None:
     """Raise ValueError for a norm that PyTorch's operators do not compute in pieces."""
     if norm == "batch" and backend == "torch":
@@ -110,8 +116,10 @@ def check_constants(**parameters: Tensor | None) -> None:
 def _check_input(convolved: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
     if not convolved.is_floating_point():
         raise TypeError(f"convolved must be a floating-point tensor; got {convolved.dtype}")
-    if convolved.dim() != 4 or min(convolved.shape[2:]) < 2:
-        raise ValueError(f"convolved must be [B, C, H, W] with H and W at least 2; got {tuple(convolved.shape)}")
+    if convolved.dim() != 4 or min(convolved.shape[2:]) < 2 or convolved.shape[1] < 1:
+        raise ValueError(
+            f"convolved must be [B, C, H, W] with C at least 1, H and W at least 2; got {tuple(convolved.shape)}"
+        )
     check_affine(weight, bias, convolved.shape[1])
 
 
@@ -190,6 +198,7 @@ def block_op(
         if backend == "triton":
             _forward_triton(x, weight, bias, eps, spatial_power, channel_power, norm, *outputs)
         elif backend == "native":
+            _check_is_native(x, weight, bias)
             _forward_native(x, weight, bias, eps, spatial_power, channel_power, norm, *outputs)
         else:
             pieces = [(rows, x[rows]) for rows in _sample_pieces(x)]
@@ -295,16 +304,17 @@ block_op.register_autograd(_backward, setup_context=_setup_context)
 
 def _is_native(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether the kernel in C takes this input; other types and layouts run in PyTorch operators."""
-    return _native.takes(x, weight, bias) and x.is_contiguous(memory_format=torch.channels_last)
+    # As seen through a permutation: torch.func.vmap knows no memory format but the default.
+    return _native.takes(x, weight, bias) and x.permute(0, 2, 3, 1).is_contiguous()
 
 
 def _forward_native(x, weight, bias, eps, spatial_power, channel_power, norm, pooled, maps, mean, rstd, statistics):
     if norm == "batch":
         means, variances = torch.empty_like(mean), torch.empty_like(mean)
-        _native.run("block_statistics", x, means, variances, *x.shape)
+        _native.run("block_statistics", len(x), x, means, variances, *x.shape)
         write_batch_statistics(means, variances, eps, mean, rstd)
     _native.run(
-        "block_forward", x, dense(weight), dense(bias), pooled, maps, mean, rstd, statistics,
+        "block_forward", len(x), x, dense(weight), dense(bias), pooled, maps, mean, rstd, statistics,
         *x.shape, eps, *native_powers(spatial_power, channel_power), norm == "batch",
     )  # fmt: skip
 
@@ -327,10 +337,10 @@ def _backward_native(
     grad_pooled, grad_maps, x, weight, bias, maps, mean, rstd, statistics, spatial_power, channel_power, norm, grad_x
 ):
     inputs = *native_gradients(grad_pooled, grad_maps), x, dense(weight), dense(bias), maps, mean, rstd, statistics
-    scratch = x.new_empty((torch.get_num_threads(), maps.shape[1]))
+    scratch = x.new_empty((_native.threads_for(len(x)), maps.shape[1]))
     sizes = *x.shape, *native_powers(spatial_power, channel_power)
     for sums, mode in sums_passes(norm, mean):
-        _native.run("block_backward", *inputs, sums, grad_x, scratch, *sizes, mode)
+        _native.run("block_backward", len(x), *inputs, sums, grad_x, scratch, *sizes, mode)
 
 
 OWN_SUMS, WRITE_SUMS, READ_SUMS = range(3)  # as in kernels/block.h

@@ -77,9 +77,11 @@ def _check_input(images: Tensor, filters: Tensor) -> None:
     for name, tensor in (("images", images), ("filters", filters)):
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor; got {tensor.dtype}")
-    if images.dim() != 4 or min(images.shape[2:]) < 2:
-        raise ValueError(f"images must be [B, C, H, W] with H and W at least 2; got {tuple(images.shape)}")
-    if filters.dim() != 4 or filters.shape[1:] != (images.shape[1], 3, 3):
+    if images.dim() != 4 or min(images.shape[2:]) < 2 or images.shape[1] < 1:
+        raise ValueError(
+            f"images must be [B, C, H, W] with C at least 1, H and W at least 2; got {tuple(images.shape)}"
+        )
+    if filters.dim() != 4 or filters.shape[0] < 1 or filters.shape[1:] != (images.shape[1], 3, 3):
         raise ValueError(f"filters must be [C, {images.shape[1]}, 3, 3]; got {tuple(filters.shape)}")
 
 
@@ -206,11 +208,11 @@ def _forward_native(
     scratch = _scratch(images, image_values + values)
     if norm == "batch":
         means, variances = torch.empty_like(mean), torch.empty_like(mean)
-        _native.run("first_block_statistics", *inputs, means, variances, scratch, *sizes)
+        _native.run("first_block_statistics", len(images), *inputs, means, variances, scratch, *sizes)
         block.write_batch_statistics(means, variances, eps, mean, rstd)
     _native.run(
-        "first_block_forward", *inputs, block.dense(weight), block.dense(bias), pooled, maps, mean, rstd, statistics,
-        scratch, *sizes, eps, *block.native_powers(spatial_power, channel_power), norm == "batch",
+        "first_block_forward", len(images), *inputs, block.dense(weight), block.dense(bias), pooled, maps, mean, rstd,
+        statistics, scratch, *sizes, eps, *block.native_powers(spatial_power, channel_power), norm == "batch",
     )  # fmt: skip
 
 
@@ -239,8 +241,8 @@ def _backward_native(
     sizes = *images.shape, filters.shape[0], *block.native_powers(spatial_power, channel_power)
     for sums, mode in block.sums_passes(norm, mean):
         _native.run(
-            "first_block_backward", *gradients, images, _strides(images), own, *saved, sums, gradient, scratch,
-            *sizes, mode,
+            "first_block_backward", len(images), *gradients, images, _strides(images), own, *saved, sums, gradient,
+            scratch, *sizes, mode,
         )  # fmt: skip
     return gradient
 
@@ -263,7 +265,7 @@ def _strides(images: Tensor) -> Tensor:
 
 def _scratch(images: Tensor, values: int) -> Tensor:
     """Memory of each thread."""
-    return images.new_empty((torch.get_num_threads(), values))
+    return images.new_empty((_native.threads_for(len(images)), values))
 
 
 # Triton: see kernels/first_block.py.

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _native
 from .._backend import resolve_backend
-from .launching import accumulation_dtype, device_of
+from .launching import accumulation_dtype, device_of, is_traced
 
 
 def instance_norm(
@@ -45,7 +45,7 @@ def instance_norm(
     # Planes whose values are adjacent are what PyTorch's own operators are fast at on a CPU.
     if backend == "reference" or (backend != "triton" and not _is_channels_last(x)):
         return reference_instance_norm(x, weight, bias, eps, rectify, pool)
-    if backend != "triton" and not torch.compiler.is_compiling():
+    if backend != "triton" and not is_traced() and not x.is_neg():  # whose memory holds the opposite
         return _InstanceNorm.apply(x, weight, bias, eps, rectify, pool, backend)
     return instance_norm_op(x, weight, bias, eps, rectify, pool, backend)[0]
 
@@ -199,13 +199,13 @@ class _InstanceNorm(torch.autograd.Function):
 
 def _forward_native(x, weight, bias, eps, rectify, pool, out, mean, rstd):
     arguments = x, weight.contiguous(), bias.contiguous(), out, mean, rstd
-    _native.run("instance_norm_forward", *arguments, *x.shape, eps, rectify, pool)
+    _native.run("instance_norm_forward", len(x), *arguments, *x.shape, float(eps), rectify, pool)
 
 
 def _backward_native(gradient, x, weight, bias, mean, rstd, rectify, pool, grad_x, grad_weight, grad_bias):
     gradient = gradient.contiguous(memory_format=torch.channels_last)
     arguments = gradient, x, weight.contiguous(), bias.contiguous(), mean, rstd, grad_x, grad_weight, grad_bias
-    _native.run("instance_norm_backward", *arguments, *x.shape, rectify, pool)
+    _native.run("instance_norm_backward", len(x), *arguments, *x.shape, rectify, pool)
 
 
 # Triton: see kernels/instance_norm.py.

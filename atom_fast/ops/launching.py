@@ -30,3 +30,8 @@ def triton_dtype(dtype: torch.dtype):
     import triton.language as tl
 
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def is_traced() -> bool:
+    """Whether something wants to see the operator: a compiler, a tracer, or a mode such as that of fake tensors."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
