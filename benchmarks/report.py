@@ -15,7 +15,7 @@ from .harness import ROOT, load_results
 from .merging import digest, merge
 from .methods import METHODS, Setting
 from .plots import PRECISION_NAMES
-from .table3 import EDITIONS
+from .table3 import EDITIONS, settings
 
 FIGURES = ROOT / "docs" / "figures"
 NOT_MEASURED = "not measured yet"
@@ -169,15 +169,17 @@ def _table(edition: str, merged: dict[Setting, dict], entry: Callable, printed: 
     ipcs = EDITIONS[edition].ipcs
     lines = ["| Method | | " + " | ".join(f"IPC {ipc}" for ipc in ipcs) + " |", "|---|---|" + "---:|" * len(ipcs)]
     by_key = {(s.method, s.provider, s.precision, s.ipc): cell for s, cell in merged.items()}
+    to_measure = {(s.method, s.provider, s.precision, s.ipc) for s in settings(EDITIONS[edition])}
     for method, described in METHODS.items():
         rows = []
         if EDITIONS[edition].device == "cuda":
             rows.append((f"paper, {paper.DEVICE}", [printed(method, place) for place in range(len(ipcs))]))
         for provider in described.providers:
             for precision, name in PRECISION_NAMES.items():
-                found = [by_key.get((method, provider, precision, ipc)) for ipc in ipcs]
-                if any(found):
-                    rows.append((f"{provider}{name}", [entry(cell) if cell else "–" for cell in found]))
+                keys = [(method, provider, precision, ipc) for ipc in ipcs]
+                if any(key in by_key or key in to_measure for key in keys):
+                    entries = [entry(by_key[key]) if key in by_key else NOT_MEASURED for key in keys]
+                    rows.append((f"{provider}{name}", entries))
         for row, (label, entries) in enumerate(rows):
             lines.append(f"| {described.title if row == 0 else ''} | {label} | {' | '.join(entries)} |")
     return "\n".join(lines)
