@@ -26,9 +26,11 @@ _COMPILERS = ("cc", "gcc", "clang")
 _PATIENCE = 120  # seconds that a compiler may take
 # Sums may be taken in vectors, and products added in one rounding; NaN and infinity stay what they are.
 _FLAGS = (
-    "-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
+    "-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
     "-fassociative-math", "-fPIC", "-shared", "-w",
 )  # fmt: skip
+# The first that a compiler takes: Apple's has no OpenMP, and some name the processor otherwise.
+_TARGETS = ("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",)
 
 
 def is_built() -> bool:
@@ -81,16 +83,12 @@ def _converted(argument: Tensor | int | float | None):
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     reasons = []
-    try:
-        name = _name()
-        for folder in (_cache, _temporary_folder):
-            try:
-                with folder() as place:
-                    return _loaded(Path(place) / name)
-            except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-                reasons.append(str(error))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        reasons.append(str(error))
+    for folder in (_cache, _temporary_folder):
+        try:
+            with folder() as place:
+                return _loaded(Path(place) / _name())
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+            reasons.append(str(error))
     warnings.warn(
         f"the fused kernels for a CPU could not be built, so PyTorch's operators take their place, several times "
         f"slower: {'; '.join(dict.fromkeys(reasons))}",
@@ -108,7 +106,7 @@ def _loaded(path: Path) -> ctypes.CDLL:
 
 def _name() -> str:
     """Tells apart the libraries of these sources, this compiler and this processor from others."""
-    digest = hashlib.sha256(f"{_compiler()} {_FLAGS} {platform.machine()} {_processor()}".encode())
+    digest = hashlib.sha256(f"{_compiler()} {_FLAGS} {_TARGETS} {platform.machine()} {_processor()}".encode())
     digest.update(_output([*_compiler(), "--version"]).encode())
     for file in _sources("*.[ch]"):
         digest.update(file.read_bytes())
@@ -119,11 +117,13 @@ def _build(path: Path) -> None:
     # Beside its place, then moved: another process sees a whole library or none.
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = Path(scratch) / path.name
-        command = [*_compiler(), *_FLAGS, *map(str, _sources("*.c")), "-o", str(made), "-lm"]
-        try:
-            _output([*command, "-fopenmp"])
-        except RuntimeError:
-            _output(command)  # Apple's compiler has no OpenMP: one thread
+        for target in _TARGETS:
+            try:
+                _output([*_compiler(), *_FLAGS, *target, *map(str, _sources("*.c")), "-o", str(made), "-lm"])
+                break
+            except RuntimeError:
+                if target == _TARGETS[-1]:
+                    raise
         with made.open("ab") as file:
             file.write(hashlib.sha256(made.read_bytes()).digest())
         os.replace(made, path)

@@ -71,12 +71,12 @@ INLINE void backward_of_sample(const float *x, Shape s, const Norm *norm, int re
         backward_of_squares(x, s, norm, rectify, pool, gradient, sum, product, out);
 }
 
-/* Without `grad_x`, writes each sample's sums [B, C] of the gradient behind the norm, alone and times the centred input.
- * With it, reads them as [C], meaned over all samples and places, the second over the variance. */
+/* Without `grad_x`, writes each sample's sums [B, C] of the gradient behind the norm, alone and times the centred
+ * input. With it, reads them as [C], meaned over all samples and places, the second over the variance. */
 void batch_norm_backward(const float *gradient, const float *x, const float *weight, const float *bias,
                          const float *mean, const float *rstd, float *sum, float *product, float *grad_x,
-                         int64_t samples, int64_t channels, int64_t height, int64_t width, int64_t rectify, int64_t pool,
-                         int64_t threads) {
+                         int64_t samples, int64_t channels, int64_t height, int64_t width, int64_t rectify,
+                         int64_t pool, int64_t threads) {
     Shape s = dense(channels, height, width);
     Norm norm = {mean, rstd, weight, bias};
 #pragma omp parallel for num_threads(threads) schedule(static)

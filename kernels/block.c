@@ -26,8 +26,8 @@ void block_forward(const float *x, const float *weight, const float *bias, float
     }
 }
 
-/* A gradient that is NULL is zero. `sums` is [B, 2, C], or [2, C] where they are read: then `grad_x` holds what the call
- * that wrote them left there. `scratch` is [threads, M]. */
+/* A gradient that is NULL is zero. `sums` is [B, 2, C], or [2, C] where they are read: then `grad_x` holds what the
+ * call that wrote them left there. `scratch` is [threads, M]. */
 void block_backward(const float *grad_pooled, const float *grad_maps, const float *x, const float *weight,
                     const float *bias, const float *maps, const float *mean, const float *rstd, const float *statistics,
                     float *sums, float *grad_x, float *scratch, int64_t samples, int64_t channels, int64_t height,

@@ -200,7 +200,8 @@ INLINE void gradient_of_squares(const float *x, Shape s, const Norm *norm, int r
         }
 }
 
-/* Take from the gradient behind the norm, in place, by the sums of `gradient_of_sample`, its parts along a constant and along the input. */
+/* Take from the gradient behind the norm, in place, its parts along a constant and along the input, by the sums of
+ * `gradient_of_sample`. */
 INLINE void through_norm(const float *x, Shape s, const Norm *norm, float *out, Shape of_out, const float *sum,
                          const float *product) {
     vector places = splat(s.height * s.width);
@@ -218,8 +219,8 @@ INLINE void through_norm(const float *x, Shape s, const Norm *norm, float *out, 
 }
 
 /* The gradient of a sample behind the norm, in `out` of shape `of_out`; and its sums over places, alone and times the
- * centred input, in `sum` and `product` [channels]. `pooled` or `whole` is the gradient from above, NULL for none; `maps`
- * holds `factors_of_sample`. */
+ * centred input, in `sum` and `product` [channels]. `pooled` or `whole` is the gradient from above, NULL for none;
+ * `maps` holds `factors_of_sample`. */
 INLINE void gradient_of_sample(const float *x, Shape s, const Norm *norm, int rectify, float level, const float *pooled,
                                const float *whole, Maps maps, float *out, Shape of_out, float *sum, float *product) {
     if (maps.spatial_power == 4 && maps.channel_power == 4 && level == 1) {

@@ -9,7 +9,8 @@
 #endif
 
 /* An image [C_in, H, W] of any strides as [H + 2, W + 2, C_in], with zeros around it. */
-INLINE void pad_image(const float *image, const int64_t *strides, int64_t image_channels, Shape s, float *padded_image) {
+INLINE void pad_image(const float *image, const int64_t *strides, int64_t image_channels, Shape s,
+                      float *padded_image) {
     int64_t row = (s.width + 2) * image_channels;
     memset(padded_image, 0, 4 * (s.height + 2) * row);
     for (int64_t y = 0; y < s.height; y++)
@@ -46,7 +47,7 @@ INLINE void convolve(const float *padded_image, int64_t image_channels, const fl
         }
 }
 
-/* The transposed convolution of `count` neighbouring pixels: `gradient` is the window of the first, with zeros around. */
+/* The transposed convolution of `count` neighbouring pixels; `gradient` is the first one's window, zeros around. */
 INLINE void fold_run(const float *gradient, int64_t row, int64_t pitch, const float *filters, int64_t image_channels,
                      float *out, int64_t channel_stride, int count) {
     vector sums[4][4];
@@ -102,8 +103,8 @@ static int64_t image_values(int64_t image_channels, int64_t height, int64_t widt
     return padded((height + 2) * (width + 2) * image_channels);
 }
 
-/* Below, `strides` are those of the images [B, C_in, H, W], and `scratch` is [threads, padded((H + 2) (W + 2) C_in) + H W
- * padded(C)], with more where said. */
+/* Below, `strides` are those of the images [B, C_in, H, W], and `scratch` is [threads, padded((H + 2) (W + 2) C_in) +
+ * H W padded(C)], with more where said. */
 
 /* Mean and variance [B, C] of each plane of the convolution. */
 void first_block_statistics(const float *images, const int64_t *strides, const float *filters, float *mean,
@@ -146,8 +147,8 @@ void first_block_forward(const float *images, const int64_t *strides, const floa
  * more. */
 void first_block_backward(const float *grad_pooled, const float *grad_maps, const float *images, const int64_t *strides,
                           const float *filters, const float *weight, const float *bias, const float *maps,
-                          const float *mean, const float *rstd, const float *statistics, float *sums, float *grad_images,
-                          float *scratch, int64_t samples, int64_t image_channels, int64_t height, int64_t width,
+                          const float *mean, const float *rstd, const float *statistics, float *sums,
+                          float *grad_images, float *scratch, int64_t samples, int64_t image_channels, int64_t height, int64_t width,
                           int64_t channels, float spatial_power, float channel_power, int64_t mode, int64_t threads) {
     Shape s = {channels, height, width, padded(channels), padded(channels) * width};
     Shape framed = {channels, height, width, s.pitch, s.pitch * (width + 2)};

@@ -31,7 +31,8 @@ void instance_norm_backward(const float *gradient, const float *x, const float *
         Norm norm = {mean + i * channels, rstd + i * channels, weight, bias};
         gradient_of_sample(x + i * height * s.row, s, &norm, rectify, 1, pool ? above : NULL, pool ? NULL : above,
                            maps_at(NULL, s, 0, 0), grad_x + i * height * s.row, s, grad_bias + i * channels, product);
-        through_norm(x + i * height * s.row, s, &norm, grad_x + i * height * s.row, s, grad_bias + i * channels, product);
+        through_norm(x + i * height * s.row, s, &norm, grad_x + i * height * s.row, s, grad_bias + i * channels,
+                     product);
         for (int64_t c = 0; c < channels; c++) product[c] *= norm.rstd[c];
     }
 }
