@@ -148,8 +148,9 @@ void first_block_forward(const float *images, const int64_t *strides, const floa
 void first_block_backward(const float *grad_pooled, const float *grad_maps, const float *images, const int64_t *strides,
                           const float *filters, const float *weight, const float *bias, const float *maps,
                           const float *mean, const float *rstd, const float *statistics, float *sums,
-                          float *grad_images, float *scratch, int64_t samples, int64_t image_channels, int64_t height, int64_t width,
-                          int64_t channels, float spatial_power, float channel_power, int64_t mode, int64_t threads) {
+                          float *grad_images, float *scratch, int64_t samples, int64_t image_channels, int64_t height,
+                          int64_t width, int64_t channels, float spatial_power, float channel_power, int64_t mode,
+                          int64_t threads) {
     Shape s = {channels, height, width, padded(channels), padded(channels) * width};
     Shape framed = {channels, height, width, s.pitch, s.pitch * (width + 2)};
     int64_t values = map_values(s, spatial_power, channel_power);
