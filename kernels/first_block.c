@@ -134,10 +134,10 @@ void first_block_forward(const float *images, const int64_t *strides, const floa
     for (int64_t i = 0; i < samples; i++) {
         float *padded_image = scratch + omp_get_thread_num() * (own_image + height * s.row);
         float *convolved = padded_image + own_image;
-        Norm norm = {mean + i * channels, rstd + i * channels, weight, bias};
+        Norm norm = norm_of_sample(mean, rstd, weight, bias, i, channels);
         convolve_image(images + i * strides[0], strides, image_channels, filters, s, padded_image, convolved);
         if (!given) normalizing_statistics(convolved, s, eps, mean + i * channels, rstd + i * channels);
-        block_of_sample(convolved, s, &norm, pooled + i * (height / 2) * (width / 2) * channels,
+        block_of_sample(convolved, s, &norm, pooled + i * output_values(s, 1),
                         maps_at(maps + i * values, s, spatial_power, channel_power), statistics + 3 * i);
     }
 }
@@ -162,13 +162,13 @@ void first_block_backward(const float *grad_pooled, const float *grad_maps, cons
         float *gradient = framed_gradient + framed.row + framed.pitch, *convolved = framed_gradient + frame;
         float *own_sums = mode == WRITE_SUMS ? sums + i * 2 * channels : convolved + height * s.row;
         float *used_sums = mode == READ_SUMS ? sums : own_sums;
-        Norm norm = {mean + i * channels, rstd + i * channels, weight, bias};
+        Norm norm = norm_of_sample(mean, rstd, weight, bias, i, channels);
         Maps factors = factors_of_sample(grad_maps, maps, statistics, i, s, spatial_power, channel_power,
                                          convolved + height * s.row + 2 * channels);
         convolve_image(images + i * strides[0], strides, image_channels, filters, s, padded_image, convolved);
         memset(framed_gradient, 0, 4 * frame); /* around the plane, and beyond its channels */
         gradient_of_sample(convolved, s, &norm, 1, statistics[3 * i],
-                           grad_pooled ? grad_pooled + i * (height / 2) * (width / 2) * channels : NULL, NULL, factors,
+                           grad_pooled ? grad_pooled + i * output_values(s, 1) : NULL, NULL, factors,
                            gradient, framed, own_sums, own_sums + channels);
         if (mode == WRITE_SUMS) continue;
         through_norm(convolved, s, &norm, gradient, framed, used_sums, used_sums + channels);

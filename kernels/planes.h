@@ -9,6 +9,16 @@ typedef struct {
     int64_t channels, height, width, pitch, row;
 } Shape;
 
+/* One of samples [B, C, H, W] in channels_last. */
+INLINE Shape channels_last(int64_t channels, int64_t height, int64_t width) {
+    return (Shape){channels, height, width, channels, channels * width};
+}
+
+/* Values of a sample's output, 2x2 places of which are pooled into one where `pool`. */
+INLINE int64_t output_values(Shape s, int64_t pool) {
+    return s.channels * (pool ? (s.height / 2) * (s.width / 2) : s.height * s.width);
+}
+
 /* Mean, or with `mean` given the mean square around it, of `n` channels over all places. */
 INLINE vector mean_over_places(const float *x, Shape s, int64_t n, const vector *mean) {
     vector sums[4] = {{0}, {0}, {0}, {0}}; /* independent, so that one addition need not wait for the last */
@@ -55,6 +65,12 @@ typedef struct {
 typedef struct {
     vector mean, rstd, scale, shift;
 } Affine;
+
+/* Of sample `i`, of statistics [B, C]. */
+INLINE Norm norm_of_sample(const float *mean, const float *rstd, const float *weight, const float *bias, int64_t i,
+                           int64_t channels) {
+    return (Norm){mean + i * channels, rstd + i * channels, weight, bias};
+}
 
 INLINE Affine affine(const Norm *norm, int64_t c, int64_t n) {
     Affine a = {load(norm->mean + c, n), load(norm->rstd + c, n)};

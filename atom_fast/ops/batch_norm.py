@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _native
 from .._backend import resolve_backend
-from .block import join_statistics
+from .block import join_statistics, sums_passes
 from .instance_norm import check_input, empty_gradient, empty_output, rectified_and_pooled
 from .launching import accumulation_dtype, device_of, is_traced
 
@@ -258,16 +258,13 @@ def _backward_native(gradient, x, weight, bias, mean, rstd, rectify, pool) -> tu
     """As `batch_norm_backward_op`."""
     gradient = gradient.contiguous(memory_format=torch.channels_last)
     inputs = gradient, x, weight.contiguous(), bias.contiguous(), mean, rstd
-    # Each sample's part, added afterwards in a fixed order.
-    parts = x.new_empty((2, *x.shape[:2]))
-    _native.run("batch_norm_backward", len(x), *inputs, *parts, None, *x.shape, rectify, pool)
-    sums = parts.sum(1)
-    sums[1] *= rstd
-    means = sums * (x.shape[1] / x.numel())
-    means[1] *= rstd
     grad_x = empty_gradient(x)
-    _native.run("batch_norm_backward", len(x), *inputs, *means, grad_x, *x.shape, rectify, pool)
-    return grad_x, sums
+    # Each sample's part, added afterwards in a fixed order.
+    parts = x.new_empty((len(x), 2, x.shape[1]))
+    for sums, mode in sums_passes("batch", parts):
+        _native.run("batch_norm_backward", len(x), *inputs, sums, grad_x, *x.shape, rectify, pool, mode)
+    grad_bias, product = parts.sum(0)
+    return grad_x, torch.stack((grad_bias, product * rstd))
 
 
 # Triton: see kernels/batch_norm.py.

@@ -339,16 +339,15 @@ def _backward_native(
     inputs = *native_gradients(grad_pooled, grad_maps), x, dense(weight), dense(bias), maps, mean, rstd, statistics
     scratch = x.new_empty((_native.threads_for(len(x)), maps.shape[1]))
     sizes = *x.shape, *native_powers(spatial_power, channel_power)
-    for sums, mode in sums_passes(norm, mean):
+    for sums, mode in sums_passes(norm, mean.new_empty((len(mean), 2, mean.shape[1]))):
         _native.run("block_backward", len(x), *inputs, sums, grad_x, scratch, *sizes, mode)
 
 
 OWN_SUMS, WRITE_SUMS, READ_SUMS = range(3)  # as in kernels/block.h
 
 
-def sums_passes(norm: str, mean: Tensor) -> Iterator[tuple[Tensor, int]]:
-    """The calls that a backward kernel in C takes: the sums that it writes or reads, and which of these."""
-    sums = mean.new_empty((mean.shape[0], 2, mean.shape[1]))
+def sums_passes(norm: str, sums: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """The calls that a backward kernel in C takes: the sums [B, 2, C] that it writes, or what it reads, and which."""
     if norm == "instance":
         yield sums, OWN_SUMS
     else:

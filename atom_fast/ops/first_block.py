@@ -154,13 +154,14 @@ def first_block_backward_op(
         return torch.empty_like(images, memory_format=torch.contiguous_format)
     saved = weight, bias, maps, mean, rstd, statistics
     if backend == "native":
-        return _backward_native(grad_pooled, grad_maps, images, filters, *saved, spatial_power, channel_power, norm)
+        powers = spatial_power, channel_power
+        return _backward_native(grad_pooled, grad_maps, images, filters, saved, powers, norm)
     batch, _, height, width = images.shape
     if grad_pooled is None:
         grad_pooled = filters.new_zeros(()).expand(batch, filters.shape[0], height // 2, width // 2)
     powers = (None, None) if grad_maps is None else (spatial_power, channel_power)
     if backend == "triton":
-        return _backward_triton(grad_pooled, grad_maps, images, filters, *saved, *powers, norm)
+        return _backward_triton(grad_pooled, grad_maps, images, filters, saved, powers, norm)
     gradient = torch.empty_like(images, memory_format=torch.contiguous_format)
     pieces = ((rows, convolved, None) for rows, convolved in _convolved_pieces(images, filters))
     for rows, grad_convolved in backward_torch(pieces, grad_pooled, grad_maps, *saved, *powers):
@@ -216,21 +217,8 @@ def _forward_native(
     )  # fmt: skip
 
 
-def _backward_native(
-    grad_pooled,
-    grad_maps,
-    images,
-    filters,
-    weight,
-    bias,
-    maps,
-    mean,
-    rstd,
-    statistics,
-    spatial_power,
-    channel_power,
-    norm,
-):
+def _backward_native(grad_pooled, grad_maps, images, filters, saved, powers, norm):
+    weight, bias, maps, mean, rstd, statistics = saved
     gradient = torch.empty_like(images, memory_format=torch.contiguous_format)
     own, image_values, values = _native_sizes(images, filters)
     height, width = images.shape[2:]
@@ -238,8 +226,8 @@ def _backward_native(
     scratch = _scratch(images, image_values + framed + values + _padded(maps.shape[1] + 2 * filters.shape[0]))
     gradients = block.native_gradients(grad_pooled, grad_maps)
     saved = block.dense(weight), block.dense(bias), maps, mean, rstd, statistics
-    sizes = *images.shape, filters.shape[0], *block.native_powers(spatial_power, channel_power)
-    for sums, mode in block.sums_passes(norm, mean):
+    sizes = *images.shape, filters.shape[0], *block.native_powers(*powers)
+    for sums, mode in block.sums_passes(norm, mean.new_empty((len(mean), 2, mean.shape[1]))):
         _native.run(
             "first_block_backward", len(images), *gradients, images, _strides(images), own, *saved, sums, gradient,
             scratch, *sizes, mode,
@@ -306,30 +294,17 @@ def _batch_statistics(images, filters, eps, constants, mean, rstd) -> None:
     block.write_batch_statistics(means, variances, eps, mean, rstd)
 
 
-def _backward_triton(
-    grad_pooled,
-    grad_maps,
-    images,
-    filters,
-    weight,
-    bias,
-    maps,
-    mean,
-    rstd,
-    statistics,
-    spatial_power,
-    channel_power,
-    norm,
-):
+def _backward_triton(grad_pooled, grad_maps, images, filters, saved, powers, norm):
     import triton
 
     from ..kernels import first_block as kernels
     from ..kernels.block import is_exact
 
+    weight, bias, maps, mean, rstd, statistics = saved
     batch, image_channels, height, width = images.shape
     channels = filters.shape[0]
     filters = filters.contiguous()
-    constants = _constants(images, filters, weight, spatial_power, channel_power)
+    constants = _constants(images, filters, weight, *powers)
     launch = kernels.first_block_backward_launch(image_channels)
     tiles = triton.cdiv(triton.cdiv(height, 2) * triton.cdiv(width, 2), launch["BLOCK_P"])
     shape = (batch, channels, height, width)
@@ -337,7 +312,7 @@ def _backward_triton(
     columns = mean.new_empty((batch, 9 * image_channels, height * width))
     gradient = torch.empty_like(images, memory_format=torch.contiguous_format)
     with device_of(images):
-        weights = block.map_weights(grad_maps, maps, statistics, shape, spatial_power, channel_power)
+        weights = block.map_weights(grad_maps, maps, statistics, shape, *powers)
         affine = block.dense(weight), block.dense(bias)
         inputs = (images, filters, *affine, grad_pooled, weights, mean, rstd, statistics)
         strides = *images.stride(), *grad_pooled.stride()
