@@ -24,9 +24,9 @@ def backend(name: str) -> Iterator[None]:
     Args:
         name: ``"auto"`` (Triton on CUDA tensors where Triton can be imported, the kernels in C on CPU tensors where a
             C compiler can be found, otherwise lean PyTorch), ``"triton"`` (the fused kernels for a GPU), ``"native"``
-            (those for a CPU: float32; other types, and what has no such kernel, run in lean PyTorch), ``"torch"``
-            (lean PyTorch with analytic gradients), or ``"reference"`` (equations 1 to 4 of the ATOM paper as they are
-            written).
+            (those for a CPU: float32, and blocks of narrower types, computed in it; other types, and what has no such
+            kernel, run in lean PyTorch), ``"torch"`` (lean PyTorch with analytic gradients), or ``"reference"``
+            (equations 1 to 4 of the ATOM paper as they are written).
 
     Raises:
         ValueError: the name is none of these.
@@ -50,7 +50,7 @@ def resolve_backend(tensor: torch.Tensor) -> str:
     name = _selected
     if name == "auto":
         if tensor.device.type == "cpu":
-            return "native" if tensor.dtype == torch.float32 else "torch"
+            return "torch" if tensor.dtype == torch.float64 else "native"
         return "triton" if tensor.is_cuda and HAS_TRITON else "torch"
     if name == "triton":
         if not HAS_TRITON:

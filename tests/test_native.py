@@ -148,6 +148,30 @@ def test_a_sample_does_not_depend_on_the_others(name):
     assert all(torch.equal(a[2:3], b) for a, b in zip(together, alone, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+@pytest.mark.parametrize("name", ["block", "first block"])
+def test_narrow_types_are_computed_in_float32(name, norm, dtype):
+    parameter = torch.linspace(0.5, 2, 20)
+    x = images(4, 20, 9, 8).to(dtype) if name == "block" else images(4, 3, 9, 8)
+    filters = () if name == "block" else (images(20, 3, 3, 3).to(dtype),)
+
+    def results(backend, *inputs):
+        apply = attention_block if name == "block" else first_block
+        inputs[0].requires_grad_()
+        with af.backend(backend):
+            pooled, maps = apply(*inputs, norm=norm)
+        return pooled, maps, *torch.autograd.grad(pooled.double().square().sum() + maps[:, 3].sum(), inputs[0])
+
+    narrow = results("native", x.clone(), *filters, parameter, parameter.to(dtype))
+    exact = results("reference", *(value.double() for value in (x, *filters, parameter, parameter.to(dtype))))
+    assert [value.dtype for value in narrow] == [dtype, torch.float32, x.dtype]
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(narrow[0].double(), exact[0], rtol=rounding, atol=1e-5)
+    torch.testing.assert_close(narrow[1].double(), exact[1], rtol=1e-5, atol=1e-6)
+    assert (narrow[2] - exact[2]).abs().max() <= 2 * rounding * exact[2].abs().max()
+
+
 def test_the_operator_takes_no_other_layout():
     with pytest.raises(ValueError, match="takes float32 in channels_last"):
         torch.ops.atom_fast.block(torch.zeros(1, 3, 4, 4), None, None, 1e-5, 4.0, 4.0, "native")

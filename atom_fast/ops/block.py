@@ -68,6 +68,10 @@ def attention_block(
     check_constants(weight=weight, bias=bias)
     _check_input(convolved, weight, bias)
     backend = resolve_backend(convolved)
+    if backend == "native" and convolved.dtype in _native.NARROW:
+        options = {"eps": eps, "spatial_power": spatial_power, "channel_power": channel_power, "norm": norm}
+        pooled, maps = attention_block(convolved.float(), _native.widened(weight), _native.widened(bias), **options)
+        return BlockOutput(pooled.to(convolved.dtype), maps)
     if backend == "native" and not _is_native(convolved, weight, bias):
         backend = "torch"
     if backend == "reference":

@@ -41,7 +41,8 @@ def first_block(
     Precision is that of PyTorch's convolutions: autocast, and TF32 by ``torch.backends.cudnn.conv.fp32_precision``.
 
     Args:
-        images: [B, C_in, H, W], H and W at least 2, any floating dtype, rounded to that of the filters.
+        images: [B, C_in, H, W], H and W at least 2, any floating dtype, rounded to that of the filters (but not by the
+            kernels in C, which compute narrower types in float32).
         filters: [C, C_in, 3, 3], constants; float64, float32, float16 or bfloat16.
         weight, bias, eps, spatial_power, channel_power, norm: as in `attention_block`.
 
@@ -60,6 +61,12 @@ def first_block(
     if torch.is_autocast_enabled(images.device.type):
         filters = filters.to(torch.get_autocast_dtype(images.device.type))
     backend = resolve_backend(images)
+    if backend == "native" and filters.dtype in _native.NARROW:
+        wide = images.float(), filters.float(), _native.widened(weight), _native.widened(bias)
+        options = {"eps": eps, "spatial_power": spatial_power, "channel_power": channel_power, "norm": norm}
+        with torch.autocast(images.device.type, enabled=False):
+            pooled, maps = first_block(*wide, **options)
+        return BlockOutput(pooled.to(filters.dtype), maps)
     if backend == "native" and not _is_native(images, filters, weight, bias):
         backend = "torch"
     fusible = _is_fusible(images, filters) if backend == "triton" else backend == "native" or norm == "instance"
