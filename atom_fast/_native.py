@@ -22,7 +22,6 @@ from torch import Tensor
 from . import kernels
 
 LANES = 16  # floats in the kernels' vectors, see kernels/vectors.h
-NARROW = torch.float16, torch.bfloat16  # what blocks widen to float32 for the kernels
 _COMPILERS = ("cc", "gcc", "clang")
 _PATIENCE = 120  # seconds that a compiler may take
 # Sums may be taken in vectors, and products added in one rounding; NaN and infinity stay what they are.
@@ -46,6 +45,11 @@ is_built._dynamo_marked_constant = True
 def takes(*tensors: Tensor | None) -> bool:
     """Whether the kernels are there and compute with these tensors' device and types; None is taken."""
     return all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors) and is_built()
+
+
+def widens(x: Tensor) -> bool:
+    """Whether blocks of this type are computed by the kernels, in float32."""
+    return x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16) and is_built()
 
 
 def widened(parameter: Tensor | None) -> Tensor | None:

@@ -359,26 +359,28 @@ def evaluate(
     from atom_fast.report import result_line
 
     first = world.rank == 0
-    earlier, records = world.exchange(_read_records(json_path) if first else None)[0], []
+    earlier, records = world.exchange(_read_records(json_path) if first else None)[0], {}
+    if all(network in earlier and earlier[network]["state"]["complete"] for network in arch):
+        earlier = {}  # nothing was interrupted: measured anew
     synthetic, data = world.after_first(
         lambda: _set_and_data(file, dataset, data_dir, download, preprocessing, experiment, first and not quiet)
     )
     protocol = get_protocol(protocol or default_protocol(data.name), **({} if epochs is None else {"epochs": epochs}))
 
     def keep(record: dict) -> None:
+        records[record["evaluation"]["network"]] = record
         if json_path and first:
-            found = [*records, record]
+            same = {name: old for name, old in earlier.items() if old["state"]["hash"] == record["state"]["hash"]}
+            known = same | records  # also what an interrupted call found for the networks still to come
+            found = [known[name] for name in arch if name in known]
             write_atomically(json_path, json.dumps(found if len(arch) > 1 else record, indent=2) + "\n")
 
-    for network in arch:
-        position = len(records)
+    for position, network in enumerate(arch):
         record = compare(
             synthetic, data, network=network, protocol=protocol, device=_device(device),
-            progress=first and not quiet, on_network=keep, world=world,
-            earlier=earlier[position] if position < len(earlier) else None, **settings,
+            progress=first and not quiet, on_network=keep, world=world, earlier=earlier.get(network), **settings,
         )  # fmt: skip
         keep(record)
-        records.append(record)
         if not first:
             continue
         if record["same_data"] is False and position == 0:
@@ -406,18 +408,18 @@ def _set_and_data(file, dataset, data_dir, download, preprocessing, experiment, 
     return synthetic, _data_of(synthetic, dataset, data_dir, download, progress)
 
 
-def _read_records(path: Path | None) -> list[dict]:
-    """What an earlier call left in a result file; a file that no such call wrote is not to be replaced."""
+def _read_records(path: Path | None) -> dict[str, dict]:
+    """What an earlier call left in a result file, by network; a file no such call wrote is not to be replaced."""
     if path is None or not path.exists():
-        return []
+        return {}
     try:
         content = json.loads(path.read_text("utf-8"))
         records = content if isinstance(content, list) else [content]
-        if not all({"state", "evaluation"} <= record.keys() for record in records):
-            raise ValueError("it holds something else")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a result of this command ({error}); move it, or name another file") from error
-    return records
+        if not all({"complete", "hash"} <= record["state"].keys() for record in records):
+            raise ValueError("a record does not say what it is of")
+        return {record["evaluation"]["network"]: record for record in records}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a result of this command; move it, or name another file") from error
 
 
 def _data_of(synthetic, dataset: str | None, data_dir: Path | None, download: bool, progress: bool):
@@ -426,7 +428,8 @@ def _data_of(synthetic, dataset: str | None, data_dir: Path | None, download: bo
 
     dataset = dataset or synthetic.metadata.get("dataset")
     if dataset not in SOURCES:
-        raise ValueError(f"the set does not say which data set it is for; give --dataset, one of {', '.join(SOURCES)}")
+        said = f"says that it is for {dataset!r}" if dataset else "does not say which data set it is for"
+        raise ValueError(f"the set {said}; give --dataset, one of {', '.join(SOURCES)}")
     height, width = synthetic.images.shape[2:]
     resolution = height if height == width else None
     return load_data(dataset, data_dir, download=download, resolution=resolution, progress=progress)
@@ -438,13 +441,20 @@ def _data_of(synthetic, dataset: str | None, data_dir: Path | None, download: bo
 @click.option("--method", type=_Choice(METHODS), default="random", show_default=True, help="how to choose")
 @click.option("--ipc", default=1, help="images to choose in each class; not for full  [default: 1 per class]")
 @click.option("--output", type=click.Path(path_type=Path), help="file to write  [default: runs/DATASET-ipcN-METHOD...]")
-@click.option("--preprocessing", type=_Choice(KINDS), default="standard", show_default=True, help="model space")
+@click.option(
+    "--preprocessing",
+    type=_Choice(("auto", *KINDS)),
+    default="auto",
+    show_default=True,
+    help="model space; auto, as in distill: zca for CIFAR, standard otherwise",
+)
 @click.option(
     "--features",
     type=_Choice(FEATURES),
     default="embedding",
     show_default=True,
-    help="what herding and k-center compare: the embedding of a network trained on all images, or pixels",
+    help="what herding and k-center compare, both in model space: the embedding of a network trained on all images, "
+    "or pixels",
 )
 @click.option("--epochs", default=EPOCHS, help=f"how long that network is trained  [default: {EPOCHS} epochs]")
 @click.option(
@@ -590,15 +600,17 @@ class _CellName(click.ParamType):
 )
 @_device_option
 @_quiet_option
+@_with_ranks
 def reproduce(
     target, cells, methods, factors, iterations, width, real_batch, given, budget, only, listed, data_dir, download,
-    output, device, quiet, **scale,
+    output, device, quiet, world, **scale,
 ):  # fmt: skip
     """Reproduce a table or figure of the ATOM paper, and show it beside the paper's.
 
     TARGET is table1, table2, table4, table5, fig3 to fig7, or study: what the paper leaves open, a setting at a time.
     A cell that is finished is kept; run again, with more seeds or networks as well, it goes on. Several processes
-    may run the same command in one folder.
+    may run the same command in one folder; `torchrun --nproc-per-node N -m atom_fast reproduce ...` starts N of them,
+    with a GPU each.
     """
     from atom_fast import reproduce as package
     from atom_fast.reproduce.run import list_units
@@ -608,13 +620,14 @@ def reproduce(
     settings = {name: value for name, value in named.items() if value is not None} | _parse_settings(given)
     plan = package.plan(target, cells, methods, factors, settings=settings, **scale)
     if listed:
-        click.echo("\n".join(list_units(plan, output)))
+        if world.rank == 0:
+            click.echo("\n".join(list_units(plan, output)))
         return
     record = package.reproduce(
         plan, output, data_dir=data_dir, download=download, budget=budget, only=only, device=_device(device),
-        progress=not quiet,
+        progress=not quiet, world=world,
     )  # fmt: skip
-    if plan.kind != "grids":
+    if world.rank == 0 and plan.kind != "grids":
         click.echo(render(record))
 
 

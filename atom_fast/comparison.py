@@ -13,7 +13,8 @@ import torch
 from atom_fast import __version__
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing
-from atom_fast.distill.config import DistillConfig
+from atom_fast.distill.config import preset
+from atom_fast.distill.step import derive_seed
 from atom_fast.evaluate import EvaluationResult, Protocol, evaluate, get_protocol, random_selection
 from atom_fast.ranks import ALONE, World, own_device
 from atom_fast.report import method_name
@@ -40,7 +41,7 @@ def compare(
 ) -> dict:
     """Train networks on a synthetic set, and as many on random real images, and test both on the real test set.
 
-    A ConvNet has the architecture and the initialisation that the set was distilled with.
+    A ConvNet has the architecture and the initialisation of :func:`architecture_of`.
 
     Args:
         synthetic: the set.
@@ -53,8 +54,8 @@ def compare(
         random: measure Random, too.
         device: where to train; None: the GPU, if there is one.
         progress: show progress bars on standard error.
-        earlier: a record that an interrupted call left; the networks it holds are not trained again. Passed over where
-            it is complete, or where anything was not as it is now.
+        earlier: a record of an earlier call. The networks that it holds are not trained again, and a complete one is
+            returned as it is. Passed over where anything was not as it is now.
         on_network: called with the record so far whenever networks have finished.
         world: several processes that share the networks; see :func:`atom_fast.evaluate.evaluate`.
 
@@ -64,19 +65,18 @@ def compare(
         ``device`` (of the evaluation), ``config_hash``, ``same_data`` (whether ``data`` is what the set was made from;
         None where it does not say), in full ``evaluation`` and ``random_evaluation`` as
         :meth:`EvaluationResult.to_dict` writes them, and ``state``: whether it is ``complete``, and a ``hash`` of
-        everything the result depends on.
+        everything the result depends on but ``network``, so that it is the same for all networks of a command.
 
     Raises:
         ValueError: the set's classes or image size are not the data's; or ``random`` for classes of different sizes.
     """
     _check_fit(synthetic, data, random)
     protocol = default_protocol(data.name) if protocol is None else protocol
+    convnet = architecture_of(synthetic, data.name)
     settings = {
         "protocol": get_protocol(protocol) if isinstance(protocol, str) else protocol,
         "networks": networks,
         "seed": seed,
-        "network": network,
-        "architecture": architecture_of(synthetic) if network == "convnet" else {},
         "precision": precision,
         "evaluate_every": evaluate_every,
     }
@@ -84,8 +84,12 @@ def compare(
     sides = {"evaluation": functools.partial(evaluate, synthetic.images, synthetic.labels, data, space)}
     if random:
         sides["random_evaluation"] = functools.partial(evaluate_random, data, synthetic.ipc, space)
-    record = _Record(synthetic, data, _hash(synthetic, data, {**settings, "random": random}), {})
-    earlier = _interrupted(earlier, record.hash)
+    digest = _hash(synthetic, data, {**settings, "convnet": convnet, "random": random})
+    record = _Record(synthetic, data, digest, {})
+    earlier = _of_same(earlier, digest, network)
+    if earlier and earlier["state"]["complete"]:
+        return dict(earlier)
+    settings |= {"network": network, "architecture": convnet if network == "convnet" else {}}
     settings |= {"device": own_device(device, world), "world": world}
     for side, measure in sides.items():
 
@@ -133,7 +137,7 @@ class _Record:
 
 
 def _hash(synthetic: SyntheticSet, data: ImageData, settings: dict) -> str:
-    """SHA-256 of everything that an evaluation's result depends on, but for the device."""
+    """SHA-256 of everything that an evaluation's result depends on, but for the network and the device."""
     settings = {**settings, "protocol": dataclasses.asdict(settings["protocol"]), "version": __version__}
     digest = hashlib.sha256(json.dumps([settings, data.fingerprint], sort_keys=True).encode())
     tensors = {"images": synthetic.images, "labels": synthetic.labels, **synthetic.preprocessing.tensors()}
@@ -143,9 +147,10 @@ def _hash(synthetic: SyntheticSet, data: ImageData, settings: dict) -> str:
     return digest.hexdigest()
 
 
-def _interrupted(earlier: Mapping | None, digest: str) -> Mapping:
-    """An earlier record, if it is one of the same measurement and not complete."""
-    return earlier if earlier and earlier.get("state") == {"complete": False, "hash": digest} else {}
+def _of_same(earlier: Mapping | None, digest: str, network: str) -> Mapping:
+    """An earlier record, if it is one of the same measurement."""
+    same = earlier and earlier["state"]["hash"] == digest and earlier["evaluation"]["network"] == network
+    return earlier if same else {}
 
 
 def _curves(side: Mapping | None) -> list[dict[int, float | None]]:
@@ -186,7 +191,7 @@ def evaluate_random(
     """
 
     def choose(index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        chosen = random_selection(data, ipc, seed + index)
+        chosen = random_selection(data, ipc, derive_seed(seed, index))
         return preprocessing.to_model(data.train_images[chosen]), data.train_labels[chosen]
 
     return evaluate(choose, None, data, preprocessing, networks=networks, seed=seed, **settings)
@@ -197,8 +202,15 @@ def default_protocol(dataset: str) -> str:
     return "digits" if dataset == "digits" else "paper"
 
 
-def architecture_of(synthetic: SyntheticSet) -> dict[str, object]:
-    """Settings of the :class:`~atom_fast.networks.ConvNet` that a set was distilled with, as far as it records them.
+def architecture_of(synthetic: SyntheticSet, dataset: str) -> dict[str, object]:
+    """Settings of the :class:`~atom_fast.networks.ConvNet` that a set is tested on: those it was distilled with.
+
+    Real images and other programs' sets record none. Theirs are those of the preset "paper" for such data and as many
+    images a class, so that they are compared with a set that was distilled so on the same networks.
+
+    Args:
+        synthetic: the set.
+        dataset: name of the data it is tested on, as in ``ImageData.name``.
 
     Raises:
         ValueError: a recorded setting is not one that a distillation accepts.
@@ -206,8 +218,9 @@ def architecture_of(synthetic: SyntheticSet) -> dict[str, object]:
     config = synthetic.metadata.get("config", {})
     names = {"width": "width", "depth": "depth", "norm": "norm", "pooling": "pooling", "network_init": "initialization"}
     recorded = {setting: config[setting] for setting in names if config.get(setting) is not None}
-    DistillConfig.from_dict(recorded)  # refuses what is not accepted
-    return {names[setting]: value for setting, value in recorded.items()}
+    per_class = max(1, len(synthetic) // len(synthetic.class_names))  # in the mean, where the classes differ in size
+    config = preset("paper", ipc=per_class, **recorded).for_data(tuple(synthetic.images.shape[1:]), dataset)
+    return {name: getattr(config, setting) for setting, name in names.items()}
 
 
 def _some(names: tuple[str, ...]) -> str:

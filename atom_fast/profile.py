@@ -21,6 +21,7 @@ from atom_fast.distill.config import DistillConfig
 from atom_fast.distill.memory import fit_class_chunk
 from atom_fast.distill.stages import PREFIX, STAGES
 from atom_fast.distill.step import Distillation, initial_images
+from atom_fast.ranks import own_device
 
 STEP = "step"  # the range of a whole step in the trace
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of PyTorch's Chrome traces
@@ -113,9 +114,7 @@ def profile(
     """
     if steps < 1 or warm_up < 0:
         raise ValueError(f"steps must be at least 1 and warm_up at least 0; got {steps} and {warm_up}")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {str(device)!r} is not available: PyTorch sees no GPU; use 'cpu'")
+    device = own_device(device)
     run = _prepare(config, data, device, progress)
     iterations = itertools.count(1)
 

@@ -227,9 +227,11 @@ def _check_stored(tensors: Sequence[torch.Tensor]) -> None:
 
 
 def _check_metadata(metadata: dict) -> None:
-    """Refuse entries that readers of a set rely on and that are not what they are taken for; None is fine."""
-    for name, kind in {"dataset": str, "method": str, "config": dict, "seconds": (int, float)}.items():
-        if not isinstance(metadata.get(name), (kind, type(None))):
+    """Refuse entries that readers of a set rely on and that are not what they are taken for."""
+    unknown = type(None)
+    kinds = {"dataset": (str, unknown), "method": (str, unknown), "config": dict, "seconds": (int, float, unknown)}
+    for name, kind in kinds.items():
+        if name in metadata and not isinstance(metadata[name], kind):
             raise ValueError(f"metadata {name!r} must not be a {type(metadata[name]).__name__}")
 
 

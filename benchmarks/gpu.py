@@ -25,7 +25,7 @@ from pathlib import Path
 from . import cells, report, scaling, table3
 from .harness import ROOT, Plan, environment, save_results
 
-PLANNED_MINUTES = 8  # what the parts' limits below add up to, roughly; they are scaled to --minutes
+PLANNED_MINUTES = 8  # the run that the parts' limits below are for; they are scaled to --minutes
 
 
 @dataclasses.dataclass

@@ -88,7 +88,7 @@ class Operator:
 def cases(device: str, operators: Sequence[str] | None = None, providers: Sequence[str] = PROVIDERS) -> list[Case]:
     """Every case for a device: layers of the ConvNet on CIFAR-10 and Tiny ImageNet, images, and class means.
 
-    On a GPU, 1,280 real and 500 synthetic images a step, in float32 and bfloat16; on a CPU a fortieth of the real ones.
+    On a GPU, 1,280 real and 500 synthetic images a step, in float32 and bfloat16; on a CPU 40 of the real ones.
     """
     batches, dtypes = ((1280, 500), ("float32", "bfloat16")) if device == "cuda" else ((40,), ("float32",))
     # The layers of Tiny ImageNet but for the first are those of CIFAR-10.

@@ -154,7 +154,7 @@ def _sizes(results: list[dict]) -> str:
     batch = ", ".join(f"{size} ({', '.join(titles)})" for size, titles in batches.items() if size)
     return (
         f"{setting['classes']} classes, {setting['resolution']}×{setting['resolution']}, "
-        f"ConvNet-D{setting['depth']} W{setting['width']}, {setting['precision']} unless named; "
+        f"ConvNet-D{setting['depth']} W{setting['width']} with InstanceNorm, {setting['precision']} unless named; "
         f"{batch} real images a class"
     )
 

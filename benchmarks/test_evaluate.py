@@ -4,8 +4,7 @@
 
 The sets are those of ``benchmarks/evaluation.py``. A round is ``NETWORKS`` networks of ``EPOCHS`` epochs and one test
 each, with everything that comes before the first step; more epochs only dilute that. ``extra_info`` tells milliseconds
-a network and epoch, and what 20 networks of 1,000 epochs would take at that rate. The loop comes first: this project's
-training changes how the C library keeps freed memory, from which a loop in the same process would gain.
+a network and epoch, and what 20 networks of 1,000 epochs would take at that rate.
 """
 
 import pytest

@@ -13,7 +13,7 @@ A power of 0 leaves that map out.
 import triton
 import triton.language as tl
 
-from .powers import power, power_derivative
+from .powers import power, slope
 
 
 def forward_launch(channels: int, positions: int, bytes_per_value: int) -> dict[str, int]:
@@ -323,7 +323,7 @@ def attention_backward_kernel(
         b_spatial = tl.load(p_gradient + row + o_p, mask=m_p, other=0.0)
         if NORMALIZE:
             b_spatial -= tl.load(p_maps + row + o_p, mask=m_p, other=0.0) * tl.load(p_projection + i_b)
-        b_spatial *= tl.load(p_statistics + n_b + i_b) * inverse_peak
+        b_spatial *= SPATIAL * tl.load(p_statistics + n_b + i_b) * inverse_peak
     for i_c in range(tl.cdiv(C, BLOCK_C)):
         o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
         m_c = o_c < C
@@ -333,14 +333,14 @@ def attention_backward_kernel(
         b_u = tl.abs(b_f) * inverse_peak
         b_g = tl.zeros([BLOCK_C, BLOCK_P], dtype=ACCUMULATE)
         if SPATIAL > 0:
-            b_g += power_derivative(b_u, SPATIAL) * b_spatial[None, :]
+            b_g += slope(b_u, SPATIAL) * b_spatial[None, :]
         if CHANNEL > 0:
             b_channel = tl.load(p_gradient + row + n_spatial + o_c, mask=m_c, other=0.0)
             if NORMALIZE:
                 b_map = tl.load(p_maps + row + n_spatial + o_c, mask=m_c, other=0.0)
                 b_channel -= b_map * tl.load(p_projection + n_b + i_b)
-            b_channel *= tl.load(p_statistics + 2 * n_b + i_b) * inverse_peak
-            b_g += power_derivative(b_u, CHANNEL) * b_channel[:, None]
+            b_channel *= CHANNEL * tl.load(p_statistics + 2 * n_b + i_b) * inverse_peak
+            b_g += slope(b_u, CHANNEL) * b_channel[:, None]
         b_g = tl.where(b_f == 0, 0.0, tl.where(b_f < 0, -b_g, b_g))
         output = p_output + i_b * output_stride_b + o_c.to(tl.int64)[:, None] * output_stride_c
         tl.store(output + output_offsets_p[None, :], b_g.to(p_output.dtype.element_ty), mask=mask)

@@ -22,7 +22,7 @@ A power of 0 leaves that map out. Sums are taken in a fixed order: the same inpu
 import triton
 import triton.language as tl
 
-from .powers import power
+from .powers import power, slope
 
 # Where channels are adjacent, bytes of them that a program reads of a position at once: a cache line. With a quarter of
 # it, [1280, 128, 32, 32] takes six times as long on an H100.
@@ -555,23 +555,6 @@ def block_forward_kernel(
 
 
 @triton.jit
-def _slope(u, P: tl.constexpr):
-    """u^(P - 1) for u >= 0: the derivative of u^P without its factor P; anything where u = 0 and P = 1."""
-    if P == 1:
-        result = u * 0 + 1.0
-    elif P == 2:
-        result = u
-    elif P == 4:
-        result = u * u * u
-    elif P == 8:
-        cube = u * u * u
-        result = cube * cube * u
-    else:
-        result = tl.where(u > 0, tl.exp2((P - 1.0) * tl.log2(tl.where(u > 0, u, 1.0))), u)
-    return result
-
-
-@triton.jit
 def _feature_gradient(
     b_d, b_scale, b_shift, b_pooled, b_spatial, b_channel, SPATIAL: tl.constexpr, CHANNEL: tl.constexpr
 ):
@@ -580,9 +563,9 @@ def _feature_gradient(
     b_u = tl.maximum(b_y, 0.0)
     b_g = b_pooled
     if SPATIAL > 0:
-        b_g = b_g + b_spatial[:, None] * _slope(b_u, SPATIAL)
+        b_g = b_g + b_spatial[:, None] * slope(b_u, SPATIAL)
     if CHANNEL > 0:
-        b_g = b_g + b_channel[None, :] * _slope(b_u, CHANNEL)
+        b_g = b_g + b_channel[None, :] * slope(b_u, CHANNEL)
     return tl.where(b_y > 0, b_g, 0.0)
 
 
@@ -851,7 +834,7 @@ def tiled_forward_kernel(
     Args:
         p_spatial: [B, chunks, H W] sums over the chunk's channels of (f / peak)^p, peak the chunk's.
         p_channel: [B, C] sums over positions of (f / peak)^p.
-        p_peak: [B, chunks] the largest feature of the chunk; 1 where all are zero.
+        p_peak: [B, chunks] the largest feature of the chunk.
         The others as in `block_forward_kernel`.
     """
     i_b = tl.program_id(0).to(tl.int64)
@@ -888,7 +871,7 @@ def tiled_forward_kernel(
     b_scale = b_rstd * b_weight
     b_extreme = tl.maximum((b_low - b_mean) * b_scale, (b_high - b_mean) * b_scale) + b_bias
     peak = tl.maximum(tl.max(b_extreme, axis=0), 0.0)
-    tl.store(p_peak + i_row, tl.where(peak > 0, peak, 1.0))
+    tl.store(p_peak + i_row, peak)
     b_channel = tl.zeros([BLOCK_P, BLOCK_C], dtype)
     for start in range(0, PLACES, BLOCK_P):
         valid = valid_quad(start, H, W, BLOCK_P)

@@ -1,4 +1,4 @@
-"""Squared distance between the class means of two sides, and its gradient, in one launch (equation 3)."""
+"""Squared distance between the class means of two sides, and its gradient (equation 3)."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""The attention power |f|^p and its derivative, shared by every kernel that takes attention maps."""
+"""The attention power |f|^p and its slope, shared by every kernel that takes attention maps."""
 
 import triton
 import triton.language as tl
@@ -25,17 +25,17 @@ def power(u, P: tl.constexpr):
 
 
 @triton.jit
-def power_derivative(u, P: tl.constexpr):
-    """d(u^P)/du for u >= 0, where the caller's sign(f) makes the value at u = 0 irrelevant for P = 1."""
+def slope(u, P: tl.constexpr):
+    """u^(P - 1) for u >= 0: the derivative of u^P without its factor P; anything where u = 0 and P = 1."""
     if P == 1:
         result = u * 0 + 1.0
     elif P == 2:
-        result = 2.0 * u
+        result = u
     elif P == 4:
-        result = 4.0 * u * u * u
+        result = u * u * u
     elif P == 8:
         cube = u * u * u
-        result = 8.0 * cube * cube * u
+        result = cube * cube * u
     else:
-        result = tl.where(u > 0, P * tl.exp2((P - 1.0) * tl.log2(tl.where(u > 0, u, 1.0))), u)
+        result = tl.where(u > 0, tl.exp2((P - 1.0) * tl.log2(tl.where(u > 0, u, 1.0))), u)
     return result

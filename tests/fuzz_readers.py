@@ -67,7 +67,7 @@ def read_set(path: Path) -> None:
     assert not any("/" in name or "\\" in name for name in folder_names(synthetic.class_names))
     assert synthetic.pixels().isfinite().all() or synthetic.images.abs().max() > 1e18
     _public_model_space(synthetic)
-    architecture_of(synthetic)
+    architecture_of(synthetic, "digits")
 
 
 def read_described_set(path: Path) -> None:

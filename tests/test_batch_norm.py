@@ -197,6 +197,24 @@ def test_running_statistics_are_those_of_the_module(channels_last, backend, plac
             torch.testing.assert_close(got, norm(convolution(x)).relu())
 
 
+@pytest.mark.parametrize("backend", FUSED)
+def test_without_a_gradient_from_above_there_is_none(backend, place):
+    x, *vectors = inputs(2, 4, 4, 4, device=place, dtype=dtype_of(backend))
+    with af.backend(backend):
+        output = _Unasked.apply(batch_norm(x, *vectors[:2], rectify=True))
+    assert torch.autograd.grad(output.sum(), x, allow_unused=True) == (None,)
+
+
+class _Unasked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
 def test_operator_contract(device):
     x, weight, bias, offset, running_mean, running_var = inputs(2, 4, 4, 4, device=device)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")

@@ -129,12 +129,22 @@ def test_planes_of_every_size(shape, channels_last, norm, device):
 @settings(max_examples=10)
 def test_tiles_give_what_whole_planes_give(shape, channels_last, powers, norm, device):
     x, weight, bias = draw(shape, device, channels_last=channels_last)
+    tiled = fused_in_tiles(x, weight, bias, *powers, norm=norm)
+    assert_equal(tiled, exact(x, weight, bias, *powers, norm=norm))
+
+
+def test_features_of_a_chunk_are_small_where_another_has_none(device):
+    x, weight, bias = draw((2, 32, 9, 8), device, torch.float32, channels_last=True)
+    weight[16:], bias[16:], bias[:16] = 1e-6, 0.0, -20.0
+    assert_equal(fused_in_tiles(x, weight, bias, 8.0, 8.0), exact(x, weight, bias, 8.0, 8.0), 1e-5)
+
+
+def fused_in_tiles(*arguments, **options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "block_launch", lambda *_: None)
         patch.setattr(kernels, "block_backward_launch", lambda *_: None)
         patch.setattr(kernels, "tiled_launch", lambda *_: {"BLOCK_P": 8, "BLOCK_C": 16, "num_warps": 4})
-        tiled = fused("triton", x, weight, bias, *powers, norm=norm)
-    assert_equal(tiled, exact(x, weight, bias, *powers, norm=norm))
+        return fused("triton", *arguments, **options)
 
 
 @pytest.mark.parametrize(("backend", "norm"), FUSED)

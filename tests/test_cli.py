@@ -257,7 +257,7 @@ def test_random_draws_a_selection_for_every_network(finished):
     synthetic, data = SyntheticSet.load(finished / "synthetic.safetensors"), load_data("digits")
     settings = {
         "protocol": dataclasses.replace(atom_fast.evaluate.PROTOCOLS["dc"], epochs=3),
-        "architecture": architecture_of(synthetic),
+        "architecture": architecture_of(synthetic, "digits"),
         "progress": False,
     }
     two = evaluate_random(data, 1, synthetic.preprocessing, networks=2, seed=5, **settings)

@@ -1,13 +1,17 @@
 """Coresets against brute force on small sets, forgetting events against a count by hand, and sets from elsewhere."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 
+from atom_fast.comparison import compare
 from atom_fast.data.dataset import ImageData
-from atom_fast.data.whitening import fit_preprocessing
+from atom_fast.data.whitening import Preprocessing, fit_preprocessing
+from atom_fast.distill.config import preset
 from atom_fast.evaluate import (
+    PROTOCOLS,
     ForgettingCounter,
     forgetting_selection,
     herding_selection,
@@ -155,10 +159,40 @@ def test_pixels_need_no_network(data, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "method, features, images",
+    [("random", "pixels", 6), ("forgetting", "pixels", 46), ("herding", "embedding", 46), ("herding", "pixels", 46)],
+)
+def test_images_are_brought_to_model_space_once_and_where_they_are_used(method, features, images, data, monkeypatch):
+    """The 6 that are chosen, and all 40 where a network or distances need them."""
+    counts, to_model = [], Preprocessing.to_model
+    monkeypatch.setattr(Preprocessing, "to_model", lambda self, x: counts.append(len(x)) or to_model(self, x))
+    select(data, method, 2, features=features, epochs=1, progress=False)
+    assert sum(counts) == images
+
+
+@pytest.mark.parametrize("ipc, norm", [(1, "instance"), (2, "batch")])
+def test_real_images_and_foreign_sets_are_tested_as_a_distilled_one(ipc, norm, tmp_path):
+    """On the same networks; chosen images in the same model space, too."""
+    pytest.importorskip("kornia", reason="ZCA is fitted by kornia")
+    data = small_data(channels=3, name="cifar10")
+    config = preset("paper", ipc=ipc).for_data(data.image_shape, "cifar10")
+    chosen = select(data, "random", ipc, progress=False)
+    assert chosen.preprocessing.kind == config.preprocessing == "zca"
+    parts = chosen.images, chosen.labels, chosen.class_names, chosen.preprocessing
+    distilled = SyntheticSet(*parts, {"config": config.to_dict()})
+    foreign = read_set(chosen.export(tmp_path / "public.pt", format="pt"), data)
+    protocol = dataclasses.replace(PROTOCOLS["dc"], epochs=1)
+    options = {"protocol": protocol, "networks": 1, "random": False, "device": "cpu", "progress": False}
+    tested = [compare(some, data, **options)["evaluation"]["architecture"] for some in (distilled, chosen, foreign)]
+    assert tested[0]["norm"] == norm and tested == [tested[0]] * 3
+
+
+@pytest.mark.parametrize(
     "call, message",
     [
         (lambda data: select(data, "herdng"), "method must be one of random, .*; got 'herdng'"),
         (lambda data: select(data, "herding", features="pixel"), "features must be one of embedding, pixels"),
+        (lambda data: select(data, "random", preprocessing="zac"), "preprocessing must be one of auto, .*; got 'zac'"),
         (lambda data: select(data, "random", 14, progress=False), "has 13 training images, but 14"),
         (lambda data: select(data, "herding", 1, epochs=0, progress=False), "epochs must be .*; got 0"),
         (lambda data: herding_selection(torch.zeros(39, 2), data, 1), "each of the 40 training images .* got 39"),

@@ -122,6 +122,16 @@ def test_training_equals_a_plain_loop(augmentation, norm, small_set, device):
     assert_same_network(train(trainer, 4), expected)
 
 
+def test_batches_keep_the_layout_of_the_set(device, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training, "logits", lambda network, batch: seen.append(batch) or network(batch))
+    images = torch.randn(6, 3, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(6, device=device) % 2
+    trainer = Trainer(ConvNet(3, 2, 8, **SMALL).to(device), images, labels, PROTOCOL)
+    trainer.step(torch.tensor([4, 1, 2], device=device))
+    assert [batch.is_contiguous(memory_format=torch.channels_last) for batch in seen] == [True]
+
+
 @pytest.mark.parametrize("name, size", [("alexnet", 8), ("vgg11", 32), ("resnet18", 16), ("vit", 8)])
 def test_training_of_other_networks_equals_a_plain_loop(name, size, device):
     generator = torch.Generator().manual_seed(0)

@@ -11,6 +11,7 @@ from atom_fast import comparison
 from atom_fast.cli import main
 from atom_fast.comparison import compare
 from atom_fast.data.sources import load_data
+from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.evaluate import PROTOCOLS
 from atom_fast.evaluate.sets import select
 from atom_fast.synthetic import SyntheticSet
@@ -48,7 +49,8 @@ def test_several_architectures_are_a_line_and_a_record_each(file, tmp_path):
     assert stderr == ""
     records = json.loads(json_path.read_text())
     assert [record["evaluation"]["network"] for record in records] == ["alexnet", "convnet"]
-    assert [record["evaluation"]["architecture"] for record in records] == [{}, {"depth": 2, "width": 8}]
+    alexnet, convnet = (record["evaluation"]["architecture"] for record in records)
+    assert alexnet == {} and convnet["depth"] == 2 and convnet["width"] == 8
     assert all(record["state"]["complete"] and record["random_mean"] is not None for record in records)
 
 
@@ -127,6 +129,75 @@ def test_finished_networks_outlive_an_interruption(file, tmp_path, monkeypatch):
     assert trained[4:] == [0, 0]
 
 
+def count_networks(monkeypatch, stop_after=None):
+    """The names of the networks as they are trained; stops as by Ctrl-C after so many."""
+    trained, evaluate = [], comparison.evaluate
+
+    def counting(*arguments, network, on_network, **settings):
+        def note(result):
+            on_network(result)
+            trained.append(network)
+            if len(trained) == stop_after:
+                raise KeyboardInterrupt
+
+        if stop_after == 0:
+            raise KeyboardInterrupt
+        return evaluate(*arguments, network=network, on_network=note, **settings)
+
+    monkeypatch.setattr(comparison, "evaluate", counting)
+    return trained
+
+
+def test_an_interruption_among_several_architectures_costs_no_finished_network(file, tmp_path, monkeypatch):
+    command = ["evaluate", file, "--arch", "alexnet,convnet", "--networks", 2, "--together", 1, "--no-random", "--json"]
+    json_path = tmp_path / "result.json"
+    expected, _ = run(*command, tmp_path / "expected.json")
+    with monkeypatch.context() as patch:
+        count_networks(patch, stop_after=3)
+        run(*command, json_path, code=130)
+    found = json_path.read_text()
+    assert [len(record["evaluation"]["unfinished"]) for record in json.loads(found)] == [0, 1]
+    with monkeypatch.context() as patch:  # before another network has finished
+        count_networks(patch, stop_after=0)
+        run(*command, json_path, code=130)
+    assert json_path.read_text() == found
+    with monkeypatch.context() as patch:
+        trained = count_networks(patch)
+        assert run(*command, json_path)[0] == expected
+    assert trained == ["convnet"]
+    finished, whole = (json.loads(path.read_text()) for path in (json_path, tmp_path / "expected.json"))
+    assert [r["evaluation"]["curves"] for r in finished] == [r["evaluation"]["curves"] for r in whole]
+    assert finished[0] == json.loads(found)[0]
+
+    with monkeypatch.context() as patch:  # a complete result is measured anew
+        trained = count_networks(patch)
+        run(*command, json_path)
+    assert trained == ["alexnet", "alexnet", "convnet", "convnet"]
+    json_path.write_text(found)
+    with monkeypatch.context() as patch:  # nothing is kept beside networks of other settings
+        count_networks(patch, stop_after=1)
+        run(*command, json_path, "--seed", 1, code=130)
+    assert [record["evaluation"]["seed"] for record in json.loads(json_path.read_text())] == [1]
+
+
+def test_a_set_for_data_that_are_no_choice_is_refused_by_their_name(data, tmp_path):
+    chosen = select(data, "random", 1, progress=False)
+    for name, message in (("digits32", "says that it is for 'digits32'"), (None, "does not say which data set")):
+        chosen.metadata["dataset"] = name
+        _, stderr = run("evaluate", chosen.save(tmp_path / "set.safetensors"), code=2)
+        assert message in stderr and "give --dataset, one of digits, " in stderr
+
+
+def test_random_selections_of_neighbouring_seeds_have_none_in_common(data, monkeypatch):
+    def choose_all(choose, *rest, networks, **settings):
+        return [tuple(choose(index)[0].flatten().tolist()) for index in range(networks)]
+
+    monkeypatch.setattr(comparison, "evaluate", choose_all)
+    space = fit_preprocessing(data.train_images, "standard", progress=False)
+    selections = [comparison.evaluate_random(data, 1, space, networks=5, seed=seed) for seed in (0, 1)]
+    assert len({*selections[0], *selections[1]}) == 10
+
+
 def test_the_record_so_far_tells_both_sides(file, data):
     told = []
     compare(SyntheticSet.load(file), data, networks=2, device="cpu", progress=False, together=1, on_network=told.append)
@@ -164,7 +235,7 @@ def test_the_full_training_set_trains_better_than_a_part(data, monkeypatch, tmp_
     means = []
     for method in ("random", "full"):
         chosen = select(data, method, 2, progress=False)
-        chosen.metadata["config"] = {"width": 16, "depth": 2}
+        chosen.metadata["config"] = {"width": 16, "depth": 2, "network_init": "default"}
         settings = {"networks": 1, "random": False, "device": "cpu", "progress": False}
         means.append(compare(chosen, data, **settings)["accuracy_mean"])
     assert means[1] > 75 and means[1] > means[0] + 10

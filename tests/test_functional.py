@@ -307,6 +307,9 @@ def test_groups_made_once_equal_labels_given_each_time(name, device):
         assert torch.equal(with_labels, af.attention_matching_loss(real, synthetic, groups=groups))
         maps = [torch.cat([af.spatial_attention(f), af.channel_attention(f)], 1) for f in (real, synthetic)]
         torch.testing.assert_close(af.attention_matching_from_maps(*maps, groups=groups), with_labels)
+        fewer = groups.of_classes(2)
+        assert len(fewer.real_offsets) == len(fewer.synthetic_offsets) == 3
+        assert torch.equal(with_labels, af.attention_matching_loss(real, synthetic, groups=fewer))
 
 
 def test_the_reference_backend_is_the_equations(device):

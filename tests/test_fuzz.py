@@ -107,7 +107,10 @@ def test_nothing_in_a_set_steers_the_terminal(tmp_path):
 )
 @pytest.mark.parametrize(
     "metadata",
-    [{"config": []}, {"config": "x"}, {"dataset": ["digits"]}, {"method": 3}, {"seconds": "long"}, ["a"], "x"],
+    [
+        *({"config": []}, {"config": "x"}, {"config": None}),
+        *({"dataset": ["digits"]}, {"method": 3}, {"seconds": "long"}, ["a"], "x"),
+    ],
 )
 def test_metadata_of_another_type_are_refused(metadata, tmp_path):
     path = make_set().save(tmp_path / "set.safetensors")
@@ -141,7 +144,7 @@ def test_a_recorded_architecture_is_checked_and_long_names_are_drawn_short(tmp_p
     from atom_fast.comparison import architecture_of
 
     with pytest.raises(ValueError, match="width must be a whole number of at least 1"):
-        architecture_of(SyntheticSet.load(path))
+        architecture_of(SyntheticSet.load(path), "digits")
 
 
 @pytest.mark.fault(

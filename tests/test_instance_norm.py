@@ -6,6 +6,7 @@ from atom_fast.kernels.instance_norm import instance_norm_launch
 
 import atom_fast as af
 from atom_fast.ops.instance_norm import instance_norm, instance_norm_op, reference_instance_norm
+from atom_fast.ops.launching import addressable
 from tests.cubin import CAPABILITIES, compile_kernel
 
 BACKENDS = ["triton", "native", "torch"]
@@ -137,6 +138,11 @@ def test_an_empty_batch(device):
 def test_what_does_not_fit_is_refused(shape, width, options, message):
     with pytest.raises(ValueError, match=message):
         instance_norm(torch.zeros(shape), torch.zeros(width), torch.zeros(width), **options)
+
+
+def test_samples_that_32_bits_do_not_address_are_copied():
+    far, near = (torch.empty_strided((2, 3, 4, 4), (1, step, 4, 1), device="meta") for step in (2**30, 2**29))
+    assert addressable(far).is_contiguous() and addressable(near) is near
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

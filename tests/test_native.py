@@ -12,6 +12,7 @@ import torch.fx.experimental.proxy_tensor
 
 import atom_fast as af
 from atom_fast import _native
+from atom_fast.distill.live_bytes import count_peak
 from atom_fast.ops.batch_norm import batch_norm
 from atom_fast.ops.block import attention_block
 from atom_fast.ops.first_block import first_block
@@ -170,6 +171,35 @@ def test_narrow_types_are_computed_in_float32(name, norm, dtype):
     torch.testing.assert_close(narrow[0].double(), exact[0], rtol=rounding, atol=1e-5)
     torch.testing.assert_close(narrow[1].double(), exact[1], rtol=1e-5, atol=1e-6)
     assert (narrow[2] - exact[2]).abs().max() <= 2 * rounding * exact[2].abs().max()
+
+
+def test_narrow_types_stay_narrow_where_the_kernels_do_not_take_them(monkeypatch):
+    dtypes, conv2d = [], torch.nn.functional.conv2d
+
+    def convolution(x, *arguments, **options):
+        dtypes.append(x.dtype)
+        return conv2d(x, *arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", convolution)
+    with torch.autocast("cpu", torch.bfloat16):
+        first_block(images(2, 5, 8, 8), images(20, 5, 3, 3))  # too many channels for the kernel
+        monkeypatch.setattr(_native, "is_built", lambda: False)
+        first_block(images(2, 3, 8, 8), images(20, 3, 3, 3))
+    assert set(dtypes) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_nothing_is_widened_in_vain(built, monkeypatch):
+    x = images(4, 16, 16, 16).bfloat16()
+    if built:
+        x = x.contiguous()  # a layout that the kernel does not take
+    else:
+        monkeypatch.setattr(_native, "is_built", lambda: False)
+    peaks = []
+    for backend in ("auto", "torch"):
+        with af.backend(backend):
+            peaks.append(count_peak(lambda: attention_block(x)))
+    assert peaks[0] == peaks[1]
 
 
 def test_the_operator_takes_no_other_layout():

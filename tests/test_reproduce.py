@@ -1,8 +1,10 @@
 """The paper's tables by name: what a plan holds, cells that are never lost or done twice, and what is written."""
 
 import dataclasses
+import errno
 import fcntl
 import json
+import os
 import re
 import shlex
 import shutil
@@ -18,11 +20,20 @@ from atom_fast.cli import main
 from atom_fast.data.sources import load_data
 from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.distill import preset
+from atom_fast.distill.checkpoint import latest_checkpoint, save_checkpoint
 from atom_fast.distill.step import Distillation, fused_if_possible, initial_images, make_network, matching_terms
 from atom_fast.functional import class_groups
+from atom_fast.ranks import World
 from atom_fast.reproduce import TARGETS, paper, plan, reproduce, work
 from atom_fast.reproduce.budget import Estimator, choose
-from atom_fast.reproduce.cells import CELL_FILE, architecture, cell_folder, claimed, read_evaluation
+from atom_fast.reproduce.cells import (
+    CELL_FILE,
+    architecture,
+    cell_folder,
+    claimed,
+    evaluation_file,
+    read_evaluation,
+)
 from atom_fast.reproduce.datasets import load_named
 from atom_fast.reproduce.methods import METHODS, configuration
 from atom_fast.reproduce.run import list_units
@@ -30,6 +41,7 @@ from atom_fast.reproduce.scale import scale_for
 from atom_fast.reproduce.study import FACTORS
 from atom_fast.reproduce.tables import _paired, collect, render
 from atom_fast.reproduce.targets import parse_cell
+from tests.test_ranks import Launch, context  # noqa: F401  a fixture
 
 CELLS = (("digits", 1),)
 TINY = {"iterations": 4, "width": 4, "depth": 2, "real_batch": 4}
@@ -156,6 +168,18 @@ def test_a_cell_s_folder_tells_its_settings_apart():
     assert plan("table4", CELLS, seeds=1, settings={"checkpoint_every": 7}).units[0][0].folder_name in names
 
 
+def test_settings_that_are_what_the_data_set_implies_are_the_same_cell():
+    for cells, settings in (
+        (CELLS, {"network_init": "normal", "norm": "instance", "preprocessing": "standard", "loss_scale": 10}),
+        ([("cifar10", 10)], {"network_init": "default", "norm": "batch", "preprocessing": "zca", "loss_scale": 1}),
+    ):
+        names = [
+            [cell.folder_name for cell, _ in plan("table1", cells, ["random", "atom"], settings=given).units]
+            for given in ({}, settings)
+        ]
+        assert names[0] == names[1]
+
+
 def test_all_methods_are_tested_on_the_same_networks():
     for settings in ({}, {"norm": "batch", "width": 16}):
         units = plan("table1", CELLS, settings=settings).units
@@ -189,6 +213,12 @@ def test_protocols_are_shortened_in_proportion():
     assert scale_for("cifar10").reductions() == []
 
 
+def test_what_changes_no_result_is_no_reduction():
+    settings = {"checkpoint_every": 7, "log_every": 3, "class_chunk": 2}
+    assert scale_for("cifar10", epochs=1000, settings=settings).reductions() == []
+    assert scale_for("cifar10", settings={**settings, "width": 64}).reductions() == ["width 64 instead of 128"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -202,6 +232,8 @@ def test_protocols_are_shortened_in_proportion():
         (["table4", "--set", "no_such=1"], "no_such"),
         (["table4", "--set", "norm"], "NAME=VALUE"),
         (["table4", "--set", "norm=[1, 2]"], "norm"),
+        (["table4", "--set", "seed=3"], "--seeds"),
+        (["table4", "--set", "ipc=3"], "--cells"),
         (["table4", "--seeds", "0"], "seeds"),
         (["table4", "--cells", "digits:1", "--only", "99"], "99"),
         (["table4", "--cells", "digits:1000", "--seeds", "1", "--methods", "atom", "--quiet"], "1000"),
@@ -302,9 +334,32 @@ def test_more_networks_continue_fewer(table4, tmp_path):
     assert read_evaluation(output, cell, before)["accuracies"] == first
 
 
+def test_fewer_networks_train_no_more_than_they_are(table4, tmp_path):
+    output = tmp_path / "copy"
+    shutil.copytree(table4[0], output)
+    [(cell, [evaluation])] = small("table4", ["atom"], networks=2).units
+    path = evaluation_file(output, cell, evaluation)
+    record = json.loads(path.read_text())
+    [first] = record["curves"]
+    path.write_text(json.dumps({**record, "curves": [first, {}, {}, {"3": 12.5}]}))  # two of four, interrupted
+    run(small("table4", ["atom"], networks=2), output)
+    curves = json.loads(path.read_text())["curves"]
+    assert curves[0] == first and curves[1] and curves[2:] == [{}, {"3": 12.5}]
+
+
 def test_an_interrupted_cell_is_resumed(tmp_path, monkeypatch):
     target = small("table4", ["atom"], settings={**TINY, "checkpoint_every": 2})
     whole, _ = run(target, tmp_path / "whole")
+    steps = interrupted_at_3(target, tmp_path / "parts", monkeypatch)
+    record, _ = run(target, tmp_path / "parts")
+    assert steps == [1, 2, 3, 3, 4]
+    assert record["sections"][0]["rows"][-1]["entries"]["digits:1"]["ours"]["accuracies"] == (
+        whole["sections"][0]["rows"][-1]["entries"]["digits:1"]["ours"]["accuracies"]
+    )
+
+
+def interrupted_at_3(target, output, monkeypatch):
+    """The steps that are made, the first three of them in a run that then ends."""
     steps, original = [], Distillation.step
 
     def stop_at_3(self, iteration):
@@ -315,12 +370,79 @@ def test_an_interrupted_cell_is_resumed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Distillation, "step", stop_at_3)
     with pytest.raises(RuntimeError, match="went away"):
-        run(target, tmp_path / "parts")
-    record, _ = run(target, tmp_path / "parts")
-    assert steps == [1, 2, 3, 3, 4]
-    assert record["sections"][0]["rows"][-1]["entries"]["digits:1"]["ours"]["accuracies"] == (
-        whole["sections"][0]["rows"][-1]["entries"]["digits:1"]["ours"]["accuracies"]
-    )
+        run(target, output)
+    return steps
+
+
+@pytest.mark.fault(
+    "What a run must not go on with",
+    "a cell of `reproduce` becomes NaN, or needs more memory than there is",
+    "it is named, marked as failed in the table, and the others are done; exit code 2; the same command tries again",
+)
+@pytest.mark.parametrize(("what", "budget"), [("NaN", None), ("NaN", 60.0), ("memory", None)])
+def test_a_cell_that_fails_does_not_keep_the_others(tmp_path, monkeypatch, what, budget):
+    target, original = small("table4", ["random", "mmd", "atom"]), Distillation.step
+
+    def spoilt(self, iteration):
+        original(self, iteration)
+        if self.config.spatial_power is None and what == "memory":
+            raise torch.OutOfMemoryError("out of memory")
+        if self.config.spatial_power is None:
+            self.images.detach().fill_(torch.nan)
+
+    monkeypatch.setattr(Distillation, "step", spoilt)
+    with pytest.raises(RuntimeError, match=f"(?s)1 of 3 cells failed.*digits-ipc1-mmd-seed0-.*{what}"):
+        run(target, tmp_path, budget=budget)
+    record = json.loads((tmp_path / "table4.json").read_text())
+    rows = {row["title"]: row["entries"]["digits:1"] for row in record["sections"][0]["rows"]}
+    assert [name.split("-seed0")[0] for name in record["failed"]] == ["digits-ipc1-mmd"]
+    assert rows["MMD"]["failed"] == 1 and rows["MMD"]["ours"] is None
+    assert rows["MMD + spatial + channel"]["ours"] and not rows["MMD + spatial + channel"]["failed"]
+    assert re.search(r"^\| MMD +\| failed ", render(record), flags=re.MULTILINE)
+    monkeypatch.setattr(Distillation, "step", original)
+    record, _ = run(target, tmp_path)
+    assert record["failed"] == {} and "failed" not in render(record) and "not measured" not in render(record)
+
+
+def test_a_cell_begun_on_another_device_does_not_keep_the_others(tmp_path, monkeypatch):
+    settings = {**TINY, "checkpoint_every": 2}
+    target = small("table4", ["mmd", "atom"], settings=settings)
+    interrupted_at_3(target, tmp_path, monkeypatch)
+    folder = cell_folder(tmp_path, target.units[0][0]) / "run" / "checkpoints"
+    checkpoint = latest_checkpoint(folder)
+    save_checkpoint(folder, dataclasses.replace(checkpoint, config={**checkpoint.config, "precision": "tf32"}))
+    with pytest.raises(RuntimeError, match="1 of 2 cells failed.*mmd.*precision was 'tf32', is 'float32'"):
+        run(target, tmp_path)
+    assert work.finished(tmp_path, *target.units[1])
+
+
+def with_other_images(output, units):
+    """Have cells say that they were made from other images."""
+    for cell, _ in units:
+        note = cell_folder(output, cell) / CELL_FILE
+        note.write_text(json.dumps({**json.loads(note.read_text()), "fingerprint": "0" * 64, "data": "digits (JPEG)"}))
+
+
+@pytest.mark.fault(
+    "What a run must not go on with",
+    "cells of a data set in a folder of `reproduce` were made from other images than the data at hand, or each other",
+    "refused before any work, or where the table would be written; data set and folder are named",
+)
+def test_images_of_different_origin_are_not_put_into_one_table(table4, tmp_path):
+    output = tmp_path / "copy"
+    shutil.copytree(table4[0], output)
+    units = small("table4").units
+    with_other_images(output, units[-1:])
+    for write in (run, collect):
+        message = rf"{units[-1][0].folder_name} .*other images of digits \(digits \(JPEG\)\)"
+        with pytest.raises(ValueError, match=message):
+            write(small("table4"), output)
+    with_other_images(output, units)
+    before = sorted(output.rglob("*"))
+    with pytest.raises(ValueError, match=r"other images of digits .* than those at hand \(digits\).*--output"):
+        run(small("table4", seeds=2), output)
+    assert sorted(output.rglob("*")) == before
+    assert run(small("table4"), output)[0]["data"] == {"digits": "digits (JPEG)"}, "what is finished needs no data"
 
 
 def test_a_stopped_run_writes_what_is_finished(tmp_path, monkeypatch):
@@ -349,6 +471,56 @@ def test_a_cell_that_another_process_has_is_passed_over(tmp_path):
     assert measured == ["MMD + spatial + channel"]
     assert any("1 cells are in work by other processes" in line for line in said)
     assert "finished" in list_units(target, tmp_path)[1] and "to do" in list_units(target, tmp_path)[0]
+
+
+@pytest.mark.fault("Folders", "the file system has no locks for the cells of `reproduce`", "said once; they are done")
+def test_cells_on_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    def unsupported(*arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    record, _ = run(small("table4", ["random"], seeds=2), tmp_path)
+    assert record["sections"][0]["rows"][0]["entries"]["digits:1"]["ours"]["sets"] == 2
+    assert capsys.readouterr().err.count(f"{tmp_path / 'cells'} cannot be locked (No locks available)") == 1
+
+
+class SecondOfTwo(World):
+    """As if another process were there that has nothing to say."""
+
+    rank, size, local_rank, label = 1, 2, 1, "rank 1: "
+
+
+def test_each_process_has_its_own_gpu_and_the_first_one_writes(table4, tmp_path, monkeypatch):
+    output = tmp_path / "copy"
+    shutil.copytree(table4[0], output, ignore=lambda folder, names: [name for name in names if "table4" in name])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", lambda index: None)
+    devices = []
+    monkeypatch.setattr("atom_fast.reproduce.run.Shelf", lambda *arguments, device, **options: devices.append(device))
+    record = reproduce(small("table4"), output, progress=False, report=str, world=SecondOfTwo())
+    assert devices == [torch.device("cuda", 1)]
+    assert record["sections"] == table4[1]["sections"] and not list(output.glob("table4*"))
+
+
+def share_a_table(world, output):
+    said = []
+    record = reproduce(
+        small("table4", ["random", "mmd", "atom"], seeds=2), output, device="cpu", progress=False, report=said.append,
+        world=world,
+    )  # fmt: skip
+    return record["sections"], said
+
+
+def test_processes_started_together_share_the_cells(tmp_path, context):  # noqa: F811  the fixture
+    found = Launch(context, 2, share_a_table, tmp_path).results()
+    assert not any(isinstance(one, BaseException) for one in found), found
+    assert found[0][0] == found[1][0] == json.loads((tmp_path / "table4.json").read_text())["sections"]
+    assert {entry["ours"]["sets"] for row in found[0][0][0]["rows"] for entry in row["entries"].values()
+            if entry["ours"]} == {2}  # fmt: skip
+    assert sum("written:" in line for _, said in found for line in said) == 1
+    starts = [json.loads(path.read_text()) for path in tmp_path.glob("cells/*/run/environment.json")]
+    assert len(starts) == 4 and all(len(one) == 1 for one in starts), "no cell is done twice"
 
 
 def damaged(folder, what):
@@ -384,7 +556,7 @@ def test_a_damaged_cell_is_named_with_a_way_out(table4, tmp_path, what, said):
     damaged(folder, what)
     files = output.glob("cells/*/evaluation-*.json")
     others = {path: path.read_bytes() for path in files if folder not in path.parents}
-    with pytest.raises(ValueError, match=f"(?s){folder.name}.*{said}|{said}.*{folder.name}") as error:
+    with pytest.raises((ValueError, RuntimeError), match=f"{folder.name}.*{said}|{said}.*{folder.name}") as error:
         run(small("table4", ["atom"]), output)
     assert re.search("remove|--data-dir", str(error.value))
     assert others and all(path.read_bytes() == content for path, content in others.items())
@@ -426,6 +598,51 @@ def test_estimates_come_from_finished_cells_or_probes(table4, tmp_path):
     assert not known._probed
     [unit] = small("table4", ["atom"]).units
     assert 0 < Estimator(tmp_path, [unit], shelf).seconds(unit) < 60
+
+
+@pytest.fixture
+def estimated(monkeypatch):
+    """Estimators that take a set for 100 seconds, and an evaluation for 10, where nothing is measured."""
+    monkeypatch.setattr(Estimator, "_probe_set", lambda self, cell: 100.0)
+    monkeypatch.setattr(Estimator, "_probe_evaluation", lambda self, cell, evaluation: 10.0)
+    return lambda output, unit, units=None: Estimator(output, units or [unit], None).seconds(unit)
+
+
+def test_an_estimate_is_of_what_is_left(tmp_path, monkeypatch, estimated):
+    target = small("table4", ["atom"], networks=4, settings={**TINY, "checkpoint_every": 2})
+    [unit] = target.units
+    assert estimated(tmp_path, unit) == 110
+    interrupted_at_3(target, tmp_path, monkeypatch)
+    assert estimated(tmp_path, unit) == 60
+    run(small("table4", ["atom"], settings={**TINY, "checkpoint_every": 2}), tmp_path)
+    assert estimated(tmp_path, unit) == 7.5
+    run(target, tmp_path)
+    assert estimated(tmp_path, unit) == 0
+
+
+def test_an_estimate_takes_no_milestone_for_the_whole_set(tmp_path, estimated):
+    run(small("fig3", ["atom"]), tmp_path)
+    units = small("fig3", ["atom"], seeds=2).units
+    for evaluation, seconds in zip(units[0][1], (1.0, 2.0, 3.0, 4.0), strict=True):
+        path = evaluation_file(tmp_path, units[0][0], evaluation)
+        path.write_text(json.dumps({**json.loads(path.read_text()), "set_seconds": seconds, "seconds": 0.5}))
+    assert estimated(tmp_path, units[1], units) == 4 + 4 * 0.5
+
+
+def test_a_probe_trains_networks_of_the_norm_asked_for(tmp_path, monkeypatch):
+    from atom_fast.reproduce import budget
+
+    norms, original = set(), budget.evaluate
+
+    def spy(*arguments, **options):
+        norms.add(options["architecture"]["norm"])
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(budget, "evaluate", spy)
+    shelf = work.Shelf(None, download=False, device=torch.device("cpu"), progress=False)
+    cell, evaluations = plan("study", CELLS, factors=["evaluation_norm"], **SMALL).units[0]
+    [evaluation] = [one for one in evaluations if one.norm == "batch"]
+    assert Estimator(tmp_path, [], shelf)._evaluation_seconds(cell, evaluation) > 0 and norms == {"batch"}
 
 
 # Figures, and the rest of the tables

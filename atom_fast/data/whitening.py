@@ -74,12 +74,12 @@ class Preprocessing:
         """
         self._check_shape(images)
         if images.dtype == torch.uint8:
-            scale = self._byte_scale
+            model = images * self._byte_scale  # in float32, in one pass
         elif images.is_floating_point():
-            scale = self._scale
+            model = images.to(torch.float32) * self._scale
         else:
             raise ValueError(f"images must be uint8 or floating point in [0, 1]; got {images.dtype}")
-        model = images.to(torch.float32, copy=True).mul_(scale).add_(self._shift)
+        model.add_(self._shift)
         return model if self.zca_matrix is None else _apply(self.zca_matrix, model)
 
     def to_pixels(self, model: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ class DistillConfig:
         minimum=0,
     )
     # CIFAR-10 (JPEG q75, ZCA), 8000 steps on a GPU. InstanceNorm, 1 a class: 31.9, 32.9 and 32.2 % with scales 1, 10
-    # and 100. BatchNorm, 10 a class: 55.6, 54.4 and 53.1 with 1, 3 and 10. The gradient of an image is that of its
+    # and 100. BatchNorm, 10 a class: 55.6, 54.6 and 53.1 with 1, 3 and 10. The gradient of an image is that of its
     # class's mean over ipc, so that a scale for 10 images a class is five times as large for 50.
     loss_scale: float | None = _setting(
         None,
@@ -233,7 +233,8 @@ class DistillConfig:
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def for_data(self, image_shape: tuple[int, int, int], dataset: str) -> DistillConfig:
-        """The same configuration with what follows from the data put in: nothing is left open but the precision.
+        """The same configuration with what follows from the data put in; of what the images depend on, only the
+        precision is left open.
 
         Args:
             image_shape: (C, H, W) of the data.
@@ -252,7 +253,9 @@ class DistillConfig:
         )
 
     def resolve(self, image_shape: tuple[int, int, int], dataset: str, device: torch.device) -> DistillConfig:
-        """The same configuration with nothing left open: no None but a power's, no "auto".
+        """The same configuration with nothing left open that the images depend on: no "auto", no None but a power's.
+
+        ``class_chunk`` and ``memory_budget`` stay as they are; None means all classes at once, and no limit.
 
         Args:
             image_shape, dataset: as in `for_data`.

@@ -155,7 +155,7 @@ class Distillation:
                 for each in (self.config.real_batch, self.config.ipc)
             )
             rows = slice(start * self.config.ipc, (start + len(chosen)) * self.config.ipc)
-            groups = class_groups(real_labels, labels)
+            groups = class_groups(real_labels, labels).of_classes(len(chosen))
             self._chunks.append(_Chunk(slice(chosen.start, chosen.stop), rows, real_labels, labels, groups))
         self._run = self._advance
 

@@ -12,14 +12,7 @@ from atom_fast.data.dataset import ImageData
 from atom_fast.data.sampling import check_class_sizes
 from atom_fast.data.whitening import Preprocessing
 from atom_fast.evaluate.protocols import Protocol, get_protocol
-from atom_fast.evaluate.training import (
-    Trainer,
-    empty_network,
-    in_batches,
-    in_model_space,
-    keep_freed_memory,
-    network_seed,
-)
+from atom_fast.evaluate.training import Trainer, empty_network, in_batches, in_model_space, network_seed
 from atom_fast.networks.lean import embed, memory_format
 
 METHODS = ("random", "herding", "k-center", "forgetting", "least-forgetting", "full")
@@ -189,8 +182,6 @@ def watch_training(
 
 def _whole_set_trainer(data: ImageData, preprocessing: Preprocessing, protocol: Protocol, device) -> Trainer:
     device = data.train_images.device if device is None else torch.device(device)
-    if device.type == "cpu":
-        keep_freed_memory()
     network = empty_network("convnet", {}, data, device)
     layout = memory_format(network, device)
     images = in_model_space(data.train_images, preprocessing, device, layout)

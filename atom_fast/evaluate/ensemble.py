@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import torch
 from torch import Tensor
 
-from atom_fast.evaluate.training import Trainer, keep_freed_memory
+from atom_fast.evaluate.training import Trainer
 
 Curve = dict[int, float | None]
 
@@ -66,7 +66,6 @@ def _is_tested(epoch: int, protocol, evaluate_every: int) -> bool:
 
 
 def _on_threads(first, make_trainer, jobs, start, test, evaluate_every, together, advance):
-    keep_freed_memory()
     cores = torch.get_num_threads()
     workers = min(len(jobs), together or cores)
     trainers = [first, *(make_trainer() for _ in range(workers - 1))]

@@ -12,6 +12,7 @@ from atom_fast.data.dataset import ImageData
 from atom_fast.data.decoding import decode_images
 from atom_fast.data.sources import _class_names, _labelled_files
 from atom_fast.data.whitening import KINDS, Preprocessing, fit_preprocessing
+from atom_fast.distill.config import DistillConfig
 from atom_fast.evaluate.coresets import (
     EPOCHS,
     METHODS,
@@ -32,7 +33,7 @@ def select(
     method: str,
     ipc: int = 1,
     *,
-    preprocessing: str | Preprocessing = "standard",
+    preprocessing: str | Preprocessing = "auto",
     features: str = "embedding",
     protocol: Protocol | str = "paper",
     epochs: int = EPOCHS,
@@ -48,9 +49,10 @@ def select(
             for the whole training set.
         ipc: images a class; not used by "full".
         preprocessing: kind of the map to model space, fitted on the training set; see
-            :func:`~atom_fast.data.whitening.fit_preprocessing`; or one that was fitted before.
+            :func:`~atom_fast.data.whitening.fit_preprocessing`; "auto" is that of a distillation of such data; or one
+            that was fitted before.
         features: what herding and k-center measure distances in: "embedding", that of a ConvNet trained on the whole
-            training set, or "pixels", in model space.
+            training set in model space, or "pixels", in model space too.
         protocol: how that network, and the one that forgets, are trained, but for the epochs; a preset or its name.
         epochs: how long.
         seed: of the random choice, or of the network.
@@ -69,7 +71,8 @@ def select(
             raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {value!r}")
     space = preprocessing
     if not isinstance(space, Preprocessing):
-        space = fit_preprocessing(data.train_images, preprocessing, progress=progress)
+        kind = DistillConfig(preprocessing=preprocessing).for_data(data.image_shape, data.name).preprocessing
+        space = fit_preprocessing(data.train_images, kind, progress=progress)
     settings = {"protocol": protocol, "epochs": epochs, "seed": seed, "device": device, "progress": progress}
     if method == "full":
         chosen = data.class_index
@@ -79,9 +82,10 @@ def select(
         _, events = watch_training(data, space, **settings)
         chosen = forgetting_selection(events, data, ipc, least=method == "least-forgetting")
     else:
-        rows = space.to_model(data.train_images).flatten(1)
         if features == "embedding":
             rows, _ = watch_training(data, space, **settings)
+        else:
+            rows = space.to_model(data.train_images).flatten(1)
         chosen = {"herding": herding_selection, "k-center": k_center_selection}[method](rows, data, ipc)
     details = {"seed": seed}
     if method in ("herding", "k-center"):

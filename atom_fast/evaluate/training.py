@@ -93,7 +93,8 @@ class Trainer:
 
     def step(self, indices: Tensor) -> Tensor:
         """A training step on the images at ``indices``, int64 [B]; returns their logits [B, K] before it."""
-        images = self.images.index_select(0, indices)
+        # index_select by itself returns NCHW.
+        images = torch.index_select(self.images, 0, indices, out=torch.empty_like(self.images[: len(indices)]))
         if self.protocol.augmentation != "none":
             strategy = self.protocol.augmentation
             drawn = draw_augmentation(len(indices), self.generator, strategy=strategy, shared_operation=True)
@@ -138,15 +139,6 @@ def _in_layout_of(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
     if gradient is None or gradient.stride() == parameter.stride():
         return gradient
     return torch.empty_like(parameter).copy_(gradient)
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what a step frees for the next one, in place of handing it back to the system.
-
-    glibc holds back as much as the largest block that was freed so far, up to 32 MiB; taking pages anew took a quarter
-    of the time of a step on a hundred digits.
-    """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
 
 @torch.no_grad()

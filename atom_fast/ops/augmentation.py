@@ -6,7 +6,6 @@ pixel to where it is read, ``pixel + M (pixel - centre) + shift`` in pixels, and
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _native
+from .launching import device_of
 
 OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
 COLOR, CROP, CUTOUT, FLIP, SCALE, ROTATE = range(len(OPERATIONS))
@@ -135,8 +135,7 @@ def _launch(images, operation, uniforms, groups, transposed, offset, output):
     batch, channels, height, width = images.shape
     sizes = extent(height, width)
     programs, tiles = split(batch, channels * height * width)
-    guard = torch.cuda.device(images.device) if images.is_cuda else contextlib.nullcontext()
-    with guard:
+    with device_of(images):
         augmentation_kernel[(batch, programs)](
             images,
             operation,

@@ -18,7 +18,7 @@ from .. import _native
 from .._backend import resolve_backend
 from .block import join_statistics, sums_passes
 from .instance_norm import check_input, empty_gradient, empty_output, rectified_and_pooled
-from .launching import accumulation_dtype, device_of, is_traced
+from .launching import accumulation_dtype, addressable, device_of, is_traced
 
 
 def batch_norm(
@@ -118,6 +118,7 @@ def batch_statistics_op(
     """Mean and 1 / standard deviation [C] of ``x``; updates the running statistics of ``x + offset``."""
     from ..kernels.batch_norm import batch_norm_parts_kernel, batch_norm_statistics_kernel, statistics_launch
 
+    x = addressable(x)
     mean, rstd = _empty_statistics(x)
     rows, grid, constants = _launch(x)
     means, squares = mean.new_empty((2, rows, x.shape[1])).unbind()
@@ -161,6 +162,7 @@ def batch_norm_op(
 
     out = empty_output(x, pool)
     if x.numel() > 0:
+        x = addressable(x)
         _, grid, constants = _launch(x)
         with device_of(x):
             batch_norm_apply_kernel[grid](
@@ -186,6 +188,7 @@ def batch_norm_backward_op(
     # Each row's part, added afterwards in a fixed order.
     parts = mean.new_empty((2, rows, x.shape[1]))
     grad_x = empty_gradient(x)
+    gradient, x = addressable(gradient), addressable(x)
     with device_of(x):
         batch_norm_sums_kernel[grid](
             gradient, x, weight, bias, mean, rstd, parts, *gradient.stride(), *x.stride(), **constants
@@ -210,10 +213,12 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, gradient):
-    return (None,) * 8 if gradient is None else _gradients(batch_norm_backward_op, ctx, gradient)
+    return _gradients(batch_norm_backward_op, ctx, gradient)
 
 
-def _gradients(backward: Callable, ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(backward: Callable, ctx, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+    if gradient is None:
+        return (None,) * 8
     *saved, offset = ctx.saved_tensors
     grad_x, (grad_bias, grad_weight) = backward(gradient, *saved, *ctx.options)
     grad_offset = None if offset is None else torch.zeros_like(offset)

@@ -20,7 +20,7 @@ from .. import _native, reference
 from .._backend import resolve_backend
 from .attention import attention_maps, map_sizes
 from .block_torch import backward_torch, forward_torch, is_channels_last, piece_bytes, unit_length
-from .launching import accumulation_dtype, constant_power, device_of
+from .launching import accumulation_dtype, addressable, constant_power, device_of
 
 NORMS = ("instance", "batch")
 
@@ -68,7 +68,7 @@ def attention_block(
     check_constants(weight=weight, bias=bias)
     _check_input(convolved, weight, bias)
     backend = resolve_backend(convolved)
-    if backend == "native" and convolved.dtype in _native.NARROW:
+    if backend == "native" and _native.widens(convolved) and _has_channels_last(convolved):
         options = {"eps": eps, "spatial_power": spatial_power, "channel_power": channel_power, "norm": norm}
         pooled, maps = attention_block(convolved.float(), _native.widened(weight), _native.widened(bias), **options)
         return BlockOutput(pooled.to(convolved.dtype), maps)
@@ -307,9 +307,13 @@ block_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _is_native(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether the kernel in C takes this input; other types and layouts run in PyTorch operators."""
+    """Whether the kernel in C takes this input."""
+    return _native.takes(x, weight, bias) and _has_channels_last(x)
+
+
+def _has_channels_last(x: Tensor) -> bool:
     # As seen through a permutation: torch.func.vmap knows no memory format but the default.
-    return _native.takes(x, weight, bias) and x.permute(0, 2, 3, 1).is_contiguous()
+    return x.permute(0, 2, 3, 1).is_contiguous()
 
 
 def _forward_native(x, weight, bias, eps, spatial_power, channel_power, norm, pooled, maps, mean, rstd, statistics):
@@ -379,7 +383,7 @@ def _forward_triton(x, weight, bias, eps, spatial_power, channel_power, norm, po
     from ..kernels import block as kernels
 
     batch, channels, height, width = x.shape
-    x, weight, bias = _addressable(x), dense(weight), dense(bias)
+    x, weight, bias = addressable(x), dense(weight), dense(bias)
     constants = _constants(x, weight, spatial_power, channel_power) | {"GIVEN": norm == "batch"}
     size = channels, height, width, x.element_size(), constants["CHANNELS_LAST"]
     launch = kernels.block_launch(*size)
@@ -432,10 +436,11 @@ def join_chunks(
     Args:
         spatial: [B, chunks, H W or 0] sums over a chunk's channels, relative to the chunk's peak.
         channel: [B, C or 0] sums over positions, relative to the peak of the channel's chunk of ``block_c``.
-        peaks: [B, chunks]
+        peaks: [B, chunks], 0 where a chunk's features are all zero.
         maps, statistics: [B, M] and [B, 3], written.
     """
     peak = peaks.amax(1, keepdim=True)
+    peak = torch.where(peak == 0, 1.0, peak)
     statistics.fill_(1.0)[:, :1] = peak
     ratio = peaks / peak
     n_spatial = spatial.shape[2]
@@ -455,7 +460,7 @@ def _backward_triton(
     from ..kernels import block as kernels
 
     batch, channels, height, width = x.shape
-    x, grad_pooled, weight, bias = _addressable(x), _addressable(grad_pooled), dense(weight), dense(bias)
+    x, grad_pooled, weight, bias = addressable(x), addressable(grad_pooled), dense(weight), dense(bias)
     constants = _constants(x, weight, spatial_power, channel_power)
     strides = *x.stride(), *grad_pooled.stride(), *grad_x.stride()
     size = channels, height, width, x.element_size(), constants["CHANNELS_LAST"]
@@ -518,8 +523,3 @@ def dense(parameter: Tensor | None) -> Tensor | None:
     """A parameter as the kernels index it."""
     return None if parameter is None else parameter.contiguous()
 
-
-def _addressable(x: Tensor) -> Tensor:
-    """``x``, copied if 32 bits do not address one of its samples (slices of far larger tensors)."""
-    span = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
-    return x.contiguous() if span >= 2**31 else x

@@ -19,7 +19,7 @@ from .._backend import resolve_backend
 from . import block
 from .block import BlockOutput
 from .block_torch import backward_torch, forward_torch, piece_bytes
-from .launching import constant_power, device_of
+from .launching import addressable, constant_power, device_of
 
 IMAGE_CHANNELS = 4  # at most, for the fused kernels
 
@@ -61,7 +61,7 @@ def first_block(
     if torch.is_autocast_enabled(images.device.type):
         filters = filters.to(torch.get_autocast_dtype(images.device.type))
     backend = resolve_backend(images)
-    if backend == "native" and filters.dtype in _native.NARROW:
+    if backend == "native" and _native.widens(filters) and images.shape[1] <= IMAGE_CHANNELS:
         wide = images.float(), filters.float(), _native.widened(weight), _native.widened(bias)
         options = {"eps": eps, "spatial_power": spatial_power, "channel_power": channel_power, "norm": norm}
         with torch.autocast(images.device.type, enabled=False):
@@ -204,7 +204,7 @@ first_block_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _is_native(images: Tensor, filters: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether the kernel in C takes this input; the rest runs in PyTorch operators."""
+    """Whether the kernel in C takes this input."""
     return _native.takes(images, filters, weight, bias) and images.shape[1] <= IMAGE_CHANNELS
 
 
@@ -274,7 +274,7 @@ def _forward_triton(images, filters, weight, bias, eps, spatial_power, channel_p
 
     batch, image_channels, height, width = images.shape
     channels = filters.shape[0]
-    filters = filters.contiguous()
+    images, filters = addressable(images), filters.contiguous()
     launch = kernels.first_block_launch(image_channels, channels, height, width)
     constants = _constants(images, filters, weight, spatial_power, channel_power)
     constants["EXACT"] = is_exact(channels, height, width, launch)
@@ -310,7 +310,7 @@ def _backward_triton(grad_pooled, grad_maps, images, filters, saved, powers, nor
     weight, bias, maps, mean, rstd, statistics = saved
     batch, image_channels, height, width = images.shape
     channels = filters.shape[0]
-    filters = filters.contiguous()
+    images, filters = addressable(images), filters.contiguous()
     constants = _constants(images, filters, weight, *powers)
     launch = kernels.first_block_backward_launch(image_channels)
     tiles = triton.cdiv(triton.cdiv(height, 2) * triton.cdiv(width, 2), launch["BLOCK_P"])

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _native
 from .._backend import resolve_backend
-from .launching import accumulation_dtype, device_of, is_traced
+from .launching import accumulation_dtype, addressable, device_of, is_traced
 
 
 def instance_norm(
@@ -214,6 +214,7 @@ def _backward_native(gradient, x, weight, bias, mean, rstd, rectify, pool, grad_
 def _forward_triton(x, weight, bias, eps, rectify, pool, out, mean, rstd):
     from ..kernels.instance_norm import instance_norm_forward_kernel
 
+    x = addressable(x)
     grid, constants = _launch(x, rectify, pool)
     with device_of(x):
         instance_norm_forward_kernel[grid](
@@ -224,6 +225,7 @@ def _forward_triton(x, weight, bias, eps, rectify, pool, out, mean, rstd):
 def _backward_triton(gradient, x, weight, bias, mean, rstd, rectify, pool, grad_x, grad_weight, grad_bias):
     from ..kernels.instance_norm import instance_norm_backward_kernel
 
+    gradient, x = addressable(gradient), addressable(x)
     grid, constants = _launch(x, rectify, pool)
     with device_of(x):
         instance_norm_backward_kernel[grid](

@@ -13,6 +13,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def addressable(x: Tensor) -> Tensor:
+    """``x``, copied if 32 bits do not address one of its samples (slices of far larger tensors)."""
+    span = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
+    return x.contiguous() if span >= 2**31 else x
+
+
 def constant_power(power: float | None) -> float | int:
     """A power as the kernels take it: whole numbers as int, so that 4 and 4.0 are one compilation; 0 for none."""
     if power is None:

@@ -18,6 +18,12 @@ class ClassGroups(NamedTuple):
     synthetic_order: Tensor  # int64 [B']
     synthetic_offsets: Tensor  # int64 [K + 1]
 
+    def of_classes(self, count: int) -> ClassGroups:
+        """The same without the offsets behind those of ``count`` classes, which is all there are."""
+        return self._replace(
+            real_offsets=self.real_offsets[: count + 1], synthetic_offsets=self.synthetic_offsets[: count + 1]
+        )
+
 
 @torch.library.custom_op("atom_fast::class_groups", mutates_args=())
 def class_groups_op(real_labels: Tensor, synthetic_labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

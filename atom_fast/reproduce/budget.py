@@ -11,9 +11,9 @@ from pathlib import Path
 from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.distill.step import Distillation, initial_images
 from atom_fast.evaluate import evaluate, get_protocol, random_selection
-from atom_fast.reproduce.cells import Cell, Evaluation, architecture, read_evaluation
+from atom_fast.reproduce.cells import Cell, Evaluation, architecture, networks_left, read_evaluation
 from atom_fast.reproduce.methods import get_method
-from atom_fast.reproduce.work import Shelf, final_set_file
+from atom_fast.reproduce.work import Shelf, final_set_file, iterations_done
 
 _PROBE_SECONDS = 1.0
 _PROBE_STEPS = 3
@@ -35,34 +35,39 @@ class Estimator:
         self._probed: dict[object, float] = {}
 
     def seconds(self, unit: Unit) -> float:
-        """What is left to do of a unit."""
+        """What is left to do of a unit: iterations after the newest checkpoint, and networks without a result."""
         cell, evaluations = unit
-        total = 0.0 if final_set_file(self._output, cell).is_file() else self._set_seconds(cell)
+        total = 0.0
+        if not final_set_file(self._output, cell).is_file():
+            total += self._set_seconds(cell) * (1 - iterations_done(self._output, cell) / cell.config.iterations)
         for evaluation in evaluations:
-            if read_evaluation(self._output, cell, evaluation) is None:
-                total += self._evaluation_seconds(cell, evaluation)
+            if left := networks_left(self._output, cell, evaluation):
+                total += self._evaluation_seconds(cell, evaluation) * left / evaluation.networks
         return total
 
     def _set_seconds(self, cell: Cell) -> float:
+        """All of a set; a milestone's seconds are those of a part."""
         for other, evaluations in self._units:
             if _kind(other) == _kind(cell):
                 for evaluation in evaluations:
                     if (found := read_evaluation(self._output, other, evaluation)) and found["set_seconds"]:
-                        return found["set_seconds"]
+                        iterations = cell.config.iterations
+                        return found["set_seconds"] * iterations / (evaluation.iteration or iterations)
         key = "set", _kind(cell)
         if key not in self._probed:
             self._probed[key] = self._probe_set(cell)
         return self._probed[key]
 
     def _evaluation_seconds(self, cell: Cell, evaluation: Evaluation) -> float:
+        settings = architecture(cell, evaluation.network, evaluation.norm)
         for other, evaluations in self._units:
             if (other.dataset, other.ipc) == (cell.dataset, cell.ipc) and evaluation in evaluations:
-                if architecture(other, evaluation.network) != architecture(cell, evaluation.network):
+                if architecture(other, evaluation.network, evaluation.norm) != settings:
                     continue
                 if found := read_evaluation(self._output, other, evaluation):
                     return found["seconds"]
         iteration_free = dataclasses.replace(evaluation, iteration=None)
-        key = cell.dataset, cell.ipc, str(architecture(cell, evaluation.network)), iteration_free
+        key = cell.dataset, cell.ipc, str(settings), iteration_free
         if key not in self._probed:
             self._probed[key] = self._probe_evaluation(cell, evaluation)
         return self._probed[key]
@@ -73,7 +78,7 @@ class Estimator:
         if cell.method in ("random", "full"):
             return _SECONDS_TO_CHOOSE_RANDOMLY
         data, _ = self.shelf.data(cell.dataset)
-        per_image = self._probe_epoch(cell, "convnet", min(256, len(data.train_images)))
+        per_image = self._probe_epoch(cell, "convnet", None, min(256, len(data.train_images)))
         return cell.selection_epochs * per_image * len(data.train_images)
 
     def _probe_step(self, cell: Cell) -> float:
@@ -94,22 +99,25 @@ class Estimator:
         run.read_terms()  # waits for the device
         return (time.monotonic() - started) / steps
 
-    def _probe_epoch(self, cell: Cell, network: str, count: int) -> float:
+    def _probe_epoch(self, cell: Cell, network: str, norm: str | None, count: int) -> float:
         """Seconds of training on an image once, in batches; without tests."""
-        few = self._time_training(cell, network, count, 1, test=False)
+        few = self._time_training(cell, network, norm, count, 1, test=False)
         epochs = max(2, min(50, round(_PROBE_SECONDS / max(few, 1e-3))))
-        return self._time_training(cell, network, count, epochs, test=False) / epochs / count
+        return self._time_training(cell, network, norm, count, epochs, test=False) / epochs / count
 
     def _probe_evaluation(self, cell: Cell, evaluation: Evaluation) -> float:
         data, _ = self.shelf.data(cell.dataset)
         images = cell.ipc * data.num_classes or len(data.train_images)
         count = min(images, evaluation.protocol.batch_size, len(data.train_images))
-        step = self._probe_epoch(cell, evaluation.network, count) * count
-        test = max(0.0, self._time_training(cell, evaluation.network, count, 1, test=True) - step)
+        network, norm = evaluation.network, evaluation.norm
+        step = self._probe_epoch(cell, network, norm, count) * count
+        test = max(0.0, self._time_training(cell, network, norm, count, 1, test=True) - step)
         epochs = evaluation.protocol.epochs * math.ceil(images / count)
         return evaluation.networks * (epochs * step + test)
 
-    def _time_training(self, cell: Cell, network: str, count: int, epochs: int, test: bool) -> float:
+    def _time_training(
+        self, cell: Cell, network: str, norm: str | None, count: int, epochs: int, test: bool
+    ) -> float:
         """Seconds of epochs of ``count`` images, with a test on all test images or on hardly any."""
         data, _ = self.shelf.data(cell.dataset)
         if not test:
@@ -122,7 +130,7 @@ class Estimator:
         protocol = get_protocol("paper", epochs=epochs, batch_size=count)
         return evaluate(
             images, labels, data, space, protocol=protocol, networks=1, network=network,
-            architecture=architecture(cell, network), device=self.shelf.device, progress=False,
+            architecture=architecture(cell, network, norm), device=self.shelf.device, progress=False,
         ).seconds  # fmt: skip
 
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from atom_fast._files import write_atomically
 from atom_fast.distill.config import DistillConfig
+from atom_fast.distill.logs import say
 from atom_fast.evaluate.protocols import Protocol
 from atom_fast.reproduce.datasets import DATASETS
 from atom_fast.reproduce.methods import configuration, get_method
@@ -24,6 +26,7 @@ from atom_fast.reproduce.methods import configuration, get_method
 CELL_FILE = "cell.json"
 LOCK_FILE = ".lock"
 _FORMAT = "atom_fast.reproduce.cell"
+_REMEDY = "remove it, and the set is evaluated anew"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,11 @@ class Cell:
         return configuration(self.method, self.ipc, self.seed, dict(self.settings))
 
     @property
+    def resolved_config(self) -> DistillConfig:
+        """The same with what follows from the data set put in; only the precision may be left to the device."""
+        return self.config.for_data(DATASETS[self.dataset][2], self.dataset)
+
+    @property
     def folder_name(self) -> str:
         """Readable, and different where anything that the set depends on is."""
         size = f"ipc{self.ipc}" if self.ipc else "all"
@@ -59,7 +67,8 @@ class Cell:
 
     def _identity(self) -> dict[str, object]:
         if get_method(self.method).distils:
-            return {"dataset": self.dataset, "config": self.config.config_hash(), "milestones": self.milestones}
+            config = self.resolved_config.config_hash()
+            return {"dataset": self.dataset, "config": config, "milestones": self.milestones}
         how = {"epochs": self.selection_epochs, "protocol": self.selection_protocol}
         own = {} if self.method in ("random", "full") else how
         return {
@@ -67,7 +76,7 @@ class Cell:
             "method": self.method,
             "ipc": self.ipc,
             "seed": self.seed,
-            "preprocessing": self.config.preprocessing,
+            "preprocessing": self.resolved_config.preprocessing,
             **own,
         }
 
@@ -123,7 +132,10 @@ def cell_folder(output: Path, cell: Cell) -> Path:
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[bool]:
-    """Hold a cell for this process; False where another process has it (POSIX: elsewhere nobody is kept out)."""
+    """Hold a cell for this process; False where another process has it.
+
+    Where there are no locks nobody is kept out: not on Windows, nor on some network file systems, which is said once.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK_FILE, "w") as lock:
         try:
@@ -136,7 +148,15 @@ def claimed(folder: Path) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
+        except OSError as error:  # some network file systems
+            _say_once(
+                f"{folder.parent} cannot be locked ({error.strerror}): make sure yourself that no other process works "
+                "on its cells"
+            )
         yield True
+
+
+_say_once = functools.cache(say)
 
 
 def open_cell(folder: Path, cell: Cell, data_name: str, fingerprint: str) -> None:
@@ -163,6 +183,33 @@ def open_cell(folder: Path, cell: Cell, data_name: str, fingerprint: str) -> Non
         )
 
 
+def check_same_images(
+    output: Path, cells: Iterable[Cell], at_hand: Mapping[str, tuple[str, str]] | None = None
+) -> None:
+    """Make sure that what was begun of each data set was made from the same images.
+
+    Args:
+        output: folder of the cells.
+        cells: those that stand in one table; folders that are not there yet are passed over.
+        at_hand: fingerprint and name of images, by data set, that more cells are to be made from.
+
+    Raises:
+        ValueError: two cells, or a cell and the data at hand, differ; or a cell's note is damaged.
+    """
+    known = {name: (fingerprint, f"those at hand ({title})") for name, (fingerprint, title) in (at_hand or {}).items()}
+    for cell in cells:
+        folder = cell_folder(output, cell)
+        if not (folder / CELL_FILE).is_file():
+            continue
+        note = read_note(folder)
+        fingerprint, whose = known.setdefault(cell.dataset, (note["fingerprint"], f"{folder} ({note['data']})"))
+        if note["fingerprint"] != fingerprint:
+            raise ValueError(
+                f"{folder} was made from other images of {cell.dataset} ({note['data']}) than {whose}, and would stand "
+                "in one table with them; give the same --data-dir, or an --output for each"
+            )
+
+
 def read_note(folder: Path) -> dict:
     """What ``cell.json`` says.
 
@@ -187,6 +234,22 @@ def read_json(path: Path, remedy: str) -> dict:
         raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
 
 
+def evaluation_file(output: Path, cell: Cell, evaluation: Evaluation) -> Path:
+    """Where an evaluation's results are kept."""
+    return cell_folder(output, cell) / evaluation.file_name(architecture(cell, evaluation.network, evaluation.norm))
+
+
+def networks_left(output: Path, cell: Cell, evaluation: Evaluation) -> int:
+    """How many of the networks of an evaluation are not finished.
+
+    Raises:
+        ValueError: their file is damaged.
+    """
+    path = evaluation_file(output, cell, evaluation)
+    curves = read_json(path, _REMEDY)["curves"] if path.is_file() else []
+    return evaluation.networks - sum(map(bool, curves[: evaluation.networks]))
+
+
 def read_evaluation(output: Path, cell: Cell, evaluation: Evaluation) -> dict | None:
     """A finished evaluation's results, or None.
 
@@ -197,20 +260,16 @@ def read_evaluation(output: Path, cell: Cell, evaluation: Evaluation) -> dict | 
     Raises:
         ValueError: a file of the cell is damaged.
     """
-    folder = cell_folder(output, cell)
-    path = folder / evaluation.file_name(architecture(cell, evaluation.network, evaluation.norm))
-    if not path.is_file():
+    if networks_left(output, cell, evaluation):
         return None
-    found = read_json(path, "remove it, and the set is evaluated anew")
+    found = read_json(evaluation_file(output, cell, evaluation), _REMEDY)
     curves = found["curves"][: evaluation.networks]
-    if len(curves) < evaluation.networks or not all(curves):
-        return None
     last = str(evaluation.protocol.epochs)
     return {
         "accuracies": [curve[last] for curve in curves],
         "seconds": found["seconds"] * len(curves) / sum(map(bool, found["curves"])),
         "set_seconds": found["set_seconds"],
-        "data": read_note(folder)["data"],
+        "data": read_note(cell_folder(output, cell))["data"],
         "device": found["device"],
     }
 

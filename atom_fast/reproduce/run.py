@@ -5,17 +5,25 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+
+import torch
 
 from atom_fast._files import write_atomically
 from atom_fast.distill.logs import say
-from atom_fast.ranks import own_device
+from atom_fast.distill.step import NonFiniteError
+from atom_fast.ranks import ALONE, World, own_device
 from atom_fast.reproduce.budget import Estimator, Unit, choose, common_settings, describe, duration
+from atom_fast.reproduce.cells import check_same_images
 from atom_fast.reproduce.figures import draw_curves, draw_grids
 from atom_fast.reproduce.tables import collect, render
 from atom_fast.reproduce.targets import Plan
 from atom_fast.reproduce.work import Shelf, finished, work
+
+# What is wrong with one cell need not be with the next: it diverges, is too large, is damaged, or does not fit its data
+# or what was begun of it.
+_OF_ONE_CELL = (ValueError, NonFiniteError, torch.OutOfMemoryError)
 
 
 def reproduce(
@@ -29,11 +37,13 @@ def reproduce(
     device: str | None = None,
     progress: bool = True,
     report: Callable[[str], None] = say,
+    world: World = ALONE,
 ) -> dict:
     """Do what is missing of a table or figure, and write ``TARGET.json``, ``TARGET.md`` and pictures.
 
     Cells that are finished are kept, whoever did them; those that another process is at are passed over. Several
-    processes with one output folder share the work; the one that ends last writes the whole table.
+    processes with one output folder share the work; the one that ends last writes the whole table. A cell that fails is
+    said, and marked in the table; the others are done nevertheless.
 
     Args:
         plan: of `atom_fast.reproduce.targets`.
@@ -44,37 +54,61 @@ def reproduce(
         device: where to compute; None: the GPU, if there is one.
         progress: show progress bars on standard error.
         report: is told what is done.
+        world: processes that were started together (`atom_fast.ranks.join`), a GPU each; each calls this with the same
+            arguments, and the first one writes the results when all have ended.
 
     Returns:
         The record that ``TARGET.json`` holds, see `collect`.
 
     Raises:
         FileNotFoundError: data are not there; says where they are looked for and how to get them.
-        ValueError: a unit that is not there, or a damaged cell; finished ones are not touched.
+        ValueError: a unit that is not there, a damaged cell, or one that was made from other images than the data at
+            hand; nothing was done.
+        RuntimeError: cells failed; the results of the others are written.
         SystemExit: stopped by a signal; what was done is kept, and the results of finished cells are written.
     """
     output, common = Path(output), common_settings(plan.units)
-    shelf = Shelf(data_dir, download=download, device=own_device(device), progress=progress)
+
+    def tell(text: str) -> None:
+        report(world.label + text)
+
+    progress = progress and world.rank == 0
+    shelf = Shelf(data_dir, download=download, device=own_device(device, world), progress=progress)
     units = _chosen(plan.units, only)
     missing = [unit for unit in units if not finished(output, *unit)]
-    report(f"{plan.target}: {len(units)} cells, {len(units) - len(missing)} of them finished")
+    tell(f"{plan.target}: {len(units)} cells, {len(units) - len(missing)} of them finished")
+    _load_data(plan, missing, output, shelf, world)
     estimator = Estimator(output, plan.units, shelf)
     if budget is not None:
-        missing = _fitting(missing, estimator, budget, common, report)
+        missing = _fitting(missing, estimator, budget, common, tell)
+    failed: dict[str, str] = {}
     try:
-        elsewhere = _do(output, missing, estimator, budget, common, report)
+        passed = _do(output, missing, estimator, budget, common, tell, failed)
     except (SystemExit, KeyboardInterrupt):
-        report("stopped; what is done is kept, and the same command goes on with it")
-        write_results(plan, output, report)  # of what is finished
+        tell("stopped; what is done is kept, and the same command goes on with it")
+        if world.rank == 0:
+            write_results(plan, output, tell, failed)  # of what is finished
         raise
+    everyones = world.exchange(failed)  # when all have ended
+    left = {unit[0].folder_name for unit in units if not finished(output, *unit)}
+    failed = {name: error for one in everyones for name, error in one.items() if name in left}
+    if world.rank > 0:
+        return collect(plan, output, failed)
+    elsewhere = left.intersection(cell.folder_name for cell, _ in passed) - failed.keys()
     if elsewhere:
-        report(f"{elsewhere} cells are in work by other processes; run the same again when they have ended")
-    return write_results(plan, output, report)
+        tell(f"{len(elsewhere)} cells are in work by other processes; run the same again when they have ended")
+    record = write_results(plan, output, tell, failed)
+    if failed:
+        listed = "; ".join(f"{name}: {error}" for name, error in failed.items())
+        raise RuntimeError(f"{len(failed)} of {len(units)} cells failed, all others' results are written: {listed}")
+    return record
 
 
-def write_results(plan: Plan, output: Path, report: Callable[[str], None] = say) -> dict:
-    """Write the table or figure of what is finished: JSON, Markdown, pictures."""
-    record = collect(plan, output)
+def write_results(
+    plan: Plan, output: Path, report: Callable[[str], None] = say, failed: Mapping[str, str] | None = None
+) -> dict:
+    """Write the table or figure of what is finished: JSON, Markdown, pictures; arguments and errors as `collect`."""
+    record = collect(plan, output, failed)
     name = plan.target
     write_atomically(output / f"{name}.json", json.dumps(record, indent=1) + "\n")
     written = [output / f"{name}.json"]
@@ -106,11 +140,25 @@ def _chosen(units: list[Unit], only: Sequence[int] | None) -> list[Unit]:
     return [units[number - 1] for number in only]
 
 
+def _load_data(plan: Plan, missing: list[Unit], output: Path, shelf: Shelf, world: World) -> None:
+    """Load the data of missing cells, on each machine by one process first, and compare them with what is there.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_named` and `check_same_images`.
+    """
+    found = world.exchange(sorted({cell.dataset for cell, _ in missing}))  # another process may be finishing cells
+    at_hand = {}
+    for name in sorted(set().union(*found)):
+        data, title = world.after_first(lambda name=name: shelf.data(name))
+        at_hand[name] = data.fingerprint, title
+    check_same_images(output, (cell for cell, _ in plan.units), at_hand)
+
+
 def _fitting(
     missing: list[Unit], estimator: Estimator, budget: float, common: Collection, report: Callable[[str], None]
 ) -> list[Unit]:
     """What fits into the budget, said beforehand, with what is left."""
-    seconds = [estimator.seconds(unit) for unit in missing]
+    seconds = [_estimate(estimator, unit) for unit in missing]
     fitting, left = choose(missing, seconds, budget)
     needed = dict(zip(missing, seconds, strict=True))
     total = sum(needed[unit] for unit in fitting)
@@ -122,6 +170,14 @@ def _fitting(
     return fitting
 
 
+def _estimate(estimator: Estimator, unit: Unit) -> float:
+    """Seconds of a unit; 0 where that fails, as the unit then will, and say why."""
+    try:
+        return estimator.seconds(unit)
+    except _OF_ONE_CELL:
+        return 0.0
+
+
 def _do(
     output: Path,
     units: list[Unit],
@@ -129,16 +185,25 @@ def _do(
     budget: float | None,
     common: Collection,
     report: Callable[[str], None],
-) -> int:
-    """Work through units; how many others that other processes hold are not finished in the end."""
+    failed: dict[str, str],
+) -> list[Unit]:
+    """Work through units, noting in ``failed`` which fail and why; those that other processes hold are returned."""
     passed, started = [], time.monotonic()
     for place, unit in enumerate(units, start=1):
+        if finished(output, *unit):
+            continue  # by another process, meanwhile
         begun = time.monotonic()
-        if budget is not None and begun - started + estimator.seconds(unit) > 60 * budget:
+        if budget is not None and begun - started + _estimate(estimator, unit) > 60 * budget:
             report(f"left, the budget being used up: {describe(unit, common)}")
             continue
-        if work(output, *unit, estimator.shelf):
+        try:
+            mine = work(output, *unit, estimator.shelf)
+        except _OF_ONE_CELL as error:
+            failed[unit[0].folder_name] = str(error)
+            report(f"{place} of {len(units)} failed: {describe(unit, common)}: {error}")
+            continue
+        if mine:
             report(f"{place} of {len(units)} in {duration(time.monotonic() - begun)}: {describe(unit, common)}")
         else:
             passed.append(unit)
-    return sum(not finished(output, *unit) for unit in passed)
+    return passed

@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 
 from atom_fast.comparison import default_protocol
-from atom_fast.distill.config import DistillConfig, preset
+from atom_fast.distill.config import DistillConfig, affects_result, preset
 from atom_fast.evaluate.coresets import EPOCHS
 from atom_fast.evaluate.protocols import Protocol, get_protocol
 
 SEEDS, NETWORKS = 5, 20  # paper section 4.1
 _OF_DM = ("iterations", "real_batch")  # settings of which DM has values of its own
+_OF_THE_CELL = {"seed": "--seeds", "ipc": "--cells"}  # settings that each cell has its own of, and what says which
 SEEDS_NAME, NETWORKS_NAME = "sets a cell", "networks a set"
 
 # Digits stand in for the paper's data where there is neither a GPU nor a download: small enough for minutes on a CPU.
@@ -52,6 +53,9 @@ class Scale:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
+        for name, option in _OF_THE_CELL.items():
+            if name in self.settings:
+                raise ValueError(f"{name} is every cell's own; {option} says which there are, not --set {name}=")
         preset("paper", **self.settings)  # refuses what is no setting's value
 
     def training(self, protocol: str | None = None) -> Protocol:
@@ -63,8 +67,9 @@ class Scale:
         return get_protocol(wanted.name, epochs=epochs)
 
     def reductions(self) -> list[str]:
-        """What is not as in the paper, in words."""
+        """What is not as in the paper, in words; without settings that no image depends on."""
         paper, dm = preset("paper"), preset("dm")
+        epochs = get_protocol(self.protocol).epochs
         found = [
             f"{title} {value} instead of {full}"
             for title, value, full in (
@@ -74,12 +79,13 @@ class Scale:
             if value != full
         ]
         for name, value in self.settings.items():
-            if value != getattr(paper, name) or (name in _OF_DM and value != getattr(dm, name)):
+            differs = value != getattr(paper, name) or (name in _OF_DM and value != getattr(dm, name))
+            if differs and affects_result(name):
                 found.append(f"{name} {value} instead of {_shown(name, paper)}")
         if self.protocol != "paper":
             found.append(f"evaluation protocol {self.protocol}")
-        if self.epochs is not None:
-            found.append(f"evaluation epochs {self.epochs} instead of {get_protocol(self.protocol).epochs}")
+        if self.epochs not in (None, epochs):
+            found.append(f"evaluation epochs {self.epochs} instead of {epochs}")
         if self.selection_epochs != EPOCHS:
             found.append(f"epochs before images are chosen {self.selection_epochs} instead of {EPOCHS}")
         return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from atom_fast.reproduce.cells import architecture
-from atom_fast.reproduce.datasets import DATASETS
 from atom_fast.reproduce.layout import Entry, Row, Section, jobs_for
 from atom_fast.reproduce.paper import TABLE1
 from atom_fast.reproduce.scale import Scale
@@ -57,4 +56,4 @@ def section(dataset: str, ipc: int, scale: Scale, factors: Sequence[str] | None 
 def _outcome(job) -> tuple:
     """What a job's accuracy depends on, with what follows from the data set put in."""
     cell, evaluation = job
-    return cell.config.for_data(DATASETS[cell.dataset][2], cell.dataset), evaluation
+    return cell.resolved_config, evaluation

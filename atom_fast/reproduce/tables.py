@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from atom_fast.distill.logs import versions
-from atom_fast.reproduce.cells import read_evaluation
+from atom_fast.reproduce.cells import check_same_images, read_evaluation
 from atom_fast.reproduce.datasets import DATASETS
 from atom_fast.reproduce.layout import Entry, Job, Section
 from atom_fast.reproduce.targets import Plan
@@ -17,18 +17,29 @@ FORMAT = "atom_fast.reproduce"
 NOT_MEASURED = "not measured"
 
 
-def collect(plan: Plan, output: Path) -> dict:
+def collect(plan: Plan, output: Path, failed: Mapping[str, str] | None = None) -> dict:
     """Everything that is known about a table or figure, as what JSON can hold.
 
+    Args:
+        plan: of the table or figure.
+        output: folder of its cells.
+        failed: cells that could not be finished, by their folders' names, and why.
+
     Returns:
-        ``target``, ``title``, ``data`` (what the images of each data set are called), ``reduced`` (what is not as in
-        the paper, by data set), ``scales``, ``protocols``, ``methods`` (their full settings), ``devices``,
-        ``versions``, ``date``, and ``sections``: ``rows`` of ``entries`` with ``paper`` ([mean, deviation]), ``ours``
-        (mean and population deviation over all networks of all sets, and every accuracy; None: not measured),
-        ``difference``, ``wanted``, the number of sets, and, where the section has a ``base``, ``to_base``: the mean
-        difference of sets of the same seed, and its standard error.
+        ``format``, ``target``, ``title``, ``kind`` ("table", "curves" or "grids"), ``data`` (what the images of each
+        data set are called), ``reduced`` (what is not as in the paper, by data set), ``scales``, ``protocols``,
+        ``configurations`` (full settings of the first set of every kind, by the name of its cell's folder),
+        ``devices``, ``versions``, ``date``, ``failed`` as given, and ``sections``: ``rows`` of ``entries`` with
+        ``paper`` ([mean, deviation]), ``ours`` (mean and population deviation over all networks of all sets, and every
+        accuracy; None: not measured), ``difference``, ``wanted``, the number of sets, ``failed``, how many of them did
+        and, where the section has a ``base``, ``to_base``: the mean difference of sets of the same seed, and its
+        standard error.
+
+    Raises:
+        ValueError: cells of one data set were made from different images, or one is damaged.
     """
-    found = _Found(output)
+    check_same_images(output, (cell for cell, _ in plan.units))
+    found = _Found(output, failed or {})
     sections = [_section(section, found) for section in plan.sections]
     return {
         "format": FORMAT,
@@ -46,6 +57,7 @@ def collect(plan: Plan, output: Path) -> dict:
         "devices": sorted(found.devices),
         "versions": versions(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "failed": found.failed,
         "sections": sections,
     }
 
@@ -53,8 +65,9 @@ def collect(plan: Plan, output: Path) -> dict:
 class _Found:
     """What cells hold, with notes on what they were made from and on."""
 
-    def __init__(self, output: Path):
+    def __init__(self, output: Path, failed: Mapping[str, str]):
         self.output = output
+        self.failed = dict(failed)
         self.data: dict[str, str] = {}
         self.devices: set[str] = set()
 
@@ -67,6 +80,11 @@ class _Found:
             self.devices.add(result["device"])
             results.append({**result, "seed": cell.seed})
         return _summary(results) if results else None
+
+    def failures(self, jobs: Sequence[Job], ours: Mapping | None) -> int:
+        """How many sets are missing in ``ours`` because they failed."""
+        measured = ours["seeds"] if ours else ()
+        return sum(cell.folder_name in self.failed and cell.seed not in measured for cell, _ in jobs)
 
 
 def _summary(results: Sequence[Mapping]) -> dict:
@@ -97,7 +115,7 @@ def _section(section: Section, found: _Found) -> dict:
             if entry is None:
                 continue
             ours = _average(entries) if entry.average else found.ours(entry.jobs)
-            entries[column] = _entry(entry, ours)
+            entries[column] = _entry(entry, ours, 0 if entry.average else found.failures(entry.jobs, ours))
         rows.append({"title": row.title, "entries": entries})
     for row in rows if section.base else ():
         [base] = [other for other in rows if other["title"] == section.base]
@@ -124,13 +142,14 @@ def _set_means(ours: Mapping) -> dict[int, float]:
     return {seed: statistics.fmean(values) for seed, values in known.items() if values}
 
 
-def _entry(entry: Entry, ours: dict | None) -> dict:
+def _entry(entry: Entry, ours: dict | None, failed: int) -> dict:
     known = ours is not None and ours["mean"] is not None and entry.paper is not None
     return {
         "paper": None if entry.paper is None else list(entry.paper),
         "ours": ours,
         "difference": ours["mean"] - entry.paper[0] if known else None,
         "wanted": len(entry.jobs),
+        "failed": failed,
         "cited": not entry.jobs and not entry.average,
     }
 
@@ -149,7 +168,7 @@ def _protocols(plan: Plan):
 
 
 def _configurations(plan: Plan) -> dict[str, dict]:
-    """Full settings of every cell's set, by its folder without the seed's number."""
+    """Full settings of the sets of seed 0, by their cells' folders; those of other seeds differ in the seed alone."""
     return {
         cell.folder_name: {**cell.to_dict(), "config": cell.config.to_dict()}
         for cell, _ in plan.units
@@ -243,14 +262,15 @@ def _combined(entry: Mapping | None) -> str:
 
 
 def _ours(entry: Mapping) -> str:
-    ours = entry["ours"]
+    ours, failed = entry["ours"], entry.get("failed", 0)
     if entry["cited"]:
         return "(cited)"
     if ours is None:
-        return NOT_MEASURED if entry["wanted"] else "–"
+        return "failed" if failed else NOT_MEASURED if entry["wanted"] else "–"
     if ours["mean"] is None:
         return "diverged"
     notes = [f"{ours['sets']} of {entry['wanted']} sets"] if ours.get("sets", entry["wanted"]) < entry["wanted"] else []
+    notes += [f"{failed} failed"] if failed else []
     notes += [f"{ours['diverged']} networks diverged"] if ours.get("diverged") else []
     return f"{ours['mean']:.1f} ± {ours['std']:.1f}" + (f" ({', '.join(notes)})" if notes else "")
 

@@ -16,7 +16,7 @@ from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing, fit_preprocessing
 from atom_fast.distill import distill
 from atom_fast.distill.logs import versions
-from atom_fast.distill.loop import SYNTHETIC_FILE
+from atom_fast.distill.loop import CHECKPOINT_FOLDER, SYNTHETIC_FILE
 from atom_fast.evaluate import EvaluationResult, evaluate
 from atom_fast.evaluate.sets import select
 from atom_fast.reproduce.cells import (
@@ -25,6 +25,7 @@ from atom_fast.reproduce.cells import (
     architecture,
     cell_folder,
     claimed,
+    evaluation_file,
     open_cell,
     read_evaluation,
     read_json,
@@ -78,12 +79,19 @@ def final_set_file(output: Path, cell: Cell) -> Path:
     return _set_file(folder, cell.config.iterations)
 
 
+def iterations_done(output: Path, cell: Cell) -> int:
+    """How far the distillation of a cell has come, by the names of its checkpoints."""
+    folder = cell_folder(output, cell) / RUN_FOLDER / CHECKPOINT_FOLDER
+    names = (path.stem for path in folder.glob(f"iteration-{8 * '[0-9]'}.safetensors"))
+    return max((int(name.removeprefix("iteration-")) for name in names), default=0)
+
+
 def work(output: Path, cell: Cell, evaluations: Sequence[Evaluation], shelf: Shelf) -> bool:
     """Do what is left of a cell; False where another process is at it.
 
     Raises:
         ValueError: the folder holds another cell, or a damaged one, or settings do not fit the data.
-        OSError, RuntimeError: as `distill`.
+        OSError, RuntimeError: as `distill`, whose `NonFiniteError` among them.
         SystemExit: stopped by a signal while distilling; the run is saved.
     """
     folder = cell_folder(output, cell)
@@ -95,7 +103,7 @@ def work(output: Path, cell: Cell, evaluations: Sequence[Evaluation], shelf: She
         make_set(folder, cell, shelf)
         for evaluation in evaluations:
             if read_evaluation(output, cell, evaluation) is None:
-                _evaluate(folder, cell, evaluation, shelf)
+                _evaluate(output, cell, evaluation, shelf)
     return True
 
 
@@ -157,20 +165,22 @@ def load_set(folder: Path, cell: Cell, iteration: int | None = None) -> Syntheti
         raise ValueError(f"{error}; remove {folder} to have the cell made anew") from error
 
 
-def _evaluate(folder: Path, cell: Cell, evaluation: Evaluation, shelf: Shelf) -> None:
-    """Train the networks that are missing, and keep the results whenever some have finished."""
-    synthetic = load_set(folder, cell, evaluation.iteration).to(shelf.device)
+def _evaluate(output: Path, cell: Cell, evaluation: Evaluation, shelf: Shelf) -> None:
+    """Train those of the networks asked for that are missing, and keep the results whenever some have finished."""
+    synthetic = load_set(cell_folder(output, cell), cell, evaluation.iteration).to(shelf.device)
     data, _ = shelf.data(cell.dataset)
     settings = architecture(cell, evaluation.network, evaluation.norm)
-    path = folder / evaluation.file_name(settings)
+    path = evaluation_file(output, cell, evaluation)
     before = read_json(path, "remove it, and the set is evaluated anew") if path.is_file() else {}
     curves = [{int(epoch): value for epoch, value in curve.items()} for curve in before.get("curves", [])]
     curves += [{}] * (evaluation.networks - len(curves))
+    curves, beyond = curves[: evaluation.networks], curves[evaluation.networks :]  # of a call that asked for more
 
     def keep(result: EvaluationResult) -> None:
         found = result.to_dict()
         record = {
-            **{name: found[name] for name in ("network", "protocol", "architecture", "precision", "seed", "curves")},
+            **{name: found[name] for name in ("network", "protocol", "architecture", "precision", "seed")},
+            "curves": [*found["curves"], *beyond],
             "seconds": before.get("seconds", 0.0) + result.seconds,
             "set_seconds": synthetic.metadata.get("seconds"),
             "device": result.device,
