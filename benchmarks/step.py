@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 from pathlib import Path
 
 from .harness import Plan, environment, run_cell, save_results
@@ -28,7 +29,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--real-batch", type=int, default=128, help="real images a class (default 128)")
     parser.add_argument("--resolution", type=int, default=32, help="pixels a side (default 32)")
     parser.add_argument("--width", type=int, default=128, help="channels of the ConvNet (default 128)")
-    parser.add_argument("--precision", default="float32", help="float32, tf32 or bfloat16 (default float32)")
+    parser.add_argument(
+        "--precision", action="append", help="float32, tf32 or bfloat16 (default float32); may be given again"
+    )
     parser.add_argument("--provider", action="append", help="only this one; may be given again")
     parser.add_argument("--iterations", type=int, default=5, help="timed steps (default 5)")
     parser.add_argument("--out", type=Path, help="JSON file of the records")
@@ -36,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     setting = Setting(
         method="atom", provider=EAGER, ipc=options.ipc, classes=options.classes, resolution=options.resolution,
         real_batch=options.real_batch, class_images=max(200, options.real_batch), width=options.width,
-        precision=options.precision, device=options.device,
+        device=options.device,
     )  # fmt: skip
     ours = ["fused", "fused-graph"] if options.device == "cuda" else ["fused"]
     providers = options.provider or [EAGER, "compile", *ours]
@@ -45,21 +48,21 @@ def main(arguments: list[str] | None = None) -> None:
         if options.device == "cpu":
             print(f"freed memory is {'kept' if keep_memory else 'given back'}:")
         plan, eager = Plan(options.iterations, 120, 900, keep_memory), None
-        for provider in providers:
-            cell = run_cell(dataclasses.replace(setting, provider=provider), plan)
-            record["cells"].append({"provider": provider, "keep_memory": keep_memory, **cell})
-            if cell["status"] == "ok" and provider == EAGER:
+        for provider, precision in itertools.product(providers, options.precision or ["float32"]):
+            cell = run_cell(dataclasses.replace(setting, provider=provider, precision=precision), plan)
+            record["cells"].append({"provider": provider, "precision": precision, "keep_memory": keep_memory, **cell})
+            if cell["status"] == "ok" and provider == EAGER and eager is None:
                 eager = cell
-            print(_line(provider, cell, eager), flush=True)
+            print(_line(f"{provider} {precision}", cell, eager), flush=True)
             if options.out:
                 save_results(options.out, record)
 
 
-def _line(provider: str, cell: dict, eager: dict | None) -> str:
+def _line(name: str, cell: dict, eager: dict | None) -> str:
     if cell["status"] != "ok":
-        return f"{provider:14} {cell['status']}: {cell['message']}"
+        return f"{name:24} {cell['status']}: {cell['message']}"
     seconds, peak = cell["time"]["median"], cell["memory"]["peak_allocated"]
-    line = f"{provider:14} {1e3 * seconds:9.1f} ms"
+    line = f"{name:24} {1e3 * seconds:9.1f} ms"
     line += f" {eager['time']['median'] / seconds:5.2f}x" if eager else ""
     if peak is not None:
         line += f"   {peak / 1e6:8.1f} MB"
