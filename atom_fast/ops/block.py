@@ -522,4 +522,3 @@ def _constants(x: Tensor, weight: Tensor | None, spatial_power: float | None, ch
 def dense(parameter: Tensor | None) -> Tensor | None:
     """A parameter as the kernels index it."""
     return None if parameter is None else parameter.contiguous()
-

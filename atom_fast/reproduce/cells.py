@@ -26,7 +26,6 @@ from atom_fast.reproduce.methods import configuration, get_method
 CELL_FILE = "cell.json"
 LOCK_FILE = ".lock"
 _FORMAT = "atom_fast.reproduce.cell"
-_REMEDY = "remove it, and the set is evaluated anew"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,15 +238,26 @@ def evaluation_file(output: Path, cell: Cell, evaluation: Evaluation) -> Path:
     return cell_folder(output, cell) / evaluation.file_name(architecture(cell, evaluation.network, evaluation.norm))
 
 
+def read_evaluation_file(path: Path) -> dict:
+    """What an evaluation's file holds, finished or not; no ``curves`` where there is no file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    return read_json(path, "remove it, and the set is evaluated anew") if path.is_file() else {"curves": []}
+
+
 def networks_left(output: Path, cell: Cell, evaluation: Evaluation) -> int:
     """How many of the networks of an evaluation are not finished.
 
     Raises:
         ValueError: their file is damaged.
     """
-    path = evaluation_file(output, cell, evaluation)
-    curves = read_json(path, _REMEDY)["curves"] if path.is_file() else []
-    return evaluation.networks - sum(map(bool, curves[: evaluation.networks]))
+    return _networks_left(read_evaluation_file(evaluation_file(output, cell, evaluation)), evaluation)
+
+
+def _networks_left(found: Mapping, evaluation: Evaluation) -> int:
+    return evaluation.networks - sum(map(bool, found["curves"][: evaluation.networks]))
 
 
 def read_evaluation(output: Path, cell: Cell, evaluation: Evaluation) -> dict | None:
@@ -260,9 +270,9 @@ def read_evaluation(output: Path, cell: Cell, evaluation: Evaluation) -> dict | 
     Raises:
         ValueError: a file of the cell is damaged.
     """
-    if networks_left(output, cell, evaluation):
+    found = read_evaluation_file(evaluation_file(output, cell, evaluation))
+    if _networks_left(found, evaluation):
         return None
-    found = read_json(evaluation_file(output, cell, evaluation), _REMEDY)
     curves = found["curves"][: evaluation.networks]
     last = str(evaluation.protocol.epochs)
     return {

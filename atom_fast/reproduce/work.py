@@ -28,7 +28,7 @@ from atom_fast.reproduce.cells import (
     evaluation_file,
     open_cell,
     read_evaluation,
-    read_json,
+    read_evaluation_file,
 )
 from atom_fast.reproduce.datasets import load_named
 from atom_fast.reproduce.methods import get_method
@@ -171,8 +171,8 @@ def _evaluate(output: Path, cell: Cell, evaluation: Evaluation, shelf: Shelf) ->
     data, _ = shelf.data(cell.dataset)
     settings = architecture(cell, evaluation.network, evaluation.norm)
     path = evaluation_file(output, cell, evaluation)
-    before = read_json(path, "remove it, and the set is evaluated anew") if path.is_file() else {}
-    curves = [{int(epoch): value for epoch, value in curve.items()} for curve in before.get("curves", [])]
+    before = read_evaluation_file(path)
+    curves = [{int(epoch): value for epoch, value in curve.items()} for curve in before["curves"]]
     curves += [{}] * (evaluation.networks - len(curves))
     curves, beyond = curves[: evaluation.networks], curves[evaluation.networks :]  # of a call that asked for more
 
