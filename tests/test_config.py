@@ -171,6 +171,13 @@ def test_what_an_earlier_version_wrote_can_be_read(tmp_path):
         preset(compile=True)
 
 
+def test_a_setting_that_came_later_leaves_earlier_hashes_alone():
+    """Cells of tables are found by this hash."""
+    config = preset("paper", ipc=10).for_data((3, 32, 32), "cifar10")
+    assert config.config_hash() == "f45cc4c40d14431a", "of the version before image_average"
+    assert dataclasses.replace(config, image_average=True).config_hash() != config.config_hash()
+
+
 def test_a_file_may_name_a_preset_and_what_differs(tmp_path):
     path = tmp_path / "settings.yaml"
     path.write_text("preset: channel\nipc: 10\nloss_scale: 3  # whole\n")

@@ -119,6 +119,18 @@ def test_resuming_gives_the_bits_of_an_uninterrupted_run(finished, data, tmp_pat
     assert len(json.loads((tmp_path / "environment.json").read_text())) == 3
 
 
+def test_an_averaged_run_resumes_to_the_average_of_an_uninterrupted_one(finished, data, tmp_path):
+    average = distill(small(image_average=True), data, tmp_path / "straight", progress=False, device="cpu")
+    for iterations in (3, 5, 6):
+        resumed = distill(
+            small(iterations, image_average=True), data, tmp_path / "resumed", resume=True, progress=False, device="cpu"
+        )
+    assert torch.equal(resumed.images, average.images)
+    end = latest_checkpoint(tmp_path / "resumed" / "checkpoints").tensors
+    assert torch.equal(end["average"], average.images)
+    assert torch.equal(end["images"], finished[1].images), "the steps are those of a run without"
+
+
 def test_a_finished_run_resumes_to_itself(finished, data):
     folder, straight = finished
     again = distill(small(log_every=1), data, folder, resume=True, progress=False, device="cpu")
@@ -126,11 +138,14 @@ def test_a_finished_run_resumes_to_itself(finished, data):
 
 
 def test_a_run_of_an_earlier_version_is_resumed(finished, data, tmp_path):
-    """Its records hold a setting that no image depended on and that is no more."""
+    """Its records hold a setting that no image depended on and that is no more, and lack one that came later."""
     distill(small(4), data, tmp_path, progress=False, device="cpu")
     written = latest_checkpoint(tmp_path / "checkpoints")
-    earlier = dataclasses.replace(written, config={**written.config, "compile": True})
-    save_checkpoint(tmp_path / "checkpoints", earlier)
+    config = {**written.config, "compile": True}
+    del config["image_average"]
+    save_checkpoint(tmp_path / "checkpoints", dataclasses.replace(written, config=config))
+    with pytest.raises(ValueError, match="image_average was False, is True"):
+        distill(small(image_average=True), data, tmp_path, resume=True, progress=False, device="cpu")
     resumed = distill(small(), data, tmp_path, resume=True, progress=False, device="cpu")
     assert torch.equal(resumed.images, finished[1].images)
 

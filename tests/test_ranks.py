@@ -33,6 +33,7 @@ CONFIGURATIONS = {
     "augmented": {},
     "one image a class": {"ipc": 1},
     "chunks": {"class_chunk": 2},
+    "average": {"image_average": True},
     "layer norm": {"norm": "layer", "augmentation": "none"},
     "matched means": {"name": "dm", "real_batch": 1},
 }

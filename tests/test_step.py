@@ -234,6 +234,41 @@ def test_restoring_goes_on_with_the_same_bits():
     assert not torch.equal(state["images"], straight.images), "the state must be a copy"
 
 
+def test_the_average_weighs_step_t_by_the_third_power_of_t(device):
+    """Its weights are the binomials t (t + 1) (t + 2) / 6, whatever the number of steps; no step depends on it."""
+    data = make_data(device=device)
+    run, _ = make_run(data, image_average=True, loss_scale=100.0)
+    plain, _ = make_run(data, loss_scale=100.0)
+    assert plain.average is None
+    assert torch.equal(run.all_images(), run.images), "before the first step"
+    weighted, total = 0.0, 0
+    for t in range(1, 8):
+        run.step(t)
+        plain.step(t)
+        weight = t * (t + 1) * (t + 2) // 6
+        weighted, total = weighted + weight * run.images.double(), total + weight
+        torch.testing.assert_close(run.average.double(), weighted / total, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(run.images, plain.images, rtol=1e-6, atol=1e-6)
+    assert torch.equal(run.all_images(), run.average)
+    assert (run.average - run.images).norm() > 1e-3 * run.images.norm(), "images that move have another mean"
+
+
+def test_the_average_is_part_of_the_state():
+    straight, _ = make_run(image_average=True)
+    for iteration in range(1, 4):
+        straight.step(iteration)
+    resumed, _ = make_run(image_average=True, image_init="noise")
+    with pytest.raises(ValueError, match=r"average must be \[6, 3, 8, 8\]; got nothing"):
+        resumed.restore({"images": straight.images, "momentum": straight.momentum})
+    resumed.restore(straight.state())
+    for run in (straight, resumed):
+        run.step(4)
+    assert torch.equal(straight.average, resumed.average)
+    before = resumed.average.clone()
+    resumed.peak_memory(3)
+    assert torch.equal(resumed.average, before), "measuring must not move it"
+
+
 def test_a_state_that_does_not_fit_is_refused():
     run, _ = make_run()
     with pytest.raises(ValueError, match=r"momentum must be \[6, 3, 8, 8\]; got nothing"):
@@ -312,7 +347,9 @@ def test_a_graph_needs_a_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("settings", [{}, {"precision": "bfloat16"}, {"spatial_power": None}, {"norm": "batch"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"precision": "bfloat16"}, {"spatial_power": None}, {"norm": "batch"}, {"image_average": True}]
+)
 def test_a_captured_step_gives_the_same_images(settings):
     data = make_data(classes=5, size=32, device="cuda")
     eager, _ = make_run(data, **settings)
@@ -324,6 +361,7 @@ def test_a_captured_step_gives_the_same_images(settings):
         eager.step(iteration)
         captured.step(iteration)
     torch.testing.assert_close(captured.images, eager.images, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(captured.all_images(), eager.all_images(), rtol=1e-5, atol=1e-5)
     for one, other in zip(captured.read_terms(), eager.read_terms(), strict=True):
         assert one == pytest.approx(other, rel=1e-5)
     before = captured.images.detach().clone()

@@ -24,6 +24,8 @@ IMAGE_INITIALIZATIONS = ("real", "noise", "given")
 PRECISIONS = ("float32", "tf32", "bfloat16")
 # Settings that earlier versions wrote into files and that no image depended on: what holds them can still be read.
 RETIRED = ("compile",)
+# Settings that earlier versions did not have, and the value that does what those did: configurations of both are equal.
+ADDED = {"image_average": False}
 
 # MTT and DataDAM whiten CIFAR; the ATOM paper (section 7.2) does not whiten Tiny ImageNet, DM whitens nothing.
 _WHITENED = ("cifar10", "cifar100")
@@ -122,6 +124,12 @@ class DistillConfig:
         minimum=0,
     )
     momentum: float = _setting(0.5, "momentum of the images' SGD", source="paper Table 7", minimum=0, maximum=1)
+    image_average: bool = _setting(
+        False,
+        "the set is a running mean of the images over the steps, later ones weighing more, in place of the last "
+        "step's: a large loss_scale's speed without its noise",
+        source="Shamir and Zhang 2013, polynomial-decay averaging; no part of ATOM",
+    )
     image_init: str = _setting(
         "real",
         "what images start from: random real ones, Gaussian noise, or a given set",
@@ -229,6 +237,9 @@ class DistillConfig:
     def config_hash(self) -> str:
         """The first 16 hex digits of the SHA-256 of the settings that the images depend on."""
         settings = {name: value for name, value in self.to_dict().items() if affects_result(name)}
+        for name, unused in ADDED.items():
+            if settings[name] == unused:
+                del settings[name]
         canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

@@ -18,7 +18,7 @@ from atom_fast.data.dataset import ImageData
 from atom_fast.data.sampling import check_class_sizes
 from atom_fast.data.whitening import Preprocessing, fit_preprocessing
 from atom_fast.distill.checkpoint import Checkpoint, latest_checkpoint, remove_unfinished, save_checkpoint
-from atom_fast.distill.config import DistillConfig, affects_result, write_config
+from atom_fast.distill.config import ADDED, DistillConfig, affects_result, write_config
 from atom_fast.distill.logs import RunLog, append_environment, environment, peak_memory, say, versions
 from atom_fast.distill.memory import fit_class_chunk
 from atom_fast.distill.step import Distillation, NonFiniteError, check_ranks, initial_images, make_network
@@ -175,12 +175,12 @@ def _checkpoint_to_resume(output: Path, config: DistillConfig, data: ImageData) 
             )
         say(f"no checkpoint in {output}: starting at the first iteration")
         return None
-    current = config.to_dict()
+    before, current = {**ADDED, **checkpoint.config}, config.to_dict()
     names = (name for name in current if affects_result(name) and name != "iterations")
     changed = [
-        f"{name} was {checkpoint.config.get(name)!r}, is {current[name]!r}"
+        f"{name} was {before.get(name)!r}, is {current[name]!r}"
         for name in names
-        if current[name] != checkpoint.config.get(name)
+        if current[name] != before.get(name)
     ]
     if changed:
         raise ValueError(

@@ -32,6 +32,7 @@ from atom_fast.ranks import ALONE, World
 TERMS = ("loss", "attention_loss", "mmd_loss")
 _WARM_UP_STEPS = 3  # before a capture, so that libraries choose algorithms and allocate workspaces outside it
 _MASK = 2**64 - 1
+_AVERAGE_POWER = 3  # of image_average: step t weighs about t^3, most of it in the last third
 
 
 class Terms(typing.NamedTuple):
@@ -69,6 +70,7 @@ class Distillation:
         classes: whose images these are: all K, or where several processes share them, this one's own.
         images: float32 [len(classes)*ipc, C, H, W], model space, class-major; changed in place by every step.
         momentum: of the same shape, the buffer of SGD.
+        average: of the same shape, the running mean of ``image_average``; None without it.
         labels: int64 [len(classes)*ipc], the class of each image.
         config: resolved settings.
         class_chunk: classes that run at once; the gradient is exactly the sum over chunks, since under a norm of each
@@ -113,6 +115,7 @@ class Distillation:
         self.classes = classes
         self.images = images.detach().to(device, copy=True, memory_format=layout)
         self.momentum = torch.zeros_like(self.images)
+        self.average = self.images.clone() if config.image_average else None
         self._gradient = torch.empty_like(self.images)  # kept, so that a chunk needs no memory for what is not its own
         self.labels = torch.arange(classes.start, classes.stop, device=device).repeat_interleave(config.ipc)
         self.network = make_network(config, data).to(device, memory_format=layout)
@@ -205,6 +208,8 @@ class Distillation:
         with stage("update"):
             self.momentum.mul_(config.momentum).add_(self._gradient)
             self.images.sub_(self.momentum, alpha=config.image_lr)
+            if self.average is not None:
+                self.average.lerp_(self.images, (_AVERAGE_POWER + 1) / (self._iteration + _AVERAGE_POWER))
             self._record(terms)
 
     def _match(self, chunk: _Chunk, indices: Tensor, augmentation: AugmentationParameters) -> tuple[Tensor, Tensor]:
@@ -275,16 +280,24 @@ class Distillation:
         return Terms(*(total / steps if steps else float("nan") for total in sums))
 
     def all_images(self, *, everywhere: bool = False) -> Tensor | None:
-        """The images of all classes, [K*ipc, C, H, W]: on the first rank, None on the others unless ``everywhere``."""
-        return self.world.collect(self.images, self.data.num_classes, everywhere=everywhere)
+        """The set of all classes, [K*ipc, C, H, W]: on the first rank, None on the others unless ``everywhere``.
+
+        The images, or with ``image_average`` their running mean.
+        """
+        own = self.images if self.average is None else self.average
+        return self.world.collect(own, self.data.num_classes, everywhere=everywhere)
+
+    def _parts(self) -> dict[str, Tensor]:
+        """What the next steps depend on, of this rank's classes, by the names in checkpoints."""
+        average = {} if self.average is None else {"average": self.average}
+        return {"images": self.images, "momentum": self.momentum, **average}
 
     def state(self) -> dict[str, Tensor] | None:
         """What a checkpoint must hold, of all classes, copied to the CPU of the first rank; None on the others.
 
         The generators' states follow from seed and iteration.
         """
-        parts = {"images": self.images, "momentum": self.momentum}
-        state = {name: self.world.collect(part, self.data.num_classes) for name, part in parts.items()}
+        state = {name: self.world.collect(part, self.data.num_classes) for name, part in self._parts().items()}
         if self.world.rank > 0:
             return None
         return {name: tensor.cpu().contiguous().clone() for name, tensor in state.items()}
@@ -296,12 +309,12 @@ class Distillation:
             ValueError: a tensor is missing or has another shape.
         """
         expected = [self.data.num_classes * self.config.ipc, *self.data.image_shape]
-        for name in ("images", "momentum"):
+        for name, part in self._parts().items():
             source = state.get(name) if self.world.rank == 0 else None
             if self.world.rank == 0 and (source is None or list(source.shape) != expected):
                 found = "nothing" if source is None else list(source.shape)
                 raise ValueError(f"saved {name} must be {expected}; got {found}")
-            self.world.deal(source, getattr(self, name), self.data.num_classes)
+            self.world.deal(source, part, self.data.num_classes)
 
     def capture(self) -> None:
         """Capture a step as a CUDA graph that `step` replays from then on; images and momentum stay as they are.
@@ -338,7 +351,7 @@ class Distillation:
         with self._unchanged():
             self._advance()  # what only a first step needs: compiled kernels, chosen algorithms
             if not cuda:
-                state = self.images, self.momentum, self._gradient
+                state = *self._parts().values(), self._gradient
                 resident = (*self.network.parameters(), *state, *vars(self.data).values())
                 with LiveBytes() as counter:
                     for tensor in resident:
@@ -353,8 +366,8 @@ class Distillation:
 
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[None]:
-        """Undo what the enclosed steps do to images, momentum and terms."""
-        buffers = self.images, self.momentum, self._sums, self._first_bad
+        """Undo what the enclosed steps do to images, momentum, average and terms."""
+        buffers = *self._parts().values(), self._sums, self._first_bad
         saved = [buffer.clone() for buffer in buffers]
         try:
             yield
