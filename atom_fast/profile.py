@@ -261,7 +261,7 @@ def _rates(device: torch.device, measure: bool) -> tuple[roofline.Device, str]:
 def _floors(run: Distillation, rates: roofline.Device) -> tuple[dict[str, tuple], str | None]:
     """Fewest operations, fewest bytes and least seconds of every stage, or for which settings they are not counted."""
     config, data = run.config, run.data
-    counted = {"norm": "instance", "pooling": "avg2", "feature_maps": False}
+    counted = {"norm": "instance", "pooling": "avg2", "feature_maps": False, "image_average": False}
     other = [f"{name} {getattr(config, name)!r}" for name, value in counted.items() if getattr(config, name) != value]
     if other:
         return dict.fromkeys(STAGES, (None, None, None)), ", ".join(other)

@@ -83,7 +83,9 @@ def test_the_table_shows_every_stage_and_how_the_rates_came(profiled):
         assert result.captured_seconds is None
 
 
-@pytest.mark.parametrize(("name", "value"), [("norm", "batch"), ("pooling", "max2"), ("feature_maps", True)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("norm", "batch"), ("pooling", "max2"), ("feature_maps", True), ("image_average", True)]
+)
 def test_what_is_not_counted_is_said(name, value, tmp_path):
     config = preset(**SMALL, **{name: value})
     result = profile(config, random_data(2, 1, 8, 8, 10), tmp_path / "t.json", steps=1, device="cpu", progress=False)
@@ -126,6 +128,7 @@ def test_a_stage_costs_nothing_worth_naming_without_a_profiler():
 
 def test_kernels_count_for_the_stage_that_launched_them():
     """A GPU's trace: the kernels run later than they are launched, and the backward's from another thread."""
+
     def event(cat, name, ts, dur, **args):
         return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "args": args}
 

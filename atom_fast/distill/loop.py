@@ -178,9 +178,7 @@ def _checkpoint_to_resume(output: Path, config: DistillConfig, data: ImageData) 
     before, current = {**ADDED, **checkpoint.config}, config.to_dict()
     names = (name for name in current if affects_result(name) and name != "iterations")
     changed = [
-        f"{name} was {before.get(name)!r}, is {current[name]!r}"
-        for name in names
-        if current[name] != before.get(name)
+        f"{name} was {before.get(name)!r}, is {current[name]!r}" for name in names if current[name] != before.get(name)
     ]
     if changed:
         raise ValueError(
