@@ -217,6 +217,7 @@ def test_what_changes_no_result_is_no_reduction():
     settings = {"checkpoint_every": 7, "log_every": 3, "class_chunk": 2}
     assert scale_for("cifar10", epochs=1000, settings=settings).reductions() == []
     assert scale_for("cifar10", settings={**settings, "width": 64}).reductions() == ["width 64 instead of 128"]
+    assert scale_for("cifar10", settings={"loss_scale": 3}).reductions() == ["loss_scale 3 instead of the preset's"]
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def _shown(name: str, paper: DistillConfig) -> str:
     if name in _OF_DM:
         own = getattr(preset("dm"), name)
         return f"{value:,} (DM {own:,})"
-    return str(value)
+    return "the preset's" if value is None else str(value)  # None follows from the data
 
 
 def scale_for(
