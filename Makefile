@@ -22,7 +22,7 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 
-# Everything worth measuring on a GPU, with the Python that has torch; nothing is installed. CIFAR=DIR for distillations.
+# Everything worth measuring on a GPU, with the Python that has torch; nothing is installed. CIFAR=DIR for Table 1.
 gpu:
 	$(PYTHON) -m benchmarks.gpu --out runs/gpu $(if $(CIFAR),--cifar $(CIFAR))
 

@@ -635,7 +635,26 @@ def test_gpu_script_keeps_going_when_a_part_fails(monkeypatch, tmp_path, capsys)
     monkeypatch.setattr(gpu, "PARTS", ((broken, 10), (lambda run, limit: f"{limit:.0f} s", 20)))
     assert gpu.main(["--out", str(tmp_path / "out"), "--minutes", "4"]) == 0
     first, second = json.loads((tmp_path / "out" / "summary.json").read_text())["parts"]
-    assert "OSError: no" in first["outcome"] and second["outcome"] == "10 s"
+    assert "OSError: no" in first["outcome"] and second["outcome"] == "240 s", "the last one takes what is left"
+
+
+def test_gpu_script_measures_table1_where_the_images_are(monkeypatch, tmp_path):
+    """Its command is one that the program takes, and asks for the nine cells of three methods, five sets each."""
+    assert "no --cifar" in gpu.table1(gpu.GpuRun(tmp_path, 0, None, []), 60)
+    monkeypatch.setattr(gpu, "TABLE1_FOLDER", tmp_path / "cells")
+    run = gpu.GpuRun(tmp_path, 0, tmp_path / "images", [])
+    outcome = gpu.table1(run, 120)
+    assert outcome.startswith("failed (exit status 2)") and str(tmp_path / "images") in outcome, "there are none"
+    monkeypatch.setattr(gpu, "TABLE1", [*gpu.TABLE1, "--list"])
+    assert gpu.table1(run, 120).startswith("ok: ")
+    listed = (tmp_path / "log.txt").read_text()
+    assert "45  to do     cifar10 ipc 50 atom seed 4 [5 convnet]" in listed and "46  to do" not in listed
+    assert not (tmp_path / "table1.json").exists()
+    monkeypatch.setattr(gpu, "TABLE1", ["-c", f"open({str(tmp_path / 'cells' / 'table1.json')!r}, 'w').write('new')"])
+    (tmp_path / "cells").mkdir(exist_ok=True)
+    (tmp_path / "cells" / "table1.md").write_text("of an earlier run")
+    assert gpu.table1(run, 120).startswith("ok")
+    assert (tmp_path / "table1.json").read_text() == "new" and not (tmp_path / "table1.md").exists()
 
 
 def test_gpu_script_ends_what_takes_too_long(tmp_path):
