@@ -89,7 +89,7 @@ def test_a_precision_that_the_device_lacks_is_refused():
         ("image_lr", math.nan, "number"),
         ("image_lr", "1e-3", "number"),
         ("momentum", 1.5, r"\[0, 1\]"),
-        ("image_init", "reel", "real, noise, given.*did you mean 'real'"),
+        ("image_init", "reel", "real, noise, herding, given.*did you mean 'real'"),
         ("augmentation", "color_crup", "crup"),
         ("preprocessing", "whiten", "auto, standard, zca"),
         ("norm", "instanc", "did you mean 'instance'"),

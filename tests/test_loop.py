@@ -207,6 +207,7 @@ def test_a_run_on_other_data_is_not_resumed(finished, data):
     [
         ({"real_batch": 11}, "class 0.*10 training images.*11"),
         ({"ipc": 11}, "class 0.*10 training images.*11"),
+        ({"ipc": 11, "image_init": "herding"}, "class 0.*10 training images.*11"),
         ({"depth": 5}, "too small for depth 5"),
         ({"precision": "tf32"}, "tf32"),
         ({"image_init": "given"}, "given"),

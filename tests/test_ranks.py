@@ -34,6 +34,7 @@ CONFIGURATIONS = {
     "one image a class": {"ipc": 1},
     "chunks": {"class_chunk": 2},
     "average": {"image_average": True},
+    "herding": {"image_init": "herding"},
     "layer norm": {"norm": "layer", "augmentation": "none"},
     "matched means": {"name": "dm", "real_batch": 1},
 }

@@ -23,6 +23,7 @@ from atom_fast.distill.step import (
     initial_images,
     make_network,
 )
+from atom_fast.evaluate import get_protocol, watch_training
 
 
 def make_data(classes=3, per_class=10, channels=3, size=8, device="cpu"):
@@ -294,6 +295,25 @@ def test_noise_has_unit_variance_and_the_seed_counts():
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
     assert runs[0].std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_herding_starts_from_real_images_near_the_middle_of_their_class(device):
+    """In the features of a network trained for two epochs the first image of a class is the nearest to its mean."""
+    data = make_data(classes=4, per_class=12, device=device)
+    run, preprocessing = make_run(data, image_init="herding", ipc=3, seed=5, augmentation="crop")
+    real = preprocessing.to_model(data.train_images)
+    match = (run.images.unsqueeze(1) == real).flatten(2).all(2)
+    assert (match.sum(dim=1) == 1).all() and match.sum(dim=0).max() == 1
+    chosen = match.int().argmax(dim=1)
+    assert torch.equal(data.train_labels[chosen], run.labels)
+    protocol = get_protocol("paper", augmentation="crop")
+    features, _ = watch_training(data, preprocessing, protocol=protocol, epochs=2, seed=5, progress=False)
+    for k in range(4):
+        own = (data.train_labels == k).nonzero().flatten()
+        distances = (features[own].double() - features[own].double().mean(0)).norm(dim=1)
+        assert own[distances.argmin()] == chosen[3 * k]
+    again, _ = make_run(data, image_init="herding", ipc=3, seed=5, augmentation="crop")
+    assert torch.equal(again.images, run.images)
 
 
 def test_what_does_not_fit_the_data_is_refused():

@@ -20,7 +20,7 @@ from atom_fast.data.augmentation import STRATEGY, draw_augmentation
 from atom_fast.data.whitening import KINDS as PREPROCESSINGS
 from atom_fast.networks.convnet import INITIALIZATIONS, NORMS, POOLINGS, default_depth
 
-IMAGE_INITIALIZATIONS = ("real", "noise", "given")
+IMAGE_INITIALIZATIONS = ("real", "noise", "herding", "given")
 PRECISIONS = ("float32", "tf32", "bfloat16")
 # Settings that earlier versions wrote into files and that no image depended on: what holds them can still be read.
 RETIRED = ("compile",)
@@ -132,8 +132,8 @@ class DistillConfig:
     )
     image_init: str = _setting(
         "real",
-        "what images start from: random real ones, Gaussian noise, or a given set",
-        source="paper section 3: random sampling",
+        "what images start from: random real ones, Gaussian noise, real ones chosen by herding, or a given set",
+        source="paper section 3: random sampling; DataDAM's code can start from a set that was chosen",
         choices=IMAGE_INITIALIZATIONS,
     )
     augmentation: str = _setting(

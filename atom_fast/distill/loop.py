@@ -120,7 +120,7 @@ def _check_fit(config: DistillConfig, data: ImageData, given: bool) -> None:
     check_class_sizes(data, config.real_batch)
     if config.image_init == "given" and not given:
         raise ValueError("image_init 'given' needs a synthetic set to start from (synthetic_init, --set)")
-    if config.image_init == "real":
+    if config.image_init in ("real", "herding"):
         check_class_sizes(data, config.ipc)
     make_network(config, data)
 
@@ -233,7 +233,7 @@ def _start(
     elif synthetic_init is not None:
         images = _given_images(synthetic_init, config, data, preprocessing)
     else:
-        images = initial_images(config, data, preprocessing)
+        images = initial_images(config, data, preprocessing, progress=progress)
     classes = data.num_classes
     own = torch.empty(len(world.share(classes)) * config.ipc, *data.image_shape, device=data.class_index.device)
     images = world.deal(images, own, classes)

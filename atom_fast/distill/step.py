@@ -18,6 +18,7 @@ from atom_fast.distill.config import DistillConfig
 from atom_fast.distill.live_bytes import LiveBytes
 from atom_fast.distill.logs import say
 from atom_fast.distill.stages import stage
+from atom_fast.evaluate import get_protocol, herding_selection, watch_training
 from atom_fast.functional import (
     attention_matching_from_maps,
     attention_matching_loss,
@@ -32,6 +33,8 @@ from atom_fast.ranks import ALONE, World
 TERMS = ("loss", "attention_loss", "mmd_loss")
 _WARM_UP_STEPS = 3  # before a capture, so that libraries choose algorithms and allocate workspaces outside it
 _MASK = 2**64 - 1
+# Of the network in whose features herding chooses the starting images; one that has begun to learn suffices.
+_HERDING_EPOCHS = 2
 _AVERAGE_POWER = 3  # of image_average: step t weighs about t^3, most of it in the last third
 
 
@@ -477,10 +480,14 @@ def make_network(config: DistillConfig, data: ImageData) -> ConvNet:
     return network.requires_grad_(False)
 
 
-def initial_images(config: DistillConfig, data: ImageData, preprocessing: Preprocessing) -> Tensor:
+def initial_images(
+    config: DistillConfig, data: ImageData, preprocessing: Preprocessing, *, progress: bool = False
+) -> Tensor:
     """What the synthetic images start from: float32 [K*ipc, C, H, W] in model space, class-major (line 1).
 
-    Random distinct real images of each class, or Gaussian noise; drawn from ``config.seed``.
+    Random distinct real images of each class, or Gaussian noise, drawn from ``config.seed``; or those that herding
+    chooses (`atom_fast.evaluate.herding_selection`) in the features of a network that is trained from that seed on all
+    real images for two epochs, augmented as the distillation, with a progress bar if ``progress``.
 
     Raises:
         ValueError: a class has fewer than ``config.ipc`` real images, or the images were to be given.
@@ -492,6 +499,13 @@ def initial_images(config: DistillConfig, data: ImageData, preprocessing: Prepro
     if config.image_init == "noise":
         shape = (data.num_classes * config.ipc, *data.image_shape)
         return torch.randn(shape, generator=generator, device=generator.device)
+    if config.image_init == "herding":
+        check_class_sizes(data, config.ipc)  # before the network is trained
+        protocol = get_protocol("paper", augmentation=config.augmentation)
+        features, _ = watch_training(
+            data, preprocessing, protocol=protocol, epochs=_HERDING_EPOCHS, seed=config.seed, progress=progress
+        )
+        return preprocessing.to_model(data.train_images[herding_selection(features, data, config.ipc)])
     raise ValueError("image_init 'given' needs a synthetic set to start from")
 
 

@@ -25,7 +25,7 @@ Unit = tuple[Cell, tuple[Evaluation, ...]]
 class Estimator:
     """Seconds that units take: as measured on a set of the same kind, otherwise on a short probe.
 
-    Not in it: reading the data and fitting the whitening, once a process.
+    Not in it: reading the data and fitting the whitening, once a process, and choosing images to start from.
     """
 
     def __init__(self, output: Path, units: Sequence[Unit], shelf: Shelf):
@@ -82,9 +82,9 @@ class Estimator:
         return cell.selection_epochs * per_image * len(data.train_images)
 
     def _probe_step(self, cell: Cell) -> float:
-        """Seconds of a step. Standardised, since whitening would be fitted first, and costs a step little."""
+        """Seconds of a step, which depend little on whitening and start: those take long to fit and to choose."""
         data, _ = self.shelf.data(cell.dataset)
-        config = dataclasses.replace(cell.config, preprocessing="standard")
+        config = dataclasses.replace(cell.config, preprocessing="standard", image_init="noise")
         config = config.resolve(data.image_shape, data.name, self.shelf.device)
         space = fit_preprocessing(data.train_images, "standard", progress=False)
         run = Distillation(config, data, space, initial_images(config, data, space))

@@ -13,14 +13,16 @@ PROTOCOL, TESTED_NORM = "evaluation", "evaluation_norm"
 BASE = "preset paper"
 
 # Settings on which the paper contradicts itself, or the code that it builds on differs from it; and what else they
-# might be. ``image_average`` is this project's own. The last two are no settings of the distillation: the same sets,
-# evaluated by other protocols, and on ConvNets of another norm (where ``norm`` changes both sides).
+# might be. DataDAM's code can start from a chosen set; ``image_average`` is this project's own. The last two are no
+# settings of the distillation: the same sets, evaluated by other protocols, and on ConvNets of another norm (where
+# ``norm`` changes both sides).
 FACTORS: Mapping[str, tuple[object, ...]] = {
     "loss_scale": (1.0, 10.0, 100.0),
     "norm": ("instance", "batch"),
     "pooling": ("avg2", "avg3"),
     "network_init": ("normal", "default", "uniform"),
     "preprocessing": ("zca", "standard", "zca_standardized"),
+    "image_init": ("real", "herding"),
     "image_average": (False, True),
     PROTOCOL: ("paper", "paper-fixed", "paper-table7", "dc", "datadam-code"),
     TESTED_NORM: ("instance", "batch"),
