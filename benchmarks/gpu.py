@@ -1,7 +1,8 @@
 """Everything worth measuring on a GPU, the most valuable first: ``python -m benchmarks.gpu --out DIR``.
 
-Needs a checkout and a Python with torch, triton, numpy and pytest; nothing is installed or fetched. Each part has its
-own time limit, and what a part has measured is kept however it ends. In DIR, at most eight files: ``summary.json``,
+Needs a checkout and a Python with torch, triton, numpy and pytest, for ``--cifar`` with all that the package requires
+(kornia, to whiten); nothing is installed or fetched. Each part has its own time limit, and what a part has measured is
+kept however it ends. In DIR, at most eight files: ``summary.json``,
 ``log.txt``, ``table3-gpu.json``, ``scaling-gpu.json``, ``kernels.json``, ``evaluation.json``, and with ``--cifar``
 ``table1.json`` and ``table1.md``, whose sets stay in ``runs/gpu-table1``: another run goes on with them.
 """
