@@ -116,15 +116,16 @@ def edition_markdown(edition: str, paths: Sequence[Path]) -> str:
     if not paths:
         return f"{EDITIONS[edition].title}: {NOT_MEASURED}."
     merged = merge(paths)
-    return "\n\n".join(
-        [
-            _caption(edition, [load_results(path) for path in paths]),
-            "Milliseconds a step, median (in brackets: times faster than `eager` in the same run):",
-            _table(edition, merged, _time_entry, _paper_milliseconds),
-            f"Peak memory in MB, {_memory_note(edition)} (in brackets: share of `eager`'s):",
-            _table(edition, merged, _memory_entry, _paper_megabytes),
-        ]
-    )
+    sections = [
+        _caption(edition, [load_results(path) for path in paths]),
+        "Milliseconds a step, median (in brackets: times faster than `eager` in the same run):",
+        _table(edition, merged, _time_entry, _paper_milliseconds),
+        f"Peak memory in MB, {_memory_note(edition)} (in brackets: share of `eager`'s):",
+        _table(edition, merged, _memory_entry, _paper_megabytes),
+    ]
+    if missing := _missing(edition, merged):
+        sections.append(f"Rows without a figure are left out; {NOT_MEASURED}: {missing}.")
+    return "\n\n".join(sections)
 
 
 def _caption(edition: str, results: list[dict]) -> str:
@@ -168,21 +169,39 @@ def _memory_note(edition: str) -> str:
 def _table(edition: str, merged: dict[Setting, dict], entry: Callable, printed: Callable) -> str:
     ipcs = EDITIONS[edition].ipcs
     lines = ["| Method | | " + " | ".join(f"IPC {ipc}" for ipc in ipcs) + " |", "|---|---|" + "---:|" * len(ipcs)]
-    by_key = {(s.method, s.provider, s.precision, s.ipc): cell for s, cell in merged.items()}
-    to_measure = {(s.method, s.provider, s.precision, s.ipc) for s in settings(EDITIONS[edition])}
     for method, described in METHODS.items():
         rows = []
         if EDITIONS[edition].device == "cuda":
             rows.append((f"paper, {paper.DEVICE}", [printed(method, place) for place in range(len(ipcs))]))
-        for provider in described.providers:
-            for precision, name in PRECISION_NAMES.items():
-                keys = [(method, provider, precision, ipc) for ipc in ipcs]
-                if any(key in by_key or key in to_measure for key in keys):
-                    entries = [entry(by_key[key]) if key in by_key else NOT_MEASURED for key in keys]
-                    rows.append((f"{provider}{name}", entries))
+        for label, cells in _rows(edition, merged, method).items():
+            if any(cells):
+                rows.append((label, [entry(cell) if cell else NOT_MEASURED for cell in cells]))
         for row, (label, entries) in enumerate(rows):
             lines.append(f"| {described.title if row == 0 else ''} | {label} | {' | '.join(entries)} |")
     return "\n".join(lines)
+
+
+def _rows(edition: str, merged: dict[Setting, dict], method: str) -> dict[str, list[dict | None]]:
+    """A method's cells for every provider and precision that was measured or is to be, None where a cell is missing."""
+    ipcs = EDITIONS[edition].ipcs
+    by_key = {(s.method, s.provider, s.precision, s.ipc): cell for s, cell in merged.items()}
+    to_measure = {(s.method, s.provider, s.precision, s.ipc) for s in settings(EDITIONS[edition])}
+    rows = {}
+    for provider in METHODS[method].providers:
+        for precision, name in PRECISION_NAMES.items():
+            keys = [(method, provider, precision, ipc) for ipc in ipcs]
+            if any(key in by_key or key in to_measure for key in keys):
+                rows[f"{provider}{name}"] = [by_key.get(key) for key in keys]
+    return rows
+
+
+def _missing(edition: str, merged: dict[Setting, dict]) -> str:
+    """The rows of which no cell was measured: "DC (eager), DSA (eager)"."""
+    missing = {}
+    for method, described in METHODS.items():
+        if labels := [label for label, cells in _rows(edition, merged, method).items() if not any(cells)]:
+            missing[described.title] = ", ".join(labels)
+    return ", ".join(f"{title} ({labels})" for title, labels in missing.items())
 
 
 def _time_entry(cell: dict) -> str:

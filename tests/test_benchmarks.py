@@ -488,6 +488,18 @@ def test_readme_shows_what_was_measured(measured):
     assert report.refresh(measured / "results", readme, check=True) == []
 
 
+def test_rows_without_a_figure_are_named_below_the_tables(edition, tmp_path):
+    path = table3.run("cpu", tmp_path, methods=["atom", "mtt"], providers=["eager", "fused"], ipcs=[1])
+    text = report.table3_markdown([path])
+    assert "| ATOM | eager | 100 | not measured yet |" in text and "| MTT | eager | OOM | not measured yet |" in text
+    tables, missing = text.split("Rows without a figure are left out; not measured yet: ")
+    assert missing.startswith("DC (eager), DSA (eager), DM (eager, eager-batched, compile, fused), DAM (")
+    assert missing.endswith("ATOM (eager-batched, compile).") and "MTT" not in missing
+    assert "DSA" not in tables.split("| Method |", 1)[1] and "eager-batched" not in tables
+    path = table3.run("cpu", tmp_path)
+    assert "Rows without" not in report.table3_markdown([path])
+
+
 def test_scaling_is_drawn(edition, tmp_path):
     path = scaling.run("cpu", tmp_path)
     assert sum(edition.values()) == len(scaling.settings(scaling.EDITIONS["cpu"])) == 3 * 5 + 2 * (4 + 3 - 2)
