@@ -714,6 +714,9 @@ def test_what_is_not_measured_is_not_filled_in(tmp_path):
     text = render(record)
     assert "not measured" in text and "(cited)" in text and "at the size of the paper" in text
     assert set(METHODS) >= set(TARGETS["table1"].methods)
+    text = render(collect(plan("table4", [("cifar10", 10)], ["atom"]), tmp_path))
+    rows = dict(re.findall(r"^\| (MMD[^|]*?) +\| ([^|]*?) +\|", text, flags=re.MULTILINE))
+    assert rows["MMD"] == "(cited)" and rows["MMD + feature map"] == "–", "the paper has no figure for the latter"
 
 
 # Documents

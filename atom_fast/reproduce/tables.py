@@ -264,7 +264,7 @@ def _combined(entry: Mapping | None) -> str:
 def _ours(entry: Mapping) -> str:
     ours, failed = entry["ours"], entry.get("failed", 0)
     if entry["cited"]:
-        return "(cited)"
+        return "(cited)" if entry["paper"] else "–"
     if ours is None:
         return "failed" if failed else NOT_MEASURED if entry["wanted"] else "–"
     if ours["mean"] is None:
