@@ -524,11 +524,14 @@ def test_processes_started_together_share_the_cells(tmp_path, context):  # noqa:
     assert len(starts) == 4 and all(len(one) == 1 for one in starts), "no cell is done twice"
 
 
-def damaged(folder, what):
+def damaged(folder, what, **changed):
     if what == "note":
         (folder / CELL_FILE).write_text('{"format": ')
     elif what == "evaluation":
         next(folder.glob("evaluation-*.json")).write_text("")
+    elif what == "results":  # JSON, but not an evaluation's
+        path = next(folder.glob("evaluation-*.json"))
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
     elif what == "set":
         path = next(folder.glob("sets/*.safetensors"))
         path.write_bytes(path.read_bytes()[:-7])
@@ -537,7 +540,7 @@ def damaged(folder, what):
     elif what == "other":
         note = json.loads((folder / CELL_FILE).read_text())
         (folder / CELL_FILE).write_text(json.dumps({**note, "fingerprint": "0" * 64}))
-    if what != "evaluation":
+    if what not in ("evaluation", "results"):
         for path in folder.glob("evaluation-*.json"):
             path.unlink()
 
@@ -563,12 +566,36 @@ def test_a_damaged_cell_is_named_with_a_way_out(table4, tmp_path, what, said):
     assert others and all(path.read_bytes() == content for path, content in others.items())
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"curves": 3}, {"curves": [3]}, {"curves": [{"1": 50.0}]}, {"curves": [{"3": "much"}]}, {"seconds": None},
+        {"set_seconds": "long"}, {"device": None},
+    ],
+)  # fmt: skip
+def test_results_that_are_not_an_evaluation_s_are_named(table4, tmp_path, changed):
+    output = tmp_path / "copy"
+    shutil.copytree(table4[0], output)
+    [(cell, [evaluation])] = small("table4", ["atom"]).units
+    assert evaluation.protocol.epochs == 3
+    damaged(cell_folder(output, cell), "results", **changed)
+    with pytest.raises((ValueError, RuntimeError), match="evaluation-convnet.*is damaged.*remove it"):
+        run(small("table4", ["atom"]), output)
+
+
 # Budget
 
 
 def test_a_budget_takes_what_fits_in_order():
     assert choose(["a", "b", "c"], [40.0, 100.0, 20.0], 1.0) == (["a", "c"], ["b"])
     assert choose(["a"], [1.0], 0.0) == ([], ["a"])
+
+
+@pytest.mark.parametrize("budget", [-3.0, float("nan")])
+def test_a_budget_that_is_none_is_refused(tmp_path, budget):
+    with pytest.raises(ValueError, match=f"budget must be at least 0 minutes; got {budget:g}"):
+        run(small("table4", ["random"]), tmp_path, budget=budget)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_budget_names_what_runs_and_what_is_left(table4, tmp_path, monkeypatch):

@@ -238,13 +238,39 @@ def evaluation_file(output: Path, cell: Cell, evaluation: Evaluation) -> Path:
     return cell_folder(output, cell) / evaluation.file_name(architecture(cell, evaluation.network, evaluation.norm))
 
 
-def read_evaluation_file(path: Path) -> dict:
-    """What an evaluation's file holds, finished or not; no ``curves`` where there is no file.
+def read_evaluation_file(output: Path, cell: Cell, evaluation: Evaluation) -> dict:
+    """What an evaluation's file holds, finished or not: ``curves``, empty for networks that are left to do, and with
+    any of them ``seconds``, ``set_seconds`` and ``device``; no ``curves`` where there is no file.
 
     Raises:
         ValueError: it is damaged.
     """
-    return read_json(path, "remove it, and the set is evaluated anew") if path.is_file() else {"curves": []}
+    path = evaluation_file(output, cell, evaluation)
+    if not path.is_file():
+        return {"curves": []}
+    remedy = "remove it, and the set is evaluated anew"
+    found = read_json(path, remedy)
+    if not _is_evaluation(found, str(evaluation.protocol.epochs)):
+        raise ValueError(f"{path} is damaged (it does not hold an evaluation's results); {remedy}")
+    return found
+
+
+def _is_evaluation(found: Mapping, last_epoch: str) -> bool:
+    curves = found.get("curves")
+    return (
+        isinstance(curves, list)
+        and all(isinstance(curve, dict) and _is_curve(curve, last_epoch) for curve in curves)
+        and isinstance(found.get("seconds"), (int, float))
+        and isinstance(found.get("set_seconds"), (int, float, type(None)))
+        and isinstance(found.get("device"), str)
+    )
+
+
+def _is_curve(curve: Mapping[str, object], last_epoch: str) -> bool:
+    accuracies_by_epoch = all(
+        epoch.isdecimal() and isinstance(accuracy, (int, float, type(None))) for epoch, accuracy in curve.items()
+    )
+    return not curve or (last_epoch in curve and accuracies_by_epoch)
 
 
 def networks_left(output: Path, cell: Cell, evaluation: Evaluation) -> int:
@@ -253,7 +279,7 @@ def networks_left(output: Path, cell: Cell, evaluation: Evaluation) -> int:
     Raises:
         ValueError: their file is damaged.
     """
-    return _networks_left(read_evaluation_file(evaluation_file(output, cell, evaluation)), evaluation)
+    return _networks_left(read_evaluation_file(output, cell, evaluation), evaluation)
 
 
 def _networks_left(found: Mapping, evaluation: Evaluation) -> int:
@@ -270,7 +296,7 @@ def read_evaluation(output: Path, cell: Cell, evaluation: Evaluation) -> dict | 
     Raises:
         ValueError: a file of the cell is damaged.
     """
-    found = read_evaluation_file(evaluation_file(output, cell, evaluation))
+    found = read_evaluation_file(output, cell, evaluation)
     if _networks_left(found, evaluation):
         return None
     curves = found["curves"][: evaluation.networks]

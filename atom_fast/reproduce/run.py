@@ -62,11 +62,13 @@ def reproduce(
 
     Raises:
         FileNotFoundError: data are not there; says where they are looked for and how to get them.
-        ValueError: a unit that is not there, a damaged cell, or one that was made from other images than the data at
+        ValueError: a budget below 0, a unit that is not there, a damaged cell, or one that was made from other images than the data at
             hand; nothing was done.
         RuntimeError: cells failed; the results of the others are written.
         SystemExit: stopped by a signal; what was done is kept, and the results of finished cells are written.
     """
+    if budget is not None and not budget >= 0:  # NaN neither
+        raise ValueError(f"budget must be at least 0 minutes; got {budget:g}")
     output, common = Path(output), common_settings(plan.units)
 
     def tell(text: str) -> None:

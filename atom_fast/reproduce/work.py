@@ -171,7 +171,7 @@ def _evaluate(output: Path, cell: Cell, evaluation: Evaluation, shelf: Shelf) ->
     data, _ = shelf.data(cell.dataset)
     settings = architecture(cell, evaluation.network, evaluation.norm)
     path = evaluation_file(output, cell, evaluation)
-    before = read_evaluation_file(path)
+    before = read_evaluation_file(output, cell, evaluation)
     curves = [{int(epoch): value for epoch, value in curve.items()} for curve in before["curves"]]
     curves += [{}] * (evaluation.networks - len(curves))
     curves, beyond = curves[: evaluation.networks], curves[evaluation.networks :]  # of a call that asked for more
