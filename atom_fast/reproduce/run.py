@@ -62,8 +62,8 @@ def reproduce(
 
     Raises:
         FileNotFoundError: data are not there; says where they are looked for and how to get them.
-        ValueError: a budget below 0, a unit that is not there, a damaged cell, or one that was made from other images than the data at
-            hand; nothing was done.
+        ValueError: a budget below 0, a unit that is not there, a damaged cell, or one that was made from other images
+            than the data at hand; nothing was done.
         RuntimeError: cells failed; the results of the others are written.
         SystemExit: stopped by a signal; what was done is kept, and the results of finished cells are written.
     """
