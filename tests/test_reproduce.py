@@ -230,6 +230,7 @@ def test_what_changes_no_result_is_no_reduction():
         (["table2", "--methods", "herding"], "dm, dam, atom"),
         (["table2", "--cells", "digits:1"], "digits32"),
         (["study", "--factors", "norm,colour"], "colour"),
+        (["table4", "--factors", "norm"], "those of study"),
         (["table4", "--set", "no_such=1"], "no_such"),
         (["table4", "--set", "norm"], "NAME=VALUE"),
         (["table4", "--set", "norm=[1, 2]"], "norm"),

@@ -107,7 +107,7 @@ def plan(
         **scale: of `scale_for`.
 
     Raises:
-        ValueError: an unknown target, data set, method or factor, or a value that is not accepted.
+        ValueError: an unknown target, data set, method or factor, factors of a table, or a value that is not accepted.
     """
     if target not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}; got {target!r}")
@@ -123,6 +123,8 @@ def plan(
         get_method(method)
         if described.methods and method not in described.methods:
             raise ValueError(f"{target} has the methods {', '.join(described.methods)}; got {method!r}")
+    if factors and target != "study":
+        raise ValueError(f"factors are those of study, {target} has none; got {', '.join(factors)}")
     scales = {dataset: scale_for(dataset, **scale) for dataset, _ in cells}
     request = Request(cells, tuple(methods) if methods else None, scales, tuple(factors) if factors else None)
     return Plan(target, described.title, described.kind, tuple(described.build(request)), scales)
