@@ -4,7 +4,7 @@ Needs a checkout and a Python with torch, triton, numpy and pytest, for ``--cifa
 (kornia, to whiten); nothing is installed or fetched. Each part has its own time limit, and what a part has measured is
 kept however it ends. In DIR, at most eight files: ``summary.json``,
 ``log.txt``, ``table3-gpu.json``, ``scaling-gpu.json``, ``kernels.json``, ``evaluation.json``, and with ``--cifar``
-``table1.json`` and ``table1.md``, whose sets stay in ``runs/gpu-table1``: another run goes on with them.
+``table1.json`` and ``study.json``, whose sets stay in ``runs/gpu-reproduce``: another run goes on with them.
 """
 
 from __future__ import annotations
@@ -27,11 +27,16 @@ from . import cells, report, scaling, table3
 from .harness import ROOT, Plan, environment, save_results
 
 PLANNED_MINUTES = 8  # the run that the parts' limits below are for; they are scaled to --minutes
-TABLE1_FOLDER = ROOT / "runs" / "gpu-table1"
+REPRODUCE_FOLDER = ROOT / "runs" / "gpu-reproduce"
+REPRODUCE = ["-m", "atom_fast", "reproduce"]
+_LIKE_THE_PAPER = ["--iterations", "8000", "--networks", "5", "--protocol", "datadam-code", "--quiet"]
 TABLE1 = [
-    *("-m", "atom_fast", "reproduce", "table1", "--cells", "cifar10:1,cifar10:10,cifar10:50", "--quiet"),
-    *("--methods", "dm,dam,atom", "--iterations", "8000", "--seeds", "5", "--networks", "5"),
-    *("--protocol", "datadam-code"),
+    *("table1", "--cells", "cifar10:1,cifar10:10,cifar10:50", "--methods", "dm,dam,atom", "--seeds", "5"),
+    *_LIKE_THE_PAPER,
+]
+STUDY = [
+    *("study", "--cells", "cifar10:10,cifar10:50", "--factors", "loss_scale", "--set", "image_average=true"),
+    *("--seeds", "3", *_LIKE_THE_PAPER),
 ]
 _READING_SECONDS = 60  # the images, and fitting their whitening, which the budget of reproduce does not count
 
@@ -124,17 +129,24 @@ def evaluation(run: GpuRun, limit: float) -> str:
 
 def table1(run: GpuRun, limit: float) -> str:
     """CIFAR-10's columns of Table 1 at the paper's size: as many of five sets as fit, one of every cell first."""
+    return _reproduce(run, limit, TABLE1)
+
+
+def study(run: GpuRun, limit: float) -> str:
+    """What a running mean of the images is worth at 10 and 50 images a class, with which loss scale."""
+    return _reproduce(run, limit, STUDY)
+
+
+def _reproduce(run: GpuRun, limit: float, arguments: list[str]) -> str:
     if run.cifar is None:
         return "left out: no --cifar DIR"
-    results = [TABLE1_FOLDER / name for name in ("table1.json", "table1.md")]
-    for earlier in results:
-        earlier.unlink(missing_ok=True)  # made anew from the cells
+    results = REPRODUCE_FOLDER / f"{arguments[0]}.json"
+    results.unlink(missing_ok=True)  # made anew from the cells
     budget = max(limit - _READING_SECONDS, 1) / 60
-    arguments = ["--output", str(TABLE1_FOLDER), "--data-dir", str(run.cifar), "--budget", f"{budget:.3f}"]
-    outcome = ": ".join(run.command([*TABLE1, *arguments], limit))
-    for written in results:
-        if written.exists():
-            shutil.copy(written, run.out)
+    where = ["--output", str(REPRODUCE_FOLDER), "--data-dir", str(run.cifar), "--budget", f"{budget:.3f}"]
+    outcome = ": ".join(run.command([*REPRODUCE, *arguments, *where], limit))
+    if results.exists():
+        shutil.copy(results, run.out)
     return outcome
 
 
@@ -144,6 +156,7 @@ PARTS: tuple[tuple[Callable[[GpuRun, float], str], float], ...] = (
     (headline, 100),
     (kernel_benchmarks, 60),
     (table1, 240),
+    (study, 240),
     (evaluation, 180),
     (whole_table, 600),
     (growth, 120),

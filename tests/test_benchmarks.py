@@ -650,23 +650,32 @@ def test_gpu_script_keeps_going_when_a_part_fails(monkeypatch, tmp_path, capsys)
     assert "OSError: no" in first["outcome"] and second["outcome"] == "240 s", "the last one takes what is left"
 
 
-def test_gpu_script_measures_table1_where_the_images_are(monkeypatch, tmp_path):
-    """Its command is one that the program takes, and asks for the nine cells of three methods, five sets each."""
-    assert "no --cifar" in gpu.table1(gpu.GpuRun(tmp_path, 0, None, []), 60)
-    monkeypatch.setattr(gpu, "TABLE1_FOLDER", tmp_path / "cells")
+@pytest.mark.parametrize(
+    ("part", "last"),
+    [
+        ("table1", "45  to do     cifar10 ipc 50 atom seed 4 [5 convnet]"),  # three methods, three sizes, five sets
+        ("study", "21  to do     cifar10 ipc 50 atom seed 2 [5 convnet]"),  # 1 and, at 50, 5 are the preset's scales
+    ],
+)
+def test_gpu_script_reproduces_where_the_images_are(monkeypatch, tmp_path, part, last):
+    """Its commands are such as the program takes, and ask for the cells that are meant."""
+    measure = getattr(gpu, part)
+    assert "no --cifar" in measure(gpu.GpuRun(tmp_path, 0, None, []), 60)
+    monkeypatch.setattr(gpu, "REPRODUCE_FOLDER", tmp_path / "cells")
     run = gpu.GpuRun(tmp_path, 0, tmp_path / "images", [])
-    outcome = gpu.table1(run, 120)
+    outcome = measure(run, 120)
     assert outcome.startswith("failed (exit status 2)") and str(tmp_path / "images") in outcome, "there are none"
-    monkeypatch.setattr(gpu, "TABLE1", [*gpu.TABLE1, "--list"])
-    assert gpu.table1(run, 120).startswith("ok: ")
+    monkeypatch.setattr(gpu, part.upper(), [*getattr(gpu, part.upper()), "--list"])
+    assert measure(run, 120).startswith("ok: ")
     listed = (tmp_path / "log.txt").read_text()
-    assert "45  to do     cifar10 ipc 50 atom seed 4 [5 convnet]" in listed and "46  to do" not in listed
-    assert not (tmp_path / "table1.json").exists()
-    monkeypatch.setattr(gpu, "TABLE1", ["-c", f"open({str(tmp_path / 'cells' / 'table1.json')!r}, 'w').write('new')"])
+    assert last in listed and f"{int(last[:2]) + 1}  to do" not in listed
+    assert not (tmp_path / f"{part}.json").exists()
     (tmp_path / "cells").mkdir(exist_ok=True)
-    (tmp_path / "cells" / "table1.md").write_text("of an earlier run")
-    assert gpu.table1(run, 120).startswith("ok")
-    assert (tmp_path / "table1.json").read_text() == "new" and not (tmp_path / "table1.md").exists()
+    kept = tmp_path / "cells" / f"{part}.json"
+    kept.write_text("of an earlier run")
+    assert measure(run, 120).startswith("ok") and not (tmp_path / f"{part}.json").exists()
+    monkeypatch.setattr(gpu, "REPRODUCE", ["-c", f"open({str(kept)!r}, 'w').write('new')"])
+    assert measure(run, 120).startswith("ok") and (tmp_path / f"{part}.json").read_text() == "new"
 
 
 def test_gpu_script_ends_what_takes_too_long(tmp_path):
