@@ -239,8 +239,8 @@ def evaluation_file(output: Path, cell: Cell, evaluation: Evaluation) -> Path:
 
 
 def read_evaluation_file(output: Path, cell: Cell, evaluation: Evaluation) -> dict:
-    """What an evaluation's file holds, finished or not: ``curves``, empty for networks that are left to do, and with
-    any of them ``seconds``, ``set_seconds`` and ``device``; no ``curves`` where there is no file.
+    """What an evaluation's file holds, finished or not: ``curves``, of which those of networks left to do are empty,
+    ``seconds``, ``set_seconds`` and ``device``. Where there is no file: only ``curves``, of no network.
 
     Raises:
         ValueError: it is damaged.
