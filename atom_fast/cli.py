@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -632,15 +633,26 @@ def reproduce(
 
 
 def _parse_settings(given) -> dict[str, object]:
-    """``NAME=VALUE`` pairs, with values as YAML reads them."""
+    """``NAME=VALUE`` pairs, with values as YAML reads them, "none" as None, and numbers such as 1e-3 too."""
     import yaml
+
+    def read(value: str) -> object:
+        if value.strip().lower() == "none":
+            return None
+        found = yaml.safe_load(value)
+        with contextlib.suppress(ValueError):
+            return float(found) if isinstance(found, str) else found
+        return found
 
     settings = {}
     for pair in given:
         name, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"--set takes NAME=VALUE; got {pair!r}")
-        settings[name.strip().replace("-", "_")] = yaml.safe_load(value)
+        try:
+            settings[name.strip().replace("-", "_")] = read(value)
+        except Exception as error:  # of YAML, and what its constructors raise
+            raise ValueError(f"--set {pair!r} is not readable as YAML") from error
     check_names(settings)
     return settings
 

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 from pathlib import Path
 
 import click
@@ -16,12 +17,13 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from atom_fast.cli import main
+from atom_fast.cli import _parse_settings, main
 from atom_fast.data.sources import load_data
 from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.distill import preset
 from atom_fast.distill.checkpoint import latest_checkpoint, save_checkpoint
 from atom_fast.distill.step import Distillation, fused_if_possible, initial_images, make_network, matching_terms
+from atom_fast.evaluate.sets import select
 from atom_fast.functional import class_groups
 from atom_fast.ranks import World
 from atom_fast.reproduce import TARGETS, paper, plan, reproduce, work
@@ -233,6 +235,10 @@ def test_what_changes_no_result_is_no_reduction():
         (["table4", "--factors", "norm"], "those of study"),
         (["table4", "--set", "no_such=1"], "no_such"),
         (["table4", "--set", "norm"], "NAME=VALUE"),
+        (["table4", "--set", "loss_scale=["], "not readable as YAML"),
+        (["table4", "--set", "norm=!!bool x"], "not readable as YAML"),
+        (["table5", "--set", "channel_power=2"], "varies channel_power itself"),
+        (["table1", "--cells", "digits:²"], "DATASET:IPC"),
         (["table4", "--set", "norm=[1, 2]"], "norm"),
         (["table4", "--set", "seed=3"], "--seeds"),
         (["table4", "--set", "ipc=3"], "--cells"),
@@ -381,7 +387,9 @@ def interrupted_at_3(target, output, monkeypatch):
     "a cell of `reproduce` becomes NaN, or needs more memory than there is",
     "it is named, marked as failed in the table, and the others are done; exit code 2; the same command tries again",
 )
-@pytest.mark.parametrize(("what", "budget"), [("NaN", None), ("NaN", 60.0), ("memory", None)])
+@pytest.mark.parametrize(
+    ("what", "budget"), [("NaN", None), ("NaN", 60.0), ("memory", None), ("can't allocate memory", None)]
+)
 def test_a_cell_that_fails_does_not_keep_the_others(tmp_path, monkeypatch, what, budget):
     target, original = small("table4", ["random", "mmd", "atom"]), Distillation.step
 
@@ -389,6 +397,8 @@ def test_a_cell_that_fails_does_not_keep_the_others(tmp_path, monkeypatch, what,
         original(self, iteration)
         if self.config.spatial_power is None and what == "memory":
             raise torch.OutOfMemoryError("out of memory")
+        if self.config.spatial_power is None and what == "can't allocate memory":  # on a CPU
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         if self.config.spatial_power is None:
             self.images.detach().fill_(torch.nan)
 
@@ -404,6 +414,49 @@ def test_a_cell_that_fails_does_not_keep_the_others(tmp_path, monkeypatch, what,
     monkeypatch.setattr(Distillation, "step", original)
     record, _ = run(target, tmp_path)
     assert record["failed"] == {} and "failed" not in render(record) and "not measured" not in render(record)
+
+
+def test_sigterm_outside_a_distillation_leaves_the_table_of_what_is_finished(tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def evaluating(output, cell, evaluations, shelf):
+        if cell.method == "random":
+            return work.work(output, cell, evaluations, shelf)
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal comes before the next line")
+
+    monkeypatch.setattr("atom_fast.reproduce.run.work", evaluating)
+    with pytest.raises(SystemExit) as ended:
+        run(small("table4", ["random", "atom"]), tmp_path)
+    assert ended.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) is before
+    rows = json.loads((tmp_path / "table4.json").read_text())["sections"][0]["rows"]
+    ours = {row["title"]: row["entries"]["digits:1"]["ours"] for row in rows}
+    assert ours["Random (nothing is matched)"] and ours["MMD + spatial + channel"] is None
+
+
+def test_classes_that_are_too_small_are_found_before_a_network_is_trained(monkeypatch):
+    monkeypatch.setattr("atom_fast.evaluate.sets.watch_training", None)
+    with pytest.raises(ValueError, match="at most 135 can be drawn"):
+        select(load_data("digits"), "herding", 200)
+
+
+def test_settings_on_the_command_line_are_read():
+    given = ["spatial_power=none", "loss_scale=1e2", "norm=batch", "image_average=true", "channel-power=2"]
+    assert _parse_settings(given) == {
+        "spatial_power": None, "loss_scale": 100.0, "norm": "batch", "image_average": True, "channel_power": 2,
+    }  # fmt: skip
+
+
+def test_no_setting_undoes_what_defines_a_method():
+    given = {"channel_power": 8.0, "spatial_power": 2.0, "mmd_weight": 0.5, "feature_maps": False}
+    found = {name: configuration(name, 1, 0, given) for name in ("atom", "dam", "atom-channel", "mmd", "feature-maps")}
+    assert {name: (c.spatial_power, c.channel_power, c.feature_maps, c.mmd_weight) for name, c in found.items()} == {
+        "atom": (2.0, 8.0, False, 0.5),
+        "dam": (2.0, None, False, 0.5),
+        "atom-channel": (None, 8.0, False, 0.5),
+        "mmd": (None, None, False, 1.0),
+        "feature-maps": (None, None, True, 0.5),
+    }
 
 
 def test_a_cell_begun_on_another_device_does_not_keep_the_others(tmp_path, monkeypatch):
@@ -536,12 +589,12 @@ def damaged(folder, what, **changed):
     elif what == "set":
         path = next(folder.glob("sets/*.safetensors"))
         path.write_bytes(path.read_bytes()[:-7])
-    elif what == "strange":
+    elif what in ("gone", "strange"):
         (folder / CELL_FILE).unlink()
     elif what == "other":
         note = json.loads((folder / CELL_FILE).read_text())
         (folder / CELL_FILE).write_text(json.dumps({**note, "fingerprint": "0" * 64}))
-    if what not in ("evaluation", "results"):
+    if what not in ("evaluation", "results", "gone"):
         for path in folder.glob("evaluation-*.json"):
             path.unlink()
 
@@ -550,6 +603,7 @@ def damaged(folder, what, **changed):
     ("what", "said"),
     [
         ("note", "damaged"), ("evaluation", "damaged"), ("set", "damaged"), ("strange", "no cell.json"),
+        ("gone", "is missing"),
         ("other", "other images"),
     ],
 )  # fmt: skip

@@ -144,7 +144,7 @@ def latest_checkpoint(folder: str | os.PathLike, report: Callable[[str], None] =
         except DamagedCheckpointError as error:
             report(f"{error}; trying the one before it")
     if files:
-        raise RuntimeError(f"every checkpoint in {folder} is damaged; start a new run in another folder")
+        raise RuntimeError(f"every checkpoint in {folder} is damaged; remove the run's folder, or start in another")
     return None
 
 

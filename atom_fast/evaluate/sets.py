@@ -10,6 +10,7 @@ from torch import Tensor
 
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.decoding import decode_images
+from atom_fast.data.sampling import check_class_sizes
 from atom_fast.data.sources import _class_names, _labelled_files
 from atom_fast.data.whitening import KINDS, Preprocessing, fit_preprocessing
 from atom_fast.distill.config import DistillConfig
@@ -69,6 +70,8 @@ def select(
     for name, value, accepted in (("method", method, METHODS), ("features", features, FEATURES)):
         if value not in accepted:
             raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {value!r}")
+    if method != "full":
+        check_class_sizes(data, ipc)  # before a network is trained
     space = preprocessing
     if not isinstance(space, Preprocessing):
         kind = DistillConfig(preprocessing=preprocessing).for_data(data.image_shape, data.name).preprocessing

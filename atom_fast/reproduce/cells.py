@@ -229,6 +229,8 @@ def read_json(path: Path, remedy: str) -> dict:
     """
     try:
         return dict(json.loads(path.read_text("utf-8")))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ValueError(f"{path} is missing ({error.strerror}); {remedy}") from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from atom_fast.distill.config import DistillConfig, preset
+from atom_fast.distill.config import PRESETS, DistillConfig, preset
+
+# What tells methods apart: where a method says one of these, no override replaces it.
+_LOSS = ("spatial_power", "channel_power", "feature_maps", "mmd_weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +68,14 @@ def configuration(name: str, ipc: int, seed: int, overrides: Mapping[str, object
         name: a key of ``METHODS``.
         ipc: images a class.
         seed: of the set.
-        overrides: settings in place of the method's.
+        overrides: settings in place of the method's, but for the parts of its loss that define it: DAM has no channel
+            attention, whatever ATOM's power is.
 
     Raises:
         ValueError: an unknown method or setting, or a value that is not accepted.
     """
     method = get_method(name)
-    settings = {**method.settings, **overrides, "ipc": max(ipc, 1), "seed": seed}
+    own = {**PRESETS[method.preset or "paper"], **method.settings}
+    defining = {name: value for name, value in own.items() if name in _LOSS}
+    settings = {**method.settings, **overrides, **defining, "ipc": max(ipc, 1), "seed": seed}
     return preset(method.preset or "paper", **settings)

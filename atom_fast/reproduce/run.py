@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-
-import torch
 
 from atom_fast._files import write_atomically
 from atom_fast.distill.logs import say
-from atom_fast.distill.step import NonFiniteError
 from atom_fast.ranks import ALONE, World, own_device
 from atom_fast.reproduce.budget import Estimator, Unit, choose, common_settings, describe, duration
 from atom_fast.reproduce.cells import check_same_images
@@ -21,9 +22,9 @@ from atom_fast.reproduce.tables import collect, render
 from atom_fast.reproduce.targets import Plan
 from atom_fast.reproduce.work import Shelf, finished, work
 
-# What is wrong with one cell need not be with the next: it diverges, is too large, is damaged, or does not fit its data
-# or what was begun of it.
-_OF_ONE_CELL = (ValueError, NonFiniteError, torch.OutOfMemoryError)
+# What is wrong with one cell need not be with the next: it diverges, is too large (on a CPU a plain RuntimeError), is
+# damaged, or does not fit its data or what was begun of it.
+_OF_ONE_CELL = (ValueError, RuntimeError)
 
 
 def reproduce(
@@ -85,7 +86,8 @@ def reproduce(
         missing = _fitting(missing, estimator, budget, common, tell)
     failed: dict[str, str] = {}
     try:
-        passed = _do(output, missing, estimator, budget, common, tell, failed)
+        with _sigterm_exits():
+            passed = _do(output, missing, estimator, budget, common, tell, failed)
     except (SystemExit, KeyboardInterrupt):
         tell("stopped; what is done is kept, and the same command goes on with it")
         if world.rank == 0:
@@ -104,6 +106,22 @@ def reproduce(
         listed = "; ".join(f"{name}: {error}" for name, error in failed.items())
         raise RuntimeError(f"{len(failed)} of {len(units)} cells failed, all others' results are written: {listed}")
     return record
+
+
+@contextlib.contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    """Have SIGTERM raise SystemExit, as SIGINT raises KeyboardInterrupt, so that what is finished is written.
+
+    A distillation handles both itself while it runs. Only the main thread may: elsewhere nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def write_results(

@@ -126,7 +126,8 @@ def plan(
     if factors and target != "study":
         raise ValueError(f"factors are those of study, {target} has none; got {', '.join(factors)}")
     scales = {dataset: scale_for(dataset, **scale) for dataset, _ in cells}
-    request = Request(cells, tuple(methods) if methods else None, scales, tuple(factors) if factors else None)
+    factors = tuple(dict.fromkeys(factors)) if factors else None
+    request = Request(cells, tuple(methods) if methods else None, scales, factors)
     return Plan(target, described.title, described.kind, tuple(described.build(request)), scales)
 
 
@@ -137,7 +138,7 @@ def parse_cell(text: str) -> tuple[str, int]:
         ValueError: it is not of that form.
     """
     dataset, _, ipc = text.strip().partition(":")
-    if dataset not in DATASETS or not ipc.isdigit() or int(ipc) < 1:
+    if dataset not in DATASETS or not ipc.isdecimal() or int(ipc) < 1:
         raise ValueError(
             f"a cell is DATASET:IPC, such as cifar10:10, with a data set of {', '.join(DATASETS)}; got {text!r}"
         )
@@ -204,6 +205,9 @@ def _table4(request: Request) -> Iterable[Section]:
 
 def _table5(request: Request) -> Iterable[Section]:
     for dataset, ipc in request.cells:
+        for name in ("spatial_power", "channel_power"):
+            if name in request.scales[dataset].settings:
+                raise ValueError(f"table5 varies {name} itself; --set {name}= is for others")
         rows = []
         for channel in paper.POWERS:
             entries = {}
