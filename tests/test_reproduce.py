@@ -235,6 +235,7 @@ def test_what_changes_no_result_is_no_reduction():
         (["table4", "--factors", "norm"], "those of study"),
         (["table4", "--set", "no_such=1"], "no_such"),
         (["table4", "--set", "norm"], "NAME=VALUE"),
+        (["table4", "--set", "image_init=given"], "real, noise or herding"),
         (["table4", "--set", "loss_scale=["], "not readable as YAML"),
         (["table4", "--set", "norm=!!bool x"], "not readable as YAML"),
         (["table5", "--set", "channel_power=2"], "varies channel_power itself"),

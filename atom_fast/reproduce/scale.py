@@ -56,6 +56,8 @@ class Scale:
         for name, option in _OF_THE_CELL.items():
             if name in self.settings:
                 raise ValueError(f"{name} is every cell's own; {option} says which there are, not --set {name}=")
+        if self.settings.get("image_init") == "given":
+            raise ValueError("image_init must be real, noise or herding: no cell is given a set; got 'given'")
         preset("paper", **self.settings)  # refuses what is no setting's value
 
     def training(self, protocol: str | None = None) -> Protocol:
