@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 from pathlib import Path
 
 
@@ -24,7 +25,8 @@ def write_atomically(path: str | os.PathLike, content: bytes | str) -> Path:
     """
     path = Path(path)
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    # Not the process's number alone: in two containers with one folder between them it may be the same.
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         if target.exists() and not target.is_file():  # moving a file onto a device would remove the device
             raise OSError(errno.EINVAL, "it is no file")

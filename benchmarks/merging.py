@@ -52,7 +52,5 @@ def given(setting: Setting) -> dict:
 
 def digest(paths: Sequence[Path]) -> str:
     """Names the figures a picture is drawn from."""
-    cells = sorted(
-        json.dumps([given(setting), cell["measured_at"]]) for setting, cell in merge(paths).items()
-    )
+    cells = sorted(json.dumps([given(setting), cell["measured_at"]]) for setting, cell in merge(paths).items())
     return hashlib.sha256("\n".join(cells).encode()).hexdigest()[:16]

@@ -196,9 +196,7 @@ def _augment(x: Tensor) -> Operator:
     operation = torch.arange(CLASSES, device=x.device) % 6
     parameters = AugmentationParameters(operation, parameters.uniforms)
     groups = _labels(x)
-    return Operator(
-        lambda x: (batched_augmentation(x, *parameters),), lambda x: (augment(x, parameters, groups),)
-    )
+    return Operator(lambda x: (batched_augmentation(x, *parameters),), lambda x: (augment(x, parameters, groups),))
 
 
 def _matching(synthetic: Tensor) -> Operator:

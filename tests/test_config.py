@@ -81,6 +81,7 @@ def test_a_precision_that_the_device_lacks_is_refused():
         ("ipc", 1.5, "whole number"),
         ("ipc", True, "whole number"),
         ("iterations", -3, "at least 1"),
+        ("iterations", 2**31, r"below 2\*\*31"),
         ("real_batch", None, "whole number"),
         ("spatial_power", 0.5, r"\[1, 16\], or None"),
         ("channel_power", 17, r"\[1, 16\], or None"),
@@ -104,6 +105,12 @@ def test_a_value_that_is_not_accepted_is_named(name, value, accepted):
         preset(**{name: value})
     assert name in str(refusal.value)
     assert repr(value) in str(refusal.value)
+
+
+def test_a_memory_budget_may_be_a_number(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("memory_budget: 600000000\n")
+    assert read_config(path) == preset(memory_budget="600000000")
 
 
 def test_nothing_to_match_is_refused():

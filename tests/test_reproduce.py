@@ -244,6 +244,8 @@ def test_what_changes_no_result_is_no_reduction():
         (["table4", "--set", "seed=3"], "--seeds"),
         (["table4", "--set", "ipc=3"], "--cells"),
         (["table4", "--seeds", "0"], "seeds"),
+        (["table4", "--cells", "digits:99999999999999", "--set", "image_init=noise"], "ipc must be a whole number"),
+        (["table4", "--set", "memory_budget=0"], "'600 MB'"),
         (["table4", "--cells", "digits:1", "--only", "99"], "99"),
         (["table4", "--cells", "digits:1000", "--seeds", "1", "--methods", "atom", "--quiet"], "1000"),
     ],
@@ -325,7 +327,8 @@ def test_finished_cells_are_kept_whoever_asks(table4, monkeypatch):
     monkeypatch.setattr("atom_fast.reproduce.run.work", refuse)
     again, said = run(small("table4"), output)
     assert again["sections"] == record["sections"] and "6 of them finished" in said[0]
-    fewer, _ = run(small("table1", ["random", "dam", "atom"]), output, only=[1])
+    fewer, said = run(small("table1", ["random", "dam", "atom"]), output, only=[1, 1])
+    assert "1 cells" in said[0]
     rows = {row["title"]: row["entries"]["digits:1"]["ours"] for row in fewer["sections"][0]["rows"]}
     in_table4 = {row["title"]: row["entries"]["digits:1"]["ours"] for row in record["sections"][0]["rows"]}
     assert rows["ATOM"] == in_table4["MMD + spatial + channel"] and rows["DAM"] == in_table4["MMD + spatial"]
@@ -362,8 +365,9 @@ def test_an_interrupted_cell_is_resumed(tmp_path, monkeypatch):
     steps = interrupted_at_3(target, tmp_path / "parts", monkeypatch)
     record, _ = run(target, tmp_path / "parts")
     assert steps == [1, 2, 3, 3, 4]
-    assert record["sections"][0]["rows"][-1]["entries"]["digits:1"]["ours"]["accuracies"] == (
-        whole["sections"][0]["rows"][-1]["entries"]["digits:1"]["ours"]["accuracies"]
+    assert (
+        record["sections"][0]["rows"][-1]["entries"]["digits:1"]["ours"]["accuracies"]
+        == (whole["sections"][0]["rows"][-1]["entries"]["digits:1"]["ours"]["accuracies"])
     )
 
 
@@ -622,6 +626,47 @@ def test_a_damaged_cell_is_named_with_a_way_out(table4, tmp_path, what, said):
     assert others and all(path.read_bytes() == content for path, content in others.items())
 
 
+def test_a_set_is_tested_as_that_of_its_own_cell_only(table4, tmp_path):
+    output = tmp_path / "copy"
+    shutil.copytree(table4[0], output)
+    cells = {
+        name: cell
+        for name, methods, changes in (
+            ("atom", ["atom"], {}),
+            ("mmd", ["mmd"], {}),
+            ("random", ["random"], {}),
+            ("seed 1", ["atom"], {"seeds": 2}),
+            ("random of seed 1", ["random"], {"seeds": 2}),
+        )
+        for cell, _ in small("table4", methods, **changes).units
+    }
+    for moved, to in (("mmd", "atom"), ("atom", "seed 1"), ("random", "random of seed 1"), ("atom", "random")):
+        folder = cell_folder(output, cells[to])
+        path = work.final_set_file(output, cells[to])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(work.final_set_file(table4[0], cells[moved]), path)
+        shutil.copy(cell_folder(table4[0], cells["atom"]) / CELL_FILE, folder)  # of the same images
+        with pytest.raises(ValueError, match="other settings, another seed.*remove"):
+            work.load_set(folder, cells[to])
+    folder = cell_folder(table4[0], cells["atom"])
+    other = dataclasses.replace(cells["atom"], settings=(*cells["atom"].settings, ("loss_scale", 3.0)))
+    work.load_set(folder, cells["atom"])
+    with pytest.raises(ValueError, match="other settings"):
+        work.load_set(folder, other)
+
+
+def test_what_a_killed_process_left_half_written_is_removed(table4, tmp_path):
+    output = tmp_path / "copy"
+    shutil.copytree(table4[0], output)
+    [(cell, _)] = small("table4", ["atom"]).units
+    folder = cell_folder(output, cell)
+    left = [folder / ".evaluation-convnet-0.json.1-ab.part", work.final_set_file(output, cell).parent / ".it.1-ab.part"]
+    for path in left:
+        path.write_bytes(b"half")
+    run(small("table4", ["atom"], networks=2), output)
+    assert not any(path.exists() for path in left)
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -750,7 +795,9 @@ def test_figure_3_evaluates_sets_on_the_way(tmp_path):
 
 def test_pictures_are_drawn_through_the_inverse_preprocessing(table4):
     output, _ = table4
-    run(small("fig4"), output)
+    record, _ = run(small("fig4"), output)
+    assert not any("networks" in text or "sets" in text or "epochs" in text for text in record["reduced"]["digits"])
+    assert record["reduced"]["digits"] and record["data"] == {"digits": "digits"}
     with Image.open(output / "fig4-digits-ipc1.png") as picture:
         assert picture.convert("RGB").getextrema() != ((255, 255),) * 3
 

@@ -456,10 +456,14 @@ def _checked(field: dataclasses.Field, hint: object, value: object) -> object:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if float in accepted and number:
         value = float(value)
+    if field.name == "memory_budget" and type(value) is int:  # as YAML reads 600000000
+        value = str(value)
     expected = _expectation(field, accepted)
     if type(value) not in accepted:
         raise ValueError(f"{field.name} must be {expected}; got {value!r}")
     choices, minimum = field.metadata["choices"], field.metadata["minimum"]
+    if type(value) is int and value >= 2**31 and field.metadata["maximum"] == math.inf:  # sizes overflow beyond
+        raise ValueError(f"{field.name} must be {expected}, below 2**31; got {value}")
     if choices is not None and value not in choices:
         raise ValueError(f"{field.name} must be {expected}; got {value!r}{_suggestion(value, choices)}")
     if minimum is not None and not (minimum <= value <= field.metadata["maximum"] and math.isfinite(value)):

@@ -12,7 +12,14 @@ from atom_fast.data.dataset import ImageData
 from atom_fast.data.sampling import check_class_sizes
 from atom_fast.data.whitening import Preprocessing
 from atom_fast.evaluate.protocols import Protocol, get_protocol
-from atom_fast.evaluate.training import Trainer, empty_network, in_batches, in_model_space, network_seed
+from atom_fast.evaluate.training import (
+    Trainer,
+    empty_network,
+    in_batches,
+    in_model_space,
+    network_seed,
+    repeatable_convolutions,
+)
 from atom_fast.networks.lean import embed, memory_format
 
 METHODS = ("random", "herding", "k-center", "forgetting", "least-forgetting", "full")
@@ -166,14 +173,17 @@ def watch_training(
     trainer.restart(network_seed(seed, 0))
     counter = ForgettingCounter(len(trainer.images), trainer.images.device)
     steps = -(-len(trainer.images) // protocol.batch_size)
-    with tqdm(total=epochs * steps, desc="watch training", unit="step", disable=not progress) as bar:
+    with (
+        repeatable_convolutions(),
+        tqdm(total=epochs * steps, desc="watch training", unit="step", disable=not progress) as bar,
+    ):
         for epoch in range(epochs):
             for indices in trainer.begin_epoch(epoch).split(protocol.batch_size):
                 predicted = trainer.step(indices)
                 counter.update(indices, predicted.argmax(1) == trainer.labels[indices])
                 bar.update()
     trainer.network.eval()
-    with torch.no_grad():
+    with torch.no_grad(), repeatable_convolutions():
         features = in_batches(lambda images: embed(trainer.network, images).float(), trainer.images, trainer.labels)
         features = torch.cat([some for some, _ in features])
     home = data.train_images.device

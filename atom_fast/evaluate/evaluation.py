@@ -23,6 +23,7 @@ from atom_fast.evaluate.training import (
     empty_network,
     in_model_space,
     network_seed,
+    repeatable_convolutions,
 )
 from atom_fast.networks.convnet import default_depth
 from atom_fast.networks.lean import memory_format
@@ -105,13 +106,11 @@ def evaluate(
     from tqdm import tqdm
 
     with (
-        torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=True),
+        repeatable_convolutions(),
         tqdm(total=len(own) * protocol.epochs, desc=f"evaluate {network}", unit="epoch", disable=not progress) as bar,
     ):
         options = {"evaluate_every": evaluate_every, "together": together, "advance": bar.update}
-        train = functools.partial(
-            train_networks, task.make_trainer, start=task.start, test=task.test, **options
-        )
+        train = functools.partial(train_networks, task.make_trainer, start=task.start, test=task.test, **options)
         for index, curve in world.results(jobs, train):
             curves[index] = curve
             so_far = result()

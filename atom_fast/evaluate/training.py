@@ -30,6 +30,11 @@ def network_seed(seed: int, index: int) -> int:
     return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
 
 
+def repeatable_convolutions():
+    """A context in which cuDNN takes algorithms that give the same bits in every run."""
+    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=True)
+
+
 class Trainer:
     """Trains networks of one architecture, one after the other, in the same buffers.
 

@@ -115,9 +115,7 @@ class Estimator:
         epochs = evaluation.protocol.epochs * math.ceil(images / count)
         return evaluation.networks * (epochs * step + test)
 
-    def _time_training(
-        self, cell: Cell, network: str, norm: str | None, count: int, epochs: int, test: bool
-    ) -> float:
+    def _time_training(self, cell: Cell, network: str, norm: str | None, count: int, epochs: int, test: bool) -> float:
         """Seconds of epochs of ``count`` images, with a test on all test images or on hardly any."""
         data, _ = self.shelf.data(cell.dataset)
         if not test:

@@ -103,7 +103,7 @@ def reproduce(
         tell(f"{len(elsewhere)} cells are in work by other processes; run the same again when they have ended")
     record = write_results(plan, output, tell, failed)
     if failed:
-        listed = "; ".join(f"{name}: {error}" for name, error in failed.items())
+        listed = "; ".join(f"{name}: {error.strip().partition(chr(10))[0]}" for name, error in failed.items())
         raise RuntimeError(f"{len(failed)} of {len(units)} cells failed, all others' results are written: {listed}")
     return record
 
@@ -157,7 +157,7 @@ def _chosen(units: list[Unit], only: Sequence[int] | None) -> list[Unit]:
     for number in only:
         if not 1 <= number <= len(units):
             raise ValueError(f"there are cells 1 to {len(units)}; got {number}")
-    return [units[number - 1] for number in only]
+    return [units[number - 1] for number in dict.fromkeys(only)]
 
 
 def _load_data(plan: Plan, missing: list[Unit], output: Path, shelf: Shelf, world: World) -> None:

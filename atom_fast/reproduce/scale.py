@@ -68,22 +68,29 @@ class Scale:
         epochs = max(1, round(wanted.epochs * self.epochs / own.epochs))
         return get_protocol(wanted.name, epochs=epochs)
 
-    def reductions(self) -> list[str]:
-        """What is not as in the paper, in words; without settings that no image depends on."""
-        paper, dm = preset("paper"), preset("dm")
-        epochs = get_protocol(self.protocol).epochs
-        found = [
-            f"{title} {value} instead of {full}"
-            for title, value, full in (
-                (SEEDS_NAME, self.seeds, SEEDS),
-                (NETWORKS_NAME, self.networks, NETWORKS),
-            )
-            if value != full
-        ]
+    def reductions(self, *, evaluated: bool = True) -> list[str]:
+        """What is not as in the paper, in words; without settings that no image depends on.
+
+        Args:
+            evaluated: sets are tested; otherwise nothing is said of how many, nor of how.
+        """
+        found = self._settings_changed()
+        return [*self._fewer(), *found, *self._evaluation_changed()] if evaluated else found
+
+    def _fewer(self) -> list[str]:
+        sizes = ((SEEDS_NAME, self.seeds, SEEDS), (NETWORKS_NAME, self.networks, NETWORKS))
+        return [f"{title} {value} instead of {full}" for title, value, full in sizes if value != full]
+
+    def _settings_changed(self) -> list[str]:
+        paper, dm, found = preset("paper"), preset("dm"), []
         for name, value in self.settings.items():
             differs = value != getattr(paper, name) or (name in _OF_DM and value != getattr(dm, name))
             if differs and affects_result(name):
                 found.append(f"{name} {value} instead of {_shown(name, paper)}")
+        return found
+
+    def _evaluation_changed(self) -> list[str]:
+        found, epochs = [], get_protocol(self.protocol).epochs
         if self.protocol != "paper":
             found.append(f"evaluation protocol {self.protocol}")
         if self.epochs not in (None, epochs):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from atom_fast.distill.logs import versions
-from atom_fast.reproduce.cells import check_same_images, read_evaluation
+from atom_fast.reproduce.cells import CELL_FILE, Cell, cell_folder, check_same_images, read_evaluation, read_note
 from atom_fast.reproduce.datasets import DATASETS
 from atom_fast.reproduce.layout import Entry, Job, Section
 from atom_fast.reproduce.targets import Plan
@@ -47,7 +47,7 @@ def collect(plan: Plan, output: Path, failed: Mapping[str, str] | None = None) -
         "title": plan.title,
         "kind": plan.kind,
         "data": {dataset: found.data.get(dataset, DATASETS[dataset][0]) for dataset in plan.scales},
-        "reduced": {dataset: scale.reductions() for dataset, scale in plan.scales.items()},
+        "reduced": {d: scale.reductions(evaluated=plan.kind != "grids") for d, scale in plan.scales.items()},
         "scales": {
             dataset: {"sets": scale.seeds, "networks": scale.networks, "settings": dict(scale.settings)}
             for dataset, scale in plan.scales.items()
@@ -74,12 +74,20 @@ class _Found:
     def ours(self, jobs: Sequence[Job]) -> dict | None:
         results = []
         for cell, evaluation in jobs:
-            if evaluation is None or (result := read_evaluation(self.output, cell, evaluation)) is None:
+            if evaluation is None:  # of a figure: only looked at
+                self._note(cell)
+                continue
+            if (result := read_evaluation(self.output, cell, evaluation)) is None:
                 continue
             self.data[cell.dataset] = result["data"]
             self.devices.add(result["device"])
             results.append({**result, "seed": cell.seed})
         return _summary(results) if results else None
+
+    def _note(self, cell: Cell) -> None:
+        folder = cell_folder(self.output, cell)
+        if (folder / CELL_FILE).is_file():
+            self.data[cell.dataset] = read_note(folder)["data"]
 
     def failures(self, jobs: Sequence[Job], ours: Mapping | None) -> int:
         """How many sets are missing in ``ours`` because they failed."""

@@ -15,6 +15,8 @@ from atom_fast._files import write_atomically
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing, fit_preprocessing
 from atom_fast.distill import distill
+from atom_fast.distill.checkpoint import remove_unfinished
+from atom_fast.distill.config import DistillConfig
 from atom_fast.distill.logs import versions
 from atom_fast.distill.loop import CHECKPOINT_FOLDER, SYNTHETIC_FILE
 from atom_fast.evaluate import EvaluationResult, evaluate
@@ -29,6 +31,7 @@ from atom_fast.reproduce.cells import (
     open_cell,
     read_evaluation,
     read_evaluation_file,
+    read_note,
 )
 from atom_fast.reproduce.datasets import load_named
 from atom_fast.reproduce.methods import get_method
@@ -99,6 +102,8 @@ def work(output: Path, cell: Cell, evaluations: Sequence[Evaluation], shelf: She
     with claimed(folder) as mine:
         if not mine:
             return False
+        for place in (folder, folder / SET_FOLDER):
+            remove_unfinished(place)
         open_cell(folder, cell, title, data.fingerprint)
         make_set(folder, cell, shelf)
         for evaluation in evaluations:
@@ -153,16 +158,32 @@ def load_set(folder: Path, cell: Cell, iteration: int | None = None) -> Syntheti
     """A set of a cell: the finished one, or that of a milestone.
 
     Raises:
-        FileNotFoundError, ValueError: it is not there, or damaged; says how to have it made again.
+        FileNotFoundError, ValueError: it is not there, damaged, or another cell's; says how to have it made again.
     """
-    if get_method(cell.method).distils:
-        path = _set_file(folder, cell.config.iterations if iteration is None else iteration)
-    else:
-        path = folder / SET_FILE
+    iterations = cell.config.iterations if iteration is None else iteration
+    path = _set_file(folder, iterations) if get_method(cell.method).distils else folder / SET_FILE
     try:
-        return SyntheticSet.load(path)
+        synthetic = SyntheticSet.load(path)
+        if not _is_of(synthetic, cell, iterations, read_note(folder)["fingerprint"]):
+            raise ValueError(f"{path} is a set of other settings, another seed or other images than its folder's")
     except ValueError as error:
         raise ValueError(f"{error}; remove {folder} to have the cell made anew") from error
+    return synthetic
+
+
+def _is_of(synthetic: SyntheticSet, cell: Cell, iterations: int, fingerprint: str) -> bool:
+    """Whether a set is what a cell makes of the data with that fingerprint in so many iterations."""
+    about = synthetic.metadata
+    if about.get("dataset_fingerprint") != fingerprint:
+        return False
+    if not get_method(cell.method).distils:
+        chosen = (about.get("method"), about.get("selection", {}).get("seed"), synthetic.ipc)
+        return chosen == (cell.method, cell.seed, cell.ipc or synthetic.ipc)
+    made = DistillConfig.from_dict(about.get("config", {}))
+    wanted = dataclasses.replace(cell.resolved_config, iterations=iterations)
+    if wanted.precision == "auto":  # the device's
+        wanted = dataclasses.replace(wanted, precision=made.precision)
+    return made.config_hash() == wanted.config_hash()
 
 
 def _evaluate(output: Path, cell: Cell, evaluation: Evaluation, shelf: Shelf) -> None:
