@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -38,7 +39,7 @@ STUDY = [
     *("study", "--cells", "cifar10:10,cifar10:50", "--factors", "loss_scale", "--set", "image_average=true"),
     *("--seeds", "3", *_LIKE_THE_PAPER),
 ]
-_READING_SECONDS = 60  # the images, and fitting their whitening, which the budget of reproduce does not count
+_SECONDS_TO_STOP = 25  # for what a command does before it ends: results are written, failures told
 
 
 @dataclasses.dataclass
@@ -57,19 +58,26 @@ class GpuRun:
     cifar: Path | None
     parts: list[dict]
 
-    def command(self, arguments: list[str], limit: float) -> tuple[str, str]:
-        """Run Python with arguments in the checkout; returns how it ended, and its last line."""
+    def command(self, arguments: list[str], limit: float, stop: int = signal.SIGTERM) -> tuple[str, str]:
+        """Run Python with arguments in the checkout; returns how it ended, and its last line.
+
+        At the limit, less the time to write what it has, it gets the signal ``stop``.
+        """
         with open(self.out / "log.txt", "a+") as log:
             print(f"$ python {' '.join(arguments)}", file=log, flush=True)
             before = log.tell()
             process = subprocess.Popen(
-                [sys.executable, *arguments], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
+                [sys.executable, *arguments], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                preexec_fn=os.setpgrp,  # a group to end with what it started, in the session that may itself be ended
+            )  # fmt: skip
             try:
-                code = process.wait(limit)
+                code = process.wait(max(limit - _SECONDS_TO_STOP, limit / 2))
                 ending = "ok" if code == 0 else f"failed (exit status {code})"
             except subprocess.TimeoutExpired:
                 ending = f"stopped after {limit:.0f} s"
+                process.send_signal(stop)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(min(_SECONDS_TO_STOP, limit / 2))
             finally:
                 _end(process)
             log.seek(before)
@@ -87,7 +95,7 @@ def _end(process: subprocess.Popen) -> None:
 def gpu_tests(run: GpuRun, limit: float) -> str:
     """The tests that need CUDA."""
     arguments = ["-m", "pytest", "tests", "-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-    return ": ".join(run.command([*arguments, "--tb=short"], limit))
+    return ": ".join(run.command([*arguments, "--tb=short"], limit, signal.SIGINT))  # then it tells what failed
 
 
 def kernel_benchmarks(run: GpuRun, limit: float) -> str:
@@ -142,8 +150,7 @@ def _reproduce(run: GpuRun, limit: float, arguments: list[str]) -> str:
         return "left out: no --cifar DIR"
     results = REPRODUCE_FOLDER / f"{arguments[0]}.json"
     results.unlink(missing_ok=True)  # made anew from the cells
-    budget = max(limit - _READING_SECONDS, 1) / 60
-    where = ["--output", str(REPRODUCE_FOLDER), "--data-dir", str(run.cifar), "--budget", f"{budget:.3f}"]
+    where = ["--output", str(REPRODUCE_FOLDER), "--data-dir", str(run.cifar)]
     outcome = ": ".join(run.command([*REPRODUCE, *arguments, *where], limit))
     if results.exists():
         shutil.copy(results, run.out)
@@ -175,6 +182,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--minutes must be above 0; got {options.minutes}")
     if options.cifar and not (options.cifar / "train").is_dir():
         parser.error(f"--cifar must hold train/ and test/; {options.cifar} does not")
+    if options.cifar and importlib.util.find_spec("kornia") is None:
+        parser.error("--cifar needs kornia (and kornia_rs), which whitens; it is not installed")
     options.out = options.out.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
     try:

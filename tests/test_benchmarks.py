@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 
 import pytest
 import torch
@@ -686,6 +687,24 @@ def test_gpu_script_ends_what_takes_too_long(tmp_path):
         "stopped after 2 s",
         "begun",
     )
+
+
+def test_gpu_script_lets_a_command_write_what_it_has(tmp_path):
+    run = gpu.GpuRun(tmp_path, 0, None, [])
+    waits = (
+        "import signal, sys, time; signal.signal(signal.{}, lambda *_: sys.exit('kept')); print('ready', flush=True)"
+    )
+    for name in ("SIGTERM", "SIGINT"):
+        outcome = run.command(["-c", waits.format(name) + "; time.sleep(60)"], 4, getattr(signal, name))
+        assert outcome == ("stopped after 4 s", "kept")
+
+
+def test_gpu_script_says_at_once_that_nothing_can_whiten(monkeypatch, tmp_path, capsys):
+    (tmp_path / "train").mkdir()
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path / "out"), "--cifar", str(tmp_path)])
+    assert "needs kornia" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_accuracies_are_shown_as_they_were_written(tmp_path):

@@ -331,10 +331,9 @@ class Distillation:
 
     def _capture(self) -> None:
         device = self.images.device
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        graph = torch.cuda.CUDAGraph()
-        with self._unchanged():
+        with torch.cuda.device(device), self._unchanged():  # a graph keeps its generator's state on the current device
+            stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+            stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 for _ in range(_WARM_UP_STEPS):
                     self._advance()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -30,9 +31,16 @@ def network_seed(seed: int, index: int) -> int:
     return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
 
 
-def repeatable_convolutions():
-    """A context in which cuDNN takes algorithms that give the same bits in every run."""
-    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=True)
+@contextlib.contextmanager
+def repeatable_convolutions() -> Iterator[None]:
+    """Have cuDNN take, in the enclosed, algorithms that give the same bits in every run; TF32 is allowed."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision
+    cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision = True, False, "tf32"
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision = before
 
 
 class Trainer:

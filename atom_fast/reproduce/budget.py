@@ -17,6 +17,7 @@ from atom_fast.reproduce.work import Shelf, final_set_file, iterations_done
 
 _PROBE_SECONDS = 1.0
 _PROBE_STEPS = 3
+_PROBE_EPOCHS = 5_000  # beyond which an epoch takes no time worth estimating
 _SECONDS_TO_CHOOSE_RANDOMLY = 1.0
 
 Unit = tuple[Cell, tuple[Evaluation, ...]]
@@ -99,23 +100,33 @@ class Estimator:
         run.read_terms()  # waits for the device
         return (time.monotonic() - started) / steps
 
-    def _probe_epoch(self, cell: Cell, network: str, norm: str | None, count: int) -> float:
-        """Seconds of training on an image once, in batches; without tests."""
-        few = self._time_training(cell, network, norm, count, 1, test=False)
-        epochs = max(2, min(50, round(_PROBE_SECONDS / max(few, 1e-3))))
-        return self._time_training(cell, network, norm, count, epochs, test=False) / epochs / count
+    def _probe_epoch(self, cell: Cell, network: str, norm: str | None, count: int, networks: int = 1) -> float:
+        """Seconds of training a network on an image once, in batches; without tests."""
+
+        def seconds(epochs: int) -> float:
+            return self._time_training(cell, network, norm, count, epochs, test=False, networks=networks)
+
+        seconds(1)  # what only a first call needs: compiled kernels, chosen algorithms
+        one = seconds(1)  # mostly what every call needs, on a GPU: networks that are made, steps that are captured
+        epochs = max(2, min(50, round(_PROBE_SECONDS / max(one, 1e-3))))
+        while (several := seconds(epochs)) < 2 * one and epochs < _PROBE_EPOCHS:
+            epochs *= 4
+        return max(several - one, several / 10) / (epochs - 1) / count / networks  # the clock may have been off
 
     def _probe_evaluation(self, cell: Cell, evaluation: Evaluation) -> float:
         data, _ = self.shelf.data(cell.dataset)
         images = cell.ipc * data.num_classes or len(data.train_images)
         count = min(images, evaluation.protocol.batch_size, len(data.train_images))
         network, norm = evaluation.network, evaluation.norm
-        step = self._probe_epoch(cell, network, norm, count) * count
+        together = evaluation.networks if self.shelf.device.type == "cuda" else 1
+        step = self._probe_epoch(cell, network, norm, count, together) * count
         test = max(0.0, self._time_training(cell, network, norm, count, 1, test=True) - step)
         epochs = evaluation.protocol.epochs * math.ceil(images / count)
         return evaluation.networks * (epochs * step + test)
 
-    def _time_training(self, cell: Cell, network: str, norm: str | None, count: int, epochs: int, test: bool) -> float:
+    def _time_training(
+        self, cell: Cell, network: str, norm: str | None, count: int, epochs: int, *, test: bool, networks: int = 1
+    ) -> float:
         """Seconds of epochs of ``count`` images, with a test on all test images or on hardly any."""
         data, _ = self.shelf.data(cell.dataset)
         if not test:
@@ -127,7 +138,7 @@ class Estimator:
         images, labels = space.to_model(data.train_images[chosen]), data.train_labels[chosen]
         protocol = get_protocol("paper", epochs=epochs, batch_size=count)
         return evaluate(
-            images, labels, data, space, protocol=protocol, networks=1, network=network,
+            images, labels, data, space, protocol=protocol, networks=networks, network=network,
             architecture=architecture(cell, network, norm), device=self.shelf.device, progress=False,
         ).seconds  # fmt: skip
 
