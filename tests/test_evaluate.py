@@ -107,6 +107,32 @@ def _has_instance_norm(module):
     return isinstance(norm, nn.GroupNorm) and norm.num_groups == norm.num_channels
 
 
+@pytest.mark.parametrize("own_sets", [False, True])
+def test_whitened_images_are_trained_and_tested_on_at_unit_variance(own_sets, data, device):
+    pytest.importorskip("kornia", reason="ZCA is fitted by kornia")
+    whitening = fit_preprocessing(data.train_images, "zca", progress=False)
+    images, labels = whitening.to_model(data.train_images[:23]), data.train_labels[:23]
+    protocol = dataclasses.replace(PROTOCOL, augmentation="color")
+    options = {"networks": 2, "architecture": {**SMALL, "norm": "batch"}, "progress": False, "device": device}
+
+    def tested(images, preprocessing, **changes):
+        sets = (lambda index: (images, labels), None) if own_sets else (images, labels)
+        return evaluate(*sets, data, preprocessing, protocol=dataclasses.replace(protocol, **changes), **options).curves
+
+    class Divided(Preprocessing):
+        def to(self, device):
+            return self
+
+        def to_model(self, pixels):
+            return super().to_model(pixels) * (1 / whitening.deviation)
+
+    divided = Divided(**whitening.tensors())
+    got = tested(images, whitening)
+    assert whitening.deviation < 0.9
+    assert got == tested(images * (1 / whitening.deviation), divided, unit_variance=False)
+    assert got != tested(images, whitening, unit_variance=False)
+
+
 @pytest.mark.parametrize("norm", ["instance", "batch", "group"])
 @pytest.mark.parametrize("augmentation", ["none", "color_crop_cutout_flip_scale_rotate"])
 def test_training_equals_a_plain_loop(augmentation, norm, small_set, device):

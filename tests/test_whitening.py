@@ -92,6 +92,18 @@ def test_zca_is_kornias(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_deviation_is_that_of_the_training_images_in_model_space(kind):
+    images = smooth_images(3000)
+    preprocessing = fit(images, kind)
+    assert preprocessing.deviation == pytest.approx(preprocessing.to_model(images).double().std().item(), abs=1e-3)
+    assert preprocessing.deviation == 1 if kind == "standard" else preprocessing.deviation < 0.95
+
+
+def test_of_equal_images_there_is_no_deviation_to_divide_by():
+    assert fit(torch.full((20, *SHAPE), 7, dtype=torch.uint8), "zca").deviation == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_inverse_gives_the_pixels_back(kind):
     preprocessing = fit(smooth_images(400), kind)
     unseen = smooth_images(50, seed=9, brightness=90)

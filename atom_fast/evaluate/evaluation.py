@@ -61,7 +61,8 @@ def evaluate(
             network's number that returns images and labels of a set of its own, as many for every network.
         labels: integer [N], classes of ``data``; None where ``images`` is a function.
         data: where the test set is taken from.
-        preprocessing: between the pixels of ``data`` and the model space of ``images``; applied to the test images.
+        preprocessing: between the pixels of ``data`` and the model space of ``images``; applied to the test images, and
+            says what both are divided by, with the protocol's ``unit_variance``.
         protocol: how to train, or the name of a preset in ``PROTOCOLS``.
         networks: how many.
         seed: of the evaluation.
@@ -128,6 +129,7 @@ class _Task:
         images, labels: the set; of the first network, where each has its own.
         own_sets: the sets by the networks' numbers; None where they share one.
         layout: of weights and images.
+        scale: what images in model space are multiplied by; those of the set and of the test here are already.
         The others as in :func:`evaluate`.
     """
 
@@ -139,6 +141,7 @@ class _Task:
     test_labels: Tensor
     device: torch.device
     layout: torch.memory_format
+    scale: float
     protocol: Protocol
     network: str
     architecture: dict[str, Any]
@@ -159,15 +162,19 @@ class _Task:
         if network == "convnet":
             architecture = {"depth": default_depth(*data.image_shape[1:]), **architecture}
         layout = memory_format(empty_network(network, architecture, data, device), device)
+        scale = 1 / preprocessing.deviation if protocol.unit_variance else 1.0
+        # Test images are whitened once: that costs as much as a test.
+        test_images = in_model_space(data.test_images, preprocessing, device, layout)
         return cls(
-            _in_layout(images.detach().to(device, torch.float32), layout),
+            _scaled(_in_layout(images.detach().to(device, torch.float32), layout), scale),
             labels.to(device, torch.int64),
             own_sets,
             data,
-            in_model_space(data.test_images, preprocessing, device, layout),  # once: whitening costs as much as a test
+            _scaled(test_images, scale),
             data.test_labels.to(device),
             device,
             layout,
+            scale,
             protocol,
             network,
             architecture,
@@ -194,7 +201,7 @@ class _Task:
                     f"the networks' sets must be of one size; got one of {len(images)} images beside "
                     f"{len(trainer.images)}"
                 )
-            trainer.images.copy_(images)
+            trainer.images.copy_(_scaled(images, self.scale))
             trainer.labels.copy_(labels)
         trainer.restart(network_seed(self.seed, index))
 
@@ -206,6 +213,10 @@ class _Task:
 def _in_layout(images: Tensor, layout: torch.memory_format) -> Tensor:
     """A copy of images [N, C, H, W] in a layout, with its strides even where a size of one leaves them open."""
     return torch.empty(images.shape, device=images.device, memory_format=layout).copy_(images)
+
+
+def _scaled(images: Tensor, scale: float) -> Tensor:
+    return images if scale == 1 else images * scale
 
 
 def _check_settings(
