@@ -23,9 +23,9 @@ class Protocol:
         decay_factor: what the learning rate is multiplied by at each decay; 1 keeps it fixed.
         decay_every: epochs between two decays; None decays once, after half of the epochs.
         augmentation: DSA operations joined by underscores, one drawn for each mini-batch; "none" for none.
-        unit_variance: train and test on images in model space divided by the standard deviation that real ones have
-            there. Only whitening leaves another than 1, and that is what DSA's brightness, a number in model space, was
-            set for: whitened CIFAR images have 0.25, and brightness shifts them by up to twice as much.
+        unit_variance: `evaluate` trains and tests on images in model space divided by the standard deviation that real
+            ones have there. Only whitening leaves another than 1, which is what DSA's brightness, up to half a unit of
+            model space, was set for: whitened CIFAR images have 0.25.
     """
 
     name: str
