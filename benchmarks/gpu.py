@@ -63,6 +63,7 @@ class GpuRun:
 
         At the limit, less the time to write what it has, it gets the signal ``stop``.
         """
+        grace = min(_SECONDS_TO_STOP, limit / 2)
         with open(self.out / "log.txt", "a+") as log:
             print(f"$ python {' '.join(arguments)}", file=log, flush=True)
             before = log.tell()
@@ -71,13 +72,13 @@ class GpuRun:
                 preexec_fn=os.setpgrp,  # a group to end with what it started, in the session that may itself be ended
             )  # fmt: skip
             try:
-                code = process.wait(max(limit - _SECONDS_TO_STOP, limit / 2))
+                code = process.wait(limit - grace)
                 ending = "ok" if code == 0 else f"failed (exit status {code})"
             except subprocess.TimeoutExpired:
                 ending = f"stopped after {limit:.0f} s"
                 process.send_signal(stop)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(min(_SECONDS_TO_STOP, limit / 2))
+                    process.wait(grace)
             finally:
                 _end(process)
             log.seek(before)

@@ -137,6 +137,7 @@ class ForgettingCounter:
         return torch.where(self._learned, self._events, self._shown)
 
 
+@repeatable_convolutions()
 def watch_training(
     data: ImageData,
     preprocessing: Preprocessing,
@@ -173,17 +174,14 @@ def watch_training(
     trainer.restart(network_seed(seed, 0))
     counter = ForgettingCounter(len(trainer.images), trainer.images.device)
     steps = -(-len(trainer.images) // protocol.batch_size)
-    with (
-        repeatable_convolutions(),
-        tqdm(total=epochs * steps, desc="watch training", unit="step", disable=not progress) as bar,
-    ):
+    with tqdm(total=epochs * steps, desc="watch training", unit="step", disable=not progress) as bar:
         for epoch in range(epochs):
             for indices in trainer.begin_epoch(epoch).split(protocol.batch_size):
                 predicted = trainer.step(indices)
                 counter.update(indices, predicted.argmax(1) == trainer.labels[indices])
                 bar.update()
     trainer.network.eval()
-    with torch.no_grad(), repeatable_convolutions():
+    with torch.no_grad():
         features = in_batches(lambda images: embed(trainer.network, images).float(), trainer.images, trainer.labels)
         features = torch.cat([some for some, _ in features])
     home = data.train_images.device

@@ -164,13 +164,13 @@ class _Task:
         layout = memory_format(empty_network(network, architecture, data, device), device)
         scale = 1 / preprocessing.deviation if protocol.unit_variance else 1.0
         # Test images are whitened once: that costs as much as a test.
-        test_images = in_model_space(data.test_images, preprocessing, device, layout)
+        test_images = in_model_space(data.test_images, preprocessing, device, layout).mul_(scale)
         return cls(
-            _scaled(_in_layout(images.detach().to(device, torch.float32), layout), scale),
+            _in_layout(images.detach().to(device, torch.float32), layout).mul_(scale),
             labels.to(device, torch.int64),
             own_sets,
             data,
-            _scaled(test_images, scale),
+            test_images,
             data.test_labels.to(device),
             device,
             layout,
@@ -201,7 +201,7 @@ class _Task:
                     f"the networks' sets must be of one size; got one of {len(images)} images beside "
                     f"{len(trainer.images)}"
                 )
-            trainer.images.copy_(_scaled(images, self.scale))
+            trainer.images.copy_(images).mul_(self.scale)
             trainer.labels.copy_(labels)
         trainer.restart(network_seed(self.seed, index))
 
@@ -213,10 +213,6 @@ class _Task:
 def _in_layout(images: Tensor, layout: torch.memory_format) -> Tensor:
     """A copy of images [N, C, H, W] in a layout, with its strides even where a size of one leaves them open."""
     return torch.empty(images.shape, device=images.device, memory_format=layout).copy_(images)
-
-
-def _scaled(images: Tensor, scale: float) -> Tensor:
-    return images if scale == 1 else images * scale
 
 
 def _check_settings(
