@@ -25,8 +25,7 @@ def write_atomically(path: str | os.PathLike, content: bytes | str) -> Path:
     """
     path = Path(path)
     target = Path(os.path.realpath(path))
-    # Not the process's number alone: in two containers with one folder between them it may be the same.
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    temporary = unfinished_path(target)
     try:
         if target.exists() and not target.is_file():  # moving a file onto a device would remove the device
             raise OSError(errno.EINVAL, "it is no file")
@@ -43,6 +42,12 @@ def write_atomically(path: str | os.PathLike, content: bytes | str) -> Path:
         raise type(error)(error.errno, f"cannot write {path}: {error.strerror or error}{kept}") from error
     _sync_folder(target.parent)
     return path
+
+
+def unfinished_path(target: Path) -> Path:
+    """A hidden file beside ``target`` to write before it is moved there; no two writers get the same."""
+    # Not the process's number alone: in two containers with one folder between them it may be the same.
+    return target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,8 +1,10 @@
 """Downloads and zip files: complete or not there at all, and never outside their folder."""
 
 import hashlib
+import io
 import shutil
 import stat
+import urllib.request
 import zipfile
 from collections import namedtuple
 
@@ -55,6 +57,28 @@ def test_a_download_that_fails_names_the_address_and_keeps_what_was_there(tmp_pa
     with pytest.raises(RuntimeError, match=r"could not download file://.*absent.*No such file"):
         download_file((tmp_path / "absent").as_uri(), target, md5="0" * 32, progress=False)
     assert entries(tmp_path) == ["data.zip"] and target.read_text() == "old"
+
+
+def test_a_file_may_be_downloaded_by_two_at_once(served, tmp_path, monkeypatch):
+    source, url, md5 = served
+    target = tmp_path / "to" / "data.zip"
+    others = iter([True])
+
+    class Slow(io.BufferedReader):
+        """Between its first two blocks another process begins and ends the same download."""
+
+        headers = {}
+
+        def read(self, size):
+            if self.tell() and next(others, False):
+                with pytest.raises(RuntimeError, match="MD5"):
+                    download_file(url, target, md5="0" * 32, progress=False)
+            return super().read(size)
+
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: Slow(io.FileIO(source)))
+    download_file(url, target, md5=md5, progress=False)
+    assert next(others, None) is None
+    assert target.read_bytes() == source.read_bytes() and entries(target.parent) == ["data.zip"]
 
 
 def test_a_zip_is_unpacked_beside_itself(tmp_path):

@@ -14,6 +14,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from atom_fast._files import unfinished_path
+
 _BLOCK = 1 << 20  # bytes read at once
 _TIMEOUT = 60  # seconds without a byte after which a download is given up
 
@@ -27,7 +29,7 @@ def download_file(url: str, target: Path, *, md5: str, progress: bool = True) ->
     from tqdm import tqdm
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
+    part = unfinished_path(target)
     digest = hashlib.md5(usedforsecurity=False)
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as response, part.open("wb") as file:
