@@ -63,8 +63,12 @@ def first_block_backward_launch(image_channels: int) -> dict[str, int]:
 
 def product_precision(tf32: bool, height: int, width: int) -> str:
     """How float32 operands are multiplied: in TF32 only for sizes of planes whose products were checked on an H100."""
-    block_p = _places(height, width)
-    return "tf32" if tf32 and (block_p <= 32 or block_p == 256) else "ieee"
+    return "tf32" if tf32 and _places(height, width) in (16, 256) else "ieee"
+
+
+def narrow_products_checked(height: int, width: int) -> bool:
+    """Whether products of 16-bit operands were checked on an H100 for this size of planes."""
+    return _places(height, width) in (16, 64, 256)
 
 
 def _columns_block(image_channels: int) -> int:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import atom_fast as af
 from atom_fast.ops.block import NORMS, reference_block
-from atom_fast.ops.first_block import first_block, first_block_op
+from atom_fast.ops.first_block import _constants, first_block, first_block_op
 from tests.cubin import CAPABILITIES
 from tests.launches import compile_launch, recorded
 from tests.test_block import BACKENDS, FUSED, SHARED, assert_equal, run
@@ -286,9 +286,38 @@ def test_kernels_of_batch_norm_fit_and_use_the_tensor_cores(dtype, precision, ca
         assert report.tensor_core == (precision == "tf32"), launch.kernel
 
 
+@pytest.mark.parametrize(
+    ("switch", "name", "tf32"),
+    [
+        (torch.backends.cudnn, "allow_tf32", {False: False, True: True}),
+        (torch.backends.cudnn.conv, "fp32_precision", {"ieee": False, "tf32": True}),
+    ],
+    ids=["allow_tf32", "fp32_precision"],
+)
+def test_tf32_is_used_where_pytorch_would(switch, name, tf32):
+    images, filters, weight, _ = draw(1, 3, 16, 32, 32, dtype=torch.float32)
+    before = getattr(switch, name)
+    try:
+        for setting, used in tf32.items():
+            setattr(switch, name, setting)
+            assert _constants(images, filters, weight, 4.0, 4.0)["PRECISION"] == ("tf32" if used else "ieee"), setting
+    finally:
+        setattr(switch, name, before)
+
+
+def test_matrix_instructions_are_for_sizes_that_were_checked_on_a_gpu():
+    sides = (8, 10, 16, 22, 28, 32)
+    assert [kernels.product_precision(True, side, side) for side in sides] == [
+        "tf32", "ieee", "ieee", "ieee", "tf32", "tf32"
+    ]  # fmt: skip
+    assert [kernels.narrow_products_checked(side, side) for side in sides] == [True, False, True, False, True, True]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize(("image_channels", "size"), [(1, 8), (1, 28), (3, 16), (3, 32), (2, 32), (4, 16)])
+@pytest.mark.parametrize(
+    ("image_channels", "size"), [(1, 8), (3, 10), (1, 28), (3, 16), (3, 22), (3, 32), (2, 32), (4, 16)]
+)
 @pytest.mark.parametrize("precision", ["ieee", "tf32", "bfloat16"])
 def test_products_of_every_precision_on_a_gpu(precision, image_channels, size, norm, device):
     images, filters, weight, bias = draw(64, image_channels, 128, size, size, device, torch.float32)

@@ -9,6 +9,7 @@ which each has a stream, so that the small kernels of one fill what those of ano
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -147,7 +148,7 @@ class _Ensemble:
         self.trainers = trainers
         count, batch = len(trainers[0].images), trainers[0].protocol.batch_size
         self._device = trainers[0].images.device
-        self._streams = [torch.cuda.Stream(self._device) for _ in trainers]
+        *self._streams, self._capture_stream = (_stream(self._device, number) for number in range(len(trainers) + 1))
         self._pool = torch.cuda.graph_pool_handle()
         self._indices, self._graphs = {}, {}
         for size in (min(batch, count), count % batch if count > batch else 0):
@@ -166,17 +167,20 @@ class _Ensemble:
     def _steps(self, indices: Tensor) -> None:
         """A step of every trainer on its row of ``indices``, int64 [trainers, B]."""
         current = torch.cuda.current_stream(self._device)
-        for trainer, stream, row in zip(self.trainers, self._streams, indices.unbind(0), strict=True):
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                trainer.step(row)
         for stream in self._streams:
-            current.wait_stream(stream)
+            stream.wait_stream(current)
+        try:
+            for trainer, stream, row in zip(self.trainers, self._streams, indices.unbind(0), strict=True):
+                with torch.cuda.stream(stream):
+                    trainer.step(row)
+        finally:  # also where memory runs out: a capture that ends with a stream apart raises another error in its place
+            for stream in self._streams:
+                current.wait_stream(stream)
 
     def _capture(self, indices: Tensor) -> torch.cuda.CUDAGraph:
         """The steps as one graph, a launch in place of some fifty a network; each trainer draws from its generator."""
         with torch.cuda.device(self._device):
-            stream = torch.cuda.Stream()
+            stream = self._capture_stream  # PyTorch's own is of the device of the process's first capture
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(_WARM_UP_STEPS):
@@ -186,6 +190,12 @@ class _Ensemble:
             for trainer in self.trainers:
                 graph.register_generator_state(trainer.generator)
             # Replays never overlap and leave nothing for one another, so that graphs can share their memory.
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
                 self._steps(indices)
         return graph
+
+
+@functools.cache
+def _stream(device: torch.device, number: int) -> torch.cuda.Stream:
+    """The same stream for every ensemble: cuBLAS keeps a workspace of its own for each stream that it ever ran on."""
+    return torch.cuda.Stream(device)

@@ -94,12 +94,13 @@ def _check_input(images: Tensor, filters: Tensor) -> None:
 
 def _is_fusible(images: Tensor, filters: Tensor) -> bool:
     """Whether the kernels take these images: a plane's neighbourhoods fit on the chip, and it multiplies the dtype."""
-    from ..kernels.first_block import first_block_launch
+    from ..kernels.first_block import first_block_launch, narrow_products_checked
 
     _, image_channels, height, width = images.shape
-    multiplies = filters.dtype != torch.float64 or not images.is_cuda
+    narrow = filters.dtype in (torch.float16, torch.bfloat16) and narrow_products_checked(height, width)
+    multiplied = filters.dtype == torch.float32 or narrow or not images.is_cuda
     fits = first_block_launch(image_channels, filters.shape[0], height, width) is not None
-    return image_channels <= IMAGE_CHANNELS and multiplies and fits
+    return image_channels <= IMAGE_CHANNELS and multiplied and fits
 
 
 @torch.library.custom_op("atom_fast::first_block", mutates_args=())
@@ -341,7 +342,8 @@ def _constants(images, filters, weight, spatial_power, channel_power) -> dict:
     from ..kernels.first_block import product_precision
 
     _, image_channels, height, width = images.shape
-    tf32 = torch.backends.cudnn.conv.fp32_precision != "ieee"  # read here, where torch.compile need not trace it
+    # Read here, where torch.compile need not trace it. After ``allow_tf32 = False`` it is "none".
+    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
     return {
         "CI": image_channels,
         "C": filters.shape[0],
