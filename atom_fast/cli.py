@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import functools
 import json
 import os
+import shlex
 import typing
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from atom_fast._files import write_atomically
 from atom_fast._malloc import keep_freed_memory
 from atom_fast.data.sources import SOURCES
 from atom_fast.data.whitening import KINDS
-from atom_fast.distill.config import PRESETS, DistillConfig, check_names, preset, read_settings
+from atom_fast.distill.config import PRESETS, DistillConfig, from_yaml, preset, read_settings
 from atom_fast.evaluate.coresets import EPOCHS, METHODS
 from atom_fast.evaluate.protocols import PROTOCOLS
 from atom_fast.evaluate.sets import FEATURES
@@ -179,7 +179,17 @@ _device_option = click.option(
     "--device", default="auto", show_default=True, help="where to compute: auto (the GPU, if there is one), cpu, cuda"
 )
 _quiet_option = click.option("--quiet", is_flag=True, help="show no progress bars  [default: off]")
-_set_argument = click.argument("file", type=click.Path(path_type=Path))
+
+
+class _SetFile(click.Path):
+    """A file; a run's folder stands for the set in it."""
+
+    def convert(self, value, param, ctx):
+        path = Path(super().convert(value, param, ctx))
+        return path / "synthetic.safetensors" if (path / "synthetic.safetensors").is_file() else path
+
+
+_set_argument = click.argument("file", type=_SetFile(path_type=Path))
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -187,7 +197,7 @@ _set_argument = click.argument("file", type=click.Path(path_type=Path))
 def main():
     """Dataset distillation by attention matching (ATOM): a few synthetic images a class that train a network well.
 
-    Files are synthetic sets as `atom-fast distill` writes them (synthetic.safetensors in a run's folder).
+    Files are synthetic sets as `atom-fast distill` writes them: synthetic.safetensors in a run's folder, or the folder.
     """
     keep_freed_memory()  # a step on a CPU takes a fifth less time
 
@@ -196,7 +206,7 @@ def main():
 @_data_options("digits", "digits")
 @click.option("--resolution", type=int, help="resize images to squares of this side, in pixels  [default: as they are]")
 @click.option("--output", type=click.Path(path_type=Path), help="the run's folder  [default: runs/DATASET-ipcN-PRESET]")
-@click.option("--resume", is_flag=True, help="go on from the newest checkpoint in --output  [default: off]")
+@click.option("--resume", is_flag=True, help="go on from the newest checkpoint in --output, if any  [default: off]")
 @click.option("--preset", "preset_name", type=_Choice(list(PRESETS)), help="published settings  [default: paper]")
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file of settings  [default: none]")
 @click.option("--set", "given", type=click.Path(path_type=Path), help="synthetic set to start from  [default: none]")
@@ -221,6 +231,8 @@ def distill(
     from atom_fast.synthetic import SyntheticSet
 
     config, preset_name = _configuration(ctx, settings, config, preset_name)
+    if given and settings["image_init"] not in (None, "given"):
+        raise ValueError(f"--set takes the place of --image-init {settings['image_init']}; give one of them")
     start = SyntheticSet.load(given) if given else None
     output = output or Path("runs") / f"{dataset}-ipc{config.ipc}-{preset_name}"
     options = {"resolution": resolution, "progress": not quiet and world.rank == 0}
@@ -234,7 +246,8 @@ def distill(
     save_run_pictures(output, synthetic)
     file = output / "synthetic.safetensors"
     click.echo(f"{len(synthetic)} images in {file}, their picture in {output / 'synthetic.png'}")
-    click.echo(f"next: atom-fast evaluate {file}" + (f" --data-dir {data_dir}" if data_dir else ""), err=True)
+    where = ["--data-dir", str(data_dir)] if data_dir else []
+    click.echo(f"next: {shlex.join(['atom-fast', 'evaluate', str(file), *where])}", err=True)
 
 
 def _configuration(
@@ -311,6 +324,7 @@ def profile(
 @main.command()
 @_set_argument
 @_data_options(None, "the one the set was distilled from")
+@click.option("--resolution", type=int, help="resize the data's images to this side, in pixels  [default: the set's]")
 @click.option("--networks", default=5, help="networks to train on each side  [default: 5 networks]")
 @click.option(
     "--arch",
@@ -324,7 +338,7 @@ def profile(
 )
 @click.option("--epochs", type=int, help="passes over the set, in place of the protocol's  [default: the protocol's]")
 @click.option("--random/--no-random", default=True, help="measure random real images beside it  [default: random]")
-@click.option("--seed", default=0, show_default=True, help="of networks and random images")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="of networks and random images")
 @click.option("--precision", type=_Choice(PRECISIONS), default="float32", show_default=True, help="of the training")
 @click.option(
     "--evaluate-every", default=0, help="epochs between further tests, kept in --json  [default: 0 epochs: last only]"
@@ -347,8 +361,8 @@ def profile(
 @_quiet_option
 @_with_ranks
 def evaluate(
-    file, dataset, data_dir, download, arch, preprocessing, experiment, json_path, device, quiet, protocol, epochs,
-    world, **settings,
+    file, dataset, data_dir, download, resolution, arch, preprocessing, experiment, json_path, device, quiet, protocol,
+    epochs, world, **settings,
 ):  # fmt: skip
     """Train fresh networks on the set in FILE and test them: mean ± standard deviation of last-epoch accuracy, in %.
 
@@ -364,7 +378,16 @@ def evaluate(
     if all(network in earlier and earlier[network]["state"]["complete"] for network in arch):
         earlier = {}  # nothing was interrupted: measured anew
     synthetic, data = world.after_first(
-        lambda: _set_and_data(file, dataset, data_dir, download, preprocessing, experiment, first and not quiet)
+        lambda: _set_and_data(
+            file,
+            dataset,
+            data_dir,
+            preprocessing,
+            experiment,
+            download=download,
+            resolution=resolution,
+            progress=first and not quiet,
+        )
     )
     protocol = get_protocol(protocol or default_protocol(data.name), **({} if epochs is None else {"epochs": epochs}))
 
@@ -389,7 +412,7 @@ def evaluate(
         click.echo((f"{network}: " if len(arch) > 1 else "") + _printable(result_line(record)))
 
 
-def _set_and_data(file, dataset, data_dir, download, preprocessing, experiment, progress):
+def _set_and_data(file, dataset, data_dir, preprocessing, experiment, **options):
     """The set in a file or folder of any kind, and the data set that it is tested on."""
     from atom_fast.data.sources import load_data
     from atom_fast.evaluate.sets import read_set
@@ -400,13 +423,13 @@ def _set_and_data(file, dataset, data_dir, download, preprocessing, experiment, 
             raise ValueError(
                 f"{file} does not say what data set it is for; give --dataset, one of {', '.join(SOURCES)}"
             )
-        data = load_data(dataset, data_dir, download=download, progress=progress)
-        options = {"preprocessing": preprocessing, "experiment": experiment, "progress": progress}
-        return read_set(file, data, **options), data
+        data = load_data(dataset, data_dir, **options)
+        how = {"preprocessing": preprocessing, "experiment": experiment, "progress": options["progress"]}
+        return read_set(file, data, **how), data
     synthetic = SyntheticSet.load(file)
     if preprocessing is not None:
         raise ValueError(f"{file} holds its own preprocessing; --preprocessing is for a .pt or a folder")
-    return synthetic, _data_of(synthetic, dataset, data_dir, download, progress)
+    return synthetic, _data_of(synthetic, dataset, data_dir, **options)
 
 
 def _read_records(path: Path | None) -> dict[str, dict]:
@@ -423,7 +446,9 @@ def _read_records(path: Path | None) -> dict[str, dict]:
         raise ValueError(f"{path} is not a result of this command; move it, or name another file") from error
 
 
-def _data_of(synthetic, dataset: str | None, data_dir: Path | None, download: bool, progress: bool):
+def _data_of(
+    synthetic, dataset: str | None, data_dir: Path | None, *, download: bool, resolution: int | None, progress: bool
+):
     """The data set a synthetic set is tested on, by default its own, in the set's resolution."""
     from atom_fast.data.sources import load_data
 
@@ -432,7 +457,8 @@ def _data_of(synthetic, dataset: str | None, data_dir: Path | None, download: bo
         said = f"says that it is for {dataset!r}" if dataset else "does not say which data set it is for"
         raise ValueError(f"the set {said}; give --dataset, one of {', '.join(SOURCES)}")
     height, width = synthetic.images.shape[2:]
-    resolution = height if height == width else None
+    if resolution is None and height == width:
+        resolution = height
     return load_data(dataset, data_dir, download=download, resolution=resolution, progress=progress)
 
 
@@ -461,7 +487,9 @@ def _data_of(synthetic, dataset: str | None, data_dir: Path | None, download: bo
 @click.option(
     "--protocol", type=_Choice(list(PROTOCOLS)), help="how to train it  [default: digits for digits, paper for others]"
 )
-@click.option("--seed", default=0, show_default=True, help="of the random choice, or of the network")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="of the random choice, or of the network"
+)
 @_device_option
 @_quiet_option
 @_alone
@@ -495,8 +523,11 @@ def show(file, output):
     from atom_fast.report import describe, save_synthetic_grid
     from atom_fast.synthetic import SyntheticSet
 
+    output = output or file.with_suffix(".png")
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"--output must end in .png; got {output}")
     synthetic = SyntheticSet.load(file)
-    click.echo(save_synthetic_grid(synthetic, output or file.with_suffix(".png"), title=describe(synthetic)))
+    click.echo(save_synthetic_grid(synthetic, output, title=describe(synthetic)))
 
 
 @main.command()
@@ -633,16 +664,8 @@ def reproduce(
 
 
 def _parse_settings(given) -> dict[str, object]:
-    """``NAME=VALUE`` pairs, with values as YAML reads them, "none" as None, and numbers such as 1e-3 too."""
+    """``NAME=VALUE`` pairs, with values as YAML reads them."""
     import yaml
-
-    def read(value: str) -> object:
-        if value.strip().lower() == "none":
-            return None
-        found = yaml.safe_load(value)
-        with contextlib.suppress(ValueError):
-            return float(found) if isinstance(found, str) else found
-        return found
 
     settings = {}
     for pair in given:
@@ -650,11 +673,10 @@ def _parse_settings(given) -> dict[str, object]:
         if not equals:
             raise ValueError(f"--set takes NAME=VALUE; got {pair!r}")
         try:
-            settings[name.strip().replace("-", "_")] = read(value)
+            settings[name.strip().replace("-", "_")] = yaml.safe_load(value)
         except Exception as error:  # of YAML, and what its constructors raise
             raise ValueError(f"--set {pair!r} is not readable as YAML") from error
-    check_names(settings)
-    return settings
+    return from_yaml(settings)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ def spatial_attention(features: Tensor, power: float = 4.0, normalize: bool = Tr
         features: [B, C, H, W], float64, float32, float16 or bfloat16, any strides.
         power: the exponent p_s, in [1, 16].
         normalize: divide each sample's map by its L2 norm (equation 3); finite and accurate for any finite features.
-            A zero sample keeps a zero map.
+            A zero sample keeps a zero map, as does one whose largest feature is a subnormal number.
 
     Returns:
         [B, H*W], float64 for float64 features, float32 otherwise. Differentiable once.
@@ -272,6 +274,6 @@ def _check_floating(tensor: Tensor, name: str) -> None:
 def _check_power(power: float | None, name: str) -> float | None:
     if power is None:
         return None
-    if isinstance(power, bool) or not isinstance(power, (int, float)) or not POWERS[0] <= power <= POWERS[1]:
+    if isinstance(power, bool) or not isinstance(power, Real) or not POWERS[0] <= power <= POWERS[1]:
         raise ValueError(f"{name} must be a number in [{POWERS[0]:g}, {POWERS[1]:g}]; got {power!r}")
     return float(power)

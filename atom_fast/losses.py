@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 from torch import Tensor, nn
 
@@ -39,7 +40,7 @@ class ATOMLoss(nn.Module):
         self.spatial_power = _check_power(spatial_power, "spatial_power")
         self.channel_power = _check_power(channel_power, "channel_power")
         for value, name in ((mmd_weight, "mmd_weight"), (scale, "scale")):
-            if not 0 <= value < float("inf"):
+            if not isinstance(value, Real) or not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number of at least 0; got {value!r}")
         self.mmd_weight = float(mmd_weight)
         self.scale = float(scale)

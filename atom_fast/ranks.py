@@ -133,11 +133,16 @@ def own_device(device: torch.device | str | None, world: World = ALONE) -> torch
         world: the processes that want one each.
 
     Raises:
-        ValueError: there is no such device, or fewer GPUs than processes on this machine.
+        ValueError: there is no such device, or it is neither a CPU nor a GPU of CUDA, or there are fewer GPUs than
+            processes on this machine.
     """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    named = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(named)
+    except RuntimeError:  # names every kind of device that PyTorch was ever ported to
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu', 'cuda' or a GPU by number such as 'cuda:1'; got {str(named)!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(device)!r} is not available: PyTorch sees no GPU; use 'cpu'")
     if device.type != "cuda" or world.size == 1:

@@ -97,7 +97,7 @@ def attention_forward_kernel(
         pointers = p_row + o_c.to(tl.int64)[:, None] * stride_c + offsets_p[None, :]
         b_u = tl.abs(tl.load(pointers, mask=m_c[:, None] & m_p[None, :], other=0.0).to(ACCUMULATE))
         new_peak = tl.maximum(peak, tl.max(tl.max(b_u, axis=1), axis=0))
-        inverse = 1.0 / tl.where(new_peak > 0, new_peak, 1.0)
+        inverse = 1.0 / _divisor(new_peak)
         b_u = b_u * inverse
         if SPATIAL > 0:
             b_spatial = b_spatial * power(peak * inverse, SPATIAL) + tl.sum(power(b_u, SPATIAL), axis=0)
@@ -108,6 +108,13 @@ def attention_forward_kernel(
         tl.store(p_peak + (i_b * n_t + i_t) * n_c + i_c, peak)
     if SPATIAL > 0:
         tl.store(p_spatial + i_b * P + o_p, b_spatial, mask=m_p)
+
+
+@triton.jit
+def _divisor(peak):
+    """The peak, or 1 where it is zero or so small that its reciprocal overflows."""
+    smallest: tl.constexpr = 2.2250738585072014e-308 if peak.dtype == tl.float64 else 1.1754943508222875e-38
+    return tl.where(peak >= smallest, peak, 1.0)
 
 
 @triton.jit
@@ -175,8 +182,8 @@ def attention_normalize_kernel(
         p_spatial, p_channel, p_peak: what `attention_forward_kernel` wrote, with tiles of TILE_P positions
             and chunks of BLOCK_C channels.
         p_maps: [B, M] the spatial map (P values, if taken) followed by the channel map (C values, if taken).
-        p_statistics: [3, B] the sample's peak (1 for a zero sample) and, for each map, the factor that takes the
-            map relative to the peak to the result: 1 / norm, or peak^p without NORMALIZE.
+        p_statistics: [3, B] the sample's peak (1 for a sample of zeros or subnormal numbers) and, for each map, the
+            factor that takes the map relative to the peak to the result: 1 / norm, or peak^p without NORMALIZE.
     """
     i_b = tl.program_id(0).to(tl.int64)
     n_b = tl.num_programs(0).to(tl.int64)
@@ -190,7 +197,7 @@ def attention_normalize_kernel(
         o_t = start + tl.arange(0, BLOCK_T).to(tl.int64)
         running = tl.maximum(running, tl.load(p_peak + (i_b * n_t + o_t) * n_c + n_c - 1, mask=o_t < n_t, other=0.0))
     peak = tl.max(running, axis=0)
-    peak = tl.where(peak > 0, peak, 1.0)
+    peak = _divisor(peak)
     inverse_peak = 1.0 / peak
     tl.store(p_statistics + i_b, peak)
 

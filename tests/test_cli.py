@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -145,10 +146,17 @@ def test_default_output_names_data_size_and_preset(configured):
         (["distill", "--config", "missing.yaml"], ["no configuration file missing.yaml"]),
         (["distill", "--set", "missing.safetensors"], ["no file missing.safetensors"]),
         (["distill", "--dataset", "folder", "--data-dir", "missing"], ["missing"]),
-        (["distill", "--device", "gpu"], ["gpu"]),
+        (["distill", "--device", "gpu"], ["device must be 'cpu', 'cuda' or a GPU by number", "got 'gpu'"]),
+        (["distill", "--device", "meta"], ["device must be 'cpu', 'cuda'", "got 'meta'"]),
+        (["distill", "--real-batch", 1000], ["1000 a class were asked for (real_batch)"]),
+        (["distill", "--ipc", 1000, "--real-batch", 8], ["1000 a class were asked for (ipc)"]),
+        (["distill", "--set", "a.safetensors", "--image-init", "real"], ["--set takes the place of --image-init real"]),
         (["distil"], ["No such command 'distil'"]),
         (["evaluate", "missing.safetensors"], ["no file missing.safetensors"]),
+        (["evaluate", "missing.safetensors", "--seed", -1], ["--seed", "-1 is not in the range x>=0"]),
+        (["select", "--seed", -1], ["--seed", "-1 is not in the range x>=0"]),
         (["show", "missing.safetensors"], ["no file missing.safetensors"]),
+        (["show", "missing.safetensors", "--output", "a.jpg"], ["--output must end in .png; got a.jpg"]),
         (["info"], ["Missing argument 'FILE'"]),
     ],
 )
@@ -226,6 +234,28 @@ def test_evaluate_without_random(finished):
     file = finished / "synthetic.safetensors"
     stdout, _ = run("evaluate", file, "--networks", 1, "--no-random", "--protocol", "dc", "--device", "cpu", "--quiet")
     assert stdout.startswith("digits ipc=2 atom ") and "random" not in stdout
+
+
+def test_a_set_of_another_resolution_is_evaluated_from_its_export(finished, tmp_path):
+    options = ["--networks", 1, "--device", "cpu", "--quiet"]
+    run("distill", "--output", tmp_path / "run", "--resolution", 16, "--ipc", 1, "--device", "cpu", "--quiet", *TINY)
+    run("export", tmp_path / "run", tmp_path / "images")
+    arguments = ["evaluate", tmp_path / "images", "--dataset", "digits", *options]
+    _, stderr = run(*arguments, code=2)
+    assert "images must be [N, 1, 8, 8] to fit the test set" in stderr
+    stdout, _ = run(*arguments, "--resolution", 16)
+    assert stdout.startswith("digits ipc=1 ")
+
+
+def test_a_folder_of_a_run_stands_for_its_set(finished):
+    assert run("info", finished) == run("info", finished / "synthetic.safetensors")
+
+
+def test_what_comes_next_can_be_pasted(tmp_path):
+    output = tmp_path / "a run's"
+    _, stderr = run("distill", "--output", output, "--ipc", 1, "--device", "cpu", "--quiet", *TINY)
+    (line,) = [line for line in stderr.splitlines() if line.startswith("next: ")]
+    assert shlex.split(line)[1:] == ["atom-fast", "evaluate", str(output / "synthetic.safetensors")]
 
 
 def test_show_export_info(finished, tmp_path):

@@ -113,6 +113,12 @@ def test_a_memory_budget_may_be_a_number(tmp_path):
     assert read_config(path) == preset(memory_budget="600000000")
 
 
+def test_none_and_powers_of_ten_may_be_written_as_on_the_command_line(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("preset: paper\nspatial_power: None\nimage_lr: 1e-1\nloss_scale: none\naugmentation: none\n")
+    assert read_config(path) == preset(spatial_power=None, image_lr=0.1, loss_scale=None, augmentation="none")
+
+
 def test_nothing_to_match_is_refused():
     with pytest.raises(ValueError, match="nothing to match"):
         preset(spatial_power=None, channel_power=None, mmd_weight=0)

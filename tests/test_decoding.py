@@ -41,14 +41,33 @@ def test_grayscale_files_give_one_channel_and_one_colour_file_gives_three_to_all
     assert all(torch.equal(images[0, channel], torch.from_numpy(gray)) for channel in range(3))
 
 
-def test_transparency_and_palettes_become_rgb(tmp_path):
+def test_palettes_become_rgb(tmp_path):
     colour = random_pixels(4, 4, 3)
-    transparent = save(tmp_path / "transparent.png", np.dstack([colour, random_pixels(4, 4)]))
     palette = tmp_path / "palette.png"
-    Image.fromarray(colour).quantize(16).save(palette)
-    images = decode_images([transparent, palette], progress=False)
-    assert torch.equal(images[0], torch.from_numpy(colour).permute(2, 0, 1))
-    assert images.shape == (2, 3, 4, 4)
+    Image.fromarray(colour).quantize(16).save(palette)  # 16 pixels: no colour is lost
+    assert torch.equal(decode_images([palette], progress=False)[0], torch.from_numpy(colour).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_transparent_is_shown_on_white(channels, tmp_path):
+    colour, alpha = random_pixels(4, 4, channels), random_pixels(4, 4, 1, seed=1)
+    alpha[0], alpha[1] = 0, 255
+    file = save(tmp_path / "transparent.png", np.dstack([colour, alpha]))
+    (image,) = decode_images([file], progress=False).permute(0, 2, 3, 1).numpy()
+    assert image.shape == colour.shape
+    assert (image[0] == 255).all() and (image[1] == colour[1]).all()
+    share = alpha / 255
+    np.testing.assert_allclose(image, share * colour + (1 - share) * 255, atol=1)
+
+
+def test_a_transparent_colour_of_a_palette_is_shown_on_white(tmp_path, recwarn):
+    image = Image.new("P", (2, 1), 0)
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "palette.png", transparency=1)
+    pixels = decode_images([tmp_path / "palette.png"], progress=False)[0]
+    assert pixels[:, 0].T.tolist() == [[10, 20, 30], [255, 255, 255]]
+    assert not recwarn.list
 
 
 def test_files_of_two_sizes_are_refused_by_name_or_resized(tmp_path):

@@ -264,6 +264,29 @@ def test_a_second_derivative_is_refused(name, device):
                 torch.autograd.grad(gradient.square().sum(), f)
 
 
+def test_a_power_may_be_a_number_of_numpy():
+    f = torch.randn(2, 3, 4, 4)
+    assert torch.equal(af.spatial_attention(f, np.int64(2)), af.spatial_attention(f, 2))
+    assert torch.equal(af.channel_attention(f, np.float32(1.5)), af.channel_attention(f, 1.5))
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("name", ("triton", "torch", "reference"))
+@pytest.mark.parametrize("power", (1.0, 4.0))
+def test_a_sample_of_subnormal_numbers_counts_as_zero_and_hides_no_other(power, name, dtype, device):
+    features = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    features[1] *= torch.finfo(dtype).tiny / 100 / features[1].abs().max()
+    features = features.to(device, dtype).requires_grad_()
+    assert features[1].any()
+    with af.backend(name):
+        maps = af.spatial_attention(features, power), af.channel_attention(features, power)
+        (gradient,) = torch.autograd.grad([attention.sum() for attention in maps], features)
+    for attention in maps:
+        assert attention[1].abs().max() < 1e-30
+        torch.testing.assert_close(attention[[0, 2]].norm(dim=1), torch.ones(2, device=device).to(attention))
+    assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ("triton", "torch", "reference"))
 def test_empty_batches_and_empty_planes(name, device):
     with af.backend(name):
@@ -331,6 +354,7 @@ def test_the_reference_backend_is_the_equations(device):
         (lambda f, y: af.spatial_attention(f.long()), TypeError, "got torch.int64"),
         (lambda f, y: af.spatial_attention(None), TypeError, "got NoneType"),
         (lambda f, y: af.spatial_attention(f, 0.5), ValueError, r"power must be a number in \[1, 16\]; got 0.5"),
+        (lambda f, y: af.ATOMLoss(mmd_weight=None), ValueError, "mmd_weight must be a finite number .* got None"),
         (lambda f, y: af.channel_attention(f, 17), ValueError, "got 17"),
         (lambda f, y: af.channel_attention(f, None), ValueError, "got None"),
         (lambda f, y: af.spatial_attention(f, float("nan")), ValueError, "got nan"),

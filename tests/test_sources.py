@@ -303,7 +303,7 @@ def test_test_is_preferred_to_val(tmp_path):
     assert len(load_data("folder", tmp_path, progress=False).test_images) == 3
 
 
-def test_other_files_hidden_folders_and_nesting_do_not_disturb(tmp_path):
+def test_other_files_hidden_folders_and_nesting_do_not_disturb(tmp_path, capsys):
     make_image_folder(tmp_path)
     (tmp_path / "train/ant/notes.txt").write_text("no image")
     (tmp_path / "train/ant/._0.png").write_text("no image")
@@ -311,6 +311,15 @@ def test_other_files_hidden_folders_and_nesting_do_not_disturb(tmp_path):
     save(tmp_path / "train/ant/more/deep.PNG", flat(9))
     data = load_data("folder", tmp_path, progress=False)
     assert data.class_names == ("ant", "bee", "cat") and data.class_sizes == (3, 1, 3)
+    assert "folder: 1 files are passed over (.txt); those ending in .bmp, " in capsys.readouterr().err
+
+
+def test_a_class_without_test_images_is_said(tmp_path, capsys):
+    make_image_folder(tmp_path)
+    assert load_data("folder", tmp_path, progress=False) and not capsys.readouterr().err
+    shutil.rmtree(tmp_path / "test/bee")
+    assert set(load_data("folder", tmp_path, progress=False).test_labels.tolist()) == {0, 2}
+    assert f"{tmp_path / 'test'} lacks bee: accuracies will be those of the other classes" in capsys.readouterr().err
 
 
 def test_a_colour_image_in_either_split_makes_both_colour(tmp_path):

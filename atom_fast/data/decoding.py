@@ -29,7 +29,8 @@ def decode_images(files: Sequence[Path], resolution: int | None = None, *, progr
         progress: show a progress bar with the time left on standard error.
 
     Returns:
-        uint8 [N, C, H, W] in the order of ``files``; C is 1 if every file is grayscale, otherwise 3.
+        uint8 [N, C, H, W] in the order of ``files``; C is 1 if every file is grayscale, otherwise 3. What is
+        transparent is shown on white.
 
     Raises:
         ValueError: no files are given, there is no memory for all of them, or a file cannot be decoded, is of no format
@@ -88,6 +89,8 @@ def _read_rgb(file: Path, resolution: int | None) -> tuple[np.ndarray, bool]:
             if image.mode.startswith(_DEEP_MODES):
                 raise ValueError(f"more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
             grayscale = image.mode in _GRAYSCALE_MODES
+            if image.has_transparency_data:  # dropped, it would leave whatever colour lies hidden under it
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             rgb = image.convert("RGB")
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, EOFError and more for a broken file
         raise ValueError(f"cannot read the image {file}: {error}") from error

@@ -37,8 +37,8 @@ def sample_class_indices(data: ImageData, batch: int, generator: torch.Generator
     return data.class_index.take(positions)
 
 
-def check_class_sizes(data: ImageData, batch: int) -> None:
-    """Make sure that every class has ``batch`` training images.
+def check_class_sizes(data: ImageData, batch: int, asked_by: str = "") -> None:
+    """Make sure that every class has ``batch`` training images; ``asked_by`` says in the message what asks for them.
 
     Raises:
         ValueError: ``batch`` is below 1, or a class has fewer images; the class and both numbers are named.
@@ -49,6 +49,6 @@ def check_class_sizes(data: ImageData, batch: int) -> None:
     if batch > smallest:
         name = data.class_names[data.class_sizes.index(smallest)]
         raise ValueError(
-            f"class {name!r} of {data.name} has {smallest} training images, but {batch} a class were asked for; "
-            f"at most {smallest} can be drawn"
+            f"class {name!r} of {data.name} has {smallest} training images, but {batch} a class were asked for"
+            f"{asked_by}; at most {smallest} can be drawn"
         )

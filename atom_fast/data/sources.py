@@ -203,10 +203,14 @@ def _load_folder(root: Path, resolution: int | None, progress: bool) -> ImageDat
             "expected are train/<class>/ and test/<class>/ (or val/<class>/), each with image files"
         )
     class_names = _class_names(train)
-    unknown = sorted(set(_class_names(test)) - set(class_names))
+    tested = _class_names(test)
+    unknown = sorted(set(tested) - set(class_names))
     if unknown:
         raise ValueError(f"{test} holds classes that {train} lacks: {', '.join(unknown)}")
+    if untested := sorted(set(class_names) - set(tested)):
+        _say(f"folder: {test} lacks {_some(untested)}: accuracies will be those of the other classes")
     splits = [_labelled_files(split, class_names) for split in (train, test)]
+    _say_what_is_passed_over([split / name for split in (train, test) for name in class_names])
     return _from_files("folder", class_names, *splits, resolution, progress)
 
 
@@ -229,15 +233,31 @@ def _labelled_files(split: Path, class_names: Sequence[str]) -> list[tuple[Path,
 
 def _images_under(folder: Path) -> list[Path]:
     """Image files in a folder and the folders below it, sorted by path."""
-    found = [
-        os.path.join(parent, name)
-        for parent, _, names in os.walk(folder)
-        for name in names
-        if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-    ]
+    found = [path for path in _files_under(folder) if path.lower().endswith(IMAGE_SUFFIXES)]
     if not found:
         raise FileNotFoundError(f"{folder} holds no images; files ending in {', '.join(IMAGE_SUFFIXES)} are read")
     return [Path(path) for path in sorted(found)]
+
+
+def _files_under(folder: Path) -> list[str]:
+    return [
+        os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names if not name.startswith(".")
+    ]
+
+
+def _say_what_is_passed_over(folders: Sequence[Path]) -> None:
+    files = [path for folder in folders for path in _files_under(folder)]
+    others = [path for path in files if not path.lower().endswith(IMAGE_SUFFIXES)]
+    if others:
+        suffixes = sorted({os.path.splitext(path)[1].lower() or "no suffix" for path in others})
+        _say(
+            f"folder: {len(others)} files are passed over ({_some(suffixes)}); "
+            f"those ending in {', '.join(IMAGE_SUFFIXES)} are read"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _from_files(

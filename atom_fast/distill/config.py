@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -385,6 +386,28 @@ def check_names(settings: Mapping[str, object]) -> None:
             raise ValueError(f"unknown setting {name!r}{hint}")
 
 
+def from_yaml(settings: Mapping[str, object]) -> dict[str, object]:
+    """Settings with what YAML reads as text, the word none and numbers such as 1e-3, as what they are meant to be.
+
+    Raises:
+        ValueError: an unknown setting.
+    """
+    check_names(settings)
+    hints = typing.get_type_hints(DistillConfig)
+    return {name: _meant(value, typing.get_args(hints[name]) or (hints[name],)) for name, value in settings.items()}
+
+
+def _meant(value: object, accepted: tuple[type, ...]) -> object:
+    if not isinstance(value, str):
+        return value
+    if value.strip().lower() == "none" and type(None) in accepted:
+        return None
+    if float in accepted:
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
 def _without_retired(settings: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in settings.items() if name not in RETIRED}
 
@@ -421,9 +444,8 @@ def read_settings(path: str | os.PathLike) -> dict[str, object]:
     for name, value in settings.items():
         if not isinstance(value, (str, int, float, type(None))):
             raise ValueError(f"{path} must hold names and plain values; got {name!r}: {value!r}")
-    settings = _without_retired(settings)
-    check_names({name: value for name, value in settings.items() if name != "preset"})
-    return settings
+    based_on = {"preset": settings.pop("preset")} if "preset" in settings else {}
+    return based_on | from_yaml(_without_retired(settings))
 
 
 def read_config(path: str | os.PathLike) -> DistillConfig:
@@ -436,15 +458,16 @@ def read_config(path: str | os.PathLike) -> DistillConfig:
     return preset(settings.pop("preset", "paper"), **settings)
 
 
-def write_config(config: DistillConfig, path: str | os.PathLike) -> Path:
-    """Write every setting to a YAML file that `read_config` reads back.
+def write_config(config: DistillConfig, path: str | os.PathLike, dataset: str = "") -> Path:
+    """Write every setting to a YAML file that `read_config` reads back; ``dataset`` is named in a comment.
 
     Raises:
         OSError: the file could not be written.
     """
     import yaml
 
-    text = f"# atom_fast distillation, configuration {config.config_hash()}\n"
+    of = f" of {dataset}" if dataset else ""
+    text = f"# atom_fast distillation{of}, configuration {config.config_hash()}\n"
     return write_atomically(path, text + yaml.safe_dump(config.to_dict(), sort_keys=False))
 
 

@@ -103,7 +103,7 @@ def distill(
             preprocessing = fit_preprocessing(real.train_images, config.preprocessing, progress=progress)
         run = _start(config, real, preprocessing, checkpoint, synthetic_init, progress, world)
         if writes:
-            write_config(config, output / CONFIG_FILE)
+            write_config(config, output / CONFIG_FILE, data.name)
             append_environment(output / ENVIRONMENT_FILE, {**environment(device), "processes": world.size})
         recorder = _Recorder(run, output, checkpoint, preprocessing, progress)
         _iterate(run, recorder)
@@ -117,11 +117,11 @@ def distill(
 
 def _check_fit(config: DistillConfig, data: ImageData, given: bool) -> None:
     """Refuse what cannot work before anything is written."""
-    check_class_sizes(data, config.real_batch)
+    check_class_sizes(data, config.real_batch, " (real_batch)")
     if config.image_init == "given" and not given:
         raise ValueError("image_init 'given' needs a synthetic set to start from (synthetic_init, --set)")
     if config.image_init in ("real", "herding"):
-        check_class_sizes(data, config.ipc)
+        check_class_sizes(data, config.ipc, " (ipc)")
     make_network(config, data)
 
 

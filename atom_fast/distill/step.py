@@ -105,7 +105,7 @@ class Distillation:
             ValueError: a class has fewer than ``config.real_batch`` images, ``images`` has another shape, or classes
                 shall run in chunks, or in several processes, under a norm that couples them.
         """
-        check_class_sizes(data, config.real_batch)
+        check_class_sizes(data, config.real_batch, " (real_batch)")
         check_ranks(config, data, world)
         device, classes = data.train_images.device, world.share(data.num_classes)
         expected = (len(classes) * config.ipc, *data.image_shape)
@@ -499,7 +499,7 @@ def initial_images(
         shape = (data.num_classes * config.ipc, *data.image_shape)
         return torch.randn(shape, generator=generator, device=generator.device)
     if config.image_init == "herding":
-        check_class_sizes(data, config.ipc)  # before the network is trained
+        check_class_sizes(data, config.ipc, " (ipc)")  # before the network is trained
         protocol = get_protocol("paper", augmentation=config.augmentation)
         features, _ = watch_training(
             data, preprocessing, protocol=protocol, epochs=_HERDING_EPOCHS, seed=config.seed, progress=progress

@@ -173,7 +173,7 @@ class _Ensemble:
             for trainer, stream, row in zip(self.trainers, self._streams, indices.unbind(0), strict=True):
                 with torch.cuda.stream(stream):
                     trainer.step(row)
-        finally:  # also where memory runs out: a capture that ends with a stream apart raises another error in its place
+        finally:  # also where memory runs out: a capture that ends with a stream apart raises another error
             for stream in self._streams:
                 current.wait_stream(stream)
 

@@ -158,7 +158,7 @@ def _forward_torch(features, spatial_power, channel_power, normalize, maps, stat
     for rows, magnitude, raised in _pieces(features, maps.dtype):
         magnitude.copy_(features[rows]).abs_()
         peak = statistics[0, rows].copy_(magnitude.flatten(1).amax(1))
-        peak.masked_fill_(peak == 0, 1.0)
+        peak.masked_fill_(peak < torch.finfo(peak.dtype).tiny, 1.0)  # zero, or its reciprocal would overflow
         magnitude.mul_(peak.reciprocal().view(-1, 1, 1, 1))
         for power in {spatial_power, channel_power} - {None}:
             _power(magnitude, power, raised)
