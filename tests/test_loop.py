@@ -169,7 +169,9 @@ def test_resuming_nothing_starts_and_says_so(data, tmp_path, capsys):
 
 
 @pytest.mark.fault(
-    "Folders", "a new run is given a folder with something in it, or `--resume` one without a run", "refused, untouched"
+    "Folders",
+    "a new run is given a folder with something in it, or `--resume` one that holds something, but no run",
+    "refused, untouched",
 )
 def test_an_existing_folder_is_refused(finished, data, tmp_path):
     folder, _ = finished

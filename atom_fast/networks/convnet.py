@@ -215,9 +215,10 @@ def _block_sizes(size: tuple[int, int], depth: int, pooling: str, norm: str) -> 
         unpoolable = pooling in ("avg2", "max2") and min(height, width) < 2
         constant = norm == "instance" and height * width < 2  # InstanceNorm of one pixel is zero whatever the image
         if unpoolable or constant:
+            shallower = f"depth {index} or less, or " if index else ""
             raise ValueError(
                 f"images of {size[0]}x{size[1]} are too small for depth {depth} with pooling {pooling!r} and norm "
-                f"{norm!r}: block {index + 1} would see {height}x{width}; use depth {index} or less, or larger images"
+                f"{norm!r}: block {index + 1} would see {height}x{width}; use {shallower}larger images"
             )
     return sizes
 
