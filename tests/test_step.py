@@ -475,6 +475,20 @@ def test_a_memory_budget_is_kept(device):
     assert torch.equal(run.images, images)
 
 
+@pytest.mark.parametrize("had", [1, 2, 3])
+def test_a_budget_above_what_the_device_has_takes_what_it_has(had, device, monkeypatch):
+    run = make_run(make_data(4, device=device))[0]
+    match = run._match
+
+    def limited(chunk, *rest):
+        if chunk.classes.stop - chunk.classes.start > had:
+            raise torch.OutOfMemoryError("out of memory")
+        return match(chunk, *rest)
+
+    monkeypatch.setattr(run, "_match", limited)
+    assert fit_class_chunk(run, "100 GB") == run.class_chunk == had
+
+
 def test_all_classes_must_fit_where_the_norm_couples_them(device):
     run = make_run(make_data(4, device=device), norm="batch")[0]
     needed = run.peak_memory(4)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
 
 from atom_fast.distill.config import parse_budget
-from atom_fast.distill.step import Distillation
+from atom_fast.distill.step import Distillation, is_out_of_memory
 
 # Of the free memory that "fit" may take: convolution workspaces and fragmentation need the rest.
 _FREE_SHARE = 0.9
@@ -40,18 +41,31 @@ def fit_class_chunk(run: Distillation, budget: str) -> int:
         chunk = classes
     else:
         smallest = run.peak_memory(1)
-        growth = max(run.peak_memory(2) - smallest, 1)
-        chunk = min(classes, 1 + (limit - smallest) // growth)
+        growth = max(_peak(run, 2) - smallest, 1)
+        chunk = min(classes, 1 + int((limit - smallest) // growth))
     if smallest > limit:
         hint = "; under norm 'batch' all classes run together, under 'instance' fewer can" if coupled else ""
         raise ValueError(
             f"memory_budget {budget!r} is too small: {limit} bytes; the smallest that works here is {smallest} bytes"
             + hint
         )
-    while chunk > 1 and run.peak_memory(chunk) > limit:
+    while chunk > 1 and _peak(run, chunk) > limit:
         chunk -= 1
     run.set_class_chunk(chunk)
     return chunk
+
+
+def _peak(run: Distillation, chunk: int) -> float:
+    """Bytes at the peak of a step with ``chunk`` classes; infinite where the device has not so many."""
+    try:
+        return run.peak_memory(chunk)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    # Here, not in the handler: there the traceback would keep the failed step's tensors alive.
+    if run.images.is_cuda:
+        torch.cuda.empty_cache()
+    return math.inf
 
 
 def _free_memory(device: torch.device) -> int:

@@ -185,7 +185,7 @@ class Distillation:
             try:
                 return work()
             except RuntimeError as error:
-                if not _is_out_of_memory(error) or self.class_chunk == 1 or self.config.norm == "batch":
+                if not is_out_of_memory(error) or self.class_chunk == 1 or self.config.norm == "batch":
                     raise
             # Here, not in the handler: there the traceback would keep the failed step's tensors alive.
             if self.images.is_cuda:
@@ -536,7 +536,8 @@ def convolution_precision(precision: str, device: torch.device) -> Iterator[None
         settings.fp32_precision = before
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU or the CPU had no memory left."""
     # The CPU's allocator has no exception class of its own.
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 

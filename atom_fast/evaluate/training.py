@@ -95,7 +95,8 @@ class Trainer:
 
     def begin_epoch(self, epoch: int) -> Tensor:
         """Set the learning rate of an epoch, counted from 0, and draw its order: int64 [N]. Nothing is read back."""
-        self.network.train()
+        if not self.network.training:  # after a test; to say so to every module takes as long as some of a GPU's steps
+            self.network.train()
         self._learning_rate.fill_(self.protocol.learning_rate_at(epoch))
         return torch.randperm(len(self.images), generator=self.generator, device=self.images.device)
 
