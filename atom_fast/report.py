@@ -242,7 +242,8 @@ def result_line(result: dict) -> str:
         result: ``dataset``, ``ipc``, ``method``, ``accuracy_mean``, ``accuracy_std`` and, where Random was measured
             beside it, ``random_mean`` and ``random_std``.
     """
-    line = f"{result['dataset']} ipc={result['ipc']} {result['method']} {_accuracy(result, 'accuracy')}"
+    size = "" if result["ipc"] is None else f" ipc={result['ipc']}"  # all images of unequal classes have none
+    line = f"{result['dataset']}{size} {result['method']} {_accuracy(result, 'accuracy')}"
     return f"{line} random {_accuracy(result, 'random')}" if result.get("random_mean") is not None else line
 
 

@@ -1,8 +1,10 @@
 """Evaluation: equal to a plain training loop, repeatable network by network, and honest about what it reports."""
 
+import contextlib
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from atom_fast.data.augmentation import augment, draw_augmentation
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing, fit_preprocessing
 from atom_fast.evaluate import PROTOCOLS, EvaluationResult, evaluate, get_protocol, random_selection, training
-from atom_fast.evaluate.ensemble import train_networks
+from atom_fast.evaluate.ensemble import _Ensemble, train_networks
 from atom_fast.evaluate.training import Trainer, accuracy, network_seed
 from atom_fast.networks import NETWORKS, ConvNet, make_network
 
@@ -235,6 +237,30 @@ def test_a_network_is_the_same_alone_or_among_others(double_trainer):
             torch.testing.assert_close(alone[name], tensor, rtol=1e-9, atol=1e-9)
             torch.testing.assert_close(by_itself[name], tensor, rtol=1e-9, atol=1e-9)
     assert not torch.equal(among[0]["classifier.weight"], among[1]["classifier.weight"])
+
+
+def test_every_stream_is_joined_where_memory_runs_out(monkeypatch):
+    """A capture that ends with a stream apart raises an error of its own, and would hide that memory ran out."""
+
+    class Stream:
+        def __init__(self):
+            self.waited_for = []
+
+        def wait_stream(self, other):
+            self.waited_for.append(other)
+
+    def run_out(indices):
+        raise torch.OutOfMemoryError("out of memory")
+
+    current, ensemble = Stream(), object.__new__(_Ensemble)
+    ensemble._device, ensemble._streams = None, [Stream(), Stream(), Stream()]
+    ensemble.trainers = [SimpleNamespace(step=step) for step in (lambda indices: None, run_out, run_out)]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    with pytest.raises(torch.OutOfMemoryError):
+        ensemble._steps(torch.zeros(3, 1))
+    assert current.waited_for == ensemble._streams
+    assert all(stream.waited_for == [current] for stream in ensemble._streams)
 
 
 @pytest.mark.gpu

@@ -192,6 +192,7 @@ def test_bad_logs(tmp_path):
 
 def test_result_line():
     assert result_line(RESULT) == "digits ipc=10 atom 96.1 ± 0.3 random 91.1 ± 1.0"
+    assert result_line({**RESULT, "ipc": None}) == "digits atom 96.1 ± 0.3 random 91.1 ± 1.0"
     assert result_line({**RESULT, "random_mean": None}) == "digits ipc=10 atom 96.1 ± 0.3"
     assert result_line({**RESULT, "accuracy_mean": None}) == "digits ipc=10 atom diverged random 91.1 ± 1.0"
 
