@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+import typing
 
 import click
 import pytest
@@ -119,11 +120,12 @@ def test_a_default_given_explicitly_counts(tmp_path, configured):
 
 
 def test_every_setting_can_be_given(configured):
+    hints = typing.get_type_hints(DistillConfig)
     for field in dataclasses.fields(DistillConfig):
         flag = f"--{field.name.replace('_', '-')}"
-        if isinstance(field.default, bool):
-            other = f"--no-{flag[2:]}" if field.default else flag
-            assert getattr(configured(other)["config"], field.name) is not field.default
+        if bool in (hints[field.name], *typing.get_args(hints[field.name])):
+            for given, value in ((flag, True), (f"--no-{flag[2:]}", False)):
+                assert getattr(configured(given)["config"], field.name) is value
             continue
         value = field.metadata["choices"][-1] if field.metadata["choices"] else field.default
         given = "none" if value is None else value

@@ -173,7 +173,7 @@ def test_a_cell_s_folder_tells_its_settings_apart():
 def test_settings_that_are_what_the_data_set_implies_are_the_same_cell():
     for cells, settings in (
         (CELLS, {"network_init": "normal", "norm": "instance", "preprocessing": "standard", "loss_scale": 10}),
-        ([("cifar10", 10)], {"network_init": "default", "norm": "batch", "preprocessing": "zca", "loss_scale": 1}),
+        ([("cifar10", 10)], {"network_init": "default", "norm": "batch", "preprocessing": "zca", "loss_scale": 3}),
     ):
         names = [
             [cell.folder_name for cell, _ in plan("table1", cells, ["random", "atom"], settings=given).units]
@@ -825,6 +825,29 @@ def test_methods_that_select_and_the_full_data_set(tmp_path):
     assert cell.ipc == 0
     run(small("table1", ["full"]), tmp_path)
     assert len(work.load_set(cell_folder(tmp_path, cell), cell)) == 1400
+
+
+def test_a_table_says_what_its_sets_were_tested_with(tmp_path):
+    """Not what the machine has that puts it together."""
+    target = small("table1", ["random"], seeds=2)
+    run(target, tmp_path)
+    [first, second] = [evaluation_file(tmp_path, cell, evaluations[0]) for cell, evaluations in target.units]
+    for path, torch_version in ((first, "2.11.0"), (second, "1.0")):
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps({**record, "versions": {"torch": torch_version}}))
+    record = collect(target, tmp_path)
+    assert record["versions"] == {"torch": "1.0, 2.11.0"} and "torch 1.0, 2.11.0." in render(record)
+
+
+def test_a_set_of_before_a_setting_came_is_its_cell_s(tmp_path):
+    target = small("table1", ["dam"], seeds=1)
+    [(cell, _)] = target.units
+    run(target, tmp_path)
+    folder = cell_folder(tmp_path, cell)
+    made = work.load_set(folder, cell)
+    del made.metadata["config"]["image_average"]
+    made.save(work.final_set_file(tmp_path, cell))
+    assert "image_average" not in work.load_set(folder, cell).metadata["config"]
 
 
 def test_rows_are_compared_set_by_set():

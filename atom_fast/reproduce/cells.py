@@ -242,7 +242,7 @@ def evaluation_file(output: Path, cell: Cell, evaluation: Evaluation) -> Path:
 
 def read_evaluation_file(output: Path, cell: Cell, evaluation: Evaluation) -> dict:
     """What an evaluation's file holds, finished or not: ``curves``, of which those of networks left to do are empty,
-    ``seconds``, ``set_seconds`` and ``device``. Where there is no file: only ``curves``, of no network.
+    ``seconds``, ``set_seconds``, ``device`` and ``versions``. Where there is no file: only ``curves``, of no network.
 
     Raises:
         ValueError: it is damaged.
@@ -265,6 +265,7 @@ def _is_evaluation(found: Mapping, last_epoch: str) -> bool:
         and isinstance(found.get("seconds"), (int, float))
         and isinstance(found.get("set_seconds"), (int, float, type(None)))
         and isinstance(found.get("device"), str)
+        and isinstance(found.get("versions"), dict)
     )
 
 
@@ -293,7 +294,7 @@ def read_evaluation(output: Path, cell: Cell, evaluation: Evaluation) -> dict | 
 
     Returns:
         ``accuracies`` (per cent, one a network, None where it diverged), ``seconds`` of them, ``set_seconds``,
-        ``data`` (what the images are called), ``device``.
+        ``data`` (what the images are called), ``device``, ``versions`` of packages.
 
     Raises:
         ValueError: a file of the cell is damaged.
@@ -309,6 +310,7 @@ def read_evaluation(output: Path, cell: Cell, evaluation: Evaluation) -> dict | 
         "set_seconds": found["set_seconds"],
         "data": read_note(cell_folder(output, cell))["data"],
         "device": found["device"],
+        "versions": found["versions"],
     }
 
 

@@ -29,11 +29,11 @@ def collect(plan: Plan, output: Path, failed: Mapping[str, str] | None = None) -
         ``format``, ``target``, ``title``, ``kind`` ("table", "curves" or "grids"), ``data`` (what the images of each
         data set are called), ``reduced`` (what is not as in the paper, by data set), ``scales``, ``protocols``,
         ``configurations`` (full settings of the first set of every kind, by the name of its cell's folder),
-        ``devices``, ``versions``, ``date``, ``failed`` as given, and ``sections``: ``rows`` of ``entries`` with
-        ``paper`` ([mean, deviation]), ``ours`` (mean and population deviation over all networks of all sets, and every
-        accuracy; None: not measured), ``difference``, ``wanted``, the number of sets, ``failed``, how many of them did
-        and, where the section has a ``base``, ``to_base``: the mean difference of sets of the same seed, and its
-        standard error.
+        ``devices`` and ``versions`` (what sets were tested on and with), ``date``, ``failed`` as given, and
+        ``sections``: ``rows`` of ``entries`` with ``paper`` ([mean, deviation]), ``ours`` (mean and population
+        deviation over all networks of all sets, and every accuracy; None: not measured), ``difference``, ``wanted``,
+        the number of sets, ``failed``, how many of them did and, where the section has a ``base``, ``to_base``: the
+        mean difference of sets of the same seed, and its standard error.
 
     Raises:
         ValueError: cells of one data set were made from different images, or one is damaged.
@@ -55,7 +55,7 @@ def collect(plan: Plan, output: Path, failed: Mapping[str, str] | None = None) -
         "protocols": {p.name: {k: v for k, v in vars(p).items() if k != "name"} for p in _protocols(plan)},
         "configurations": _configurations(plan),
         "devices": sorted(found.devices),
-        "versions": versions(),
+        "versions": found.versions(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "failed": found.failed,
         "sections": sections,
@@ -70,6 +70,7 @@ class _Found:
         self.failed = dict(failed)
         self.data: dict[str, str] = {}
         self.devices: set[str] = set()
+        self._versions: list[Mapping[str, str]] = []
 
     def ours(self, jobs: Sequence[Job]) -> dict | None:
         results = []
@@ -81,8 +82,15 @@ class _Found:
                 continue
             self.data[cell.dataset] = result["data"]
             self.devices.add(result["device"])
+            self._versions.append(result["versions"])
             results.append({**result, "seed": cell.seed})
         return _summary(results) if results else None
+
+    def versions(self) -> dict[str, str]:
+        """Of the packages that accuracies were measured with, on whichever machine; of a figure's grids, those here."""
+        found = self._versions or [versions()]
+        names = dict.fromkeys(name for one in found for name in one)
+        return {name: ", ".join(sorted({str(one[name]) for one in found if name in one})) for name in names}
 
     def _note(self, cell: Cell) -> None:
         folder = cell_folder(self.output, cell)
@@ -176,9 +184,12 @@ def _protocols(plan: Plan):
 
 
 def _configurations(plan: Plan) -> dict[str, dict]:
-    """Full settings of the sets of seed 0, by their cells' folders; those of other seeds differ in the seed alone."""
+    """Full settings of the sets of seed 0, by their cells' folders; those of other seeds differ in the seed alone.
+
+    Only the precision may be left to the device.
+    """
     return {
-        cell.folder_name: {**cell.to_dict(), "config": cell.config.to_dict()}
+        cell.folder_name: {**cell.to_dict(), "config": cell.resolved_config.to_dict()}
         for cell, _ in plan.units
         if cell.seed == 0
     }

@@ -16,7 +16,7 @@ from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing, fit_preprocessing
 from atom_fast.distill import distill
 from atom_fast.distill.checkpoint import remove_unfinished
-from atom_fast.distill.config import DistillConfig
+from atom_fast.distill.config import ADDED, DistillConfig
 from atom_fast.distill.logs import versions
 from atom_fast.distill.loop import CHECKPOINT_FOLDER, SYNTHETIC_FILE
 from atom_fast.evaluate import EvaluationResult, evaluate
@@ -179,7 +179,7 @@ def _is_of(synthetic: SyntheticSet, cell: Cell, iterations: int, fingerprint: st
     if not get_method(cell.method).distils:
         chosen = (about.get("method"), about.get("selection", {}).get("seed"), synthetic.ipc)
         return chosen == (cell.method, cell.seed, cell.ipc or synthetic.ipc)
-    made = DistillConfig.from_dict(about.get("config", {}))
+    made = DistillConfig.from_dict({**ADDED, **about.get("config", {})})
     wanted = dataclasses.replace(cell.resolved_config, iterations=iterations)
     if wanted.precision == "auto":  # the device's
         wanted = dataclasses.replace(wanted, precision=made.precision)
