@@ -9,6 +9,7 @@ from pathlib import Path
 
 from atom_fast._files import write_atomically
 from atom_fast.report import comparison_table
+from atom_fast.reproduce.tables import render
 
 from . import paper, plots, scaling
 from .harness import ROOT, load_results
@@ -19,6 +20,7 @@ from .table3 import EDITIONS, settings
 
 FIGURES = ROOT / "docs" / "figures"
 NOT_MEASURED = "not measured yet"
+TABLE1 = "reproduce-cifar10-table1.json"
 
 
 def refresh(results: Path, readme: Path, *, check: bool = False) -> list[str]:
@@ -43,6 +45,10 @@ def refresh(results: Path, readme: Path, *, check: bool = False) -> list[str]:
     updated = replace_section(text, "measured", accuracy_markdown(sorted(results.glob("accuracy-*.json"))), readme)
     if updated != text:
         stale.append(f"{readme.name}: section measured does not show {results}")
+    text = updated
+    updated = replace_section(text, "table1", table1_markdown(results / TABLE1), readme)
+    if updated != text:
+        stale.append(f"{readme.name}: section table1 does not show {results}")
     text = updated
     for edition in EDITIONS:
         files = _files(results, "table3", edition)
@@ -88,6 +94,23 @@ def accuracy_markdown(paths: Sequence[Path]) -> str:
             raise ValueError(f"{path} is not a file of accuracies ({error!r}); it is left as it is") from error
         sections.append(section)
     return "\n\n".join(sections) or f"Accuracy: {NOT_MEASURED}."
+
+
+def table1_markdown(path: Path) -> str:
+    """The rows of Table 1 that were measured; docs/reproduction.md has all.
+
+    Raises:
+        ValueError: the file is not what ``atom-fast reproduce`` wrote.
+    """
+    if not path.exists():
+        return f"Table 1: {NOT_MEASURED}."
+    try:
+        record = json.loads(path.read_text("utf-8"))
+        [section] = record["sections"]
+        rows = [row for row in section["rows"] if any(entry["ours"] for entry in row["entries"].values())]
+        return render({**record, "sections": [{**section, "rows": rows}]})
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not what atom-fast reproduce wrote ({error!r}); it is left as it is") from error
 
 
 def replace_section(text: str, name: str, section: str, readme: Path) -> str:

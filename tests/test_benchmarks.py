@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 
 import pytest
@@ -459,7 +460,7 @@ def test_gpu_edition_without_a_gpu(tmp_path, capsys):
 
 # Showing
 
-SECTIONS = ("measured", *(f"table3-{name}" for name in table3.EDITIONS))
+SECTIONS = ("measured", "table1", *(f"table3-{name}" for name in table3.EDITIONS))
 MARKS = "\n".join(f"<!-- {name}:start -->\nold\n<!-- {name}:end -->" for name in SECTIONS)
 
 
@@ -536,6 +537,18 @@ def test_kernels_are_drawn_below_the_roof_and_their_picture_is_checked(measured)
 def test_the_projects_own_readme_shows_the_figures_kept_with_it():
     root = harness.ROOT
     assert report.refresh(root / "benchmarks" / "results", root / "README.md", check=True) == []
+
+
+def test_the_readme_has_the_rows_of_table_1_that_were_measured(measured):
+    kept = harness.ROOT / "benchmarks" / "results" / report.TABLE1
+    copy = measured / "results" / report.TABLE1
+    shutil.copy(kept, copy)
+    report.refresh(measured / "results", measured / "README.md")
+    text = (measured / "README.md").read_text()
+    assert "| ATOM " in text and "Measured on" in text and "(cited)" not in text and "Herding" not in text
+    copy.write_text("{}")
+    with pytest.raises(ValueError, match="reproduce-cifar10-table1"):
+        report.refresh(measured / "results", measured / "README.md")
 
 
 def test_a_provider_that_is_no_more_is_left_out(measured):
@@ -655,7 +668,7 @@ def test_gpu_script_keeps_going_when_a_part_fails(monkeypatch, tmp_path, capsys)
     ("part", "last"),
     [
         ("table1", "45  to do     cifar10 ipc 50 atom seed 4 [5 convnet]"),  # three methods, three sizes, five sets
-        ("study", "21  to do     cifar10 ipc 50 atom seed 2 [5 convnet]"),  # 1 and, at 50, 5 are the preset's scales
+        ("study", "36  to do     cifar10 ipc 50 atom seed 2 [5 convnet] image_init=herding"),  # six rows, two sizes
     ],
 )
 def test_gpu_script_reproduces_where_the_images_are(monkeypatch, tmp_path, part, last):
