@@ -55,7 +55,7 @@ class _OrNone(click.ParamType):
 
 
 class _List(click.ParamType):
-    """Values of another type, joined by commas."""
+    """Values of another type, joined by commas; each once."""
 
     def __init__(self, inner: click.ParamType):
         self.inner = inner
@@ -63,7 +63,8 @@ class _List(click.ParamType):
 
     def convert(self, value, param, ctx):
         parts = value.split(",") if isinstance(value, str) else value
-        return [self.inner.convert(part.strip() if isinstance(part, str) else part, param, ctx) for part in parts]
+        found = (self.inner.convert(part.strip() if isinstance(part, str) else part, param, ctx) for part in parts)
+        return list(dict.fromkeys(found))
 
 
 class _Commands(click.Group):
@@ -537,9 +538,8 @@ def show(file, output):
     "--format",
     "form",
     type=_Choice(EXPORT_FORMATS),
-    default="folder",
-    show_default=True,
-    help="folder: PNG files as torchvision's ImageFolder reads them; pt: what the public DC, DM and DataDAM code saves",
+    help="folder: PNG files as torchvision's ImageFolder reads them; pt: what the public DC, DM and DataDAM code saves"
+    "  [default: pt where OUTPUT ends in .pt, otherwise folder]",
 )
 def export(file, output, form):
     """Write the set in FILE to OUTPUT in a format that other programs read."""

@@ -71,8 +71,10 @@ class SyntheticSet(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.images[index], int(self.labels[index])
+    def __getitem__(self, index: int | slice | Sequence[int]) -> tuple[torch.Tensor, int | torch.Tensor]:
+        """An image and its label, or several of each, as indexing the tensors gives them."""
+        label = self.labels[index]
+        return self.images[index], label if label.dim() else int(label)
 
     @property
     def class_sizes(self) -> tuple[int, ...]:
@@ -151,15 +153,16 @@ class SyntheticSet(torch.utils.data.Dataset):
             raise ValueError(f"{path} does not hold a usable synthetic set: {error}") from error
         return synthetic
 
-    def export(self, path: str | os.PathLike, format: str = "folder") -> Path:
+    def export(self, path: str | os.PathLike, format: str | None = None) -> Path:
         """Write the set in a format that other programs read.
 
         Args:
             path: the folder or file to write. A folder must not exist or be empty; a file is replaced.
-            format: ``"folder"`` writes ``train/<class>/0000.png`` as torchvision's ``ImageFolder`` reads it, in 8-bit
-                pixels (values outside [0, 1] are clamped), and ``metadata.json``. Folder names are the class names
-                where these are safe as file names and sort in the order of the labels; otherwise each gets the label
-                in front, so that ``ImageFolder`` always numbers the classes as this set does.
+            format: None: ``"pt"`` where the path ends in ``.pt``, otherwise ``"folder"``. ``"folder"`` writes
+                ``train/<class>/0000.png`` as torchvision's ``ImageFolder`` reads it, in 8-bit pixels (values outside
+                [0, 1] are clamped), and ``metadata.json``. Folder names are the class names where these are safe as
+                file names and sort in the order of the labels; otherwise each gets the label in front, so that
+                ``ImageFolder`` always numbers the classes as this set does.
                 ``"pt"`` writes what the public DC, DM and DataDAM programs save, ``{"data": [[images, labels]],
                 "accs_all_exps": {}}``, float32 on the CPU. Images are normalised as those programs normalise the data
                 set (CIFAR-10, CIFAR-100 and Tiny ImageNet by the constants in their code, others by this set's own mean
@@ -174,6 +177,8 @@ class SyntheticSet(torch.utils.data.Dataset):
             OSError: the files could not be written.
         """
         path = Path(path)
+        if format is None:
+            format = "pt" if path.suffix == ".pt" else "folder"
         if format == "folder":
             return _export_folder(self, path)
         if format == "pt":

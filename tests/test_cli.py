@@ -267,7 +267,7 @@ def test_show_export_info(finished, tmp_path):
     assert stdout == f"{tmp_path / 'grid.png'}\n" and (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
     run("export", file, tmp_path / "images")
     assert len(datasets.ImageFolder(tmp_path / "images" / "train")) == 20
-    run("export", file, tmp_path / "set.pt", "--format", "pt")
+    run("export", file, tmp_path / "set.pt")
     assert torch.load(tmp_path / "set.pt", weights_only=True)["data"][0][0].shape == (20, 1, 8, 8)
     stdout, _ = run("info", file)
     assert stdout.startswith("digits, 2 per class, atom, 4 iterations\n")

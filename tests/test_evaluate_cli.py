@@ -44,7 +44,7 @@ def run(*arguments, code=0):
 
 def test_several_architectures_are_a_line_and_a_record_each(file, tmp_path):
     json_path = tmp_path / "result.json"
-    stdout, stderr = run("evaluate", file, "--arch", "alexnet, convnet", "--networks", 2, "--json", json_path)
+    stdout, stderr = run("evaluate", file, "--arch", "alexnet, convnet,alexnet", "--networks", 2, "--json", json_path)
     assert [line.split(" ipc=1 random ")[0] for line in stdout.splitlines()] == ["alexnet: digits", "convnet: digits"]
     assert stderr == ""
     records = json.loads(json_path.read_text())

@@ -65,6 +65,9 @@ def test_is_a_dataset():
     assert torch.cat([labels for _, labels in batches]).equal(synthetic.labels)
     with pytest.raises(IndexError):
         synthetic[6]
+    for several in (slice(1, 4), [1, 2, 3]):
+        images, labels = synthetic[several]
+        assert torch.equal(images, synthetic.images[1:4]) and torch.equal(labels, synthetic.labels[1:4])
 
 
 def test_class_sizes():
@@ -308,7 +311,7 @@ def test_classes_keep_their_labels_in_a_folder_whatever_their_names(tmp_path):
 
 def test_pt_export_is_what_the_public_programs_save(tmp_path):
     synthetic = make_set()
-    path = synthetic.export(tmp_path / "res_ATOM.pt", format="pt")
+    path = synthetic.export(tmp_path / "res_ATOM.pt")
     content = torch.load(path, weights_only=True)
     assert set(content) == {"data", "accs_all_exps"}
     images, labels = content["data"][0]
