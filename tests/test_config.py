@@ -81,6 +81,17 @@ def test_under_batch_norm_the_steps_are_large_and_averaged(dataset, ipc, expecte
         assert preset(published, ipc=ipc, norm="batch").for_data((3, 32, 32), dataset).image_average is False
 
 
+def test_mean_embeddings_alone_have_the_weight_that_they_have_beside_attention():
+    """Under BatchNorm a step that is a hundred times as long loses the images."""
+    alone = {"spatial_power": None, "channel_power": None}
+    for weight in (None, 0.01, 1.0):
+        resolved = preset(ipc=10, mmd_weight=weight, **alone).for_data((3, 32, 32), "cifar10")
+        assert resolved.loss_scale * resolved.mmd_weight == pytest.approx(0.03)
+        assert preset(ipc=10, mmd_weight=weight).for_data((3, 32, 32), "cifar10").loss_scale == 3
+        assert preset(ipc=10, mmd_weight=weight, norm="instance", **alone).for_data((1, 8, 8), "x").loss_scale == 10
+    assert preset("dm", ipc=10, norm="batch").for_data((3, 32, 32), "cifar10").loss_scale == 1, "as published"
+
+
 def test_what_is_given_is_not_derived():
     chosen = {"mmd_weight": 0.5, "image_lr": 3.0, "depth": 2, "preprocessing": "standard", "precision": "bfloat16"}
     resolved = preset(**chosen).resolve((3, 64, 64), "cifar10", CPU)

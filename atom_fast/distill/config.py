@@ -115,7 +115,8 @@ class DistillConfig:
     loss_scale: float | None = _setting(
         None,
         "factor on the whole loss; under SGD only its product with image_lr counts; None: 10, with BatchNorm 0.3 ipc, "
-        "above 50 images a class, where image_lr is 10, 0.03 ipc",
+        "above 50 images a class, where image_lr is 10, 0.03 ipc, and for mean embeddings alone what gives them the "
+        "weight that they have beside attention",
         source="measured; the paper's equations have none (1), DataDAM's code 100",
         minimum=0,
     )
@@ -215,9 +216,13 @@ class DistillConfig:
             parse_budget(self.memory_budget)
             if self.class_chunk is not None:
                 raise ValueError("give class_chunk or memory_budget, not both: the budget chooses the chunk")
-        layers = self.feature_maps or self.spatial_power is not None or self.channel_power is not None
-        if not layers and self.mmd_weight == 0:
+        if not self._matches_layers and self.mmd_weight == 0:
             raise ValueError("nothing to match: spatial_power and channel_power are None and mmd_weight is 0")
+
+    @property
+    def _matches_layers(self) -> bool:
+        """Whether anything is matched beside the mean embeddings."""
+        return self.feature_maps or self.spatial_power is not None or self.channel_power is not None
 
     def to_dict(self) -> dict[str, object]:
         """The settings by name, as plain values."""
@@ -256,11 +261,17 @@ class DistillConfig:
         height, width = image_shape[1:]
         norm = default_norm(dataset, self.ipc) if self.norm == "auto" else self.norm
         image_lr = 10.0 if self.ipc > 50 else 1.0
+        mmd_weight = 0.02 if min(height, width) >= 64 else 0.01
+        loss_scale = 10.0
+        if norm == "batch":
+            loss_scale = 3 * self.ipc / (10 * image_lr)
+            if not self._matches_layers and self.mmd_weight is not None:
+                loss_scale *= mmd_weight / self.mmd_weight
         return self._with(
             norm=norm,
             network_init=default_initialization(norm),
-            loss_scale=3 * self.ipc / (10 * image_lr) if norm == "batch" else 10.0,
-            mmd_weight=0.02 if min(height, width) >= 64 else 0.01,
+            loss_scale=loss_scale,
+            mmd_weight=mmd_weight,
             image_lr=image_lr,
             image_average=norm == "batch",
             depth=default_depth(height, width),
