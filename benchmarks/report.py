@@ -9,13 +9,13 @@ from pathlib import Path
 
 from atom_fast._files import write_atomically
 from atom_fast.report import comparison_table
-from atom_fast.reproduce.tables import render
 
-from . import paper, plots, scaling
+from . import paper, plots, reproduction, scaling
 from .harness import ROOT, load_results
 from .merging import digest, merge
 from .methods import METHODS, Setting
 from .plots import PRECISION_NAMES
+from .sections import replace_section
 from .table3 import EDITIONS, settings
 
 FIGURES = ROOT / "docs" / "figures"
@@ -46,7 +46,9 @@ def refresh(results: Path, readme: Path, *, check: bool = False) -> list[str]:
     if updated != text:
         stale.append(f"{readme.name}: section measured does not show {results}")
     text = updated
-    updated = replace_section(text, "table1", table1_markdown(results / TABLE1), readme)
+    table1 = results / TABLE1
+    section = reproduction.section(table1, measured=True) if table1.exists() else f"Table 1: {NOT_MEASURED}."
+    updated = replace_section(text, "table1", section, readme)
     if updated != text:
         stale.append(f"{readme.name}: section table1 does not show {results}")
     text = updated
@@ -94,36 +96,6 @@ def accuracy_markdown(paths: Sequence[Path]) -> str:
             raise ValueError(f"{path} is not a file of accuracies ({error!r}); it is left as it is") from error
         sections.append(section)
     return "\n\n".join(sections) or f"Accuracy: {NOT_MEASURED}."
-
-
-def table1_markdown(path: Path) -> str:
-    """The rows of Table 1 that were measured; docs/reproduction.md has all.
-
-    Raises:
-        ValueError: the file is not what ``atom-fast reproduce`` wrote.
-    """
-    if not path.exists():
-        return f"Table 1: {NOT_MEASURED}."
-    try:
-        record = json.loads(path.read_text("utf-8"))
-        [section] = record["sections"]
-        rows = [row for row in section["rows"] if any(entry["ours"] for entry in row["entries"].values())]
-        return render({**record, "sections": [{**section, "rows": rows}]})
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not what atom-fast reproduce wrote ({error!r}); it is left as it is") from error
-
-
-def replace_section(text: str, name: str, section: str, readme: Path) -> str:
-    """The text with what is between a section's marks replaced.
-
-    Raises:
-        ValueError: the marks are not there, once each and in order.
-    """
-    start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
-    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
-        raise ValueError(f"{readme} must have {start} and, after it, {end}, once each")
-    before, rest = text.split(start)
-    return f"{before}{start}\n{section}\n{end}{rest.split(end)[1]}"
 
 
 def table3_markdown(paths: Sequence[Path]) -> str:

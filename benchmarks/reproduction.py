@@ -8,7 +8,7 @@ from pathlib import Path
 from atom_fast._files import write_atomically
 from atom_fast.reproduce.tables import FORMAT, render
 
-from .report import replace_section
+from .sections import replace_section
 
 PREFIX = "reproduce-"
 
@@ -31,7 +31,7 @@ def refresh(results: Path, page: Path, *, check: bool = False) -> list[str]:
     stale = []
     for path in sorted(results.glob(f"{PREFIX}*.json")):
         name = path.stem.removeprefix(PREFIX)
-        updated = replace_section(text, name, _section(path), page)
+        updated = replace_section(text, name, section(path), page)
         if updated != text:
             stale.append(f"{page.name}: section {name} does not show {path}")
         text = updated
@@ -40,11 +40,18 @@ def refresh(results: Path, page: Path, *, check: bool = False) -> list[str]:
     return stale
 
 
-def _section(path: Path) -> str:
+def section(path: Path, *, measured: bool = False) -> str:
+    """A results file as Markdown, or of its rows those that were measured.
+
+    Raises:
+        ValueError: the file is not what ``atom-fast reproduce`` wrote.
+    """
     try:
         record = json.loads(path.read_text("utf-8"))
         if record["format"] != FORMAT:
             raise ValueError(f"its format is {record['format']!r}")
+        for part in record["sections"] if measured else ():
+            part["rows"] = [row for row in part["rows"] if any(entry["ours"] for entry in row["entries"].values())]
         return render(record)
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{path} is not what atom-fast reproduce wrote ({error!r}); it is left as it is") from error
