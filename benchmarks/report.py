@@ -15,7 +15,7 @@ from .harness import ROOT, load_results
 from .merging import digest, merge
 from .methods import METHODS, Setting
 from .plots import PRECISION_NAMES
-from .sections import replace_section
+from .sections import replace_sections
 from .table3 import EDITIONS, settings
 
 FIGURES = ROOT / "docs" / "figures"
@@ -40,24 +40,16 @@ def refresh(results: Path, readme: Path, *, check: bool = False) -> list[str]:
     """
     if not results.is_dir():
         raise FileNotFoundError(f"no results folder at {results}")
-    text = readme.read_text()
-    stale = []
-    updated = replace_section(text, "measured", accuracy_markdown(sorted(results.glob("accuracy-*.json"))), readme)
-    if updated != text:
-        stale.append(f"{readme.name}: section measured does not show {results}")
-    text = updated
     table1 = results / TABLE1
-    section = reproduction.section(table1, measured=True) if table1.exists() else f"Table 1: {NOT_MEASURED}."
-    updated = replace_section(text, "table1", section, readme)
-    if updated != text:
-        stale.append(f"{readme.name}: section table1 does not show {results}")
-    text = updated
-    for edition in EDITIONS:
-        files = _files(results, "table3", edition)
-        updated = replace_section(text, f"table3-{edition}", edition_markdown(edition, files), readme)
-        if updated != text:
-            stale.append(f"{readme.name}: section table3-{edition} does not show {results}")
-        text = updated
+    accuracies = reproduction.section(table1, measured=True) if table1.exists() else f"Table 1: {NOT_MEASURED}."
+    sections = [
+        ("measured", accuracy_markdown(sorted(results.glob("accuracy-*.json"))), results),
+        ("table1", accuracies, results),
+    ]
+    editions = {edition: _files(results, "table3", edition) for edition in EDITIONS}
+    sections += [(f"table3-{name}", edition_markdown(name, files), results) for name, files in editions.items()]
+    text, stale = replace_sections(readme.read_text(), sections, readme)
+    for edition, files in editions.items():
         if files:
             figure = FIGURES / f"table3-{edition}.png"
             stale += _refresh_plot(figure, digest(files), partial(plots.plot_table3, figure, edition, files), check)

@@ -8,7 +8,7 @@ from pathlib import Path
 from atom_fast._files import write_atomically
 from atom_fast.reproduce.tables import FORMAT, render
 
-from .sections import replace_section
+from .sections import replace_sections
 
 PREFIX = "reproduce-"
 
@@ -27,14 +27,9 @@ def refresh(results: Path, page: Path, *, check: bool = False) -> list[str]:
     Raises:
         ValueError: a file is not what ``atom-fast reproduce`` wrote, or the page lacks a mark.
     """
-    text = page.read_text("utf-8")
-    stale = []
-    for path in sorted(results.glob(f"{PREFIX}*.json")):
-        name = path.stem.removeprefix(PREFIX)
-        updated = replace_section(text, name, section(path), page)
-        if updated != text:
-            stale.append(f"{page.name}: section {name} does not show {path}")
-        text = updated
+    found = sorted(results.glob(f"{PREFIX}*.json"))
+    sections = [(path.stem.removeprefix(PREFIX), section(path), path) for path in found]
+    text, stale = replace_sections(page.read_text("utf-8"), sections, page)
     if stale and not check:
         write_atomically(page, text)
     return stale
