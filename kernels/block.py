@@ -799,6 +799,41 @@ def join_statistics(b_count, b_mean, b_m2, N: tl.constexpr):
 
 
 @triton.jit
+def largest_feature(b_low, b_high, b_mean, b_scale, b_bias):
+    """The largest feature of channels whose smallest and largest values are ``b_low`` and ``b_high``; at least 0."""
+    b_extreme = tl.maximum((b_low - b_mean) * b_scale, (b_high - b_mean) * b_scale) + b_bias
+    return tl.maximum(tl.max(b_extreme, axis=0), 0.0)
+
+
+@triton.jit
+def add_tile(
+    quad, start, o_c, b_channel, p_pooled, p_spatial, b_mean, b_scale, b_bias, peak,
+    pooled_stride_c: tl.constexpr, pooled_stride_h: tl.constexpr, pooled_stride_w: tl.constexpr,
+    SPATIAL: tl.constexpr, CHANNEL: tl.constexpr,
+    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Normalise a tile; write its pooled features and its part of the spatial map.
+
+    Returns:
+        ``b_channel`` [BLOCK_P, BLOCK_C] with the tile's (f / peak)^p added.
+    """
+    valid = valid_quad(start, H, W, BLOCK_P)
+    quad = rectify_quad(centre_quad(quad, b_mean, valid, False), b_scale, b_bias, valid, False)
+    pointers, mask = pooled_pointers(
+        p_pooled, start, o_c, pooled_stride_c, pooled_stride_h, pooled_stride_w, C, H, W, BLOCK_P
+    )
+    store_tile(pointers, sum_quad(quad) * 0.25, mask, False)
+    quad = scale_quad(quad, relative_to(peak))
+    if SPATIAL > 0:
+        b_00, b_01 = tl.sum(power(quad[0], SPATIAL), axis=1), tl.sum(power(quad[1], SPATIAL), axis=1)
+        b_10, b_11 = tl.sum(power(quad[2], SPATIAL), axis=1), tl.sum(power(quad[3], SPATIAL), axis=1)
+        _store_map(p_spatial, start, (b_00, b_01, b_10, b_11), H, W, BLOCK_P)
+    if CHANNEL > 0:
+        b_channel += sum_powers(quad, CHANNEL)
+    return b_channel
+
+
+@triton.jit
 def tiled_forward_kernel(
     p_x,
     p_weight,
@@ -869,27 +904,17 @@ def tiled_forward_kernel(
 
     b_weight, b_bias = load_affine(p_weight, p_bias, o_c, dtype, C, AFFINE, BLOCK_C)
     b_scale = b_rstd * b_weight
-    b_extreme = tl.maximum((b_low - b_mean) * b_scale, (b_high - b_mean) * b_scale) + b_bias
-    peak = tl.maximum(tl.max(b_extreme, axis=0), 0.0)
+    peak = largest_feature(b_low, b_high, b_mean, b_scale, b_bias)
     tl.store(p_peak + i_row, peak)
     b_channel = tl.zeros([BLOCK_P, BLOCK_C], dtype)
     for start in range(0, PLACES, BLOCK_P):
-        valid = valid_quad(start, H, W, BLOCK_P)
         quad = _load_quad(
             p_x, start, o_c, stride_c, stride_h, stride_w, dtype, C, H, W, BLOCK_P, BLOCK_C, CHANNELS_LAST, False
         )
-        quad = rectify_quad(centre_quad(quad, b_mean, valid, False), b_scale, b_bias, valid, False)
-        pointers, mask = pooled_pointers(
-            p_pooled, start, o_c, pooled_stride_c, pooled_stride_h, pooled_stride_w, C, H, W, BLOCK_P
-        )
-        store_tile(pointers, sum_quad(quad) * 0.25, mask, False)
-        quad = scale_quad(quad, relative_to(peak))
-        if SPATIAL > 0:
-            b_00, b_01 = tl.sum(power(quad[0], SPATIAL), axis=1), tl.sum(power(quad[1], SPATIAL), axis=1)
-            b_10, b_11 = tl.sum(power(quad[2], SPATIAL), axis=1), tl.sum(power(quad[3], SPATIAL), axis=1)
-            _store_map(p_spatial + i_row * (H * W), start, (b_00, b_01, b_10, b_11), H, W, BLOCK_P)
-        if CHANNEL > 0:
-            b_channel += sum_powers(quad, CHANNEL)
+        b_channel = add_tile(
+            quad, start, o_c, b_channel, p_pooled, p_spatial + i_row * (H * W), b_mean, b_scale, b_bias, peak,
+            pooled_stride_c, pooled_stride_h, pooled_stride_w, SPATIAL, CHANNEL, C, H, W, BLOCK_P,
+        )  # fmt: skip
     if CHANNEL > 0:
         tl.store(p_channel + i_b * C + o_c, tl.sum(b_channel, axis=0), mask=o_c < C)
 

@@ -16,11 +16,15 @@ import triton.language as tl
 
 from .block import (
     add_maps,
+    add_tile,
     centre_planes,
     centre_quad,
     dot_quad,
     empty_maps,
+    extend_statistics,
     gradient_quad,
+    join_statistics,
+    largest_feature,
     load_affine,
     load_map,
     load_statistics,
@@ -36,39 +40,48 @@ from .block import (
     valid_quad,
 )
 
-# Values of the neighbourhoods of one sample that fit shared memory beside the rest: 128 KB in float32.
+# Values of the neighbourhoods of one sample that are kept on a chip: 128 KB in float32. Larger images are convolved apart.
 RESIDENT = 32768
+IMAGE_CHANNELS = 4  # at most
 
 
-def first_block_launch(image_channels: int, channels: int, height: int, width: int) -> dict[str, int] | None:
-    """Launch table of `first_block_forward_kernel`; None where a plane does not fit."""
+def first_block_launch(
+    image_channels: int, channels: int, height: int, width: int, element_size: int, shared: int
+) -> dict[str, int] | None:
+    """Launch table of `first_block_forward_kernel`; None where a program of ``shared`` bytes does not hold a plane.
+
+    Args:
+        element_size: bytes of an operand of the products.
+        shared: bytes of shared memory that one program may take.
+    """
     block_k = _columns_block(image_channels)
     block_p = _places(height, width)
-    if 4 * block_p * block_k > RESIDENT:
-        return None
     block_c = max(16, min(triton.next_power_of_2(channels), 16384 // (4 * block_p), 128))
+    # The compiler keeps the neighbourhoods and filters there, and rearranges a tile by way of it.
+    needed = (4 * block_p + block_c) * block_k * element_size + 4 * block_p * block_c + 4096
+    if needed > shared:
+        return None
     num_warps = 8 if block_p >= 64 else 4
     return {"BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_K": block_k, "GROUP": 2, "num_warps": num_warps}
+
+
+def tiled_first_block_launch(image_channels: int) -> dict[str, int]:
+    """Launch table of the forward kernels that walk planes in tiles of BLOCK_P places."""
+    return {"BLOCK_P": 16, "BLOCK_C": 64, "BLOCK_K": _columns_block(image_channels), "num_warps": 4, "num_stages": 1}
 
 
 def first_block_backward_launch(image_channels: int) -> dict[str, int]:
     """Launch table of the backward kernels, which walk a tile of BLOCK_P places through the channels.
 
-    Measured on an H100. Where a warp's share of a product is 16 places by 16 channels (16 channels, and 16 places a
-    warp), the gradient came out wrong by nearly half its length: in TF32 and bfloat16, the same bits every time
-    (Triton 3.6).
+    Measured on an H100.
     """
     return {"BLOCK_P": 16, "BLOCK_C": 32, "BLOCK_K": _columns_block(image_channels), "num_warps": 2}
 
 
-def product_precision(tf32: bool, height: int, width: int) -> str:
-    """How float32 operands are multiplied: in TF32 only for sizes of planes whose products were checked on an H100."""
-    return "tf32" if tf32 and _places(height, width) in (16, 256) else "ieee"
-
-
-def narrow_products_checked(height: int, width: int) -> bool:
-    """Whether products of 16-bit operands were checked on an H100 for this size of planes."""
-    return _places(height, width) in (16, 64, 256)
+def is_resident(image_channels: int, height: int, width: int) -> bool:
+    """Whether the first block of images of this size is fused with its convolution."""
+    fits = 4 * _places(height, width) * _columns_block(image_channels) <= RESIDENT
+    return image_channels <= IMAGE_CHANNELS and fits
 
 
 def _columns_block(image_channels: int) -> int:
@@ -78,6 +91,27 @@ def _columns_block(image_channels: int) -> int:
 def _places(height: int, width: int) -> int:
     """Quads of a plane, rounded up to a power of two that matrix instructions take."""
     return max(16, triton.next_power_of_2(triton.cdiv(height, 2) * triton.cdiv(width, 2)))
+
+
+# How `_entries` finds where the values of a neighbourhood lie: by comparisons, or by the divisions that every figure of
+# a GPU so far was measured with. A compiler may pack such divisions in pairs of 16 bits, and ptxas 12.8 and 12.9 lose
+# the constant of a packed addition of which one half is used: tiles of 16 places per warp then read wrong pixels.
+DIVIDED = tl.constexpr(False)
+
+
+@triton.jit
+def _entries(BLOCK_K: tl.constexpr):
+    """Channel, row and column [BLOCK_K] of the values of a 3x3 neighbourhood of at most 4 channels."""
+    o_k = tl.arange(0, BLOCK_K)
+    if DIVIDED:
+        channel = o_k // 9
+        row = (o_k % 9) // 3
+        column = o_k % 3
+    else:
+        channel = (o_k >= 9).to(tl.int32) + (o_k >= 18).to(tl.int32) + (o_k >= 27).to(tl.int32)
+        row = (o_k - 9 * channel >= 3).to(tl.int32) + (o_k - 9 * channel >= 6).to(tl.int32)
+        column = o_k - 9 * channel - 3 * row
+    return channel, row, column
 
 
 @triton.jit
@@ -101,11 +135,12 @@ def _columns(
     o_h = 2 * (o_p // ((W + 1) // 2)) + ROW
     o_w = 2 * (o_p % ((W + 1) // 2)) + COLUMN
     o_k = tl.arange(0, BLOCK_K)
-    n_h = o_h[:, None] + ((o_k % 9) // 3 - 1)[None, :]
-    n_w = o_w[:, None] + (o_k % 3 - 1)[None, :]
+    channel, row, column = _entries(BLOCK_K)
+    n_h = o_h[:, None] + (row - 1)[None, :]
+    n_w = o_w[:, None] + (column - 1)[None, :]
     mask = (n_h >= 0) & (n_h < H) & (n_w >= 0) & (n_w < W) & (o_k < 9 * CI)[None, :]
     mask = mask & ((o_h < H) & (o_w < W))[:, None]
-    pointers = p_image + (o_k // 9 * stride_c)[None, :] + n_h * stride_h + n_w * stride_w
+    pointers = p_image + (channel * stride_c)[None, :] + n_h * stride_h + n_w * stride_w
     return tl.load(pointers, mask=mask, other=0.0).to(operand)
 
 
@@ -273,6 +308,147 @@ def first_block_forward_kernel(
         p_maps + i_b * map_length(C, H, W, SPATIAL, CHANNEL), p_statistics + i_b * 3, peak, spatial, b_channel,
         SPATIAL, CHANNEL, C, H, W, BLOCK_P, BLOCK_C, CHUNKS,
     )  # fmt: skip
+
+
+@triton.jit
+def _walk_statistics(
+    p_image, b_filter, image_stride_c, image_stride_h, image_stride_w,
+    dtype: tl.constexpr, operand: tl.constexpr, CI: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Mean, variance, smallest and largest value [BLOCK_C] of planes of the convolution's output, tile by tile."""
+    b_count = tl.zeros([BLOCK_P, 1], dtype)
+    b_mean = tl.zeros([BLOCK_P, BLOCK_C], dtype)
+    b_m2 = tl.zeros([BLOCK_P, BLOCK_C], dtype)
+    b_low = tl.full([BLOCK_P, BLOCK_C], float("inf"), dtype)
+    b_high = tl.full([BLOCK_P, BLOCK_C], float("-inf"), dtype)
+    for start in range(0, ((H + 1) // 2) * ((W + 1) // 2), BLOCK_P):
+        columns = _columns_quad(
+            p_image, start, image_stride_c, image_stride_h, image_stride_w, operand, CI, H, W, BLOCK_P, BLOCK_K
+        )
+        quad = _convolve(columns, b_filter, dtype, PRECISION)
+        b_count, b_mean, b_m2, b_low, b_high = extend_statistics(
+            quad, valid_quad(start, H, W, BLOCK_P), b_count, b_mean, b_m2, b_low, b_high
+        )
+    b_mean, b_variance = join_statistics(b_count, b_mean, b_m2, H * W)
+    return b_mean, b_variance, tl.min(b_low, axis=0), tl.max(b_high, axis=0)
+
+
+@triton.jit
+def tiled_first_block_statistics_kernel(
+    p_image,
+    p_filter,
+    p_mean,
+    p_variance,
+    image_stride_b,
+    image_stride_c: tl.constexpr,
+    image_stride_h: tl.constexpr,
+    image_stride_w: tl.constexpr,
+    CI: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """`first_block_statistics_kernel` in tiles of BLOCK_P places. Grid: (samples, blocks of BLOCK_C channels).
+
+    Args:
+        As in `first_block_forward_kernel`.
+    """
+    i_b = tl.program_id(0).to(tl.int64)
+    operand: tl.constexpr = p_filter.dtype.element_ty
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    b_mean, b_variance, _, _ = _walk_statistics(
+        p_image + i_b * image_stride_b, _filters(p_filter, tl.arange(0, BLOCK_K), o_c, operand, CI, C),
+        image_stride_c, image_stride_h, image_stride_w,
+        p_mean.dtype.element_ty, operand, CI, H, W, PRECISION, BLOCK_P, BLOCK_C, BLOCK_K,
+    )  # fmt: skip
+    tl.store(p_mean + i_b * C + o_c, b_mean, mask=o_c < C)
+    tl.store(p_variance + i_b * C + o_c, b_variance, mask=o_c < C)
+
+
+@triton.jit
+def tiled_first_block_forward_kernel(
+    p_image,
+    p_filter,
+    p_weight,
+    p_bias,
+    p_pooled,
+    p_spatial,
+    p_channel,
+    p_peak,
+    p_mean,
+    p_rstd,
+    image_stride_b,
+    image_stride_c: tl.constexpr,
+    image_stride_h: tl.constexpr,
+    image_stride_w: tl.constexpr,
+    pooled_stride_b,
+    pooled_stride_c: tl.constexpr,
+    pooled_stride_h: tl.constexpr,
+    pooled_stride_w: tl.constexpr,
+    eps,
+    CI: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    SPATIAL: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    AFFINE: tl.constexpr,
+    GIVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """BLOCK_C planes of one sample in tiles of BLOCK_P places: statistics, then everything else.
+
+    For chips whose shared memory does not hold the neighbourhoods of a whole image. The convolution is computed twice.
+    Grid: (samples, blocks of BLOCK_C channels).
+
+    Args:
+        p_spatial, p_channel, p_peak: as `tiled_forward_kernel` of `kernels/block.py` writes them.
+        The others as in `first_block_forward_kernel`.
+    """
+    i_b = tl.program_id(0).to(tl.int64)
+    i_c = tl.program_id(1)
+    i_row = i_b * tl.num_programs(1) + i_c
+    dtype: tl.constexpr = p_mean.dtype.element_ty
+    operand: tl.constexpr = p_filter.dtype.element_ty
+    p_image += i_b * image_stride_b
+    p_pooled += i_b * pooled_stride_b
+    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    b_filter = _filters(p_filter, tl.arange(0, BLOCK_K), o_c, operand, CI, C)
+    b_mean, b_variance, b_low, b_high = _walk_statistics(
+        p_image, b_filter, image_stride_c, image_stride_h, image_stride_w,
+        dtype, operand, CI, H, W, PRECISION, BLOCK_P, BLOCK_C, BLOCK_K,
+    )  # fmt: skip
+    if GIVEN:
+        b_mean, b_rstd = load_statistics(p_mean, p_rstd, i_b, o_c, C)
+    else:
+        b_rstd = 1.0 / tl.sqrt(b_variance + eps)
+        tl.store(p_mean + i_b * C + o_c, b_mean, mask=o_c < C)
+        tl.store(p_rstd + i_b * C + o_c, b_rstd, mask=o_c < C)
+
+    b_weight, b_bias = load_affine(p_weight, p_bias, o_c, dtype, C, AFFINE, BLOCK_C)
+    b_scale = b_rstd * b_weight
+    peak = largest_feature(b_low, b_high, b_mean, b_scale, b_bias)
+    tl.store(p_peak + i_row, peak)
+    b_channel = tl.zeros([BLOCK_P, BLOCK_C], dtype)
+    for start in range(0, ((H + 1) // 2) * ((W + 1) // 2), BLOCK_P):
+        columns = _columns_quad(
+            p_image, start, image_stride_c, image_stride_h, image_stride_w, operand, CI, H, W, BLOCK_P, BLOCK_K
+        )
+        b_channel = add_tile(
+            _convolve(columns, b_filter, dtype, PRECISION), start, o_c, b_channel, p_pooled,
+            p_spatial + i_row * (H * W), b_mean, b_scale, b_bias, peak,
+            pooled_stride_c, pooled_stride_h, pooled_stride_w, SPATIAL, CHANNEL, C, H, W, BLOCK_P,
+        )  # fmt: skip
+    if CHANNEL > 0:
+        tl.store(p_channel + i_b * C + o_c, tl.sum(b_channel, axis=0), mask=o_c < C)
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 Interpreted kernels cannot be compiled, so the work is done in a process without ``TRITON_INTERPRET``::
 
     report = compile_kernel("attention", "attention_forward_kernel", signature={...}, constants={...}, capability=90)
-    assert report.spills == 0 and report.widest_load == 128
+    check_report(report, capability=90)
 """
 
 from __future__ import annotations
@@ -18,9 +18,15 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import types
 from pathlib import Path
 
-CAPABILITIES = (80, 90)
+ROOT = Path(__file__).resolve().parent.parent
+# An A100, the GPUs with 100 KB of shared memory (sm_89 and sm_120 differ from sm_86 in few instructions), an H100.
+CAPABILITIES = (80, 86, 90)
+# An addition of two packed 16-bit numbers whose constant is lost: what ptxas 12.8 and 12.9 make, for sm_90 and above,
+# of `add.s16x2` with a constant where one half of the result is used.
+LOST_CONSTANT = re.compile(r"\bVIADD\.16x2 [^;]*, 0x0\b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +34,23 @@ class CubinReport:
     """What one kernel costs on one architecture."""
 
     registers: int
-    spills: int  # bytes of stack frame and local memory a thread
-    shared: int  # bytes of shared memory a program
+    spills: int  # bytes of stack frame and local memory per thread
+    shared: int  # bytes of shared memory per program
     widest_load: int  # bits of the widest global load (cp.async and bulk copies count as 128), 0 where there is none
     widest_store: int  # bits of the widest global store
     narrow_loads: int  # how many global load instructions are narrower than the widest
     tensor_core: bool  # whether a matrix instruction is used
+    lost_constants: int  # miscompiled additions, see LOST_CONSTANT
     sass: str = dataclasses.field(repr=False, default="")
+
+
+def check_report(report: CubinReport, capability: int, name: str = "") -> None:
+    """Assert what holds for every kernel: it fits the chip, nothing spills, no constant is lost."""
+    from atom_fast._device import SHARED_MEMORY
+
+    assert report.spills == 0, name
+    assert report.shared <= SHARED_MEMORY[capability], name
+    assert report.lost_constants == 0, name
 
 
 def compile_kernel(
@@ -47,8 +63,9 @@ def compile_kernel(
     num_warps: int = 4,
     num_stages: int = 3,
     aligned: tuple[str, ...] = (),
+    triton: str | None = None,
 ) -> CubinReport:
-    """Compile ``atom_fast.kernels.<module>.<kernel>`` for ``sm_<capability>``.
+    """Compile ``kernels/<module>.py``'s ``kernel`` for ``sm_<capability>``.
 
     Args:
         signature: argument name to Triton type, such as ``"*fp32"``, ``"i32"``, ``"i64"``, ``"fp32"``, ``"constexpr"``,
@@ -56,6 +73,10 @@ def compile_kernel(
         constants: the values of the ``constexpr`` arguments. An integer argument that Triton would specialise
             to 1 (a stride of one) belongs here too, with type ``"constexpr"``.
         aligned: arguments that are divisible by 16 (pointers of whole tensors, most strides).
+        triton: folder that holds another Triton, unpacked; None for the one that is installed.
+
+    Raises:
+        RuntimeError: it does not compile.
     """
     job = {
         "module": module,
@@ -67,40 +88,57 @@ def compile_kernel(
         "num_stages": num_stages,
         "aligned": list(aligned),
     }
-    worker = _worker()
-    worker.stdin.write(json.dumps(job) + "\n")
+    return compile_job(json.dumps(job), triton)
+
+
+@functools.cache
+def compile_job(job: str, triton: str | None = None) -> CubinReport:
+    """Compile what `compile_kernel` describes, as JSON; the same job once in a process."""
+    worker = _worker(triton)
+    worker.stdin.write(job + "\n")
     worker.stdin.flush()
     answer = json.loads(worker.stdout.readline())
     if "error" in answer:
-        raise RuntimeError(f"{kernel} does not compile for sm_{capability}:\n{answer['error'][-4000:]}")
+        what = "{kernel} does not compile for sm_{capability}".format_map(json.loads(job))
+        raise RuntimeError(f"{what}:\n{answer['error'][-4000:]}")
     return CubinReport(**answer)
 
 
-@functools.lru_cache(maxsize=1)
-def _worker() -> subprocess.Popen:
-    """One compiling process a test session: starting it costs more than most compilations."""
+@functools.cache
+def _worker(triton: str | None) -> subprocess.Popen:
+    """One compiling process per Triton: starting it costs more than most compilations."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    if triton is not None:
+        environment["PYTHONPATH"] = triton
     worker = subprocess.Popen(
         [sys.executable, "-m", "tests.cubin"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env=environment,
-        cwd=Path(__file__).resolve().parent.parent,
+        cwd=ROOT,
     )
     atexit.register(worker.kill)
     return worker
 
 
-def _compile(job: dict) -> CubinReport:
+def _kernels(module: str) -> types.ModuleType:
+    """``kernels/<module>.py`` without the package, whose import takes seconds and needs PyTorch."""
     import importlib
 
+    package = types.ModuleType("compiled_kernels")
+    package.__path__ = [str(ROOT / "kernels")]
+    sys.modules.setdefault(package.__name__, package)
+    return importlib.import_module(f"{package.__name__}.{module}")
+
+
+def _compile(job: dict) -> CubinReport:
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function = getattr(importlib.import_module(f"atom_fast.kernels.{job['module']}"), job["kernel"])
+    function = getattr(_kernels(job["module"]), job["kernel"])
     names = list(job["signature"])
     if names != function.arg_names:
         raise ValueError(f"signature must list {function.arg_names} in this order; got {names}")
@@ -115,18 +153,15 @@ def _compile(job: dict) -> CubinReport:
         target=GPUTarget("cuda", job["capability"], 32),
         options={"num_warps": job["num_warps"], "num_stages": job["num_stages"]},
     )
-    return _read(compiled.asm["cubin"], compiled.asm["ptx"], compiled.metadata.shared)
+    return _read(compiled.asm["cubin"], compiled.metadata.shared)
 
 
-def _read(cubin: bytes, ptx: str, shared: int) -> CubinReport:
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+def _read(cubin: bytes, shared: int) -> CubinReport:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.check_output([tools / "cuobjdump", "-res-usage", file.name], text=True)
-        sass = subprocess.check_output([tools / "cuobjdump", "-sass", file.name], text=True)
+        usage = subprocess.check_output([_tool("cuobjdump"), "-res-usage", file.name], text=True)
+        sass = disassemble(file.name)
     registers = int(re.search(r"REG:(\d+)", usage).group(1))
     stack = int(re.search(r"STACK:(\d+)", usage).group(1))
     local = int(re.search(r"LOCAL:(\d+)", usage).group(1))
@@ -141,9 +176,29 @@ def _read(cubin: bytes, ptx: str, shared: int) -> CubinReport:
         widest_load=max(loads, default=0),
         widest_store=max(stores, default=0),
         narrow_loads=sum(width < max(loads) for width in loads),
-        tensor_core=bool(re.search(r"\b(HMMA|HGMMA|IMMA|DMMA)", sass)),
+        tensor_core=bool(re.search(r"\b(HMMA|HGMMA|IMMA|DMMA|UTC\w*MMA)", sass)),
+        lost_constants=len(LOST_CONSTANT.findall(sass)),
         sass=sass if os.environ.get("ATOM_FAST_KEEP_SASS") else "",
     )
+
+
+def disassemble(cubin: str | Path) -> str:
+    """The machine code in a file, in words."""
+    return subprocess.run([_tool("cuobjdump"), "-sass", cubin], capture_output=True, text=True, check=True).stdout
+
+
+def assemble(ptx: str, capability: int, cubin: str | Path) -> None:
+    """Write what Triton's ptxas makes of PTX for ``sm_<capability>``."""
+    tool = "ptxas-blackwell" if capability >= 100 and _tool("ptxas-blackwell").exists() else "ptxas"
+    command = [_tool(tool), f"-arch=sm_{capability}", "-o", cubin, "-"]
+    subprocess.run(command, input=ptx, capture_output=True, text=True, check=True)
+
+
+def _tool(name: str) -> Path:
+    """A program that comes with Triton."""
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
 def _width(instruction: str) -> int:

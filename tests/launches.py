@@ -4,7 +4,7 @@ An operator is run with its kernels replaced by recorders, so that what is compi
 
     with recorded(kernels) as launches:
         attention_block(x)
-    report = compile_launch("block", launches[0], capability=90)
+    report = compile_launch(launches[0], capability=90)
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import torch
 
 from tests.cubin import CubinReport, compile_kernel
 
-TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+TYPES = {
+    torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
+}  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
@@ -27,6 +29,7 @@ OPTIONS = ("num_warps", "num_stages", "maxnreg")
 class Launch:
     """One call of a kernel."""
 
+    module: str  # of kernels/
     kernel: str
     grid: tuple[int, ...]
     arguments: dict[str, object]  # by name, in the kernel's order
@@ -50,7 +53,8 @@ class _Recorder:
             signature = inspect.signature(self.kernel.fn)
             arguments = signature.bind(*args, **kwargs).arguments
             constants = {name for name, p in signature.parameters.items() if "constexpr" in str(p.annotation)}
-            self.launches.append(Launch(self.name, grid, dict(arguments), constants, options))
+            module = self.kernel.fn.__module__.rpartition(".")[2]
+            self.launches.append(Launch(module, self.name, grid, dict(arguments), constants, options))
 
         return launch
 
@@ -70,12 +74,12 @@ def recorded(*modules: ModuleType) -> Iterator[list[Launch]]:
             setattr(module, name, kernel)
 
 
-def compile_launch(module: str, launch: Launch, capability: int) -> CubinReport:
-    """Compile ``atom_fast.kernels.<module>``'s kernel as it would be specialised for these arguments."""
+def compile_launch(launch: Launch, capability: int, triton: str | None = None) -> CubinReport:
+    """Compile a kernel as it would be specialised for these arguments; see `tests.cubin.compile_kernel`."""
     signature, constants, aligned = {}, {}, []
     for name, value in launch.arguments.items():
         if name in launch.constants or value is None or (isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", value
+            signature[name], constants[name] = "constexpr", _plain(value)
         elif isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
             aligned.append(name)
@@ -85,6 +89,13 @@ def compile_launch(module: str, launch: Launch, capability: int) -> CubinReport:
             signature[name] = "i32"
             aligned += [name] * (value % 16 == 0)
     return compile_kernel(
-        module, launch.kernel, signature=signature, constants=constants, capability=capability,
-        aligned=tuple(aligned), **{k: v for k, v in launch.options.items() if k != "maxnreg"},
+        launch.module, launch.kernel, signature=signature, constants=constants, capability=capability,
+        aligned=tuple(aligned), triton=triton, **{k: v for k, v in launch.options.items() if k != "maxnreg"},
     )  # fmt: skip
+
+
+def _plain(value: object) -> object:
+    """A constant as JSON takes it: Triton's types by their names."""
+    import triton.language as tl
+
+    return f"tl.{value}".replace("fp", "float") if isinstance(value, tl.dtype) else value

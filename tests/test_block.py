@@ -350,7 +350,7 @@ STREAMING = [
 @pytest.mark.parametrize(("shape", "dtype", "channels_last"), STREAMING)
 def test_kernels_fit_registers_and_access_128_bits(shape, dtype, channels_last, capability):
     for launch in launches_of(shape, dtype, channels_last):
-        report = compile_launch("block", launch, capability)
+        report = compile_launch(launch, capability)
         assert report.spills == 0, launch.kernel
         assert report.shared <= SHARED, launch.kernel
         if launch.kernel != "map_weights_kernel":
@@ -376,7 +376,7 @@ def test_bytes_are_at_most_a_quarter_above_the_roofline(shape, dtype, channels_l
 @pytest.mark.parametrize(("dtype", "capability"), [(torch.float32, 80), (torch.float32, 90), (torch.bfloat16, 90)])
 def test_kernels_of_batch_norm_fit_registers_and_read_128_bits(dtype, capability):
     for launch in launches_of((1, 128, 16, 16), dtype, norm="batch"):
-        report = compile_launch("block", launch, capability)
+        report = compile_launch(launch, capability)
         assert report.spills == 0, launch.kernel
         assert report.shared <= SHARED, launch.kernel
         assert report.widest_load == 128, launch.kernel
@@ -391,7 +391,7 @@ def test_kernels_of_batch_norm_fit_registers_and_read_128_bits(dtype, capability
 )
 def test_tiled_and_odd_planes_do_not_spill(shape, channels_last, norm):
     for launch in launches_of(shape, channels_last=channels_last, norm=norm):
-        report = compile_launch("block", launch, 80)
+        report = compile_launch(launch, 80)
         assert report.spills == 0, launch.kernel
         assert report.shared <= SHARED, launch.kernel
 

@@ -253,7 +253,7 @@ def launches_of(image_channels, size, dtype, precision, norm="instance"):
 )
 def test_kernels_fit_and_use_the_tensor_cores(image_channels, size, dtype, precision, capability):
     for launch in launches_of(image_channels, size, dtype, precision):
-        report = compile_launch("first_block", launch, capability)
+        report = compile_launch(launch, capability)
         assert report.spills == 0, launch.kernel
         assert report.shared <= SHARED, launch.kernel
         if launch.kernel == "fold_kernel":
@@ -280,7 +280,7 @@ def test_kernels_of_batch_norm_fit_and_use_the_tensor_cores(dtype, precision, ca
         "first_block_sums_kernel", "first_block_columns_kernel", "fold_kernel"
     ]  # fmt: skip
     for launch in (statistics, forward, backward[1]):  # the other two are those of InstanceNorm
-        report = compile_launch("first_block", launch, capability)
+        report = compile_launch(launch, capability)
         assert report.spills == 0, launch.kernel
         assert report.shared <= SHARED, launch.kernel
         assert report.tensor_core == (precision == "tf32"), launch.kernel

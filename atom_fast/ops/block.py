@@ -400,14 +400,20 @@ def _forward_triton(x, weight, bias, eps, spatial_power, channel_power, norm, po
             return
         launch = kernels.tiled_launch(*size)
         chunks = triton.cdiv(channels, launch["BLOCK_C"])
-        n_spatial, n_channel = map_sizes(x.shape, spatial_power, channel_power)
-        spatial, channel = maps.new_empty((batch, chunks, n_spatial)), maps.new_empty((batch, n_channel))
-        peaks = maps.new_empty((batch, chunks))
+        sums = chunk_sums(maps, chunks, x.shape, spatial_power, channel_power)
         kernels.tiled_forward_kernel[(batch, chunks)](
-            x, weight, bias, pooled, spatial, channel, peaks, mean, rstd, *x.stride(), *pooled.stride(), eps,
-            **constants, **launch,
-        )  # fmt: skip
-    join_chunks(spatial, channel, peaks, launch["BLOCK_C"], spatial_power, channel_power, maps, statistics)
+            x, weight, bias, pooled, *sums, mean, rstd, *x.stride(), *pooled.stride(), eps, **constants, **launch
+        )
+    join_chunks(*sums, launch["BLOCK_C"], spatial_power, channel_power, maps, statistics)
+
+
+def chunk_sums(
+    maps: Tensor, chunks: int, shape: tuple[int, ...], spatial_power: float | None, channel_power: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for what `join_chunks` joins: spatial sums, channel sums and peaks, in the dtype of ``maps``."""
+    n_spatial, n_channel = map_sizes(shape, spatial_power, channel_power)
+    spatial, channel = maps.new_empty((shape[0], chunks, n_spatial)), maps.new_empty((shape[0], n_channel))
+    return spatial, channel, maps.new_empty((shape[0], chunks))
 
 
 def _batch_statistics(x: Tensor, eps: float, mean: Tensor, rstd: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import _native
 from .._backend import resolve_backend
+from .._device import chip_of
 from . import block
 from .block import BlockOutput
 from .block_torch import backward_torch, forward_torch, piece_bytes
@@ -93,14 +94,13 @@ def _check_input(images: Tensor, filters: Tensor) -> None:
 
 
 def _is_fusible(images: Tensor, filters: Tensor) -> bool:
-    """Whether the kernels take these images: a plane's neighbourhoods fit on the chip, and it multiplies the dtype."""
-    from ..kernels.first_block import first_block_launch, narrow_products_checked
+    """Whether the Triton kernels take these images; otherwise convolution and block are two operations."""
+    from ..kernels.first_block import is_resident
 
-    _, image_channels, height, width = images.shape
-    narrow = filters.dtype in (torch.float16, torch.bfloat16) and narrow_products_checked(height, width)
-    multiplied = filters.dtype == torch.float32 or narrow or not images.is_cuda
-    fits = first_block_launch(image_channels, filters.shape[0], height, width) is not None
-    return image_channels <= IMAGE_CHANNELS and multiplied and fits
+    # Float64 is for the interpreter; without instructions for matrices of 16 bits, cuDNN is the faster one.
+    narrow = filters.dtype in (torch.float16, torch.bfloat16)
+    multiplied = filters.dtype == torch.float32 or (narrow and chip_of(images.device).capability >= 80)
+    return is_resident(*images.shape[1:]) and (multiplied or not images.is_cuda)
 
 
 @torch.library.custom_op("atom_fast::first_block", mutates_args=())
@@ -275,30 +275,53 @@ def _forward_triton(images, filters, weight, bias, eps, spatial_power, channel_p
 
     batch, image_channels, height, width = images.shape
     channels = filters.shape[0]
+    pooled, maps, mean, rstd, statistics = outputs
     images, filters = addressable(images), filters.contiguous()
-    launch = kernels.first_block_launch(image_channels, channels, height, width)
     constants = _constants(images, filters, weight, spatial_power, channel_power)
-    constants["EXACT"] = is_exact(channels, height, width, launch)
+    launch = kernels.first_block_launch(
+        image_channels, channels, height, width, filters.element_size(), chip_of(images.device).shared
+    )
     with device_of(images):
         if norm == "batch":
-            _, _, mean, rstd, _ = outputs
-            _batch_statistics(images, filters, eps, constants | launch, mean, rstd)
-        kernels.first_block_forward_kernel[(batch,)](
-            images, filters, block.dense(weight), block.dense(bias), *outputs,
-            *images.stride(), *outputs[0].stride(), eps, **constants, GIVEN=norm == "batch",
-            CHUNKS=triton.next_power_of_2(triton.cdiv(channels, launch["BLOCK_C"])), **launch,
-        )  # fmt: skip
+            _batch_statistics(images, filters, eps, constants, launch, mean, rstd)
+        inputs = images, filters, block.dense(weight), block.dense(bias)
+        others = *images.stride(), *pooled.stride(), eps
+        if launch is not None:
+            kernels.first_block_forward_kernel[(batch,)](
+                *inputs, *outputs, *others, **constants, GIVEN=norm == "batch",
+                EXACT=is_exact(channels, height, width, launch),
+                CHUNKS=triton.next_power_of_2(triton.cdiv(channels, launch["BLOCK_C"])), **launch,
+            )  # fmt: skip
+            return
+        launch = kernels.tiled_first_block_launch(image_channels)
+        chunks = triton.cdiv(channels, launch["BLOCK_C"])
+        sums = block.chunk_sums(maps, chunks, (batch, channels, height, width), spatial_power, channel_power)
+        kernels.tiled_first_block_forward_kernel[(batch, chunks)](
+            *inputs, pooled, *sums, mean, rstd, *others, **constants, GIVEN=norm == "batch", **launch
+        )
+    block.join_chunks(*sums, launch["BLOCK_C"], spatial_power, channel_power, maps, statistics)
 
 
-def _batch_statistics(images, filters, eps, constants, mean, rstd) -> None:
+def _batch_statistics(images, filters, eps, constants, launch, mean, rstd) -> None:
     """Write what `atom_fast.ops.block` takes of a convolution's output, here of one that is nowhere in memory."""
-    from ..kernels.first_block import first_block_statistics_kernel
+    import triton
 
+    from ..kernels import first_block as kernels
+    from ..kernels.block import is_exact
+
+    batch, image_channels, height, width = images.shape
+    channels = filters.shape[0]
     means, variances = torch.empty_like(mean), torch.empty_like(mean)
-    names = "CI", "C", "H", "W", "EXACT", "PRECISION", "BLOCK_P", "BLOCK_C", "BLOCK_K", "num_warps"
-    first_block_statistics_kernel[(images.shape[0],)](
-        images, filters, means, variances, *images.stride(), **{name: constants[name] for name in names}
-    )
+    arguments = images, filters, means, variances, *images.stride()
+    shared = {name: constants[name] for name in ("CI", "C", "H", "W", "PRECISION")}
+    if launch is not None:
+        blocks = {name: launch[name] for name in ("BLOCK_P", "BLOCK_C", "BLOCK_K", "num_warps")}
+        exact = is_exact(channels, height, width, launch)
+        kernels.first_block_statistics_kernel[(batch,)](*arguments, **shared, EXACT=exact, **blocks)
+    else:
+        launch = kernels.tiled_first_block_launch(image_channels)
+        grid = batch, triton.cdiv(channels, launch["BLOCK_C"])
+        kernels.tiled_first_block_statistics_kernel[grid](*arguments, **shared, **launch)
     block.write_batch_statistics(means, variances, eps, mean, rstd)
 
 
@@ -312,6 +335,7 @@ def _backward_triton(grad_pooled, grad_maps, images, filters, saved, powers, nor
     batch, image_channels, height, width = images.shape
     channels = filters.shape[0]
     images, filters = addressable(images), filters.contiguous()
+    grad_pooled = addressable(grad_pooled)
     constants = _constants(images, filters, weight, *powers)
     launch = kernels.first_block_backward_launch(image_channels)
     tiles = triton.cdiv(triton.cdiv(height, 2) * triton.cdiv(width, 2), launch["BLOCK_P"])
@@ -339,11 +363,9 @@ def _backward_triton(grad_pooled, grad_maps, images, filters, saved, powers, nor
 
 
 def _constants(images, filters, weight, spatial_power, channel_power) -> dict:
-    from ..kernels.first_block import product_precision
-
     _, image_channels, height, width = images.shape
     # Read here, where torch.compile need not trace it. After ``allow_tf32 = False`` it is "none".
-    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32" and chip_of(images.device).has_tf32
     return {
         "CI": image_channels,
         "C": filters.shape[0],
@@ -352,7 +374,7 @@ def _constants(images, filters, weight, spatial_power, channel_power) -> dict:
         "SPATIAL": constant_power(spatial_power),
         "CHANNEL": constant_power(channel_power),
         "AFFINE": weight is not None,
-        "PRECISION": product_precision(tf32 and filters.dtype == torch.float32, height, width),
+        "PRECISION": "tf32" if tf32 and filters.dtype == torch.float32 else "ieee",
     }
 
 

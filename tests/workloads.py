@@ -1,0 +1,130 @@
+"""What the package launches on a GPU, recorded without one: distillation, evaluation, and the loss in a loop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+
+import atom_fast as af
+from atom_fast import _device
+from atom_fast._device import SHARED_MEMORY, Chip
+from atom_fast.data.augmentation import augment, draw_augmentation
+from atom_fast.distill.step import convolution_precision
+from atom_fast.networks import lean
+from atom_fast.networks.convnet import ConvNet, default_depth
+from atom_fast.ops.attention import attention_maps
+from tests.launches import Launch, recorded
+
+MODULES = ("attention", "augmentation", "batch_norm", "block", "first_block", "instance_norm", "matching")
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Image channels and side in pixels: digits, MNIST, CIFAR in colour, grey and with alpha, Tiny ImageNet, ImageNet subsets.
+IMAGES = ((1, 8), (1, 28), (3, 32), (1, 32), (4, 32), (3, 64), (3, 96), (3, 128))
+PRESETS = ((1, 8), (3, 32), (3, 64))  # the sizes of the data sets that have presets
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One use of the package, and how to run it with recorded kernels."""
+
+    name: str
+    run: Callable[[], None]
+    preset: bool  # whether a preset runs it on GPUs that have the precision
+
+
+@contextlib.contextmanager
+def pretended(capability: int, shared: int | None = None) -> Iterator[Chip]:
+    """Launch what would be launched on another chip."""
+    before = _device.INTERPRETED
+    _device.INTERPRETED = Chip(capability, shared or SHARED_MEMORY[capability])
+    try:
+        yield _device.INTERPRETED
+    finally:
+        _device.INTERPRETED = before
+
+
+def launches(workload: Workload, capability: int) -> list[Launch]:
+    """The kernels that a workload launches on a chip, with their arguments; nothing is computed by them."""
+    modules = [importlib.import_module(f"atom_fast.kernels.{name}") for name in MODULES]
+    with pretended(capability), recorded(*modules) as found, af.backend("triton"):
+        workload.run()
+    return found
+
+
+def workloads(images=IMAGES) -> list[Workload]:
+    """Distillation, evaluation and the loss at these sizes, in every precision, norm and layout."""
+    found = []
+    for channels, side in images:
+        size = f"{channels}x{side}x{side}"
+        known = (channels, side) in PRESETS
+        for precision in DTYPES:
+            usual = known and precision in ("tf32", "float32")
+            for norm in ("instance", "batch"):
+                name = f"{size} {precision} {norm}"
+                found.append(Workload(f"distill {name}", _distillation(channels, side, precision, norm), usual))
+                if precision != "tf32":  # an evaluation has no kernel that multiplies matrices
+                    found.append(Workload(f"evaluate {name}", _evaluation(channels, side, precision, norm), usual))
+        for layout in (torch.contiguous_format, torch.channels_last):
+            name = f"{size} {'channels_last' if layout == torch.channels_last else 'NCHW'}"
+            found.append(Workload(f"augment {name}", _augmentation(channels, side, layout), known))
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for layout in (torch.contiguous_format, torch.channels_last):
+                name = f"{side}x{side} {str(dtype)[6:]} {'channels_last' if layout == torch.channels_last else 'NCHW'}"
+                found.append(Workload(f"loss {name}", _loss(side, dtype, layout), known and dtype == torch.float32))
+    return found
+
+
+def _network(channels: int, side: int, norm: str) -> ConvNet:
+    network = ConvNet(channels, 10, (side, side), width=128, depth=default_depth(side, side), norm=norm)
+    return network.to(memory_format=torch.channels_last)
+
+
+def _images(channels: int, side: int) -> torch.Tensor:
+    return torch.zeros(2, channels, side, side).contiguous(memory_format=torch.channels_last)
+
+
+def _distillation(channels: int, side: int, precision: str, norm: str) -> Callable[[], None]:
+    def run():
+        network = _network(channels, side, norm).requires_grad_(False).fused()
+        cast = torch.autocast("cpu", DTYPES[precision], enabled=precision in ("bfloat16", "float16"))
+        with convolution_precision("tf32" if precision == "tf32" else "float32", torch.device("cpu")), cast:
+            embedding, maps = network.features(_images(channels, side).requires_grad_())
+            torch.autograd.backward([embedding, *maps], [torch.zeros_like(x) for x in (embedding, *maps)])
+
+    return run
+
+
+def _evaluation(channels: int, side: int, precision: str, norm: str) -> Callable[[], None]:
+    def run():
+        network = _network(channels, side, norm)
+        with torch.autocast("cpu", DTYPES[precision], enabled=precision != "float32"):
+            lean.logits(network, _images(channels, side)).sum().backward()
+            with torch.no_grad():
+                lean.logits(network.eval(), _images(channels, side))
+
+    return run
+
+
+def _augmentation(channels: int, side: int, layout: torch.memory_format) -> Callable[[], None]:
+    def run():
+        images = torch.zeros(4, channels, side, side).contiguous(memory_format=layout).requires_grad_()
+        parameters = draw_augmentation(2, torch.Generator())
+        augment(images, parameters, torch.tensor([0, 0, 1, 1])).backward(torch.zeros(4, channels, side, side))
+
+    return run
+
+
+def _loss(side: int, dtype: torch.dtype, layout: torch.memory_format) -> Callable[[], None]:
+    def run():
+        real, synthetic = (torch.zeros(4, 128, side, side, dtype=dtype).contiguous(memory_format=layout) for _ in "ab")
+        labels = torch.tensor([0, 0, 1, 1])
+        af.attention_matching_loss(
+            real, synthetic.requires_grad_(), real_labels=labels, synthetic_labels=labels
+        ).backward()
+        attention_maps(F.relu(real), 2.5, None, False, "triton")
+
+    return run
