@@ -1,31 +1,29 @@
-"""What the device that computes has: its architecture, its shared memory, its number formats; asked once."""
+"""What the device that computes has and takes: its architecture, shared memory and number formats; asked once."""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
+import warnings
 from typing import NamedTuple
 
 import torch
 
-# Bytes of shared memory that one program may take, by compute capability (CUDA C++ programming guide, table of
-# technical specifications; a KB per program is the driver's).
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+OLDEST_CAPABILITY = 75  # the oldest GPUs that the kernels are compiled for
+# Bytes of shared memory that one program may take, by compute capability (CUDA C++ Programming Guide, technical
+# specifications).
 SHARED_MEMORY = {
     75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10,
     90: 227 << 10, 100: 227 << 10, 103: 227 << 10, 120: 99 << 10, 121: 99 << 10,
 }  # fmt: skip
-OLDEST = 75  # compute capability that the kernels are compiled for in the tests
 
 
 class Chip(NamedTuple):
-    """What launch tables need to know of a GPU."""
+    """What launch tables and settings need to know of a GPU."""
 
     capability: int  # 10 * major + minor, such as 86
     shared: int  # bytes of shared memory that one program may take
-
-    @property
-    def name(self) -> str:
-        """Such as ``sm_86``."""
-        return f"sm_{self.capability}"
 
     @property
     def has_tf32(self) -> bool:
@@ -34,22 +32,123 @@ class Chip(NamedTuple):
 
     @property
     def has_bfloat16(self) -> bool:
-        """Whether bfloat16 is multiplied, and not emulated."""
+        """Whether bfloat16 is computed with, not emulated."""
         return self.capability >= 80
 
+    def __str__(self) -> str:
+        """Such as ``sm_86, 99 KB of shared memory per program``."""
+        return f"sm_{self.capability}, {self.shared >> 10} KB of shared memory per program"
 
-# What the kernels are launched for where Triton interprets them on a CPU.
+
+# What kernels are launched for where Triton interprets them on a CPU.
 INTERPRETED = Chip(90, SHARED_MEMORY[90])
 
 
 def chip_of(device: torch.device) -> Chip:
-    """The chip that kernels are launched on for tensors on ``device``."""
-    return _chip(device.index if device.index is not None else torch.cuda.current_device()) if (
-        device.type == "cuda"
-    ) else INTERPRETED
+    """Return the chip that kernels are launched on for tensors on ``device``."""
+    return _chip(_index(device)) if device.type == "cuda" else INTERPRETED
+
+
+def has_tf32(device: torch.device) -> bool:
+    """Return whether convolutions on ``device`` can run in TF32."""
+    return device.type == "cuda" and torch.version.hip is None and chip_of(device).has_tf32
+
+
+def check_bfloat16(device: torch.device) -> None:
+    """Raise ValueError for a GPU that emulates bfloat16, which is slower than float32.
+
+    CPUs are accepted: there bfloat16 saves memory whether or not it saves time.
+    """
+    if device.type == "cuda" and torch.version.hip is None and not chip_of(device).has_bfloat16:
+        raise ValueError(
+            f"precision 'bfloat16' needs a GPU of compute capability 8.0 or above; {device} has "
+            f"{chip_of(device).capability / 10} and emulates it, slower than float32. Use 'float32'"
+        )
+
+
+_refused: dict[torch.device, str] = {}
+
+
+def triton_refusal(device: torch.device) -> str | None:
+    """Return why Triton's kernels do not run on ``device``, None if they do; warn at the first refusal.
+
+    The smallest kernel is compiled and launched once per process and GPU, so that a driver that is too old, a Triton
+    that does not know the GPU or a missing C compiler is found before the work begins.
+    """
+    return _refused.get(device) or (_triton_refusal(_index(device)) if device.type == "cuda" else None)
+
+
+def refuse_triton(device: torch.device, reason: str) -> None:
+    """Have PyTorch's operators run on ``device`` from now on, and warn that they do."""
+    _refused[device] = reason
+    _warn(str(device), reason)
+
+
+# What torch.compiler.assume_constant_result sets, without the seconds that importing the compiler takes.
+chip_of._dynamo_marked_constant = True
+triton_refusal._dynamo_marked_constant = True
+
+
+@functools.cache
+def _triton_refusal(index: int) -> str | None:
+    reason = _hardware_refusal(index) or _launch_refusal(index)
+    if reason:
+        _warn(torch.cuda.get_device_name(index), reason)
+    return reason
+
+
+def _warn(device: str, reason: str) -> None:
+    warnings.warn(
+        f"the fused kernels do not run on {device} ({reason}); PyTorch's operators take their place, slower and with "
+        "more memory. `atom-fast doctor` says more",
+        stacklevel=4,
+    )
+
+
+def _hardware_refusal(index: int) -> str | None:
+    if torch.version.hip is not None:
+        return "they are written for NVIDIA GPUs, and run unfused on AMD's"
+    if _chip(index).capability < OLDEST_CAPABILITY:
+        return f"compute capability {_chip(index).capability / 10} is below {OLDEST_CAPABILITY / 10}"
+    return None
+
+
+def _launch_refusal(index: int) -> str | None:
+    try:
+        from .kernels.probe import probe_kernel
+
+        with torch.cuda.device(index):
+            probe_kernel[(1,)](torch.empty(1, device=f"cuda:{index}"))
+    except Exception as error:  # whatever compiler, driver and loader raise
+        if is_out_of_memory(error):
+            raise
+        reason = str(error).strip() or type(error).__name__
+        return f"Triton cannot compile or launch a kernel: {reason.splitlines()[0]}"
+    return None
 
 
 @functools.cache
 def _chip(index: int) -> Chip:
     properties = torch.cuda.get_device_properties(index)
     return Chip(10 * properties.major + properties.minor, properties.shared_memory_per_block_optin)
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+# Of libraries that allocate beside PyTorch, and of PyTorch's CPU allocator, which has no exception class of its own.
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception says that a GPU or the CPU had no memory left."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or any(part in str(error) for part in _OUT_OF_MEMORY)

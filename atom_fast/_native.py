@@ -42,6 +42,23 @@ def is_built() -> bool:
 is_built._dynamo_marked_constant = True
 
 
+def compiler_version() -> str | None:
+    """Return the first line that the C compiler says of itself; None where there is none."""
+    try:
+        return _output([*_compiler(), "--version"]).partition("\n")[0]
+    except (OSError, RuntimeError, subprocess.SubprocessError):
+        return None
+
+
+def description() -> str:
+    """Return where the library is, and whether it runs on several threads."""
+    library = _library()
+    if library is None:
+        return "not built: see the warning"
+    threaded = any(hasattr(library, symbol) for symbol in ("GOMP_parallel", "__kmpc_fork_call"))
+    return f"{library._name} ({'several threads' if threaded else 'one thread: the compiler has no OpenMP'})"
+
+
 def takes(*tensors: Tensor | None) -> bool:
     """Whether the kernels are there and compute with these tensors' device and types; None is taken."""
     return all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors) and is_built()

@@ -599,6 +599,35 @@ def demo(output, device, quiet):
     run_demo(output, device=_device(device), progress=not quiet)
 
 
+@main.command()
+@_device_option
+@click.option(
+    "--gpu",
+    type=float,
+    help="compute capability of a GPU that is not here, such as 8.6: say what would run on it  [default: this machine]",
+)
+@click.option("--json", "as_json", is_flag=True, help="print the findings as JSON  [default: off]")
+@_alone
+def doctor(device, gpu, as_json):
+    """Examine this machine: versions, devices, what runs fused and why, a self-check, and advice.
+
+    Paste the output into a bug report. The exit code is 1 if a check fails.
+    """
+    from atom_fast._device import SHARED_MEMORY, Chip
+    from atom_fast.doctor import examine, passes, report
+    from atom_fast.ranks import own_device
+
+    capability = None if gpu is None else round(10 * gpu)
+    if capability is not None and capability not in SHARED_MEMORY:
+        known = ", ".join(str(number / 10) for number in SHARED_MEMORY)
+        raise ValueError(f"--gpu must be one of {known}; got {gpu}")
+    chip = None if capability is None else Chip(capability, SHARED_MEMORY[capability])
+    findings = examine(own_device(_device(device)), chip)
+    click.echo(json.dumps(findings, indent=2) if as_json else report(findings))
+    if not all(passes(*check) for check in findings.get("checks", {}).items()):
+        raise click.exceptions.Exit(1)
+
+
 class _CellName(click.ParamType):
     """A data set and images a class, joined by a colon."""
 

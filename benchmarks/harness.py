@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from atom_fast._device import is_out_of_memory
 from atom_fast._files import write_atomically
 from atom_fast._malloc import keep_freed_memory
 from atom_fast.distill.live_bytes import LiveBytes
@@ -103,14 +104,12 @@ def _measure_and_send(setting: Setting, plan: Plan, sender, neighbour) -> None:
         if plan.keep_memory and setting.device == "cpu":
             keep_freed_memory()
         record = {"status": "ok", **measure(setting, plan, neighbour)}
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        record = _ended("OOM", str(error))
     except Exception as error:
-        traceback.print_exc()
-        # The CPU allocator and some libraries have no exception class of their own.
-        short = any(words in str(error) for words in ("can't allocate memory", "out of memory", "ALLOC_FAILED"))
-        status = "OOM" if short else "failed"
-        record = _ended(status, f"{type(error).__name__}: {error}")
+        if is_out_of_memory(error):
+            record = _ended("OOM", str(error))
+        else:
+            traceback.print_exc()
+            record = _ended("failed", f"{type(error).__name__}: {error}")
     sender.send(record)
 
 

@@ -40,7 +40,7 @@ from .block import (
     valid_quad,
 )
 
-# Values of the neighbourhoods of one sample that are kept on a chip: 128 KB in float32. Larger images are convolved apart.
+# Values of one sample's neighbourhoods that are kept on a chip, 128 KB in float32; larger images are convolved apart.
 RESIDENT = 32768
 IMAGE_CHANNELS = 4  # at most
 
@@ -67,7 +67,7 @@ def first_block_launch(
 
 def tiled_first_block_launch(image_channels: int) -> dict[str, int]:
     """Launch table of the forward kernels that walk planes in tiles of BLOCK_P places."""
-    return {"BLOCK_P": 16, "BLOCK_C": 64, "BLOCK_K": _columns_block(image_channels), "num_warps": 4, "num_stages": 1}
+    return {"BLOCK_P": 16, "BLOCK_C": 64, "BLOCK_K": _columns_block(image_channels), "num_warps": 8}
 
 
 def first_block_backward_launch(image_channels: int) -> dict[str, int]:

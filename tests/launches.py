@@ -20,8 +20,12 @@ import torch
 from tests.cubin import CubinReport, compile_kernel
 
 TYPES = {
-    torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
-}  # fmt: skip
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
@@ -44,19 +48,26 @@ class Launch:
 
 
 class _Recorder:
-    def __init__(self, name: str, kernel, launches: list[Launch]):
-        self.name, self.kernel, self.launches = name, kernel, launches
+    def __init__(self, kernel, launches: list[Launch]):
+        self.kernel, self.launches = kernel, launches
 
     def __getitem__(self, grid):
         def launch(*args, **kwargs):
-            options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
-            signature = inspect.signature(self.kernel.fn)
-            arguments = signature.bind(*args, **kwargs).arguments
-            constants = {name for name, p in signature.parameters.items() if "constexpr" in str(p.annotation)}
-            module = self.kernel.fn.__module__.rpartition(".")[2]
-            self.launches.append(Launch(module, self.name, grid, dict(arguments), constants, options))
+            self.launches.append(bind(self.kernel, grid, args, kwargs))
 
         return launch
+
+
+def bind(kernel, grid: tuple[int, ...], args: tuple, kwargs: dict) -> Launch:
+    """A call of a kernel as a `Launch`."""
+    options = {name: value for name, value in kwargs.items() if name in OPTIONS}
+    signature = inspect.signature(kernel.fn)
+    arguments = signature.bind(
+        *args, **{name: value for name, value in kwargs.items() if name not in OPTIONS}
+    ).arguments
+    constants = {name for name, p in signature.parameters.items() if "constexpr" in str(p.annotation)}
+    module = kernel.fn.__module__.rpartition(".")[2]
+    return Launch(module, kernel.fn.__name__, grid, dict(arguments), constants, options)
 
 
 @contextlib.contextmanager
@@ -66,7 +77,7 @@ def recorded(*modules: ModuleType) -> Iterator[list[Launch]]:
     kernels = [(module, name) for module in modules for name in vars(module) if name.endswith("_kernel")]
     originals = [getattr(module, name) for module, name in kernels]
     for (module, name), kernel in zip(kernels, originals, strict=True):
-        setattr(module, name, _Recorder(name, kernel, launches))
+        setattr(module, name, _Recorder(kernel, launches))
     try:
         yield launches
     finally:

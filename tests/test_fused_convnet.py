@@ -254,8 +254,9 @@ def test_features_and_gradient_never_wait_for_the_device(norm, device):
 
 def test_distillation_runs_batch_norm_with_fused_blocks():
     config = preset("paper", norm="batch", depth=2, width=8)
-    extractor, how = fused_if_possible(frozen(3, 8, width=8, depth=2, norm="batch", device="cpu"), config)
-    assert (type(extractor), how) == (FusedConvNet, "fused blocks")
+    network = frozen(3, 8, width=8, depth=2, norm="batch", device="cpu")
+    extractor, how = fused_if_possible(network, config, torch.zeros(1, 3, 8, 8))
+    assert (type(extractor), how) == (FusedConvNet, "with fused blocks")
 
 
 @pytest.mark.gpu

@@ -87,7 +87,7 @@ def test_feature_matching_is_equation_3_with_the_map_itself():
     real, synthetic = (torch.randn(10 * n, 1, 8, 8, generator=generator) for n in (3, 2))
     real_labels, labels = (torch.arange(10).repeat_interleave(n) for n in (3, 2))
     synthetic.requires_grad_()
-    extractor, why = fused_if_possible(network, config)
+    extractor, why = fused_if_possible(network, config, synthetic)
     assert extractor is network and "feature_maps" in why
     attention, _ = matching_terms(extractor, real, synthetic, config, class_groups(real_labels, labels))
     expected = 0

@@ -22,7 +22,7 @@ from tests.launches import Launch, recorded
 
 MODULES = ("attention", "augmentation", "batch_norm", "block", "first_block", "instance_norm", "matching")
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Image channels and side in pixels: digits, MNIST, CIFAR in colour, grey and with alpha, Tiny ImageNet, ImageNet subsets.
+# Channels and side in pixels: digits, MNIST, CIFAR (in colour, grey, with alpha), Tiny ImageNet, subsets of ImageNet.
 IMAGES = ((1, 8), (1, 28), (3, 32), (1, 32), (4, 32), (3, 64), (3, 96), (3, 128))
 PRESETS = ((1, 8), (3, 32), (3, 64))  # the sizes of the data sets that have presets
 
@@ -40,7 +40,7 @@ class Workload:
 def pretended(capability: int, shared: int | None = None) -> Iterator[Chip]:
     """Launch what would be launched on another chip."""
     before = _device.INTERPRETED
-    _device.INTERPRETED = Chip(capability, shared or SHARED_MEMORY[capability])
+    _device.INTERPRETED = Chip(capability, SHARED_MEMORY[capability] if shared is None else shared)
     try:
         yield _device.INTERPRETED
     finally:

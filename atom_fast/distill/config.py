@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from atom_fast._device import check_bfloat16, has_tf32
 from atom_fast._files import write_atomically
 from atom_fast.data.augmentation import STRATEGY, draw_augmentation
 from atom_fast.data.whitening import KINDS as PREPROCESSINGS
@@ -200,6 +201,12 @@ class DistillConfig:
     cuda_graph: bool = _setting(
         True, "on a GPU, capture a step once and replay it: the same images, faster", affects_result=False
     )
+    deterministic: bool = _setting(
+        False,
+        "on a GPU, use only cuDNN algorithms that give the same bits every time: slower, but a resumed run then ends "
+        "with the images of a run that was never stopped; on a CPU it always does",
+        affects_result=False,
+    )
     log_every: int = _setting(10, "steps between records in the log", unit="steps", minimum=1, affects_result=False)
     image_every: int = _setting(
         500, "steps between pictures of the images", unit="steps", minimum=1, affects_result=False
@@ -290,9 +297,13 @@ class DistillConfig:
         Raises:
             ValueError: the device cannot compute in ``precision``.
         """
-        resolved = self.for_data(image_shape, dataset)._with(precision="tf32" if _has_tf32(device) else "float32")
-        if resolved.precision == "tf32" and not _has_tf32(device):
-            raise ValueError(f"precision 'tf32' needs a GPU of compute capability 8.0 or above; got {device}")
+        resolved = self.for_data(image_shape, dataset)._with(precision="tf32" if has_tf32(device) else "float32")
+        if resolved.precision == "tf32" and not has_tf32(device):
+            raise ValueError(
+                f"precision 'tf32' needs an NVIDIA GPU of compute capability 8.0 or above; got {device}. Use 'float32'"
+            )
+        if resolved.precision == "bfloat16":
+            check_bfloat16(device)
         return resolved
 
     def _with(self, **derived) -> DistillConfig:
@@ -525,7 +536,3 @@ def _expectation(field: dataclasses.Field, accepted: tuple[type, ...]) -> str:
 def _suggestion(name: object, known) -> str:
     nearest = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
-
-
-def _has_tf32(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

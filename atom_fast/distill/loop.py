@@ -21,7 +21,7 @@ from atom_fast.distill.checkpoint import Checkpoint, latest_checkpoint, remove_u
 from atom_fast.distill.config import ADDED, DistillConfig, affects_result, write_config
 from atom_fast.distill.logs import RunLog, append_environment, environment, peak_memory, say, versions
 from atom_fast.distill.memory import fit_class_chunk
-from atom_fast.distill.step import Distillation, NonFiniteError, check_ranks, initial_images, make_network
+from atom_fast.distill.step import FUSED, Distillation, NonFiniteError, check_ranks, initial_images, make_network
 from atom_fast.ranks import ALONE, StopSign, World, own_device
 from atom_fast.report import save_image_grid
 from atom_fast.synthetic import SyntheticSet
@@ -243,8 +243,8 @@ def _start(
     if config.memory_budget is not None:
         chunk = fit_class_chunk(run, config.memory_budget)
         say(f"{world.label}memory_budget {config.memory_budget}: {chunk} classes at once")
-    if run.fusion != "fused blocks" and world.rank == 0:
-        say(f"the network runs without fused blocks ({run.fusion.removeprefix('unfused: ')})")
+    if run.fusion != FUSED and world.rank == 0:
+        say(f"the network runs {run.fusion}")
     if config.cuda_graph and run.images.device.type == "cuda":
         run.capture()
     return run

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from atom_fast._device import is_out_of_memory
 from atom_fast.distill.config import parse_budget
-from atom_fast.distill.step import Distillation, is_out_of_memory
+from atom_fast.distill.step import Distillation
 
 # Of the free memory that "fit" may take: convolution workspaces and fragmentation need the rest.
 _FREE_SHARE = 0.9

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from atom_fast._backend import resolve_backend
+from atom_fast._device import chip_of, is_out_of_memory
 from atom_fast.data.augmentation import AugmentationParameters, augment, draw_augmentation
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.sampling import check_class_sizes, sample_class_indices
@@ -27,9 +29,17 @@ from atom_fast.functional import (
 )
 from atom_fast.networks.convnet import ConvNet
 from atom_fast.networks.fused_convnet import FusedConvNet
+from atom_fast.ops.first_block import launch_kind
+from atom_fast.ops.launching import unfused_if_refused
 from atom_fast.ops.matching import ClassGroups
 from atom_fast.ranks import ALONE, World
 
+FUSED = "with fused blocks"
+FIRST_BLOCK = {
+    "planes": "",
+    "tiles": ", the first in tiles (this GPU has {chip})",
+    "apart": ", the first after a convolution of its own (larger images or another type than its kernels take)",
+}
 TERMS = ("loss", "attention_loss", "mmd_loss")
 _WARM_UP_STEPS = 3  # before a capture, so that libraries choose algorithms and allocate workspaces outside it
 _MASK = 2**64 - 1
@@ -78,7 +88,7 @@ class Distillation:
         config: resolved settings.
         class_chunk: classes that run at once; the gradient is exactly the sum over chunks, since under a norm of each
             sample no class depends on another.
-        fusion: how the network runs, for the log: "fused blocks", or why they do not fit.
+        fusion: how the network runs, for the log: ``FUSED``, or what runs in its place and why.
     """
 
     def __init__(
@@ -122,7 +132,7 @@ class Distillation:
         self._gradient = torch.empty_like(self.images)  # kept, so that a chunk needs no memory for what is not its own
         self.labels = torch.arange(classes.start, classes.stop, device=device).repeat_interleave(config.ipc)
         self.network = make_network(config, data).to(device, memory_format=layout)
-        self.extractor, self.fusion = fused_if_possible(self.network, config)
+        self.extractor, self.fusion = fused_if_possible(self.network, config, self.images)
         self.gather_real = real_image_gatherer(
             data, preprocessing, memory_format=layout, precision=config.precision, progress=progress
         )
@@ -183,7 +193,7 @@ class Distillation:
         """Do ``work``, which changes nothing before all its memory is had, in ever smaller chunks until it fits."""
         while True:
             try:
-                return work()
+                return unfused_if_refused(work, self.images.device)
             except RuntimeError as error:
                 if not is_out_of_memory(error) or self.class_chunk == 1 or self.config.norm == "batch":
                     raise
@@ -227,7 +237,7 @@ class Distillation:
                 own = AugmentationParameters(*(parameter[chunk.classes] for parameter in augmentation))
                 real = augment(real, own, chunk.real_labels)
                 synthetic = augment(synthetic, own, chunk.labels)
-        with convolution_precision(config.precision, images.device):
+        with convolution_precision(config.precision, images.device, config.deterministic):
             attention, mmd = matching_terms(self.extractor, real, synthetic, config, chunk.groups)
             with stage("loss"):
                 loss = config.loss_scale * (attention + config.mmd_weight * mmd)
@@ -351,7 +361,8 @@ class Distillation:
         self.set_class_chunk(class_chunk)
         cuda = self.images.is_cuda
         with self._unchanged():
-            self._advance()  # what only a first step needs: compiled kernels, chosen algorithms
+            # What only a first step needs: compiled kernels, chosen algorithms.
+            unfused_if_refused(self._advance, self.images.device)
             if not cuda:
                 state = *self._parts().values(), self._gradient
                 resident = (*self.network.parameters(), *state, *vars(self.data).values())
@@ -378,14 +389,24 @@ class Distillation:
                 buffer.copy_(value)
 
 
-def fused_if_possible(network: ConvNet, config: DistillConfig) -> tuple[ConvNet | FusedConvNet, str]:
-    """The network with fused blocks where they compute what it does, otherwise itself; and which, in words."""
+def fused_if_possible(network: ConvNet, config: DistillConfig, images: Tensor) -> tuple[ConvNet | FusedConvNet, str]:
+    """The network with fused blocks where they compute what it does, otherwise itself; and which, in words.
+
+    Args:
+        network, config: what runs.
+        images: [B, C, H, W] on the device that computes.
+    """
     if config.feature_maps:
-        return network, "unfused: fused blocks keep no feature maps, which feature_maps matches"
+        return network, "without fused blocks (they keep no feature maps, which feature_maps matches)"
     try:
-        return network.fused(config.spatial_power, config.channel_power), "fused blocks"
+        fused = network.fused(config.spatial_power, config.channel_power)
     except ValueError as refusal:
-        return network, f"unfused: {refusal}"
+        return network, f"without fused blocks ({refusal})"
+    if resolve_backend(images) == "triton":
+        narrow = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        kind = launch_kind(tuple(images.shape[1:]), config.width, narrow, images.device)
+        return fused, f"with fused blocks{FIRST_BLOCK[kind].format(chip=chip_of(images.device))}"
+    return fused, FUSED
 
 
 def matching_terms(
@@ -524,22 +545,17 @@ def _mix(value: int) -> int:
 
 
 @contextlib.contextmanager
-def convolution_precision(precision: str, device: torch.device) -> Iterator[None]:
-    """Run the enclosed convolutions in ``"float32"``, ``"tf32"`` or ``"bfloat16"``."""
-    settings = torch.backends.cudnn.conv
-    before = settings.fp32_precision
-    settings.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+def convolution_precision(precision: str, device: torch.device, deterministic: bool = False) -> Iterator[None]:
+    """Run the enclosed convolutions in ``"float32"``, ``"tf32"`` or ``"bfloat16"``, the same bits every time or not."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, cudnn.deterministic
+    cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    cudnn.deterministic = deterministic or cudnn.deterministic
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             yield
     finally:
-        settings.fp32_precision = before
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a GPU or the CPU had no memory left."""
-    # The CPU's allocator has no exception class of its own.
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+        cudnn.conv.fp32_precision, cudnn.deterministic = before
 
 
 def _describe_non_finite(

@@ -18,7 +18,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import torch
 from torch import Tensor
 
+from atom_fast._device import is_out_of_memory
 from atom_fast.evaluate.training import Trainer
+from atom_fast.ops.launching import unfused_if_refused
 
 Curve = dict[int, float | None]
 
@@ -112,10 +114,12 @@ def _in_graphs(first, make_trainer, jobs, start, test, evaluate_every, together,
     while True:
         size = math.ceil(len(jobs) / math.ceil(len(jobs) / size))  # as many groups, of even sizes
         try:
-            ensemble = _Ensemble([first, *(make_trainer() for _ in range(size - 1))])
+            ensemble = unfused_if_refused(
+                lambda size=size: _Ensemble([first, *(make_trainer() for _ in range(size - 1))]), first.images.device
+            )
             break
-        except torch.OutOfMemoryError:
-            if size == 1:
+        except RuntimeError as error:
+            if size == 1 or not is_out_of_memory(error):
                 raise
         size //= 2
         torch.cuda.empty_cache()

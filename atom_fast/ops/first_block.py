@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _native
 from .._backend import resolve_backend
-from .._device import chip_of
+from .._device import Chip, chip_of
 from . import block
 from .block import BlockOutput
 from .block_torch import backward_torch, forward_torch, piece_bytes
@@ -70,7 +70,9 @@ def first_block(
         return BlockOutput(pooled.to(filters.dtype), maps)
     if backend == "native" and not _is_native(images, filters, weight, bias):
         backend = "torch"
-    fusible = _is_fusible(images, filters) if backend == "triton" else backend == "native" or norm == "instance"
+    fusible = backend == "native" or norm == "instance"
+    if backend == "triton":
+        fusible = launch_kind(images.shape[1:], filters.shape[0], filters.dtype, images.device) != "apart"
     if backend == "reference" or not fusible:
         convolved = F.conv2d(images.to(filters.dtype), filters, padding=1)
         return block.attention_block(
@@ -93,14 +95,38 @@ def _check_input(images: Tensor, filters: Tensor) -> None:
         raise ValueError(f"filters must be [C, {images.shape[1]}, 3, 3]; got {tuple(filters.shape)}")
 
 
-def _is_fusible(images: Tensor, filters: Tensor) -> bool:
-    """Whether the Triton kernels take these images; otherwise convolution and block are two operations."""
-    from ..kernels.first_block import is_resident
+def launch_kind(
+    image_shape: tuple[int, int, int],
+    channels: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    chip: Chip | None = None,
+) -> str:
+    """Return how Triton's kernels run the first block of images [C_in, H, W].
 
-    # Float64 is for the interpreter; without instructions for matrices of 16 bits, cuDNN is the faster one.
-    narrow = filters.dtype in (torch.float16, torch.bfloat16)
-    multiplied = filters.dtype == torch.float32 or (narrow and chip_of(images.device).capability >= 80)
-    return is_resident(*images.shape[1:]) and (multiplied or not images.is_cuda)
+    Args:
+        channels: C of the filters.
+        dtype: of the filters.
+        device: a GPU, or the CPU that interprets the kernels.
+        chip: a GPU that is not here; None for the device's own.
+
+    Returns:
+        ``"planes"``: convolution and block are one kernel that keeps an image's neighbourhoods on the chip.
+        ``"tiles"``: the same in tiles, for chips with less shared memory; the convolution is computed twice.
+        ``"apart"``: PyTorch's convolution, then `attention_block`.
+    """
+    from ..kernels.first_block import first_block_launch, is_resident
+
+    chip = chip or chip_of(device)
+    if dtype == torch.float64:
+        multiplied = device.type == "cpu"  # interpreted, in tests
+    else:  # without matrix instructions for 16 bits, cuDNN is faster
+        multiplied = dtype == torch.float32 or chip.capability >= 80
+    if not multiplied or not is_resident(*image_shape):
+        return "apart"
+    image_channels, height, width = image_shape
+    launch = first_block_launch(image_channels, channels, height, width, dtype.itemsize, chip.shared)
+    return "tiles" if launch is None else "planes"
 
 
 @torch.library.custom_op("atom_fast::first_block", mutates_args=())

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from .._device import chip_of, refuse_triton, triton_refusal
+
+T = TypeVar("T")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -26,9 +33,52 @@ def constant_power(power: float | None) -> float | int:
     return int(power) if float(power).is_integer() else float(power)
 
 
-def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Launch on the tensor's device, which need not be the current one."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+class KernelError(RuntimeError):
+    """A kernel that cannot be compiled or launched for a device; the message names the way out."""
+
+
+@contextlib.contextmanager
+def device_of(tensor: Tensor) -> Iterator[None]:
+    """Launch on the tensor's device, which need not be the current one.
+
+    Raises:
+        KernelError: a kernel asks for more than the device has, or cannot be compiled for it.
+    """
+    try:
+        with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
+            yield
+    except _refusals() as error:
+        raise KernelError(
+            f"a kernel does not run on this device ({chip_of(tensor.device)}): {str(error).strip().splitlines()[0]} "
+            "Run the call under atom_fast.backend('torch'), which needs no kernel, and report the size of its tensors"
+        ) from error
+
+
+@functools.cache
+def _refusals() -> tuple[type[Exception], ...]:
+    """What Triton raises for a kernel that asks for too much, or that it cannot compile; no RuntimeErrors."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    return OutOfResources, PTXASError, CompilationError
+
+
+def unfused_if_refused(work: Callable[[], T], device: torch.device) -> T:
+    """Run ``work``; where a kernel does not run on ``device``, run it again with PyTorch's operators.
+
+    From then on they take the place of Triton's kernels on that device, which a warning says.
+
+    Raises:
+        KernelError: the kernels were asked for by `atom_fast.backend`.
+    """
+    try:
+        return work()
+    except KernelError as error:
+        if triton_refusal(device):
+            raise
+        refuse_triton(device, str(error.__cause__).strip())
+    # Here, not in the handler: there the traceback would keep the failed call's tensors alive.
+    return work()
 
 
 def triton_dtype(dtype: torch.dtype):

@@ -1,0 +1,298 @@
+"""What this machine has, what runs fused on it and why, and whether it computes what the equations say."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from atom_fast import _native
+from atom_fast._backend import backend
+from atom_fast._device import HAS_TRITON, Chip, chip_of, has_tf32, triton_refusal
+from atom_fast.data.augmentation import AugmentationParameters, augment
+from atom_fast.distill.logs import versions
+from atom_fast.distill.step import convolution_precision
+from atom_fast.functional import attention_matching_loss, mean_matching_loss
+from atom_fast.ops.batch_norm import batch_norm
+from atom_fast.ops.block import attention_block
+from atom_fast.ops.first_block import first_block, launch_kind
+from atom_fast.ops.instance_norm import instance_norm
+
+# Data sets by the size of their images, for what runs at each.
+SIZES = {"digits": (1, 8, 8), "CIFAR": (3, 32, 32), "Tiny ImageNet": (3, 64, 64)}
+FIRST_BLOCK = {
+    "planes": "fused with its convolution, a plane at a time",
+    "tiles": "fused with its convolution, in tiles: a plane needs more shared memory",
+    "apart": "after PyTorch's convolution: {reason}",
+}
+# What a check may be off by, relative to the length of what is compared. Rounding to TF32 turns some features off or
+# on, each of which changes the gradient by a whole term; a wrong kernel is off by half the length and more.
+TOLERANCE, TF32_TOLERANCE = 1e-3, 1e-1
+
+
+def examine(device: torch.device, chip: Chip | None = None) -> dict[str, object]:
+    """Examine a device: what it is, what runs on it, whether that is right, and what would make it faster.
+
+    Args:
+        device: a GPU or the CPU.
+        chip: a GPU that is not here; only what would run on it is said.
+
+    Returns:
+        ``versions`` and ``cpu`` by name; ``gpu``, a dict or None; ``runs``, for each operation how it runs; ``checks``,
+        for each operation its error relative to the equations in float64 (a number, or text for a failure); ``advice``,
+        sentences.
+    """
+    if chip is not None:
+        return {"gpu": _pretended(chip), "runs": _fused_runs(torch.device("cpu"), chip), "advice": _gpu_advice(chip)}
+    cpu = _cpu()
+    gpu = _gpu(device) if device.type == "cuda" else None
+    refusal = triton_refusal(device) if gpu else None
+    if gpu and HAS_TRITON and not refusal:
+        runs = _fused_runs(device, chip_of(device))
+    else:
+        runs = _unfused_runs(device, refusal)
+    return {
+        "versions": versions() | {"cuda of torch": torch.version.cuda or "none", "platform": platform.platform()},
+        "cpu": cpu,
+        "gpu": gpu,
+        "runs": runs,
+        "checks": self_check(device),
+        "advice": _cpu_advice(cpu, gpu) + (_gpu_advice(chip_of(device), refusal) if gpu else []),
+    }
+
+
+def _gpu(device: torch.device) -> dict[str, object]:
+    properties, chip = torch.cuda.get_device_properties(device), chip_of(device)
+    return {
+        "name": properties.name,
+        "chip": str(chip),
+        "memory": f"{properties.total_memory / 2**30:.1f} GiB",
+        "driver": _first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]) or "unknown",
+        "precisions": _precisions(chip) if has_tf32(device) else "float32",
+        "Triton": triton_refusal(device) or ("compiles and launches kernels" if HAS_TRITON else "is not installed"),
+    }
+
+
+def _pretended(chip: Chip) -> dict[str, object]:
+    return {"name": "not this machine's", "chip": str(chip), "precisions": _precisions(chip)}
+
+
+def _precisions(chip: Chip) -> str:
+    return "tf32, bfloat16, float32" if chip.has_tf32 else "float32 (no TF32; bfloat16 would be emulated)"
+
+
+def _cpu() -> dict[str, object]:
+    compiler = _native.compiler_version()
+    return {
+        "name": _processor_name(),
+        "cores": f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} to use",
+        "quota": f"{quota:g} cores" if (quota := cpu_quota()) else "none",
+        "threads": torch.get_num_threads(),
+        "C compiler": compiler or "none found",
+        "kernels in C": _native.description() if compiler else "not built: no C compiler",
+    }
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """Return how many cores a container may use (cgroup v2 or v1), None where there is no limit."""
+    try:
+        if (root / "cpu.max").exists():
+            quota, period = (root / "cpu.max").read_text().split()
+        else:
+            quota, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return None if quota.strip() in ("max", "-1") else int(quota) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
+def _fused_runs(device: torch.device, chip: Chip) -> dict[str, str]:
+    """How each operation runs by Triton's kernels on a chip."""
+    runs = {}
+    precisions = [torch.float32, torch.bfloat16] if chip.has_bfloat16 else [torch.float32]
+    for name, shape in SIZES.items():
+        for dtype in precisions:
+            kind = launch_kind(shape, 128, dtype, device, chip)
+            reason = "larger than its kernel takes"
+            words = FIRST_BLOCK[kind].format(reason=reason)
+            runs[f"first block, {name} {shape[1]}x{shape[2]} {str(dtype)[6:]}"] = words
+    others = "later blocks", "attention maps", "class means", "augmentation", "norms of an evaluation"
+    return runs | dict.fromkeys(others, "fused (Triton)")
+
+
+def _unfused_runs(device: torch.device, refusal: str | None) -> dict[str, str]:
+    if device.type != "cpu":
+        reason = refusal or "Triton is not installed"
+        return {"every operation": f"PyTorch's operators ({reason})"}
+    kernels = "first block", "later blocks", "augmentation", "norms of an evaluation"
+    built = "fused (C), float32" if _native.is_built() else "PyTorch's operators: the kernels in C are not built"
+    return dict.fromkeys(kernels, built) | dict.fromkeys(
+        ("attention maps", "class means"), "PyTorch's operators, in pieces that fit the cache"
+    )
+
+
+def _cpu_advice(cpu: dict, gpu: dict | None) -> list[str]:
+    advice = []
+    if not _native.is_built() and gpu is None:
+        advice.append(
+            "Install a C compiler (gcc or clang, or name one by the environment variable CC): a step on a CPU is then "
+            "several times faster."
+        )
+    quota = cpu_quota()
+    if quota and torch.get_num_threads() > max(1, quota):
+        advice.append(
+            f"Set OMP_NUM_THREADS={max(1, int(quota))}: this container may use {quota:g} cores, and PyTorch starts "
+            f"{torch.get_num_threads()} threads."
+        )
+    if gpu is None and shutil.which("nvidia-smi"):
+        advice.append(
+            f"nvidia-smi is here, but PyTorch {torch.__version__} sees no GPU: install a build of PyTorch for CUDA, or "
+            "update the driver."
+        )
+    return advice
+
+
+def _gpu_advice(chip: Chip, refusal: str | None = None) -> list[str]:
+    advice = []
+    if refusal:
+        advice.append(f"Make the fused kernels run: they save several times the time and memory, but {refusal}.")
+    elif not HAS_TRITON:
+        advice.append("Install Triton (pip install triton): without it nothing runs fused on a GPU.")
+    if not chip.has_tf32:
+        advice.append("Expect slow convolutions: GPUs below compute capability 8.0 have no TF32.")
+    return advice
+
+
+def self_check(device: torch.device) -> dict[str, float | str]:
+    """Run every operation once, small, and compare value and gradient with the equations in float64.
+
+    Returns:
+        By operation the largest error, relative to the length of what is compared; text where it raised.
+    """
+    checks = [(name, name, "float32") for name in _CHECKS]
+    if has_tf32(device):
+        checks.append(("first block, TF32", "first block", "tf32"))
+    errors: dict[str, float | str] = {}
+    for title, name, precision in checks:
+        try:
+            with convolution_precision(precision, device):
+                errors[title] = _error(*_CHECKS[name], device)
+        except Exception as error:  # every one of them is what a bug report needs
+            errors[title] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    return errors
+
+
+def passes(name: str, error: float | str) -> bool:
+    """Return whether a check of `self_check` is as exact as its arithmetic."""
+    return isinstance(error, float) and error <= (TF32_TOLERANCE if name.endswith("TF32") else TOLERANCE)
+
+
+def _error(operation: Callable[[Tensor], Tensor], shape: tuple[int, ...], device: torch.device) -> float:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(shape, generator=generator).to(device).contiguous(memory_format=torch.channels_last)
+    found = _value_and_gradient(operation, inputs)
+    with backend("reference"):
+        wanted = _value_and_gradient(operation, inputs.double())
+    return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True))
+
+
+def _value_and_gradient(operation: Callable[[Tensor], Tensor], inputs: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = inputs.detach().requires_grad_()
+    value = operation(leaf)
+    weights = torch.linspace(-1, 1, value.numel(), dtype=value.dtype, device=value.device).view(value.shape)
+    (gradient,) = torch.autograd.grad((value * weights).sum(), leaf)
+    return value.detach(), gradient
+
+
+def _constant(like: Tensor, *shape: int) -> Tensor:
+    """The same numbers at every call."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(like)
+
+
+def _classes(x: Tensor) -> Tensor:
+    return torch.arange(len(x), device=x.device) % 2
+
+
+def _block(x: Tensor, norm: str) -> Tensor:
+    pooled, maps = attention_block(x, norm=norm)
+    return torch.cat((pooled.flatten(), maps.flatten()))
+
+
+def _first_block(x: Tensor) -> Tensor:
+    pooled, maps = first_block(x, _constant(x, 16, 3, 3, 3))
+    return torch.cat((pooled.flatten(), maps.flatten()))
+
+
+def _attention(x: Tensor) -> Tensor:
+    labels = _classes(x)
+    return attention_matching_loss(_constant(x, *x.shape), x, real_labels=labels, synthetic_labels=labels).view(1)
+
+
+def _means(x: Tensor) -> Tensor:
+    x, labels = x.flatten(1), _classes(x)
+    return mean_matching_loss(_constant(x, *x.shape), x, real_labels=labels, synthetic_labels=labels).view(1)
+
+
+def _norm(x: Tensor, norm: str) -> Tensor:
+    ones = torch.ones(x.shape[1], dtype=x.dtype, device=x.device)
+    run = batch_norm if norm == "batch" else instance_norm
+    return run(x, ones, 0.1 * ones, rectify=True, pool=True)
+
+
+def _parameters(x: Tensor) -> AugmentationParameters:
+    operations = torch.arange(len(x), device=x.device) % 6
+    return AugmentationParameters(operations, _constant(x, len(x), 3).float().sigmoid())
+
+
+_FEATURES, _IMAGES = (4, 16, 8, 8), (6, 3, 8, 8)
+_CHECKS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
+    "attention maps": (_attention, _FEATURES),
+    "class means": (_means, _FEATURES),
+    "first block": (_first_block, _IMAGES),
+    "block, InstanceNorm": (lambda x: _block(x, "instance"), _FEATURES),
+    "block, BatchNorm": (lambda x: _block(x, "batch"), _FEATURES),
+    "InstanceNorm": (lambda x: _norm(x, "instance"), _FEATURES),
+    "BatchNorm": (lambda x: _norm(x, "batch"), _FEATURES),
+    "augmentation": (lambda x: augment(x, _parameters(x)), _IMAGES),
+}
+
+
+def report(findings: dict[str, object]) -> str:
+    """Return what `examine` found as text, a line for each fact."""
+    sections = []
+    for title, facts in (("versions", findings.get("versions")), ("CPU", findings.get("cpu"))):
+        if facts:
+            sections.append((title, [f"{name}: {value}" for name, value in facts.items()]))
+    gpu = findings["gpu"]
+    sections.append(("GPU", [f"{name}: {value}" for name, value in gpu.items()] if gpu else ["none that PyTorch sees"]))
+    sections.append(("what runs", [f"{name}: {how}" for name, how in findings["runs"].items()]))
+    if "checks" in findings:
+        lines = [
+            f"{'right' if passes(name, error) else 'WRONG'}  {name}: "
+            + (f"error {error:.1e}" if isinstance(error, float) else error)
+            for name, error in findings["checks"].items()
+        ]
+        sections.append(("self-check against the equations in float64", lines))
+    sections.append(("what would make it faster", findings["advice"] or ["nothing that this command knows of"]))
+    return "\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections)
+
+
+def _first_line(command: list[str]) -> str | None:
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()
+        return lines[0] if lines else None
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,117 @@
+"""Compile every kernel for every chip with several versions of Triton, and keep what came of it as a table.
+
+    python -m tests.compilers                    # what presets run, with the Triton that is installed
+    python -m tests.compilers --triton 3.5.1 --triton 3.6.0 --triton 3.7.1 --all
+
+Other versions are downloaded into a folder that is removed afterwards. Nothing needs a GPU. The result is
+``benchmarks/results/compilers.json``; versions and chips that were not asked for keep what was found before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # launches are recorded through the interpreter
+
+import click
+from tqdm import tqdm
+
+from atom_fast._device import SHARED_MEMORY
+from atom_fast._files import write_atomically
+from tests.cubin import ROOT, CubinReport
+from tests.launches import compile_launch
+from tests.workloads import launches, workloads
+
+RESULTS = ROOT / "benchmarks" / "results" / "compilers.json"
+CHIPS = (75, 80, 86, 89, 90, 100, 120)
+
+
+@click.command()
+@click.option("--triton", "versions", multiple=True, help="a version, may be repeated  [default: the installed one]")
+@click.option("--chip", "chips", type=int, multiple=True, help=f"such as 86, may be repeated  [default: {CHIPS}]")
+@click.option("--all", "everything", is_flag=True, help="not only what presets run  [default: off]")
+@click.option("--only", default="", help="workloads whose names have this text, such as 3x32x32  [default: all]")
+@click.option("--output", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="JSON file")
+def main(versions, chips, everything, only, output):
+    """Compile what the package launches, and say where it does not fit, spills or is miscompiled."""
+    chosen = [work for work in workloads() if (everything or work.preset) and only in work.name]
+    rows = {(row["triton"], row["chip"], row["workloads"]): row for row in _read(output)}
+    scope = ("everything" if everything else "presets") + (f", {only}" if only else "")
+    for version in versions or (None,):
+        with _installed(version) as (name, folder):
+            for chip in chips or CHIPS:
+                row = {"triton": name, "chip": chip, "workloads": scope, **examine(chosen, chip, folder)}
+                rows[name, chip, scope] = row
+                ordered = [rows[key] for key in sorted(rows)]
+                write_atomically(output, json.dumps(ordered, indent=1) + "\n")
+    click.echo(table(_read(output)))
+
+
+def _read(path: Path) -> list[dict]:
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+@contextlib.contextmanager
+def _installed(version: str | None) -> Iterator[tuple[str, str | None]]:
+    """A version of Triton, downloaded unless it is the one that is installed, and the folder that it is in."""
+    import triton
+
+    if version in (None, triton.__version__):
+        yield triton.__version__, None
+        return
+    with tempfile.TemporaryDirectory(prefix="triton-") as folder:
+        click.echo(f"downloading triton {version}", err=True)
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder]
+        subprocess.run([*command, f"triton=={version}"], check=True)
+        yield version, folder
+
+
+def examine(chosen: list, chip: int, triton: str | None) -> dict[str, object]:
+    """What the compiler makes of the workloads' kernels for one chip: how many, and which are not as they should be."""
+    found: dict[str, tuple[str, CubinReport]] = {}
+    failed: dict[str, str] = {}
+    for work in tqdm(chosen, desc=f"sm_{chip}", unit="workload"):
+        for launch in launches(work, chip):
+            name = f"{launch.kernel} ({work.name})"
+            try:
+                report = compile_launch(launch, chip, triton)
+            except RuntimeError as error:
+                failed[name] = str(error).strip().splitlines()[-1][:200]
+            else:
+                found.setdefault(repr((launch.kernel, report)), (name, report))
+    reports = dict(found.values())
+    largest = max(reports, key=lambda name: reports[name].shared, default=None)
+    return {
+        "date": datetime.date.today().isoformat(),
+        "kernels": len(reports),
+        "largest": largest,
+        "largest_shared": reports[largest].shared if largest else 0,
+        "limit": SHARED_MEMORY[chip],
+        "too_large": {name: r.shared for name, r in reports.items() if r.shared > SHARED_MEMORY[chip]},
+        "spills": {name: r.spills for name, r in reports.items() if r.spills},
+        "lost_constants": {name: r.lost_constants for name, r in reports.items() if r.lost_constants},
+        "failed": failed,
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as a table in Markdown."""
+    bad = {"too_large": "too large", "spills": "spill", "lost_constants": "lose a constant", "failed": "do not compile"}
+    heads = ["workloads", "Triton", "chip", "kernels", "most shared bytes", "chip's limit", *bad.values()]
+    lines = [f"| {' | '.join(heads)} |", "|---|---|---|" + "---:|" * (len(heads) - 3)]
+    for row in rows:
+        facts = (row[name] for name in ("workloads", "triton", "chip", "kernels", "largest_shared", "limit"))
+        lines.append(f"| {' | '.join(map(str, [*facts, *(len(row[name]) for name in bad)]))} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
