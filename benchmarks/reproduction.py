@@ -183,7 +183,8 @@ def table1(record: Record) -> str:
             )
         rows.append(cells)
     rows.append(["ATOM: seconds per set", *(text for column in columns for text in (_seconds(record, column), ""))])
-    gaps = [round(row.paper[0] - row.mean, 1) for column in columns for row in record.rows(column) if row.title == "ATOM"]
+    own = [row for column in columns for row in record.rows(column) if row.title == "ATOM"]
+    gaps = [round(row.paper[0] - row.mean, 1) for row in own]
     below = f"ATOM is {min(gaps):.1f} to {max(gaps):.1f} points below the paper's figures. ¹: one set."
     return f"{note(record)}\n\n{markdown(head, rows)}\n\n{below}"
 
