@@ -150,7 +150,7 @@ def edition_markdown(edition: str, paths: Sequence[Path]) -> str:
         _table(edition, merged, _memory_entry, _paper_megabytes),
     ]
     if _has_gaps(edition, merged):
-        sections.append(f"{MISSING} has no figure yet; rows and columns without any figure are left out.")
+        sections.append(f"{MISSING}: no figure yet. Rows and columns without any figure are left out.")
     return "\n\n".join(sections)
 
 
@@ -228,8 +228,9 @@ def _rows(edition: str, merged: dict[Setting, dict], method: str) -> dict[str, l
 
 
 def _has_gaps(edition: str, merged: dict[Setting, dict]) -> bool:
-    """Whether a cell that the edition has was not measured."""
-    return any(None in cells for method in METHODS for cells in _rows(edition, merged, method).values())
+    """Whether a row that is shown lacks a cell."""
+    rows = [cells for method in METHODS for cells in _rows(edition, merged, method).values()]
+    return any(None in cells and any(cells) for cells in rows)
 
 
 def _time_entry(cell: dict) -> str:

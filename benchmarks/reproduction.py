@@ -13,6 +13,7 @@ from atom_fast.reproduce.tables import FORMAT, markdown
 
 PREFIX = "reproduce-"
 TABLE1 = "cifar10-table1"
+UNBROKEN = "\u00a0±\u00a0"  # in narrow columns
 AS_IN_THE_PAPER = "the paper's size"
 ROWS = {"preset paper": "preset `paper`", "Random (nothing is matched)": "Random"}
 # "networks a set 5 instead of 20" as people say it.
@@ -178,15 +179,15 @@ def table1(record: Record) -> str:
         cells = [title]
         for column in columns:
             row = next((row for row in record.rows(column) if row.title == title), None)
-            cells += (
-                [_accuracy(row) + ("¹" if row.sets < row.wanted else ""), _figure(row.paper)] if row else ["–", "–"]
-            )
+            fewer = "¹" if row and row.sets < row.wanted else ""
+            cells += [f"{_accuracy(row)}{fewer}", _figure(row.paper)] if row else ["–", "–"]
         rows.append(cells)
     rows.append(["ATOM: seconds per set", *(text for column in columns for text in (_seconds(record, column), ""))])
     own = [row for column in columns for row in record.rows(column) if row.title == "ATOM"]
     gaps = [round(row.paper[0] - row.mean, 1) for row in own]
     below = f"ATOM is {min(gaps):.1f} to {max(gaps):.1f} points below the paper's figures. ¹: one set."
-    return f"{note(record)}\n\n{markdown(head, rows)}\n\n{below}"
+    table = markdown(head, rows).replace(" ± ", UNBROKEN)
+    return f"{note(record)}\n\n{table}\n\n{below}"
 
 
 def cited(record: Record) -> str:
@@ -301,11 +302,11 @@ class Open:
     """A setting that the paper leaves open.
 
     Attributes:
-        setting: its name.
+        setting: its name, a link to the evidence.
         paper: what paper and public code say.
         choice: the preset's.
         effects: what is compared, with the row of each file that shows it.
-        evidence: anchor on the page.
+        evidence: anchor on the page of the figures.
     """
 
     setting: str
@@ -404,15 +405,10 @@ def open_settings(records: Mapping[str, Record]) -> str:
     for row in OPEN:
         effects = [text for name, places in row.effects if (text := _effect(records, name, places))]
         if effects:
-            lines.append([row.setting, row.paper, row.choice, "<br>".join(effects), f"[below](#{row.evidence})"])
-    head = [
-        "setting",
-        "paper and public code",
-        "preset `paper`",
-        "effect in points at 1 / 10 images per class, or at 10",
-        "evidence",
-    ]
-    return markdown(head, lines) if lines else ""
+            lines.append([f"[{row.setting}](#{row.evidence})", row.paper, row.choice, "<br>".join(effects)])
+    effect = "effect in points at 1 / 10 images per class (one figure: at 10)"
+    table = markdown(["setting", "paper and public code", "preset `paper`", effect], lines)
+    return table.replace(" ± ", UNBROKEN) if lines else ""
 
 
 def _effect(records: Mapping[str, Record], name: str, places: Sequence[tuple[str, str]]) -> str:

@@ -17,12 +17,12 @@ from .reproduction import Record, Row, read
 
 GPU = Setting("atom", "eager", ipc=50, precision="tf32")
 STEPS = (
-    ("eager", "tf32", "eager PyTorch as published: loops over classes"),
+    ("eager", "tf32", "eager PyTorch, class by class, as published"),
     ("eager-batched", "tf32", "eager PyTorch, all classes at once"),
     ("compile", "tf32", "the same under `torch.compile`"),
     ("fused", "tf32", "atom_fast without a CUDA graph"),
-    ("fused-graph", "tf32", "**atom_fast**, as `distill` runs it (CUDA graph)"),
-    ("fused-graph", "bfloat16", "**atom_fast**, the same in bfloat16"),
+    ("fused-graph", "tf32", "**atom_fast**, as `distill` runs it"),
+    ("fused-graph", "bfloat16", "**atom_fast**, bfloat16"),
 )
 ROWS = {"eager": "as published (eager)", "compile": "`torch.compile`", "fused": "**atom_fast**"}
 CPU_IPC = 10
@@ -102,13 +102,13 @@ def steps(gpu: Sequence[Path], table1: Path) -> str:
         lines.append(
             [
                 name,
-                _range(eager) if first else three_digits(own),
-                "1" if first else _range([value / own for value in eager]),
-                "" if "eager" in provider else "1" if provider == "compile" else three_digits(compiled / own),
+                _range(eager, "{:.3g}") if first else three_digits(own),
+                "1×" if first else _range([value / own for value in eager], to="–") + "×",
+                "" if "eager" in provider else f"{compiled / own:.2g}×",
                 _megabytes(cells[provider, precision]),
             ]
         )
-    head = ["one step of ATOM", "ms", "× faster than eager", "× faster than `torch.compile`", "peak MB"]
+    head = ["one step of ATOM", "ms", "speed-up over eager", "over `torch.compile`", "peak MB"]
     return "\n\n".join([_where(gpu), markdown(head, lines), paragraph(f"{_caveats(gpu)} {_preset(table1)}")])
 
 
@@ -123,7 +123,7 @@ def _where(gpu: Sequence[Path]) -> str:
 def _caveats(gpu: Sequence[Path]) -> str:
     """What a reader must know to judge the ratios; all of it follows from the files."""
     eager = _all(gpu, "eager")
-    text = "`torch.compile` runs in its default mode, without a CUDA graph. "
+    text = "`distill` captures a step as a CUDA graph; `torch.compile` runs in its default mode, without one. "
     if len(eager) > 1:
         text += f"Eager PyTorch waits for its host, so its time differs between runs ({len(eager)} shown). "
     own, compiled = _all(gpu, "fused-graph"), _all(gpu, "compile")
@@ -134,7 +134,7 @@ def _caveats(gpu: Sequence[Path]) -> str:
         ratio = milliseconds(newest_cells(gpu)["compile", "tf32"]) / before
         text += (
             f"atom_fast's last rows are from a later run than `torch.compile`'s; in that earlier run its step took "
-            f"{three_digits(before)} ms, {three_digits(ratio)} times faster than `torch.compile`."
+            f"{three_digits(before)} ms, a speed-up of {ratio:.2g}× over `torch.compile`."
         )
     return text.strip()
 
@@ -154,7 +154,7 @@ def accuracy(table1: Path) -> str:
     lines = []
     for title in ("DM", "DAM", "ATOM"):
         found = [next((row for row in record.rows(column) if row.title == title), None) for column in columns]
-        lines.append([title, *(f"{_accuracy(row)} ({_printed(row)})" if row else "–" for row in found)])
+        lines.append([title, *(f"{_accuracy(row)} ({row.paper[0]:.1f})" if row else "–" for row in found)])
     rows = [row for column in columns for row in record.rows(column)]
     sets, networks = (_range(sizes, "{:.0f}", " or ") for sizes in ([r.sets for r in rows], [r.networks for r in rows]))
     images = record.content["data"]["cifar10"].partition("(")[2].rstrip(")")
@@ -216,7 +216,7 @@ def three_digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _range(values: Sequence[float], form: str = "{:.3g}", to: str = "–") -> str:
+def _range(values: Sequence[float], form: str = "{:.2g}", to: str = "–") -> str:
     """Least and largest of some values: "36–47"; whole numbers from ten on."""
     low, high = (form.format(round(value) if value >= 10 else value) for value in (min(values), max(values)))
     return low if low == high else f"{low}{to}{high}"
