@@ -60,6 +60,7 @@ def pages(results: Path) -> dict[str, dict[str, str]]:
             "gains": _where(summary.gains, table1, gpu, kernels),
             "steps": _where(summary.steps, gpu, table1),
             "accuracy": _where(summary.accuracy, table1),
+            "demo": _where(summary.demo, results / "accuracy-digits.json"),
             "methods": _where(summary.methods, *cpu),
         },
         "docs/results.md": reproduction.sections(results),

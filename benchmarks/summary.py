@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -144,6 +145,17 @@ def _preset(table1: Path) -> str:
     record = read(table1)
     average = 1e3 * _atom(record, 50).seconds / record.iterations
     return f"The preset has BatchNorm at this size: its whole runs average {three_digits(average)} ms per step."
+
+
+def demo(path: Path) -> str:
+    """What ``make demo`` reaches."""
+    record = json.loads(path.read_text("utf-8"))
+    found = [
+        f"{result['accuracy_mean']:.1f} ± {result['accuracy_std']:.1f} % with {result['ipc']} "
+        f"image{'s' if result['ipc'] > 1 else ''} per class (random real images: {result['random_mean']:.1f} %)"
+        for result in record["results"]
+    ]
+    return paragraph(f"The demo reaches {' and '.join(found)}. Another processor or compiler rounds differently.")
 
 
 def accuracy(table1: Path) -> str:
