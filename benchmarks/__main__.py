@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from . import compare, report, reproduction, scaling, table3
+from . import compare, report, scaling, table3
 from .cells import check_known
 from .harness import ROOT
 
@@ -34,29 +34,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     measure.add_argument("--edition", default="cpu", help=f"one of {', '.join(table3.EDITIONS)}")
     measure.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of the results file")
-    measure.add_argument("--method", action="append", help="only this method; may be given again")
-    measure.add_argument("--provider", action="append", help="only this provider; may be given again")
-    measure.add_argument("--ipc", action="append", type=int, help="only this many images a class; may be given again")
-    measure.add_argument("--iterations", type=int, help="timed iterations a cell; the edition's where not given")
-    measure.add_argument("--seconds", type=float, help="seconds of timing a cell; the edition's where not given")
+    measure.add_argument("--method", action="append", help="only this method; may be repeated")
+    measure.add_argument("--provider", action="append", help="only this provider; may be repeated")
+    measure.add_argument("--ipc", action="append", type=int, help="only this many images per class; may be repeated")
+    measure.add_argument("--iterations", type=int, help="timed iterations per cell (default: the edition's)")
+    measure.add_argument("--seconds", type=float, help="seconds of timing per cell (default: the edition's)")
     measure.set_defaults(run=_table3)
 
-    growth = commands.add_parser("scaling", help="measure a step against classes, images a class and resolution")
+    growth = commands.add_parser("scaling", help="measure a step against classes, images per class and resolution")
     growth.add_argument("--edition", default="cpu", help=f"one of {', '.join(scaling.EDITIONS)} (default cpu)")
     growth.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of the results file")
     growth.set_defaults(run=_scaling)
 
-    show = commands.add_parser("report", help="render tables and plots, refresh the README")
+    show = commands.add_parser("report", help="render tables and pictures, refresh README and docs")
     show.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of results files")
-    show.add_argument("--check", action="store_true", help="write nothing; fail where README and results disagree")
+    show.add_argument("--check", action="store_true", help="write nothing; fail where a page or picture differs")
     show.set_defaults(run=_report)
 
     contrast = commands.add_parser("compare", help="name what got slower between two results files")
     contrast.add_argument("old", type=Path)
     contrast.add_argument("new", type=Path)
-    contrast.add_argument("--tolerance", type=float, default=0.15, help="change that is passed over (default 0.15)")
+    contrast.add_argument("--tolerance", type=float, default=0.15, help="relative change to ignore (default 0.15)")
     contrast.add_argument(
-        "--repeated", action="store_true", help="of two runs of the same code: name what differs either way"
+        "--repeated", action="store_true", help="two runs of the same code: name changes in both directions"
     )
     contrast.set_defaults(run=_compare)
     return parser
@@ -87,8 +87,7 @@ def _scaling(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    stale = report.refresh(options.results, ROOT / "README.md", check=options.check)
-    stale += reproduction.refresh(options.results, ROOT / "docs" / "reproduction.md", check=options.check)
+    stale = report.refresh(options.results, ROOT, check=options.check)
     for message in stale:
         print(message if options.check else f"refreshed: {message}")
     return 1 if options.check and stale else 0

@@ -1,79 +1,213 @@
-"""Pictures of what was measured; each names in its metadata the figures it was drawn from."""
+"""Pictures of measured times, memory and bandwidth; each names in its metadata the figures it was drawn from.
+
+All pictures are white cards 8 inches wide at 200 dots per inch: sharp at the 800 pixels of a README column, and
+readable on a light and on a dark page.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from atom_fast.roofline import BACKWARD_OPERATIONS, DEVICES, FORWARD_OPERATIONS, Device
-
 from . import paper, scaling, table3
 from .harness import load_results
 from .merging import digest, merge
 from .methods import METHODS
-from .operators import WIDTH
 
-PRECISION_NAMES = {"float32": "", "tf32": "", "bfloat16": " bfloat16"}
-BAR = 0.12  # width of a bar; methods are 1 apart
-# The baselines in greys; half as strong in bfloat16.
+WIDTH, DPI = 8.0, 200
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+}
+PRECISION_NAMES = {"float32": "", "tf32": "", "bfloat16": ", bfloat16"}
+PROVIDER_NAMES = {
+    "eager": "eager, as published",
+    "eager-batched": "eager, all classes at once",
+    "compile": "torch.compile",
+    "fused": "atom_fast",
+    "fused-graph": "atom_fast, CUDA graph",
+}
+# The baselines in greys.
 COLOURS = {
-    "eager": "0.75",
-    "eager-batched": "0.55",
+    "eager": "0.78",
+    "eager-batched": "0.58",
     "compile": "0.3",
     "fused": "tab:orange",
     "fused-graph": "tab:red",
 }
-MARKERS = {
-    "attention": "o",
-    "block": "s",
-    "first_block": "P",
-    "instance_norm": "v",
-    "batch_norm": "<",
-    "augment": "^",
-    "matching": "D",
+OPERATOR_NAMES = {
+    "attention": "attention maps",
+    "block": "norm, ReLU, maps, pooling",
+    "first_block": "convolution and block",
+    "instance_norm": "InstanceNorm, ReLU, pooling",
+    "batch_norm": "BatchNorm, ReLU, pooling",
+    "augment": "augmentation",
+    "matching": "class means",
 }
-# Arithmetic on a value, forward and backward, as `atom_fast.roofline` counts it. A block's is that of its norm and
-# pooling, and of the maps, which are the attention operator's. Augmentation interpolates between four pixels.
-MAPS = 10, 9
-OPERATIONS = {
-    "attention": MAPS,
-    "block": (FORWARD_OPERATIONS, BACKWARD_OPERATIONS),
-    "first_block": (FORWARD_OPERATIONS, BACKWARD_OPERATIONS),
-    "instance_norm": (FORWARD_OPERATIONS - MAPS[0], BACKWARD_OPERATIONS - MAPS[1]),
-    "batch_norm": (FORWARD_OPERATIONS - MAPS[0], BACKWARD_OPERATIONS - MAPS[1]),
-    "augment": (20, 20),
-    "matching": (3, 2),
+LAYOUT_NAMES = {"nchw": ", NCHW", "channels_last": ",\nchannels_last", "rows": ""}
+# Real images of a CIFAR-10 step: the largest tensors.
+SHAPES = ([1280, 128, 32, 32], [1280, 3, 32, 32], [1280, 1152])
+BARS = {
+    ("float32", "forward"): "#1f4e79",
+    ("float32", "backward"): "#6fa8dc",
+    ("bfloat16", "forward"): "#b45f06",
+    ("bfloat16", "backward"): "#f6b26b",
 }
 
 
+def styled(draw: Callable) -> Callable:
+    """Call a drawing function under this module's style, and leave matplotlib's own as it is."""
+
+    @functools.wraps(draw)
+    def wrapper(*arguments, **options):
+        import matplotlib
+
+        with matplotlib.rc_context(STYLE):
+            return draw(*arguments, **options)
+
+    return wrapper
+
+
+def panels(rows: int, columns: int, height: float, **options) -> tuple:
+    """A figure of panels [rows][columns], without matplotlib's global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def save(figure, path: Path, source: str, title: str = "", columns: int = 4) -> None:
+    """Add a legend below and a title, and write the picture with the name of the figures it was drawn from."""
+    named = {
+        name: handle for axis in figure.axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    if named:
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=min(len(named), columns))
+    if title:
+        figure.suptitle(title, fontsize=10.5)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI, metadata={"Source": source})
+
+
+def files_digest(paths: Sequence[Path]) -> str:
+    """Names the contents of files."""
+    content = hashlib.sha256()
+    for path in paths:
+        content.update(path.read_bytes())
+    return content.hexdigest()[:16]
+
+
+# Table 3
+
+
+@styled
 def plot_table3(path: Path, edition: str, results: Sequence[Path]) -> None:
-    """Draw run time and peak memory of every method and provider as bars, a panel for each number of images a class."""
+    """Draw time and peak memory of every method that was measured, one row of panels per number of images per class."""
     merged = merge(results)
-    ipcs = table3.EDITIONS[edition].ipcs
-    figure, axes = _panels(len(ipcs), sharex=True)
-    for column, ipc in enumerate(ipcs):
-        for row, value in enumerate((_milliseconds, _megabytes)):
-            _draw_bars(axes[row][column], [cell for setting, cell in merged.items() if setting.ipc == ipc], value)
-        axes[0][column].set_title(f"{ipc} image{'s' if ipc > 1 else ''} a class")
-        if table3.EDITIONS[edition].device == "cuda":
-            _draw_paper(axes[0][column], [paper.SECONDS[method][column] for method in METHODS])
-            _draw_paper(axes[1][column], [paper.MEGABYTES[method][column] for method in METHODS])
-    axes[0][0].set_ylabel("milliseconds a step")
-    axes[1][0].set_ylabel("peak memory, MB")
-    _finish(figure, table3.EDITIONS[edition].title, path, results)
+    measured = [ipc for ipc in table3.EDITIONS[edition].ipcs if any(setting.ipc == ipc for setting in merged)]
+    chosen = {ipc: [cell for setting, cell in merged.items() if setting.ipc == ipc] for ipc in measured}
+    bars = max(sum(len(_own(cells, method)) for method in METHODS) for cells in chosen.values())
+    figure, axes = panels(len(measured), 2, 0.9 + len(measured) * (0.7 + 0.135 * bars), sharey="row")
+    for row, ipc in zip(axes, measured, strict=True):
+        for axis, value, marks in zip(
+            row, (_milliseconds, _megabytes), (_paper_milliseconds, _paper_megabytes), strict=True
+        ):
+            printed = marks(ipc) if table3.EDITIONS[edition].device == "cuda" else {}
+            _draw_methods(axis, chosen[ipc], value, printed)
+        images = f"{ipc} image{'s' if ipc > 1 else ''} per class"
+        row[0].set_title(f"milliseconds per step, {images}", loc="left")
+        row[1].set_title(f"peak memory in MB, {images}", loc="left")
+    where = load_results(results[0])["environment"]["device"]
+    save(figure, path, digest(results), where)
 
 
+def _own(cells: list[dict], method: str) -> list[dict]:
+    """A method's cells in the order of the table; what is no longer a provider is left out."""
+    known = [(provider, precision) for provider in METHODS[method].providers for precision in PRECISION_NAMES]
+    own = {
+        (cell["setting"]["provider"], cell["setting"]["precision"]): cell
+        for cell in cells
+        if cell["setting"]["method"] == method
+    }
+    return [own[key] for key in known if key in own]
+
+
+def _draw_methods(axis, cells: list[dict], value: Callable[[dict], float | None], printed: dict[str, float]) -> None:
+    """Horizontal bars, a group per method from top to bottom, and a black stroke at the paper's figure."""
+    place, ticks = 0.0, {}
+    shown = {method: value for method, value in printed.items() if _own(cells, method)}
+    for method, described in METHODS.items():
+        own = _own(cells, method)
+        if not own:
+            continue
+        first = place
+        for cell in own:
+            _draw_bar(axis, place, cell, value)
+            place += 1
+        ticks[(first + place - 1) / 2] = described.title
+        if method in shown:
+            axis.vlines(shown[method], first - 0.5, place - 0.5, color="black", label=f"paper, {paper.DEVICE}")
+        place += 0.7
+    axis.set_yticks(list(ticks), list(ticks.values()))
+    axis.set_ylim(place - 0.7, -0.9)
+    axis.tick_params(axis="y", length=0)
+    _logarithmic(axis, "x")
+    sizes = [value(cell) for cell in cells if cell["status"] == "ok" and value(cell) is not None]
+    # Bars begin at a power of ten; at the right there is room for the figures beside them.
+    axis.set_xlim(10 ** math.floor(math.log10(min(sizes))), 2.5 * max([*sizes, *shown.values()]))
+
+
+def _draw_bar(axis, place: float, cell: dict, value: Callable[[dict], float | None]) -> None:
+    provider, precision = cell["setting"]["provider"], cell["setting"]["precision"]
+    if cell["status"] != "ok":
+        axis.text(0.02, place, cell["status"], transform=axis.get_yaxis_transform(), va="center", fontsize=7.5)
+        return
+    size = value(cell)
+    if size is None:
+        return
+    label = f"{PROVIDER_NAMES[provider]}{PRECISION_NAMES[precision]}"
+    axis.barh(place, size, 0.9, color=COLOURS[provider], alpha=0.55 if precision == "bfloat16" else 1, label=label)
+    text = f"{size:,.0f}" if size >= 100 else f"{size:.3g}"
+    axis.annotate(text, (size, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7.5,
+                  bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8})  # fmt: skip
+
+
+def _paper_milliseconds(ipc: int) -> dict[str, float]:
+    column = paper.IPCS.index(ipc)
+    found = {method: values[column] for method, values in paper.SECONDS.items()}
+    return {method: value[0] * 1e3 for method, value in found.items() if not isinstance(value, str)}
+
+
+def _paper_megabytes(ipc: int) -> dict[str, float]:
+    column = paper.IPCS.index(ipc)
+    found = {method: values[column] for method, values in paper.MEGABYTES.items()}
+    return {method: value for method, value in found.items() if not isinstance(value, str)}
+
+
+# Scaling
+
+
+@styled
 def plot_scaling(path: Path, edition: str, results: Sequence[Path]) -> None:
-    """Draw run time and peak memory of a step against each of the sizes that were varied.
+    """Draw time and peak memory of a step against each of the sizes that were varied.
 
     On a GPU, memory is that beyond what is held between steps: the data set grows with classes and resolution too.
     """
     described = scaling.EDITIONS[edition]
     merged = merge(results)
-    figure, axes = _panels(len(described.values), sharex="col")
+    figure, axes = panels(2, len(described.values), 5.0, sharex="col", sharey="row")
     for column, (field, values) in enumerate(described.values.items()):
         for row, value in enumerate((_milliseconds, _megabytes_of_a_step)):
             for label, line in scaling.lines(described, field).items():
@@ -81,118 +215,98 @@ def plot_scaling(path: Path, edition: str, results: Sequence[Path]) -> None:
                 points = {size: value(cell) for size, cell in cells.items() if cell and cell["status"] == "ok"}
                 provider, _, chunk = label.partition(",")
                 axes[row][column].plot(
-                    points.keys(), points.values(), color=COLOURS[provider], label=label,
-                    marker="s" if chunk else "o", linestyle="--" if chunk else "-",
+                    points.keys(), points.values(), color=COLOURS[provider], linestyle="--" if chunk else "-",
+                    marker="s" if chunk else "o", markersize=4, label=f"{PROVIDER_NAMES[provider]}{_chunked(chunk)}",
                 )  # fmt: skip
-            _dress(axes[row][column])
+            _logarithmic(axes[row][column], "y")
         axes[0][column].set_xscale("log", base=2)
         axes[1][column].set_xticks(values, [str(size) for size in values])
         axes[1][column].set_xlabel(scaling.AXES[field])
-    axes[0][0].set_ylabel("milliseconds a step")
+    axes[0][0].set_ylabel("milliseconds per step")
     axes[1][0].set_ylabel("peak memory of a step, MB")
     base = described.base
-    images = f"{base.ipc} image{'s' if base.ipc > 1 else ''} a class"
-    sizes = f"{base.classes} classes, {images}, {base.resolution}×{base.resolution} where not varied"
-    _finish(figure, f"ATOM on {described.title}: {sizes}", path, results)
+    images = f"{base.ipc} image{'s' if base.ipc > 1 else ''} per class"
+    where = load_results(results[0])["environment"]["device"]
+    sizes = f"{base.classes} classes, {images}, {base.resolution}×{base.resolution} unless varied"
+    title = f"ATOM on {described.title} ({where}); {sizes}"
+    save(figure, path, digest(results), title)
 
 
-def plot_roofline(path: Path, results: Path) -> None:
-    """Draw the bytes a second that every kernel reached against its arithmetic intensity, below what could be reached.
+def _chunked(chunk: str) -> str:
+    return f",{chunk.replace(' at once', ' at a time')}" if chunk else ""
 
-    A kernel's bytes are the fewest it must move, so that what an implementation moves beyond them counts against it.
+
+# Bandwidth
+
+
+@styled
+def plot_bandwidth(path: Path, results: Sequence[Path]) -> None:
+    """Draw every operator's share of a copy's bandwidth, by data type and direction; a stroke marks eager PyTorch.
+
+    An operator's bytes are the fewest that it must move, so whatever else an implementation moves counts against it.
     """
-    record = json.loads(results.read_text())
-    name = record["environment"]["device"]
-    copy = record["copy"]["bytes_per_second"]
-    device = next((device for word, device in DEVICES.items() if word in name), None)
-    dtypes = sorted({case["dtype"] for case in record["cases"]}, reverse=True)
-    largest = max(case["bytes"] for case in record["cases"])
-    figure, axes = _panels(len(dtypes), sharex=True, rows=1)
-    for axis, dtype in zip(axes[0], dtypes, strict=True):
-        _dress(axis)
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-        _draw_roof(axis, copy, device, "bfloat16" if dtype == "bfloat16" else "tf32")
-        for case in record["cases"]:
-            if case["dtype"] == dtype:
-                _draw_kernel(axis, case, case["bytes"] / largest)
-        axis.set_title(dtype)
-        axis.set_xlabel("operations a byte")
-    axes[0][0].set_ylabel("GB/s")
-    title = f"Kernels against the roofline ({name}); filled: forward, hollow: backward; the larger, the more bytes"
-    _save(figure, title, path, kernels_digest(results))
+    cases = bandwidth_cases(results)
+    groups: dict[tuple[str, str], list] = {}
+    for (operator, layout, dtype, direction, provider), case in cases.items():
+        if provider == "fused":
+            groups.setdefault((operator, layout), []).append(((dtype, direction), case))
+    figure, axes = panels(1, 1, 1.2 + sum(0.12 + 0.155 * len(group) for group in groups.values()))
+    axis, place, ticks = axes[0][0], 0.0, {}
+    for (operator, layout), group in groups.items():
+        ticks[place + (len(group) - 1) / 2] = OPERATOR_NAMES[operator] + LAYOUT_NAMES[layout]
+        for kind, case in sorted(group, key=lambda item: list(BARS).index(item[0])):
+            eager = cases.get((operator, layout, *kind, "eager"))
+            _draw_share(axis, place, kind, case["share_of_copy"], eager and eager["share_of_copy"])
+            place += 1
+        place += 0.8
+    axis.set_yticks(list(ticks), list(ticks.values()))
+    axis.tick_params(axis="y", length=0)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 105)
+    axis.set_xlabel("share of the bandwidth of a copy in the same run, %")
+    axis.grid(axis="x")
+    where = json.loads(results[0].read_text())["environment"]["device"]
+    save(figure, path, kernels_digest(results), where, columns=5)
 
 
-def _draw_roof(axis, copy: float, device: Device | None, precision: str) -> None:
-    """What a copy reached in the same run and, where the datasheet is known, its bandwidth and arithmetic."""
-    axis.axhline(copy / 1e9, color="black", linewidth=1, label="a copy in the same run")
-    if device is None:
-        return
-    intensities = [2 ** (step / 8) for step in range(-8, 65)]
-    for rate, style, units in ((device.vector, ":", "vector"), (device.matrix[precision], "--", "matrix")):
-        least = [min(device.bandwidth, rate / intensity) / 1e9 for intensity in intensities]
-        label = f"datasheet, {units} units"
-        axis.plot(intensities, least, color="black", linestyle=style, linewidth=1, label=label)
+def _draw_share(axis, place: float, kind: tuple[str, str], share: float, eager: float | None) -> None:
+    axis.barh(place, 100 * share, 0.95, color=BARS[kind], label=", ".join(kind))
+    text = f"{100 * share:.0f} %"
+    axis.annotate(text, (100 * share, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7.5)
+    if eager is not None:
+        axis.vlines(100 * eager, place - 0.47, place + 0.47, color="black", label="eager PyTorch")
 
 
-def _draw_kernel(axis, case: dict, size: float) -> None:
-    colour, marker = COLOURS[case["provider"]], MARKERS[case["operator"]]
-    axis.scatter(
-        _operations(case) / case["bytes"], case["bytes_per_second"] / 1e9, s=12 + 120 * size,
-        marker=marker, edgecolor=colour, alpha=0.8, facecolor=colour if case["direction"] == "forward" else "none",
-    )  # fmt: skip
-    axis.scatter([], [], marker=marker, color="black", label=case["operator"].replace("_", " "))
-    axis.scatter([], [], marker="_", linewidth=6, color=colour, label=case["provider"])
+def bandwidth_cases(results: Sequence[Path]) -> dict[tuple, dict]:
+    """By operator, layout, data type, direction and provider, the case at the real images' size of a CIFAR-10 step.
 
-
-def _operations(case: dict) -> float:
-    """Arithmetic of a case; of the first block with its convolution, which its backward has to compute again."""
-    values = math.prod(case["shape"])
-    backward = case["direction"] == "backward"
-    if case["operator"] != "first_block":
-        return OPERATIONS[case["operator"]][backward] * values
-    outputs = values / case["shape"][1] * WIDTH
-    return outputs * (OPERATIONS["first_block"][backward] + (1 + backward) * 2 * 9 * case["shape"][1])
-
-
-def kernels_digest(path: Path) -> str:
-    """Names the figures in a file of kernels.
+    A file of one operator (``kernels-gpu-block.json``) is newer than the file of all operators, and replaces its cases.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: a file is not one of `benchmarks.kernels`.
     """
-    try:
-        record = json.loads(path.read_text())
-        figures = record["environment"]["device"], record["copy"]["bytes_per_second"], record["cases"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a file of `benchmarks.kernels` ({error!r}); it is left as it is") from error
+    found = {}
+    for path in sorted(results, key=lambda path: (len(path.name), path.name)):
+        try:
+            for case in json.loads(path.read_text())["cases"]:
+                if case["shape"] in SHAPES and "share_of_copy" in case:
+                    key = case["operator"], case["layout"], case["dtype"], case["direction"], case["provider"]
+                    found[key] = case
+        except (ValueError, KeyError, TypeError) as error:
+            message = f"{path} is not a file of `benchmarks.kernels` ({error!r}); it is left as it is"
+            raise ValueError(message) from error
+    order = {name: place for place, name in enumerate(OPERATOR_NAMES)}
+    return dict(sorted(found.items(), key=lambda item: (order[item[0][0]], item[0][1] != "nchw")))
+
+
+def kernels_digest(paths: Sequence[Path]) -> str:
+    """Names the figures in files of kernels.
+
+    Raises:
+        ValueError: as `bandwidth_cases`.
+    """
+    figures = [[*key, case["share_of_copy"]] for key, case in bandwidth_cases(paths).items()]
     return hashlib.sha256(json.dumps(figures).encode()).hexdigest()[:16]
-
-
-def _panels(columns: int, sharex, rows: int = 2) -> tuple:
-    """A figure of rows of panels, without matplotlib's global state."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * columns, 3.5 * rows if rows > 1 else 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, sharey="row", sharex=sharex, squeeze=False)
-
-
-def _finish(figure, title: str, path: Path, results: Sequence[Path]) -> None:
-    where = load_results(results[0])["environment"]["device"]
-    _save(figure, f"{title} ({where})", path, digest(results))
-
-
-def _save(figure, title: str, path: Path, source: str) -> None:
-    """Add legend and title, and write the picture with the name of the figures it was drawn from."""
-    named = {
-        name: handle for axis in figure.axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=min(len(named), 6), frameon=False)
-    figure.suptitle(title, fontsize="medium")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Source": source})
 
 
 def _milliseconds(cell: dict) -> float:
@@ -209,44 +323,13 @@ def _megabytes_of_a_step(cell: dict) -> float | None:
     return None if peak is None else (peak - cell["memory"].get("resident", 0)) / 1e6
 
 
-def _draw_bars(axis, cells: list[dict], value: Callable[[dict], float | None]) -> None:
-    for place, (method, described) in enumerate(METHODS.items()):
-        labels = [(provider, precision) for provider in described.providers for precision in PRECISION_NAMES]
-        own = {
-            (cell["setting"]["provider"], cell["setting"]["precision"]): cell
-            for cell in cells
-            if cell["setting"]["method"] == method
-        }
-        present = [label for label in labels if label in own]
-        for number, (provider, precision) in enumerate(present):
-            cell = own[provider, precision]
-            x = place + (number - (len(present) - 1) / 2) * BAR
-            if cell["status"] != "ok":
-                bottom = axis.get_xaxis_transform()
-                axis.text(x, 0.02, cell["status"], transform=bottom, rotation=90, ha="center", va="bottom")
-            elif value(cell) is not None:
-                alpha = 0.5 if precision == "bfloat16" else 1
-                name = f"{provider}{PRECISION_NAMES[precision]}"
-                axis.bar(x, value(cell), BAR, color=COLOURS[provider], alpha=alpha, label=name)
-    _dress(axis)
-    axis.set_xticks(range(len(METHODS)), [method.title for method in METHODS.values()])
-
-
-def _draw_paper(axis, printed: Sequence) -> None:
-    """A dash at the paper's figure."""
-    scale = [value[0] * 1e3 if isinstance(value, tuple) else value for value in printed]
-    points = [(place, value) for place, value in enumerate(scale) if not isinstance(value, str)]
-    x, y = zip(*points, strict=True)
-    axis.plot(x, y, linestyle="none", marker="_", markersize=22, color="black", label=f"paper, {paper.DEVICE}")
-
-
-def _dress(axis) -> None:
+def _logarithmic(axis, which: str) -> None:
+    """A logarithmic axis "x" or "y" with plain numbers, and a grid across it."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}" if y >= 1 else f"{y:g}"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.grid(axis="y", alpha=0.3)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.set(**{f"{which}scale": "log"})
+    own = getattr(axis, f"{which}axis")
+    own.set_major_locator(LogLocator(subs=(1, 3) if which == "y" else (1,)))
+    own.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+    own.set_minor_formatter(NullFormatter())
+    axis.grid(axis=which)

@@ -34,9 +34,9 @@ LINKS = {"NVLink 4, 450 GB/s": 225e9, "PCIe 5 x16, 64 GB/s": 32e9, "100 Gbit/s n
 LATENCY = 50e-6  # seconds a message, assumed
 GPUS = 8  # of the estimate
 WORKLOADS = {
-    "CIFAR-10, 50 images a class": (10, 50, (3, 32, 32)),
-    "CIFAR-100, 50 images a class": (100, 50, (3, 32, 32)),
-    "Tiny ImageNet, 50 images a class": (200, 50, (3, 64, 64)),
+    "CIFAR-10, 50 images per class": (10, 50, (3, 32, 32)),
+    "CIFAR-100, 50 images per class": (100, 50, (3, 32, 32)),
+    "Tiny ImageNet, 50 images per class": (200, 50, (3, 64, 64)),
 }
 
 
@@ -46,12 +46,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ranks", description=__doc__)
     parser.add_argument("--out", type=Path, help="JSON file of the records")
     parser.add_argument("--processes", type=int, nargs="+", help="how many (default 1, 2, 4 ... as there are cores)")
-    parser.add_argument("--classes", type=int, default=5, help="classes a process (default 5)")
-    parser.add_argument("--ipc", type=int, default=10, help="images a class (default 10)")
-    parser.add_argument("--real-batch", type=int, default=32, help="real images a class (default 32)")
+    parser.add_argument("--classes", type=int, default=5, help="classes per process (default 5)")
+    parser.add_argument("--ipc", type=int, default=10, help="images per class (default 10)")
+    parser.add_argument("--real-batch", type=int, default=32, help="real images per class (default 32)")
     parser.add_argument("--width", type=int, default=64, help="channels of the ConvNet (default 64)")
     parser.add_argument("--rounds", type=int, default=10, help="timed rounds (default 10)")
-    parser.add_argument("--steps", type=int, default=3, help="steps a round (default 3)")
+    parser.add_argument("--steps", type=int, default=3, help="steps per round (default 3)")
     options = parser.parse_args(arguments)
     processes = options.processes or [2**power for power in range(len(cores).bit_length())]
     if max(processes) > len(cores):

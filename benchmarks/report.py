@@ -1,93 +1,133 @@
-"""Tables and plots of what was measured, and the README's sections kept equal to them."""
+"""Tables and pictures of what was measured, and the sections of README and docs kept equal to them."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 from atom_fast._files import write_atomically
-from atom_fast.report import comparison_table
 
-from . import paper, plots, reproduction, scaling
-from .harness import ROOT, load_results
+from . import findings, lessons, paper, plots, reproduction, scaling, summary
+from .harness import load_results
 from .merging import digest, merge
 from .methods import METHODS, Setting
 from .plots import PRECISION_NAMES
 from .sections import replace_sections
 from .table3 import EDITIONS, settings
 
-FIGURES = ROOT / "docs" / "figures"
-NOT_MEASURED = "not measured yet"
-TABLE1 = "reproduce-cifar10-table1.json"
+MISSING = "–"
 
 
-def refresh(results: Path, readme: Path, *, check: bool = False) -> list[str]:
-    """Render every section from the results and put it between its marks in the README; draw the plots.
+def refresh(results: Path, root: Path, *, check: bool = False) -> list[str]:
+    """Render every section from the results and put it between its marks on its page; draw the pictures.
 
     Args:
-        results: folder of results files.
-        readme: file with ``<!-- table3-cpu:start -->`` and ``:end`` marks, and the like for other sections.
+        results: folder of results files. What they do not hold is left out of the pages.
+        root: folder of ``README.md`` and ``docs``; their sections lie between ``<!-- NAME:start -->`` and ``:end``.
         check: write nothing.
 
     Returns:
         A sentence for everything that was, or is, out of date.
 
     Raises:
-        FileNotFoundError: there is no such folder or README.
-        ValueError: a results file is corrupt, or the README lacks a mark.
+        FileNotFoundError: there is no such folder or page.
+        ValueError: a results file is corrupt, or a page lacks a mark.
     """
     if not results.is_dir():
         raise FileNotFoundError(f"no results folder at {results}")
-    table1 = results / TABLE1
-    accuracies = reproduction.section(table1, measured=True) if table1.exists() else f"Table 1: {NOT_MEASURED}."
-    sections = [
-        ("measured", accuracy_markdown(sorted(results.glob("accuracy-*.json"))), results),
-        ("table1", accuracies, results),
-    ]
-    editions = {edition: _files(results, "table3", edition) for edition in EDITIONS}
-    sections += [(f"table3-{name}", edition_markdown(name, files), results) for name, files in editions.items()]
-    text, stale = replace_sections(readme.read_text(), sections, readme)
-    for edition, files in editions.items():
-        if files:
-            figure = FIGURES / f"table3-{edition}.png"
-            stale += _refresh_plot(figure, digest(files), partial(plots.plot_table3, figure, edition, files), check)
+    stale = []
+    for name, sections in pages(results).items():
+        page = root / name
+        places = [(section, text, results) for section, text in sections.items()]
+        text, found = replace_sections(page.read_text("utf-8"), places, page)
+        if found and not check:
+            write_atomically(page, text)
+        stale += found
+    figures = root / "docs" / "figures"
+    for name, source, draw in pictures(results, figures):
+        stale += _refresh_picture(figures / name, source, draw, check)
+    return stale
+
+
+def pages(results: Path) -> dict[str, dict[str, str]]:
+    """By page, its sections by name."""
+    gpu, cpu = _files(results, "table3", "gpu"), _files(results, "table3", "cpu")
+    kernels, table1 = sorted(results.glob("kernels-*.json")), results / f"reproduce-{reproduction.TABLE1}.json"
+    return {
+        "README.md": {
+            "caption": _where(summary.caption, table1),
+            "gains": _where(summary.gains, table1, gpu, kernels),
+            "steps": _where(summary.steps, gpu, table1),
+            "accuracy": _where(summary.accuracy, table1),
+            "demo": _where(summary.demo, results / "accuracy-digits.json"),
+            "methods": _where(summary.methods, *cpu),
+        },
+        "docs/results.md": reproduction.sections(results),
+        "docs/benchmarks.md": {"table3-gpu": edition_markdown("gpu", gpu), "table3-cpu": edition_markdown("cpu", cpu)},
+        "docs/performance.md": {
+            "budget": lessons.budget(),
+            "step": _where(lessons.step, gpu),
+            "bandwidth": _where(lessons.bandwidth, kernels),
+            "kept-memory": _where(lessons.kept_memory, results / "step-cpu-2-classes.json"),
+            "bfloat16": _where(lessons.bfloat16, results / "step-cpu-bfloat16.json"),
+            "digits": _where(lessons.digits, results / "digits-cpu.json"),
+            "evaluation": _where(lessons.evaluation, results / "evaluation-gpu.json", results / "evaluation-cpu.json"),
+            "ranks": _where(lessons.ranks, results / "ranks-cpu.json"),
+        },
+    }
+
+
+def pictures(results: Path, figures: Path) -> Iterator[tuple[str, str, Callable[[], None]]]:
+    """Every picture that the results suffice for: its name, what it is drawn from, and what draws it."""
+    for edition in EDITIONS:
+        if files := _files(results, "table3", edition):
+            name = f"table3-{edition}.png"
+            yield name, digest(files), partial(plots.plot_table3, figures / name, edition, files)
     for edition in scaling.EDITIONS:
         if files := _files(results, "scaling", edition):
-            figure = FIGURES / f"scaling-{edition}.png"
-            stale += _refresh_plot(figure, digest(files), partial(plots.plot_scaling, figure, edition, files), check)
-    for file in sorted(results.glob("kernels-*.json")):
-        figure = FIGURES / f"{file.stem.replace('kernels', 'roofline', 1)}.png"
-        stale += _refresh_plot(figure, plots.kernels_digest(file), partial(plots.plot_roofline, figure, file), check)
-    if stale and not check:
-        write_atomically(readme, text)
-    return stale
+            name = f"scaling-{edition}.png"
+            yield name, digest(files), partial(plots.plot_scaling, figures / name, edition, files)
+    if kernels := sorted(results.glob("kernels-*.json")):
+        yield (
+            "bandwidth.png",
+            plots.kernels_digest(kernels),
+            partial(plots.plot_bandwidth, figures / "bandwidth.png", kernels),
+        )
+    yield from _accuracy_pictures(results, figures)
+
+
+def _accuracy_pictures(results: Path, figures: Path) -> Iterator[tuple[str, str, Callable[[], None]]]:
+    def file(name: str) -> Path:
+        return results / f"reproduce-{name}.json"
+
+    studies = [file("cifar10-ipc1-study"), file("cifar10-ipc10-study")]
+    unit = [file("cifar10-ipc10-herding"), file("cifar10-ipc10-unit")]
+    table1, scale, average = file(reproduction.TABLE1), file("cifar10-ipc10-scale"), file("cifar10-ipc10-average")
+    drawn = figures / "cifar10-ipc10.png"
+    known = [
+        ("accuracy-seconds.png", [table1], lambda path: findings.plot_accuracy(path, table1)),
+        ("norm-schedule.png", studies, lambda path: findings.plot_norm_and_schedule(path, studies)),
+        ("loss-scale.png", [scale, *studies], lambda path: findings.plot_loss_scale(path, scale, studies)),
+        ("running-mean.png", [average], lambda path: findings.plot_running_mean(path, average)),
+        ("unit-variance.png", unit, lambda path: findings.plot_unit_variance(path, *unit)),
+        ("cifar10-classes.png", [drawn], lambda path: findings.draw_classes(path, drawn)),
+    ]
+    for name, files, draw in known:
+        if all(path.exists() for path in files):
+            yield name, plots.files_digest(files), partial(draw, figures / name)
+
+
+def _where(render: Callable[..., str], *files: Path | Sequence[Path]) -> str:
+    """A section, or nothing where a file that it shows is not there."""
+    given = [path for entry in files for path in ([entry] if isinstance(entry, Path) else entry or [Path("/nowhere")])]
+    return render(*files) if files and all(path.exists() for path in given) else ""
 
 
 def _files(results: Path, kind: str, edition: str) -> list[Path]:
     """The results files of an edition; there may be several, see :func:`benchmarks.merging.merge`."""
     files = sorted(results.glob(f"{kind}-*.json"))
     return [path for path in files if load_results(path)["edition"] == edition]
-
-
-def accuracy_markdown(paths: Sequence[Path]) -> str:
-    """A table for each file of what ``atom-fast demo`` or ``evaluate`` wrote, under its data's name and settings.
-
-    Raises:
-        ValueError: a file is not JSON of that kind.
-    """
-    sections = []
-    for path in paths:
-        try:
-            record = json.loads(path.read_text())
-            results = [{**result, "dataset": record["data"]} for result in record["results"]]
-            devices = " and ".join(sorted({result["device"].upper() for result in results}))
-            section = f"{record['data']}: {record['note']}. Measured on a {devices}.\n\n{comparison_table(results)}"
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a file of accuracies ({error!r}); it is left as it is") from error
-        sections.append(section)
-    return "\n\n".join(sections) or f"Accuracy: {NOT_MEASURED}."
 
 
 def table3_markdown(paths: Sequence[Path]) -> str:
@@ -101,17 +141,17 @@ def table3_markdown(paths: Sequence[Path]) -> str:
 def edition_markdown(edition: str, paths: Sequence[Path]) -> str:
     """One edition's tables, from one file or from several that were measured on one machine."""
     if not paths:
-        return f"{EDITIONS[edition].title}: {NOT_MEASURED}."
+        return ""
     merged = merge(paths)
     sections = [
         _caption(edition, [load_results(path) for path in paths]),
-        "Milliseconds a step, median (in brackets: times faster than `eager` in the same run):",
+        "Milliseconds per step, median; in brackets, how many times faster than `eager` in the same run:",
         _table(edition, merged, _time_entry, _paper_milliseconds),
-        f"Peak memory in MB, {_memory_note(edition)} (in brackets: share of `eager`'s):",
+        f"Peak memory in MB, {_memory_note(edition)}; in brackets, the share of `eager`'s:",
         _table(edition, merged, _memory_entry, _paper_megabytes),
     ]
-    if missing := _missing(edition, merged):
-        sections.append(f"Rows without a figure are left out; {NOT_MEASURED}: {missing}.")
+    if _has_gaps(edition, merged):
+        sections.append(f"{MISSING}: no figure yet. Rows and columns without any figure are left out.")
     return "\n\n".join(sections)
 
 
@@ -128,7 +168,7 @@ def _caption(edition: str, results: list[dict]) -> str:
     counts = [cell["time"]["iterations"] for cell in cells if cell["status"] == "ok"]
     return (
         f"{EDITIONS[edition].title}. Measured on {place}; torch {where['torch']}, triton {where['triton']}; "
-        f"{_sizes(results)}; {min(counts, default=0)} to {max(counts, default=0)} steps timed a cell; "
+        f"{_sizes(results)}; {min(counts, default=0)} to {max(counts, default=0)} steps timed per cell; "
         f"{', '.join(dates)}, {', '.join(sources)}."
     )
 
@@ -143,34 +183,40 @@ def _sizes(results: list[dict]) -> str:
     return (
         f"{setting['classes']} classes, {setting['resolution']}×{setting['resolution']}, "
         f"ConvNet-D{setting['depth']} W{setting['width']} with InstanceNorm, {setting['precision']} unless named; "
-        f"{batch} real images a class"
+        f"{batch} real images per class"
     )
 
 
 def _memory_note(edition: str) -> str:
     if EDITIONS[edition].device == "cpu":
-        return "counted as the live tensors a step makes, without data set and state"
+        return "counted as the live tensors of a step, without data set and state"
     return "as PyTorch allocated it, with data set and all state, without the CUDA context"
 
 
 def _table(edition: str, merged: dict[Setting, dict], entry: Callable, printed: Callable) -> str:
-    ipcs = EDITIONS[edition].ipcs
+    ipcs = _ipcs(edition, merged)
     lines = ["| Method | | " + " | ".join(f"IPC {ipc}" for ipc in ipcs) + " |", "|---|---|" + "---:|" * len(ipcs)]
     for method, described in METHODS.items():
         rows = []
         if EDITIONS[edition].device == "cuda":
-            rows.append((f"paper, {paper.DEVICE}", [printed(method, place) for place in range(len(ipcs))]))
+            rows.append((f"paper, {paper.DEVICE}", [printed(method, paper.IPCS.index(ipc)) for ipc in ipcs]))
         for label, cells in _rows(edition, merged, method).items():
             if any(cells):
-                rows.append((label, [entry(cell) if cell else NOT_MEASURED for cell in cells]))
+                rows.append((label, [entry(cell) if cell else MISSING for cell in cells]))
         for row, (label, entries) in enumerate(rows):
             lines.append(f"| {described.title if row == 0 else ''} | {label} | {' | '.join(entries)} |")
     return "\n".join(lines)
 
 
+def _ipcs(edition: str, merged: dict[Setting, dict]) -> list[int]:
+    """The numbers of images per class that anything was measured at."""
+    measured = {setting.ipc for setting in merged}
+    return [ipc for ipc in EDITIONS[edition].ipcs if ipc in measured]
+
+
 def _rows(edition: str, merged: dict[Setting, dict], method: str) -> dict[str, list[dict | None]]:
     """A method's cells for every provider and precision that was measured or is to be, None where a cell is missing."""
-    ipcs = EDITIONS[edition].ipcs
+    ipcs = _ipcs(edition, merged)
     by_key = {(s.method, s.provider, s.precision, s.ipc): cell for s, cell in merged.items()}
     to_measure = {(s.method, s.provider, s.precision, s.ipc) for s in settings(EDITIONS[edition])}
     rows = {}
@@ -178,17 +224,14 @@ def _rows(edition: str, merged: dict[Setting, dict], method: str) -> dict[str, l
         for precision, name in PRECISION_NAMES.items():
             keys = [(method, provider, precision, ipc) for ipc in ipcs]
             if any(key in by_key or key in to_measure for key in keys):
-                rows[f"{provider}{name}"] = [by_key.get(key) for key in keys]
+                rows[f"`{provider}`{name}"] = [by_key.get(key) for key in keys]
     return rows
 
 
-def _missing(edition: str, merged: dict[Setting, dict]) -> str:
-    """The rows of which no cell was measured: "DC (eager), DSA (eager)"."""
-    missing = {}
-    for method, described in METHODS.items():
-        if labels := [label for label, cells in _rows(edition, merged, method).items() if not any(cells)]:
-            missing[described.title] = ", ".join(labels)
-    return ", ".join(f"{title} ({labels})" for title, labels in missing.items())
+def _has_gaps(edition: str, merged: dict[Setting, dict]) -> bool:
+    """Whether a row that is shown lacks a cell."""
+    rows = [cells for method in METHODS for cells in _rows(edition, merged, method).values()]
+    return any(None in cells and any(cells) for cells in rows)
 
 
 def _time_entry(cell: dict) -> str:
@@ -229,13 +272,13 @@ def _paper_megabytes(method: str, place: int) -> str:
     return megabytes if isinstance(megabytes, str) else f"{megabytes:,}"
 
 
-def _refresh_plot(path: Path, source: str, draw: Callable[[], None], check: bool) -> list[str]:
+def _refresh_picture(path: Path, source: str, draw: Callable[[], None], check: bool) -> list[str]:
     """Draw a picture, unless it names the same source."""
     if path.is_file() and _picture_digest(path) == source:
         return []
     if not check:
         draw()
-    return [f"{path.relative_to(ROOT)} was not drawn from the figures that are kept"]
+    return [f"docs/figures/{path.name} was not drawn from the figures that are kept"]
 
 
 def _picture_digest(path: Path) -> str | None:

@@ -1,52 +1,422 @@
-"""Sections of docs/reproduction.md kept equal to the results of ``atom-fast reproduce`` that are kept beside them."""
+"""Results of ``atom-fast reproduce`` as docs/results.md shows them: Table 1, details of each file, open settings."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from atom_fast._files import write_atomically
-from atom_fast.reproduce.tables import FORMAT, render
-
-from .sections import replace_sections
+from atom_fast.reproduce.tables import FORMAT, markdown
 
 PREFIX = "reproduce-"
+TABLE1 = "cifar10-table1"
+UNBROKEN = "\u00a0±\u00a0"  # in narrow columns
+AS_IN_THE_PAPER = "the paper's size"
+ROWS = {"preset paper": "preset `paper`", "Random (nothing is matched)": "Random"}
+# "networks a set 5 instead of 20" as people say it.
+REDUCED = {
+    "sets a cell": "sets per cell",
+    "networks a set": "networks per set",
+    "real_batch": "real images per class per step",
+    "width": "channels",
+}
 
 
-def refresh(results: Path, page: Path, *, check: bool = False) -> list[str]:
-    """Put every ``reproduce-NAME.json`` between the marks ``<!-- NAME:start -->`` and ``:end`` of a page.
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What was measured of one row of a table in one column.
 
-    Args:
-        results: folder of results files.
-        page: Markdown file with the marks.
-        check: write nothing.
-
-    Returns:
-        A sentence for everything that was, or is, out of date.
-
-    Raises:
-        ValueError: a file is not what ``atom-fast reproduce`` wrote, or the page lacks a mark.
+    Attributes:
+        title: the method, or the setting that differs from the preset.
+        mean, std: accuracy in per cent, over all networks.
+        sets, wanted, networks: how many were measured, were to be, and were trained on each.
+        seeds: of the sets.
+        accuracies: of every network, set by set.
+        seconds, evaluation_seconds: of one set, and of training and testing its networks.
+        paper: (mean, deviation) as printed, or None.
+        to_base: (difference, standard error or None) to the row that the table compares with, or None.
     """
-    found = sorted(results.glob(f"{PREFIX}*.json"))
-    sections = [(path.stem.removeprefix(PREFIX), section(path), path) for path in found]
-    text, stale = replace_sections(page.read_text("utf-8"), sections, page)
-    if stale and not check:
-        write_atomically(page, text)
-    return stale
+
+    title: str
+    mean: float
+    std: float
+    sets: int
+    wanted: int
+    networks: int
+    seeds: tuple[int, ...]
+    accuracies: list[list[float]]
+    seconds: float | None
+    evaluation_seconds: float | None
+    paper: Sequence | None
+    to_base: Sequence | None
 
 
-def section(path: Path, *, measured: bool = False) -> str:
-    """A results file as Markdown, or of its rows those that were measured.
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A results file.
+
+    Attributes:
+        path: where it lies.
+        content: as it was read.
+    """
+
+    path: Path
+    content: Mapping
+
+    @property
+    def columns(self) -> list[str]:
+        return [column for section in self.content["sections"] for column in section["columns"]]
+
+    @property
+    def device(self) -> str:
+        return " and ".join("a CPU" if device == "cpu" else _short(device) for device in self.content["devices"])
+
+    @property
+    def devices(self) -> str:
+        """The devices by name, as a legend has them."""
+        return self.device.removeprefix("an ").replace("a CPU", "CPU")
+
+    @property
+    def iterations(self) -> int:
+        return max(configuration["config"]["iterations"] for configuration in self.content["configurations"].values())
+
+    @property
+    def where(self) -> str:
+        """Data set and images per class, where there is only one of each."""
+        sections = self.content["sections"]
+        return self.place(sections[0]["title"] or sections[0]["columns"][0])
+
+    def place(self, column: str) -> str:
+        """ "cifar10:10" as it stands in a heading."""
+        dataset, _, ipc = column.partition(":")
+        if dataset not in self.content["data"]:
+            return column
+        return f"{self.content['data'][dataset]}, {ipc} image{'' if ipc == '1' else 's'} per class"
+
+    @property
+    def preset(self) -> Mapping:
+        """The settings of the row that changes the fewest: the preset's."""
+        return min(self.content["configurations"].values(), key=lambda entry: len(entry["settings"]))["config"]
+
+    def rows(self, column: str) -> list[Row]:
+        """The rows that were measured in a column."""
+        found = []
+        for section in self.content["sections"]:
+            for row in section["rows"]:
+                entry = row["entries"].get(column)
+                if column in section["columns"] and entry and entry["ours"] and entry["ours"]["mean"] is not None:
+                    found.append(_row(row["title"], entry))
+        return found
+
+    def cited(self) -> list[tuple[str, dict[str, Sequence]]]:
+        """The rows of the paper that are not run here, with its figures by column."""
+        return [
+            (row["title"], {column: entry["paper"] for column, entry in row["entries"].items() if entry["paper"]})
+            for section in self.content["sections"]
+            for row in section["rows"]
+            if any(entry["cited"] for entry in row["entries"].values())
+        ]
+
+
+def _row(title: str, entry: Mapping) -> Row:
+    ours = entry["ours"]
+    sets = ours.get("sets", 0)
+    return Row(
+        title,
+        ours["mean"],
+        ours["std"],
+        sets,
+        entry.get("wanted", sets),
+        ours["networks"] // sets if sets else 0,
+        tuple(ours.get("seeds", ())),
+        ours.get("accuracies", []),
+        ours.get("set_seconds"),
+        ours.get("evaluation_seconds"),
+        entry["paper"],
+        entry.get("to_base"),
+    )
+
+
+def _short(device: str) -> str:
+    return re.sub(r"NVIDIA (\S+).*", r"an NVIDIA \1", device)
+
+
+def read(path: Path) -> Record:
+    """Read a results file.
 
     Raises:
         ValueError: the file is not what ``atom-fast reproduce`` wrote.
     """
     try:
-        record = json.loads(path.read_text("utf-8"))
-        if record["format"] != FORMAT:
-            raise ValueError(f"its format is {record['format']!r}")
-        for part in record["sections"] if measured else ():
-            part["rows"] = [row for row in part["rows"] if any(entry["ours"] for entry in row["entries"].values())]
-        return render(record)
+        content = json.loads(path.read_text("utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError(f"its format is {content['format']!r}")
+        record = Record(path, content)
+        assert all(isinstance(record.rows(column), list) for column in record.columns)
+        return record
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{path} is not what atom-fast reproduce wrote ({error!r}); it is left as it is") from error
+
+
+def sections(results: Path) -> dict[str, str]:
+    """By name, every section of the page: two of Table 1, the open settings, and the details of every file."""
+    records = {path.stem.removeprefix(PREFIX): read(path) for path in sorted(results.glob(f"{PREFIX}*.json"))}
+    found = {"table1": "", "table1-cited": "", "open": open_settings(records)}
+    if TABLE1 in records:
+        found |= {"table1": table1(records[TABLE1]), "table1-cited": cited(records[TABLE1])}
+    return found | {name: details(record) for name, record in records.items() if name != TABLE1}
+
+
+def table1(record: Record) -> str:
+    """Table 1: this project's rows beside the paper's."""
+    columns = record.columns
+    head = ["accuracy in %", *(text for column in columns for text in (_images(column), "paper"))]
+    rows = []
+    for title in dict.fromkeys(row.title for column in columns for row in record.rows(column)):
+        cells = [title]
+        for column in columns:
+            row = next((row for row in record.rows(column) if row.title == title), None)
+            fewer = "¹" if row and row.sets < row.wanted else ""
+            cells += [f"{_accuracy(row)}{fewer}", _figure(row.paper)] if row else ["–", "–"]
+        rows.append(cells)
+    rows.append(["ATOM: seconds per set", *(text for column in columns for text in (_seconds(record, column), ""))])
+    own = [row for column in columns for row in record.rows(column) if row.title == "ATOM"]
+    gaps = [round(row.paper[0] - row.mean, 1) for row in own]
+    below = f"ATOM is {min(gaps):.1f} to {max(gaps):.1f} points below the paper's figures. ¹: one set."
+    table = markdown(head, rows).replace(" ± ", UNBROKEN)
+    return f"{note(record)}\n\n{table}\n\n{below}"
+
+
+def cited(record: Record) -> str:
+    """The rows of Table 1 that are not run here, as the paper prints them."""
+    columns = record.columns
+    head = ["paper's figure, %", *(_images(column) for column in columns)]
+    return markdown(
+        head, [[title, *(_figure(values.get(column)) for column in columns)] for title, values in record.cited()]
+    )
+
+
+def _seconds(record: Record, column: str) -> str:
+    return next((f"{row.seconds:.0f}" for row in record.rows(column) if row.title == "ATOM"), "–")
+
+
+def _images(column: str) -> str:
+    _, _, ipc = column.partition(":")
+    return f"{ipc} image{'' if ipc == '1' else 's'} per class"
+
+
+def details(record: Record) -> str:
+    """What was measured, as a table under the sizes that differ from the paper's."""
+    columns = record.columns
+    tables = [_detailed(record, columns[0])] if len(columns) == 1 else [_combined(record, columns)]
+    return "\n\n".join([note(record), *tables])
+
+
+def note(record: Record) -> str:
+    """Where and at what size it was measured: sets, networks and settings that differ from the paper's."""
+    content = record.content
+    one = len(record.columns) == 1
+    sizes = [
+        f"{record.where if one else name}: {'; '.join(map(_plain, content['reduced'][dataset])) or AS_IN_THE_PAPER}"
+        for dataset, name in content["data"].items()
+    ]
+    torch = content["versions"]["torch"]
+    text = f"{'. '.join(sizes)}. Measured on {record.device}, {content['date']}, torch {torch}."
+    return textwrap.fill(text, 120, break_on_hyphens=False)
+
+
+def _plain(reduced: str) -> str:
+    """ "networks a set 5 instead of 20" as "5 networks per set (paper: 20)"."""
+    match = re.fullmatch(r"(.*) (\S+) instead of (.*)", reduced)
+    if match is None:
+        return reduced.replace("evaluation protocol", "evaluation schedule")
+    name, value, usual = match.groups()
+    value = f"{int(value):,}" if value.isdigit() else value
+    usual = re.sub(r" \((.*)\)", r"; \1", usual)
+    if name == "iterations" or name in REDUCED:
+        one = value == "1" and name in ("sets a cell", "networks a set")
+        named = REDUCED.get(name, name)
+        return f"{value} {named.replace('s ', ' ', 1) if one else named} (paper: {usual})"
+    return f"`{name}` {value}" if usual == "the preset's" else f"`{name}` {value} (preset: {usual})"
+
+
+def _detailed(record: Record, column: str) -> str:
+    rows = record.rows(column)
+    base = next((section.get("base") for section in record.content["sections"]), None)
+    shown = {
+        "paper": any(row.paper for row in rows),
+        "base": any(row.to_base for row in rows),
+        "seconds": any(row.seconds is not None for row in rows),
+    }
+    head = [record.content["sections"][0]["heading"] or "row", "accuracy %", "sets × networks"]
+    head += ["paper %"] * shown["paper"] + [f"difference to {ROWS.get(base, base)}"] * shown["base"]
+    head += ["seconds per set"] * shown["seconds"]
+    lines = []
+    for row in rows:
+        cells = [ROWS.get(row.title, row.title), _accuracy(row), f"{row.sets} × {row.networks}"]
+        cells += [_figure(row.paper)] * shown["paper"] + [_difference(row.to_base)] * shown["base"]
+        cells += [f"{row.seconds:,.0f}"] * shown["seconds"]
+        lines.append(cells)
+    return markdown(head, lines)
+
+
+def _combined(record: Record, columns: Sequence[str]) -> str:
+    by_column = {column: {row.title: row for row in record.rows(column)} for column in columns}
+    titles = dict.fromkeys(title for rows in by_column.values() for title in rows)
+    head = [record.content["sections"][0]["heading"] or " ", *(_heading(record, column) for column in columns)]
+    lines = [
+        [ROWS.get(title, title), *(_accuracy(rows[title]) if title in rows else "–" for rows in by_column.values())]
+        for title in titles
+    ]
+    return markdown(head, lines)
+
+
+def _heading(record: Record, column: str) -> str:
+    return _images(column) if column.partition(":")[0] in record.content["data"] else column
+
+
+def _accuracy(row: Row) -> str:
+    return f"{row.mean:.1f} ± {row.std:.1f}"
+
+
+def _figure(value: Sequence | None) -> str:
+    if value is None:
+        return "–"
+    mean, deviation = value
+    return f"{mean:.1f}" if deviation is None else f"{mean:.1f} ± {deviation:.1f}"
+
+
+def _difference(value: Sequence | None) -> str:
+    if value is None:
+        return "–"
+    difference, error = value
+    text = f"{round(difference, 1) or 0.0:+.1f}".replace("-", "−")
+    return text if error is None else f"{text} ± {error:.1f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Open:
+    """A setting that the paper leaves open.
+
+    Attributes:
+        setting: its name, a link to the evidence.
+        paper: what paper and public code say.
+        choice: the preset's.
+        effects: what is compared, with the row of each file that shows it.
+        evidence: anchor on the page of the figures.
+    """
+
+    setting: str
+    paper: str
+    choice: str
+    effects: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+    evidence: str
+
+
+def _in_studies(row: str) -> tuple[tuple[str, str], ...]:
+    return (("cifar10-ipc1-study", row), ("cifar10-ipc10-study", row))
+
+
+OPEN = (
+    Open(
+        "norm, in distillation and test",
+        "InstanceNorm; DataDAM's code: BatchNorm",
+        "BatchNorm for CIFAR at 10 and more images per class, InstanceNorm otherwise",
+        (("BatchNorm in both", _in_studies("norm batch")), ("in the test only", _in_studies("evaluation_norm batch"))),
+        "norm-and-schedule-of-the-test",
+    ),
+    Open(
+        "schedule of the test",
+        "fixed rate (§4.1); ×0.5 every 15 epochs (Table 7); DataDAM's code: 1,800 epochs",
+        "1,000 epochs, ×0.1 once at half",
+        (
+            ("fixed rate", _in_studies("evaluation paper-fixed")),
+            ("×0.5 every 15 epochs", _in_studies("evaluation paper-table7")),
+            ("1,800 epochs", _in_studies("evaluation datadam-code")),
+        ),
+        "norm-and-schedule-of-the-test",
+    ),
+    Open(
+        "loss scale",
+        "none; DataDAM's code: 100",
+        "10 with InstanceNorm, 0.3 × images per class with BatchNorm",
+        (
+            ("1 instead of 10", _in_studies("loss_scale 1")),
+            ("100 instead of 10", _in_studies("loss_scale 100")),
+            ("1 instead of 3, BatchNorm", (("cifar10-ipc10-scale", "loss_scale 1"),)),
+            ("10 instead of 3, BatchNorm", (("cifar10-ipc10-scale", "loss_scale 10"),)),
+        ),
+        "loss-scale",
+    ),
+    Open(
+        "result of a run",
+        "the last iterate",
+        "a running average with BatchNorm, the last iterate otherwise",
+        (("running average", (("cifar10-ipc10-average", "image_average True"),)),),
+        "running-mean",
+    ),
+    Open(
+        "initial images",
+        "random real images; DataDAM's code can start from a chosen set",
+        "random real images",
+        (
+            ("herding, 500 steps", (("cifar10-ipc10-start", "image_init herding"),)),
+            ("herding, 1,000 steps", (("cifar10-ipc10-start-unit", "image_init herding"),)),
+            ("herding, 8,000 steps at 50 images per class", (("cifar10-ipc50-start", "image_init herding"),)),
+        ),
+        "initial-images",
+    ),
+    Open(
+        "whitening (ZCA)",
+        "ZCA; MTT: of raw pixels, DataDAM's code: of standardised pixels",
+        "of raw pixels",
+        (
+            ("standardised first", _in_studies("preprocessing zca_standardized")),
+            ("none", _in_studies("preprocessing standard")),
+        ),
+        "other-settings",
+    ),
+    Open(
+        "pooling",
+        "3×3, stride 2 (§4.1); public code: 2×2",
+        "2×2",
+        (("3×3", _in_studies("pooling avg3")),),
+        "other-settings",
+    ),
+    Open(
+        "initial weights",
+        "normal (§4.1), uniform (Table 7); public code: PyTorch's default",
+        "PyTorch's default with BatchNorm, normal otherwise",
+        (
+            ("default instead of normal", _in_studies("network_init default")),
+            ("uniform instead of normal", _in_studies("network_init uniform")),
+        ),
+        "other-settings",
+    ),
+)
+
+
+def open_settings(records: Mapping[str, Record]) -> str:
+    """What the paper leaves open, as one table; what was not measured is left out."""
+    lines = []
+    for row in OPEN:
+        effects = [text for name, places in row.effects if (text := _effect(records, name, places))]
+        if effects:
+            lines.append([f"[{row.setting}](#{row.evidence})", row.paper, row.choice, "<br>".join(effects)])
+    effect = "effect in points at 1 / 10 images per class (one figure: at 10)"
+    table = markdown(["setting", "paper and public code", "preset `paper`", effect], lines)
+    return table.replace(" ± ", UNBROKEN) if lines else ""
+
+
+def _effect(records: Mapping[str, Record], name: str, places: Sequence[tuple[str, str]]) -> str:
+    found = [
+        _difference(row.to_base)
+        for file, title in places
+        if file in records
+        for row in records[file].rows("accuracy")
+        if row.title == title
+    ]
+    return f"{name}: {' / '.join(found)}" if found else ""

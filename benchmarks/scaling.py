@@ -9,7 +9,7 @@ from .cells import check_known, measure_cells
 from .harness import Plan
 from .methods import Setting
 
-AXES = {"classes": "classes", "ipc": "images a class", "resolution": "pixels a side"}
+AXES = {"classes": "classes", "ipc": "images per class", "resolution": "pixels per side"}
 
 
 @dataclasses.dataclass(frozen=True)

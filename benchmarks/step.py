@@ -25,14 +25,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run (default cpu)")
     parser.add_argument("--classes", type=int, default=10, help="number of classes (default 10)")
-    parser.add_argument("--ipc", type=int, default=50, help="synthetic images a class (default 50)")
-    parser.add_argument("--real-batch", type=int, default=128, help="real images a class (default 128)")
-    parser.add_argument("--resolution", type=int, default=32, help="pixels a side (default 32)")
+    parser.add_argument("--ipc", type=int, default=50, help="synthetic images per class (default 50)")
+    parser.add_argument("--real-batch", type=int, default=128, help="real images per class (default 128)")
+    parser.add_argument("--resolution", type=int, default=32, help="pixels per side (default 32)")
     parser.add_argument("--width", type=int, default=128, help="channels of the ConvNet (default 128)")
     parser.add_argument(
-        "--precision", action="append", help="float32, tf32 or bfloat16 (default float32); may be given again"
+        "--precision", action="append", help="float32, tf32 or bfloat16 (default float32); may be repeated"
     )
-    parser.add_argument("--provider", action="append", help="only this one; may be given again")
+    parser.add_argument("--provider", action="append", help="only this one; may be repeated")
     parser.add_argument("--iterations", type=int, default=5, help="timed steps (default 5)")
     parser.add_argument("--out", type=Path, help="JSON file of the records")
     options = parser.parse_args(arguments)

@@ -44,12 +44,12 @@ def faults() -> dict[str, list[tuple[str, str, str]]]:
 
 def table() -> str:
     """The faults as Markdown."""
-    parts = [BEGIN]
+    parts = [BEGIN, "\n<details><summary>All faults that the tests try, by group</summary>"]
     for group, rows in faults().items():
         if rows:
             parts += [f"\n### {group}\n", "| fault | what happens | shown by |", "| --- | --- | --- |"]
             parts += [f"| {what} | {happens} | `{place}` |" for what, happens, place in rows]
-    return "\n".join([*parts, "", END])
+    return "\n".join([*parts, "", "</details>", "", END])
 
 
 def page() -> str:

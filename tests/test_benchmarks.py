@@ -12,7 +12,20 @@ import torch.nn.functional as F
 import atom_fast as af
 from atom_fast import reference
 from atom_fast.distill.live_bytes import LiveBytes, count_peak
-from benchmarks import cells, compare, digits, gpu, harness, operators, plots, report, scaling, table3
+from benchmarks import (
+    cells,
+    compare,
+    digits,
+    gpu,
+    harness,
+    operators,
+    plots,
+    report,
+    reproduction,
+    scaling,
+    summary,
+    table3,
+)
 from benchmarks.__main__ import main
 from benchmarks.merging import merge
 from benchmarks.methods import (
@@ -460,46 +473,48 @@ def test_gpu_edition_without_a_gpu(tmp_path, capsys):
 
 # Showing
 
-SECTIONS = ("measured", "table1", *(f"table3-{name}" for name in table3.EDITIONS))
-MARKS = "\n".join(f"<!-- {name}:start -->\nold\n<!-- {name}:end -->" for name in SECTIONS)
-
-
 @pytest.fixture
-def measured(edition, tmp_path, monkeypatch):
-    """A folder of results, and a README beside it."""
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr(report, "FIGURES", tmp_path / "docs" / "figures")
+def measured(edition, tmp_path):
+    """A folder with results of Table 3's CPU edition, and pages with every mark beside it."""
     table3.run("cpu", tmp_path / "results")
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{MARKS}\nafter\n")
+    write_pages(tmp_path)
     return tmp_path
 
 
-def test_readme_shows_what_was_measured(measured):
-    readme = measured / "README.md"
-    assert len(report.refresh(measured / "results", readme, check=True)) == 1 + len(SECTIONS)
-    assert "old" in readme.read_text()
-    report.refresh(measured / "results", readme)
-    text = readme.read_text()
+def write_pages(root):
+    (root / "docs").mkdir(exist_ok=True)
+    for page, sections in report.pages(root / "results").items():
+        marks = "\n".join(f"<!-- {name}:start -->\nold\n<!-- {name}:end -->" for name in sections)
+        (root / page).write_text(f"before\n{marks}\nafter\n")
+
+
+def test_pages_show_what_was_measured(measured):
+    results, page = measured / "results", measured / "docs" / "benchmarks.md"
+    sections = sum(map(len, report.pages(results).values()))
+    assert len(report.refresh(results, measured, check=True)) == sections + 1, "and a picture"
+    assert "old" in page.read_text()
+    report.refresh(results, measured)
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "not measured yet" in text  # the GPU edition
-    assert (
-        "| ATOM | eager | 100 | 100 |" in text and "fused | 25 (4×)" in text and "| MTT | eager | OOM | OOM |" in text
-    )
+    assert "GPU edition" not in text and "no figure yet" not in text
+    assert "| ATOM | `eager` | 100 | 100 |" in text and "`fused` | 25 (4×)" in text
+    assert "| MTT | `eager` | OOM | OOM |" in text
+    assert "| **atom_fast** " in (measured / "README.md").read_text()
     assert (measured / "docs" / "figures" / "table3-cpu.png").stat().st_size > 10_000
-    assert report.refresh(measured / "results", readme, check=True) == []
+    assert report.refresh(results, measured, check=True) == []
 
 
-def test_rows_without_a_figure_are_named_below_the_tables(edition, tmp_path):
+def test_what_was_not_measured_is_not_shown(edition, tmp_path):
     path = table3.run("cpu", tmp_path, methods=["atom", "mtt"], providers=["eager", "fused"], ipcs=[1])
     text = report.table3_markdown([path])
-    assert "| ATOM | eager | 100 | not measured yet |" in text and "| MTT | eager | OOM | not measured yet |" in text
-    tables, missing = text.split("Rows without a figure are left out; not measured yet: ")
-    assert missing.startswith("DC (eager), DSA (eager), DM (eager, eager-batched, compile, fused), DAM (")
-    assert missing.endswith("ATOM (eager-batched, compile).") and "MTT" not in missing
-    assert "DSA" not in tables.split("| Method |", 1)[1] and "eager-batched" not in tables
+    assert "| ATOM | `eager` | 100 |\n" in text and "| MTT | `eager` | OOM |\n" in text, "a column of one size"
+    assert "DSA" not in text.split("| Method |", 1)[1] and "eager-batched" not in text
+    table3.run("cpu", tmp_path, methods=["atom"], providers=["eager"], ipcs=[10])
+    assert "| ATOM | `eager` | 100 | 100 |" in report.table3_markdown([path])
+    assert "| `fused` | 25 (4×) | – |" in report.table3_markdown([path])
+    assert "–: no figure yet." in report.table3_markdown([path])
     path = table3.run("cpu", tmp_path)
-    assert "Rows without" not in report.table3_markdown([path])
+    assert "no figure yet" not in report.table3_markdown([path])
 
 
 def test_scaling_is_drawn(edition, tmp_path):
@@ -509,46 +524,66 @@ def test_scaling_is_drawn(edition, tmp_path):
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
 
 
-def test_kernels_are_drawn_below_the_roof_and_their_picture_is_checked(measured):
-    results = measured / "results"
-    case = {"dtype": "float32", "shape": [4, 3, 8, 8], "bytes": 3072, "bytes_per_second": 1e12}
-    record = {
-        "environment": {"device": "NVIDIA H100 80GB HBM3"},
-        "copy": {"bytes_per_second": 3e12},
-        "cases": [
-            {**case, "operator": operator, "direction": direction, "provider": provider}
-            for operator in operators.OPERATORS
-            for direction in ("forward", "backward")
-            for provider in ("eager", "fused")
-        ],
-    }
-    (results / "kernels-gpu.json").write_text(json.dumps(record))
-    report.refresh(results, measured / "README.md")
-    assert (measured / "docs" / "figures" / "roofline-gpu.png").stat().st_size > 10_000
-    assert report.refresh(results, measured / "README.md", check=True) == []
-    record["cases"][0]["bytes_per_second"] = 2e12
-    (results / "kernels-gpu.json").write_text(json.dumps(record))
-    assert "roofline-gpu.png" in report.refresh(results, measured / "README.md", check=True)[0]
-    (results / "kernels-gpu.json").write_text("{}")
+def test_shares_of_bandwidth_are_drawn_and_their_picture_is_checked(measured):
+    results, picture = measured / "results", measured / "docs" / "figures" / "bandwidth.png"
+    same = {"layout": "nchw", "shape": [1280, 128, 32, 32], "milliseconds": 0.3}
+    cases = [
+        same | {"operator": name, "direction": way, "dtype": dtype, "provider": provider, "share_of_copy": share}
+        for name in operators.OPERATORS
+        for way in ("forward", "backward")
+        for dtype in ("float32", "bfloat16")
+        for provider, share in (("eager", 0.1), ("fused", 0.9))
+    ]
+    record = {"environment": {"device": "NVIDIA H100 80GB HBM3"}, "cases": cases}
+    kept = results / "kernels-gpu.json"
+    kept.write_text(json.dumps(record))
+    report.refresh(results, measured)
+    assert picture.stat().st_size > 10_000 and "| 90 %" in (measured / "docs" / "performance.md").read_text()
+    assert report.refresh(results, measured, check=True) == []
+    newer = {**record, "cases": [{**cases[-1], "share_of_copy": 0.5}]}
+    (results / "kernels-gpu-block.json").write_text(json.dumps(newer))
+    assert any("bandwidth.png" in sentence for sentence in report.refresh(results, measured, check=True))
+    kept.write_text("{}")
     with pytest.raises(ValueError, match="kernels-gpu.json is not a file of"):
-        report.refresh(results, measured / "README.md", check=True)
+        report.refresh(results, measured, check=True)
 
 
-def test_the_projects_own_readme_shows_the_figures_kept_with_it():
+def test_the_projects_own_pages_show_the_figures_kept_with_it():
     root = harness.ROOT
-    assert report.refresh(root / "benchmarks" / "results", root / "README.md", check=True) == []
+    assert report.refresh(root / "benchmarks" / "results", root, check=True) == []
 
 
-def test_the_readme_has_the_rows_of_table_1_that_were_measured(measured):
-    kept = harness.ROOT / "benchmarks" / "results" / report.TABLE1
-    copy = measured / "results" / report.TABLE1
+def test_every_results_file_is_shown():
+    kept = harness.ROOT / "benchmarks" / "results"
+    shown = (harness.ROOT / "docs" / "results.md").read_text()
+    for path in kept.glob("reproduce-*.json"):
+        name = path.stem.removeprefix("reproduce-")
+        assert f"<!-- {name}:start -->" in shown or name == reproduction.TABLE1
+
+
+def test_ratios_to_eager_stand_beside_ratios_to_compile():
+    """A ratio that spans two runs is said to, beside that of the run that has both."""
+    kept = harness.ROOT / "benchmarks" / "results"
+    files = [kept / "table3-gpu.json", kept / "table3-gpu-providers.json"]
+    text = summary.steps(files, kept / f"reproduce-{reproduction.TABLE1}.json")
+    assert "over eager" in text and "over `torch.compile`" in text and "CUDA graph" in text
+    assert "from a later run" in text and "| 36–47 " in text, "eager's two runs"
+    text = summary.steps(files[1:], kept / f"reproduce-{reproduction.TABLE1}.json")
+    assert "later run" not in text and "–" not in text.split("peak MB")[1], "one run, one time"
+
+
+def test_table_1_has_the_papers_figures_beside_ours(measured):
+    kept = harness.ROOT / "benchmarks" / "results" / f"reproduce-{reproduction.TABLE1}.json"
+    copy = measured / "results" / kept.name
     shutil.copy(kept, copy)
-    report.refresh(measured / "results", measured / "README.md")
-    text = (measured / "README.md").read_text()
-    assert "| ATOM " in text and "Measured on" in text and "(cited)" not in text and "Herding" not in text
+    report.refresh(measured / "results", measured)
+    text = (measured / "docs" / "results.md").read_text()
+    own, cited = text.split("<!-- table1-cited:start -->")
+    assert "| ATOM " in own and "points below the paper" in own and "Herding" not in own and "| Herding" in cited
+    assert "seconds on an NVIDIA" in (measured / "README.md").read_text()
     copy.write_text("{}")
     with pytest.raises(ValueError, match="reproduce-cifar10-table1"):
-        report.refresh(measured / "results", measured / "README.md")
+        report.refresh(measured / "results", measured)
 
 
 def test_a_provider_that_is_no_more_is_left_out(measured):
@@ -560,25 +595,24 @@ def test_a_provider_that_is_no_more_is_left_out(measured):
             results["cells"].append({**cell, "setting": {**cell["setting"], "provider": "fused-before"}})
     path.write_text(json.dumps(results))
     assert report.table3_markdown([path]) == shown
-    report.refresh(measured / "results", measured / "README.md")
+    report.refresh(measured / "results", measured)
     assert (measured / "docs" / "figures" / "table3-cpu.png").stat().st_size > 10_000
     assert compare.compare(path, path, 0.15) == []
 
 
 def test_check_sees_a_figure_changed_by_hand(measured):
-    readme = measured / "README.md"
-    report.refresh(measured / "results", readme)
-    readme.write_text(readme.read_text().replace("25 (4×)", "5 (20×)"))
-    assert report.refresh(measured / "results", readme, check=True)
+    page = measured / "docs" / "benchmarks.md"
+    report.refresh(measured / "results", measured)
+    page.write_text(page.read_text().replace("25 (4×)", "5 (20×)"))
+    assert report.refresh(measured / "results", measured, check=True)
 
 
-def test_readme_without_marks_is_refused(measured):
-    readme = measured / "README.md"
-    readme.write_text("nothing")
-    with pytest.raises(ValueError, match="measured:start"):
-        report.refresh(measured / "results", readme)
+def test_a_page_without_marks_is_refused(measured):
+    (measured / "docs" / "benchmarks.md").write_text("nothing")
+    with pytest.raises(ValueError, match="table3-gpu:start"):
+        report.refresh(measured / "results", measured)
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        report.refresh(measured / "nowhere", readme)
+        report.refresh(measured / "nowhere", measured)
 
 
 def test_ratios_come_from_the_same_run(measured):
@@ -718,16 +752,3 @@ def test_gpu_script_says_at_once_that_nothing_can_whiten(monkeypatch, tmp_path, 
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path / "out"), "--cifar", str(tmp_path)])
     assert "needs kornia" in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
-def test_accuracies_are_shown_as_they_were_written(tmp_path):
-    result = {"ipc": 1, "method": "atom", "accuracy_mean": 12.34, "accuracy_std": 0.5, "random_mean": 10.0}
-    result |= {"random_std": 1.0, "seconds": 3.2, "device": "cpu"}
-    path = tmp_path / "accuracy-made.json"
-    path.write_text(json.dumps({"data": "made", "note": "a note", "results": [result]}))
-    text = report.accuracy_markdown([path])
-    assert "made: a note. Measured on a CPU." in text and "12.3 ± 0.5" in text and "10.0 ± 1.0" in text
-    assert "not measured yet" in report.accuracy_markdown([])
-    path.write_text("{}")
-    with pytest.raises(ValueError, match="accuracy-made.json is not a file of accuracies"):
-        report.accuracy_markdown([path])

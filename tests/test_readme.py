@@ -1,5 +1,7 @@
-"""What the README and the usage page show is code that runs and commands that exist."""
+"""What README and docs show: code that runs, commands that exist and run, links that lead somewhere, real figures."""
 
+import dataclasses
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -8,39 +10,104 @@ import click
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 
+import benchmarks.__main__
+from atom_fast import comparison
 from atom_fast.cli import main
 from atom_fast.data.whitening import fit_preprocessing
+from atom_fast.evaluate import get_protocol
 from atom_fast.synthetic import SyntheticSet
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "usage.md")
+README, USAGE = ROOT / "README.md", ROOT / "docs" / "usage.md"
+PAGES = (
+    README,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "benchmarks" / "results" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+)
+EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+# Commands that no test runs as they are shown, by what they hold, and why.
+NOT_RUN = {
+    r"--dataset cifar|--data-dir|--download|cifar\d+:|fig3 --seeds|table5 --only": "need a download",
+    r"--edition gpu|benchmarks\.(gpu|kernels)\b|--shape 10 3 32 32 --ipc 50$": "need a GPU, or minutes without one",
+    r"^make ": "are the whole; tests/test_package.py and tests/test_cli.py run their parts",
+    r"^torchrun": "tests/test_ranks.py runs torchrun with other settings",
+    r"reproduce .*digits": "take minutes; tests/test_reproduce.py runs smaller ones",
+    r"python -m (benchmarks|pytest)": "take minutes; tests/test_benchmarks.py runs smaller ones",
+    r"python -m tests": "tests/test_faults.py and tests/test_fuzz.py call them",
+    r"^(atom-fast|python -m atom_fast)( [\w-]+)?$": "name a command, which has tests of its own",
+}
+# What makes a command take little time; the last of two values counts.
+SHORT = {
+    "distill": "--iterations 2 --width 8 --quiet",
+    "evaluate": "--networks 1 --epochs 1 --quiet",
+    "select": "--epochs 1 --quiet",
+    "profile": "--steps 1 --warm-up 1 --width 8 --real-batch 2 --quiet",
+}
+FIGURE = r"\d[\d.,]*\s?(?:ms|MB|GB|%|×|points|s|seconds)(?![\w-])|±"
 
 
 def blocks(page, language):
     return re.findall(rf"```{language}\n(.*?)```", page.read_text("utf-8"), flags=re.DOTALL)
 
 
-def test_the_drop_in_gives_the_same_number():
+def commands(page):
+    """Every command of a page, once, without its comment: lines of its shell blocks, and code within its text."""
+    text = page.read_text("utf-8")
+    lines = "".join(blocks(page, "sh")).splitlines()
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    lines += re.findall(r"`((?:atom-fast|python -m|make|torchrun) [^`\n]*)`", prose)
+    cleaned = [shlex.join(shlex.split(line, comments=True)) for line in lines]
+    known = ("atom-fast ", "python -m ", "torchrun ", "make ")
+    return list(dict.fromkeys(line for line in cleaned if line.startswith(known)))
+
+
+def without_generated(page):
+    """The text of a page as it was written by hand: without rendered sections and code."""
+    text = re.sub(r"<!-- (\S+):start -->.*?<!-- \1:end -->", "", page.read_text("utf-8"), flags=re.S)
+    return re.sub(r"```.*?```", "", text, flags=re.S)
+
+
+def test_the_drop_in_gives_the_same_number_and_gradient():
     generator = torch.Generator().manual_seed(0)
 
-    def features(batch):
+    def features(batch, **options):
         shapes = [(batch, 8, 6, 6), (batch, 8, 3, 3)]
-        return [torch.randn(shape, generator=generator, dtype=torch.float64).relu() for shape in shapes]
+        drawn = [torch.randn(shape, generator=generator, dtype=torch.float64).relu() for shape in shapes]
+        return [feature.requires_grad_(**options) for feature in drawn]
 
     names = {
         "F": F,
-        "real_features": features(5),
+        "real_features": features(5, requires_grad=False),
         "synthetic_features": features(3),
         "real_embedding": torch.randn(5, 16, generator=generator, dtype=torch.float64),
-        "synthetic_embedding": torch.randn(3, 16, generator=generator, dtype=torch.float64),
+        "synthetic_embedding": torch.randn(3, 16, generator=generator, dtype=torch.float64).requires_grad_(),
     }
-    before, after = [block for block in blocks(PAGES[0], "python") if "loss = " in block]
-    losses = []
+    before, after = [block for block in blocks(README, "python") if "loss = " in block]
+    losses, gradients = [], []
     for code in (before, after):
         exec(code, names)
-        losses.append(names["loss"])
+        losses.append(names["loss"].detach())
+        leaves = [*names["synthetic_features"], names["synthetic_embedding"]]
+        gradients.append(torch.autograd.grad(names["loss"], leaves))
     torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_the_program_distils_and_evaluates(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    short = dataclasses.replace(get_protocol("digits"), epochs=1)
+    monkeypatch.setattr(comparison, "default_protocol", lambda name: short)
+    (code,) = [block for block in blocks(README, "python") if "distill(" in block]
+    for shown, small in (("iterations=300", "iterations=2, width=8"), ("networks=3", "networks=1")):
+        assert shown in code
+        code = code.replace(shown, small)
+    exec(code, {})
+    assert 0 <= float(capsys.readouterr().out) <= 100
+    assert (tmp_path / "runs" / "python" / "synthetic.safetensors").is_file()
 
 
 def test_the_sets_in_the_examples_are_used_as_shown(tmp_path, monkeypatch):
@@ -48,36 +115,130 @@ def test_the_sets_in_the_examples_are_used_as_shown(tmp_path, monkeypatch):
     preprocessing = fit_preprocessing(train, "standard", progress=False)
     synthetic = SyntheticSet(preprocessing.to_model(train[:2]), torch.tensor([0, 1]), ["a", "b"], preprocessing)
     monkeypatch.chdir(tmp_path)
-    for folder in ("c10", "digits"):
-        synthetic.save(f"runs/{folder}/synthetic.safetensors")
+    synthetic.save("runs/digits/synthetic.safetensors")
     synthetic.export("res_DM_CIFAR10_ConvNet_10ipc.pt", format="pt")
-    examples = [code for page in PAGES for code in blocks(page, "python") if re.search(r"\.load\(|load_public\(", code)]
-    assert len(examples) == 3
-    for code in examples:
-        names = {}
-        exec(code, names)
-        assert names.get("label", 0) == 0 and names["images" if "images" in names else "image"].shape[-2:] == (8, 8)
+    load, normalise, public = blocks(USAGE, "python")
+    names = {}
+    exec(load + normalise, names)
+    assert names["images"].shape[-2:] == names["inputs"].shape[-2:] == (8, 8)
+    assert torch.equal(names["test_images"], names["inputs"])
+    exec(public, names)
+    assert names["images"].shape == synthetic.images.shape and names["labels"].tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@EVERY_PAGE
 def test_commands_exist(page):
-    text = "".join(blocks(page, "sh")) + "\n".join(re.findall(r"`(atom-fast [^`]*)`", page.read_text("utf-8")))
-    commands = [line for line in text.splitlines() if line.startswith("atom-fast ")]
-    assert commands
-    for line in commands:
-        name, *arguments = shlex.split(line, comments=True)[1:]
+    for line in commands(page):
+        program, *arguments = shlex.split(line)
+        if program == "torchrun":
+            assert arguments[:4] == ["--nproc-per-node", arguments[1], "-m", "atom_fast"]
+            program, arguments = "atom-fast", arguments[4:]
+        if program == "atom-fast":
+            check_atom_fast(*arguments)
+        elif program == "make":
+            assert f"\n{arguments[0]}:" in (ROOT / "Makefile").read_text("utf-8")
+        else:
+            check_module(*arguments[1:])
+
+
+def check_atom_fast(name, *arguments):
+    if name in ("COMMAND", "doctor"):  # one stands for any command, the other's tests come with it
+        return
+    command = main.commands[name]
+    if arguments and not stands_for_others(arguments):
+        command.make_context(name, list(arguments), click.Context(main, **main.context_settings))
+
+
+def stands_for_others(words):
+    """Whether a command holds a name such as FILE, which stands for a user's own."""
+    return any(re.fullmatch(r"[A-Z]{2,}", word) for word in words)
+
+
+def check_module(module, *arguments):
+    if module == "benchmarks":
         if arguments:
-            parent = click.Context(main, **main.context_settings)
-            main.commands[name].make_context(name, arguments, parent, resilient_parsing="--help" in arguments)
-        assert name in main.commands
+            benchmarks.__main__._parser().parse_args(arguments)
+    elif module == "pytest":
+        assert (ROOT / arguments[0]).is_file()
+    elif module != "atom_fast":
+        source = Path(importlib.util.find_spec(module).origin).read_text("utf-8")
+        for option in arguments:
+            assert not option.startswith("--") or f'"{option}"' in source, option
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)]+)\)", page.read_text("utf-8")):
+def is_not_run(line):
+    return stands_for_others(line.split()) or any(re.search(pattern, line) for pattern in NOT_RUN)
+
+
+def test_commands_run(tmp_path, monkeypatch):
+    """Those that need neither a GPU nor a download, in the order of the pages, each cut short."""
+    monkeypatch.chdir(tmp_path)
+    ran = 0
+    for line in commands(README) + commands(USAGE):
+        program, name, *arguments = [*shlex.split(line), ""]
+        if program != "atom-fast" or is_not_run(line):
+            continue
+        if name == "distill":  # both pages show the same run
+            if Path("runs/digits").exists():
+                continue
+        elif name == "export" and Path(arguments[1]).exists():
+            continue
+        result = CliRunner().invoke(main, [name, *arguments[:-1], *SHORT.get(name, "").split()])
+        assert result.exit_code == 0, f"{line}\n{result.output}\n{result.exception!r}"
+        ran += 1
+    assert ran >= 9
+    assert Path("images/train/0/0000.png").is_file() and Path("set.pt").is_file() and Path("result.json").is_file()
+
+
+@EVERY_PAGE
+def test_every_command_is_run_or_named_with_a_reason(page):
+    shown = (README, USAGE)
+    for line in commands(page):
+        assert is_not_run(line) or (page in shown and line.startswith("atom-fast")), line
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.S), flags=re.M)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@EVERY_PAGE
+def test_links_and_pictures_lead_somewhere(page):
+    text = page.read_text("utf-8")
+    targets = re.findall(r"\]\(([^)]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    for target in targets:
+        if target.startswith("https://"):
+            continue
         path, _, anchor = target.partition("#")
         linked = (page.parent / path) if path else page
         assert linked.exists(), target
-        headings = re.findall(r"^#+ (.*)$", linked.read_text("utf-8"), flags=re.MULTILINE)
-        anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
-        assert not anchor or anchor in anchors, target
+        assert not anchor or anchor in anchors(linked), target
+
+
+def test_the_map_of_the_code_names_files_that_exist():
+    rows = re.findall(r"^\| .*`\w+\.py`.*\|$", README.read_text("utf-8"), flags=re.M)
+    folders = (("kernels", "atom_fast/ops"), ("atom_fast",), ("tests",), ("benchmarks",))
+    assert len(rows) >= 6
+    for row in rows:
+        for places, cell in zip(folders, row.strip("| ").split(" | ")[1:], strict=True):
+            for name in re.findall(r"`([\w/]+\.\w+)`", cell):
+                for folder in places[:1] if name.endswith(".c") else places:
+                    assert (ROOT / folder / name).is_file(), f"{folder}/{name}"
+
+
+def test_figures_of_the_readme_are_rendered():
+    found = re.findall(FIGURE, without_generated(README))
+    assert not found, f"{found}: a measured figure belongs between marks, where `python -m benchmarks report` puts it"
+
+
+@EVERY_PAGE
+def test_accuracies_written_by_hand_are_marked(page):
+    for paragraph in without_generated(page).split("\n\n"):
+        if re.search(r"\d ± \d", paragraph):
+            assert "by hand" in paragraph.lower(), paragraph
+
+
+@EVERY_PAGE
+def test_nothing_is_shown_that_was_not_measured(page):
+    assert "not measured yet" not in page.read_text("utf-8")

@@ -875,15 +875,8 @@ def test_what_is_not_measured_is_not_filled_in(tmp_path):
 # Documents
 
 
-def test_the_page_shows_the_results_that_are_kept():
-    from benchmarks import reproduction
-
-    root = Path(__file__).resolve().parent.parent
-    assert reproduction.refresh(root / "benchmarks" / "results", root / "docs" / "reproduction.md", check=True) == []
-
-
 def test_commands_on_the_page_exist():
-    page = Path(__file__).resolve().parent.parent / "docs" / "reproduction.md"
+    page = Path(__file__).resolve().parent.parent / "docs" / "results.md"
     commands = re.findall(r"^atom-fast reproduce (.*)$", page.read_text("utf-8"), flags=re.MULTILINE)
     assert len(commands) > 3
     for line in commands:
@@ -894,17 +887,20 @@ def test_commands_on_the_page_exist():
         assert plan(options["target"], options["cells"], options["methods"], options["factors"], **scale).units
 
 
-def test_a_page_that_differs_is_noticed_and_refreshed(tmp_path, table4):
+def test_a_table_is_shown_as_it_was_measured(tmp_path, table4):
     from benchmarks import reproduction
 
     results = tmp_path / "results"
     results.mkdir()
-    shutil.copy(table4[0] / "table4.json", results / "reproduce-digits-table4.json")
-    page = tmp_path / "page.md"
-    page.write_text("<!-- digits-table4:start -->\nold\n<!-- digits-table4:end -->\n")
-    assert reproduction.refresh(results, page, check=True)
-    assert reproduction.refresh(results, page) and "MMD + spatial" in page.read_text()
-    assert reproduction.refresh(results, page, check=True) == []
-    (results / "reproduce-digits-table4.json").write_text("{}")
+    kept = results / "reproduce-digits-table4.json"
+    shutil.copy(table4[0] / "table4.json", kept)
+    record = reproduction.read(kept)
+    shown = reproduction.sections(results)["digits-table4"]
+    for column in record.columns:
+        for row in record.rows(column):
+            assert f"| {reproduction.ROWS.get(row.title, row.title)}" in shown
+            assert f"{row.mean:.1f} ± {row.std:.1f}" in shown
+    assert "(paper: " in shown and "Measured on a CPU" in shown and "instead of" not in shown
+    kept.write_text("{}")
     with pytest.raises(ValueError, match="reproduce-digits-table4"):
-        reproduction.refresh(results, page)
+        reproduction.sections(results)

@@ -1,0 +1,198 @@
+"""Pictures of accuracies: the paper's methods and this project's against seconds, findings, and a row per class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from atom_fast.reproduce.paper import TABLE1 as ACCURACIES
+from atom_fast.reproduce.paper import TABLE4
+
+from . import paper
+from .methods import METHODS
+from .plots import files_digest, panels, save, styled
+from .reproduction import Record, read
+
+OURS, PAPER = "tab:red", "0.45"
+# Where the tiles of docs/figures/cifar10-ipc10.png lie: the first one, their side, and the way from one to the next.
+FIRST_TILE, TILE, PITCH = (85, 8), 64, 66
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+NAME, MARGIN, GAP = 150, 16, 28  # pixels for a name, around the picture, and between its two halves
+PROTOCOLS = {
+    "preset paper": "InstanceNorm, preset's schedule",
+    "evaluation_norm batch": "tested with BatchNorm",
+    "norm batch": "distilled and tested with BatchNorm",
+    "evaluation paper-fixed": "fixed learning rate",
+    "evaluation paper-table7": "×0.5 every 15 epochs",
+    "evaluation dc": "DC's: short, no augmentation",
+    "evaluation datadam-code": "DataDAM's: long, batches of 64",
+}
+
+
+@styled
+def plot_accuracy(path: Path, table1: Path) -> None:
+    """Draw accuracy against the seconds of one distilled set: the paper's methods on its A100, and this project's."""
+    record = read(table1)
+    figure, axes = panels(1, len(paper.IPCS), 3.3)
+    for column, ipc in enumerate(paper.IPCS):
+        axis = axes[0][column]
+        for method, (seconds, accuracy) in _printed(ipc).items():
+            axis.plot(seconds, accuracy, "o", mfc="white", mec=PAPER, color=PAPER, label=f"paper, {paper.DEVICE}")
+            _label(axis, METHODS[method].title, seconds, accuracy, PAPER, above=method == "atom")
+        for row in record.rows(f"cifar10:{ipc}"):
+            label = f"atom_fast, {record.devices}"
+            axis.errorbar(row.seconds, row.mean, row.std, fmt="o", color=OURS, capsize=2, label=label)
+            _label(axis, row.title, row.seconds, row.mean, OURS, above=row.title == "ATOM")
+        axis.set_xscale("log")
+        axis.set_xlim(5, 1e5)
+        axis.set_xticks([10, 100, 1000, 10000], ["10", "100", "1,000", "10,000"])
+        axis.minorticks_off()
+        axis.set_title(f"{ipc} image{'s' if ipc > 1 else ''} per class", loc="left")
+        axis.set_xlabel("seconds per distilled set")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("CIFAR-10 test accuracy, %")
+    save(figure, path, files_digest([table1]))
+
+
+def _printed(ipc: int) -> dict[str, tuple[float, float]]:
+    """By method, seconds of a whole distillation and accuracy as the paper has them."""
+    found = {}
+    for method, seconds in paper.SECONDS.items():
+        step = seconds[paper.IPCS.index(ipc)]
+        accuracy = ACCURACIES.get(METHODS[method].title, {}).get(("cifar10", ipc))
+        if method == "atom-channel" and ipc == 50:
+            accuracy = TABLE4[method]
+        if accuracy and method in paper.ITERATIONS and not isinstance(step, str):
+            found[method] = step[0] * paper.ITERATIONS[method], accuracy[0]
+    return found
+
+
+def _label(axis, text: str, x: float, y: float, colour: str, above: bool) -> None:
+    """A name beside a point, a little above or below it, since DAM and ATOM lie close to each other."""
+    axis.annotate(
+        text, (x, y), xytext=(6, 5 if above else -4), textcoords="offset points", color=colour, fontsize=8, va="center"
+    )
+
+
+@styled
+def plot_norm_and_schedule(path: Path, studies: Sequence[Path]) -> None:
+    """Draw the accuracy of one and the same preset under other norms and other schedules of the test."""
+    figure, axes = panels(1, len(studies), 2.6, sharey=True)
+    for axis, study in zip(axes[0], studies, strict=True):
+        rows = {row.title: row for row in read(study).rows("accuracy")}
+        for place, name in enumerate(PROTOCOLS):
+            row = rows[name]
+            axis.barh(place, row.mean, 0.7, xerr=row.std, color=_colour(name), error_kw={"elinewidth": 1, "capsize": 2})
+            axis.annotate(f"{row.mean:.1f}", (0.3, place), color="white", va="center", fontsize=8)
+        axis.set_title(_images(read(study)), loc="left")
+        axis.set_xlabel("accuracy, %")
+        axis.grid(axis="x", alpha=0.3)
+    axes[0][0].set_yticks(range(len(PROTOCOLS)), PROTOCOLS.values())
+    axes[0][0].invert_yaxis()
+    save(figure, path, files_digest(studies))
+
+
+def _images(record: Record) -> str:
+    """The numbers of images per class of a record, without the data set's name."""
+    return record.where.rpartition(", ")[2]
+
+
+def _colour(name: str) -> str:
+    return "0.35" if name == "preset paper" else "#6a51a3" if "norm" in name else "#2b7bba"
+
+
+@styled
+def plot_loss_scale(path: Path, batch: Path, instance: Sequence[Path]) -> None:
+    """Draw accuracy against the loss scale: BatchNorm at full size, and InstanceNorm in short, narrow runs."""
+    figure, axes = panels(1, 2, 2.8)
+    full = read(batch)
+    _draw_scales(axes[0][0], full, "BatchNorm", "tab:red")
+    axes[0][0].set_title(f"{full.iterations:,} steps, 128 channels, {full.devices}", loc="left")
+    for study, colour in zip(map(read, instance), ("tab:blue", "tab:orange"), strict=True):
+        _draw_scales(axes[0][1], study, "InstanceNorm", colour)
+        axes[0][1].set_title(f"{study.iterations:,} steps, 32 channels, {study.devices}", loc="left")
+    for axis in axes[0]:
+        axis.set_xlabel("loss scale")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("accuracy, %")
+    save(figure, path, files_digest([batch, *instance]))
+
+
+def _draw_scales(axis, record: Record, norm: str, colour: str) -> None:
+    rows = {row.title: row for row in record.rows("accuracy")}
+    points = {record.preset["loss_scale"]: rows["preset paper"]}
+    points |= {float(title.split()[1]): row for title, row in rows.items() if title.startswith("loss_scale ")}
+    scales = sorted(points)
+    means, stds = [points[scale].mean for scale in scales], [points[scale].std for scale in scales]
+    label = f"{_images(record)}, {norm}"
+    axis.errorbar(scales, means, stds, marker="o", markersize=4, capsize=3, color=colour, label=label)
+    axis.set_xscale("log")
+    axis.set_xticks(scales, [f"{scale:g}" for scale in scales])
+    axis.minorticks_off()
+
+
+@styled
+def plot_pairs(
+    path: Path, pairs: Sequence[tuple[str, list[float], list[float]]], names: tuple[str, str], source: str
+) -> None:
+    """Draw what a change does to each network: a line per network from left (without) to right (with).
+
+    Args:
+        path: of the picture.
+        pairs: for each panel its title, accuracies without the change, and with it, network by network.
+        names: of the two sides.
+        source: names the figures.
+    """
+    figure, axes = panels(1, len(pairs), 2.6, sharey=True)
+    for axis, (title, before, after) in zip(axes[0], pairs, strict=True):
+        for left, right in zip(before, after, strict=True):
+            axis.plot((0, 1), (left, right), "o-", color="tab:blue", markersize=4, alpha=0.8)
+        change = sum(after) / len(after) - sum(before) / len(before)
+        axis.set_title(f"{title}: {change:+.1f}", loc="left")
+        axis.set_xticks((0, 1), names)
+        axis.set_xlim(-0.3, 1.3)
+        axis.grid(axis="y", alpha=0.3)
+    axes[0][0].set_ylabel("accuracy of a network, %")
+    save(figure, path, source)
+
+
+def plot_running_mean(path: Path, average: Path) -> None:
+    """Draw the networks of the last iterate and of the running mean, a panel per seed."""
+    rows = {row.title: row for row in read(average).rows("accuracy")}
+    last, mean = rows["preset paper"], rows["image_average True"]
+    pairs = zip(last.seeds, last.accuracies, mean.accuracies, strict=True)
+    titled = [(f"set of seed {seed}", left, right) for seed, left, right in pairs]
+    plot_pairs(path, titled, ("last iterate", "running mean"), files_digest([average]))
+
+
+def plot_unit_variance(path: Path, without: Path, divided: Path) -> None:
+    """Draw the networks of DAM's and ATOM's set, on images as they are whitened and on images of unit variance."""
+    titles = {"MMD + spatial": "DAM", "MMD + spatial + channel": "ATOM"}
+    before, after = ({row.title: row for row in read(file).rows("cifar10:10")} for file in (without, divided))
+    pairs = [
+        (name, *([value for one in side[row].accuracies for value in one] for side in (before, after)))
+        for row, name in titles.items()
+    ]
+    plot_pairs(path, pairs, ("as whitened", "unit variance"), files_digest([without, divided]))
+
+
+def draw_classes(path: Path, picture: Path) -> None:
+    """Draw the ten images of every class beside its name, two classes a line, from the picture that a run left."""
+    from PIL import Image, ImageDraw, ImageFont
+    from PIL.PngImagePlugin import PngInfo
+
+    half = NAME + len(CLASSES) * PITCH
+    lines = len(CLASSES) // 2
+    card = Image.new("RGB", (2 * MARGIN + 2 * half + GAP, 2 * MARGIN + lines * PITCH), "white")
+    write, font = ImageDraw.Draw(card), ImageFont.load_default(26)
+    with Image.open(picture) as drawn:
+        for number, name in enumerate(CLASSES):
+            top, left = FIRST_TILE[1] + number * PITCH, FIRST_TILE[0]
+            row = drawn.convert("RGB").crop((left, top, left + len(CLASSES) * PITCH - 2, top + TILE))
+            x, y = MARGIN + (number >= lines) * (half + GAP), MARGIN + number % lines * PITCH
+            write.text((x + NAME - 12, y + TILE // 2), name, "black", font, anchor="rm")
+            card.paste(row, (x + NAME, y))
+    information = PngInfo()
+    information.add_text("Source", files_digest([picture]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    card.save(path, pnginfo=information)
