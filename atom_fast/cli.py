@@ -16,6 +16,7 @@ from click.core import ParameterSource
 
 from atom_fast import __version__
 from atom_fast._files import write_atomically
+from atom_fast._interrupts import interrupts_raised
 from atom_fast._malloc import keep_freed_memory
 from atom_fast.data.sources import SOURCES
 from atom_fast.data.whitening import KINDS
@@ -72,7 +73,8 @@ class _Commands(click.Group):
 
     def invoke(self, ctx):
         try:
-            return super().invoke(ctx)
+            with interrupts_raised():
+                return super().invoke(ctx)
         except (click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except KeyboardInterrupt:
