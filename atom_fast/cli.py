@@ -554,22 +554,28 @@ def export(file, output, form):
 @_set_argument
 @click.option("--json", "as_json", is_flag=True, help="print it as JSON  [default: off]")
 def info(file, as_json):
-    """Say what is in FILE and how it was made."""
+    """Say what is in FILE, how it was made, and how to normalise the images that its networks are tested on."""
     from atom_fast.report import describe
     from atom_fast.synthetic import SyntheticSet
 
     synthetic = SyntheticSet.load(file)
+    statistics = synthetic.preprocessing.describe()
+    kind = statistics.pop("kind")
     facts = {
         "images": list(synthetic.images.shape),
         "class_names": list(synthetic.class_names),
         "class_sizes": list(synthetic.class_sizes),
-        "preprocessing": synthetic.preprocessing.kind,
+        "preprocessing": kind,
+        **statistics,
         **synthetic.metadata,
     }
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
     click.echo(_printable(describe(synthetic)))
+    formula = "(x - mean) / std for pixels x in [0, 1]" if kind == "standard" else "the whitening that this file holds"
+    call = f"SyntheticSet.load({str(file)!r}).preprocessing.to_model(images)"
+    click.echo(_printable(f"normalise your test images by {formula}: {call}"))
     for name, value in facts.items():
         for line in _lines(name, value):
             click.echo(_printable(line))

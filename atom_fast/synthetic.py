@@ -68,6 +68,13 @@ class SyntheticSet(torch.utils.data.Dataset):
         self.preprocessing = preprocessing
         self.metadata = metadata
 
+    def __repr__(self) -> str:
+        of = f" of {self.metadata['dataset']!r}" if self.metadata.get("dataset") else ""
+        return (
+            f"SyntheticSet({len(self)} images {list(self.images.shape[1:])}{of}, {len(self.class_names)} classes, "
+            f"{self.preprocessing})"
+        )
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -160,11 +167,13 @@ class SyntheticSet(torch.utils.data.Dataset):
             path: the folder or file to write. A folder must not exist or be empty; a file is replaced.
             format: None: ``"pt"`` where the path ends in ``.pt``, otherwise ``"folder"``. ``"folder"`` writes
                 ``train/<class>/0000.png`` as torchvision's ``ImageFolder`` reads it, in 8-bit pixels (values outside
-                [0, 1] are clamped), and ``metadata.json``. Folder names are the class names where these are safe as
+                [0, 1] are clamped), and ``metadata.json`` with class names, metadata and
+                :meth:`~atom_fast.data.whitening.Preprocessing.describe`, hence mean and standard deviation. Folder names are the class names where these are safe as
                 file names and sort in the order of the labels; otherwise each gets the label in front, so that
                 ``ImageFolder`` always numbers the classes as this set does.
                 ``"pt"`` writes what the public DC, DM and DataDAM programs save, ``{"data": [[images, labels]],
-                "accs_all_exps": {}}``, float32 on the CPU. Images are normalised as those programs normalise the data
+                "accs_all_exps": {}}``, float32 on the CPU, and beside it ``"preprocessing"``, which those do not read:
+                the kind, mean and standard deviation of the saved images' space. Images are normalised as those programs normalise the data
                 set (CIFAR-10, CIFAR-100 and Tiny ImageNet by the constants in their code, others by this set's own mean
                 and standard deviation); a whitened set is saved in its whitened space.
 
@@ -343,7 +352,11 @@ def _export_folder(synthetic: SyntheticSet, path: Path) -> Path:
             for number, index in enumerate((labels == label).nonzero().flatten().tolist()):
                 image = Image.fromarray(pixels[index].squeeze(-1) if channels == 1 else pixels[index])
                 image.save(folder / f"{number:04d}.png")
-        description = {"class_names": synthetic.class_names, "metadata": synthetic.metadata}
+        description = {
+            "class_names": synthetic.class_names,
+            "metadata": synthetic.metadata,
+            "preprocessing": synthetic.preprocessing.describe(),
+        }
         (content / "metadata.json").write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", "utf-8")
         if path.exists():
             path.rmdir()
@@ -355,19 +368,21 @@ def _export_folder(synthetic: SyntheticSet, path: Path) -> Path:
     return path
 
 
-def _public_model_space(synthetic: SyntheticSet) -> torch.Tensor:
+def _public_model_space(synthetic: SyntheticSet) -> tuple[torch.Tensor, dict[str, object]]:
+    """The images in the space of the public programs, and that space as `Preprocessing.describe` says it."""
     preprocessing = synthetic.preprocessing
     constants = PUBLIC_NORMALIZATION.get(synthetic.metadata.get("dataset"))
     if preprocessing.kind != "standard" or constants is None:
-        return synthetic.images
+        return synthetic.images, preprocessing.describe()
     mean, std = (synthetic.images.new_tensor(values)[:, None, None] for values in constants)
     # Not by way of to_pixels: that clamps, and distilled images reach outside [0, 1].
     pixels = synthetic.images * preprocessing.std[:, None, None] + preprocessing.mean[:, None, None]
-    return (pixels - mean) / std
+    return (pixels - mean) / std, Preprocessing(mean.flatten(), std.flatten()).describe()
 
 
 def _export_public(synthetic: SyntheticSet, path: Path) -> Path:
-    images = _public_model_space(synthetic).float().cpu().contiguous()
+    images, space = _public_model_space(synthetic)
+    images = images.float().cpu().contiguous()
     buffer = io.BytesIO()
-    torch.save({"data": [[images, synthetic.labels.cpu()]], "accs_all_exps": {}}, buffer)
+    torch.save({"data": [[images, synthetic.labels.cpu()]], "accs_all_exps": {}, "preprocessing": space}, buffer)
     return write_atomically(path, buffer.getvalue())

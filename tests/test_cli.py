@@ -271,9 +271,13 @@ def test_show_export_info(finished, tmp_path):
     assert torch.load(tmp_path / "set.pt", weights_only=True)["data"][0][0].shape == (20, 1, 8, 8)
     stdout, _ = run("info", file)
     assert stdout.startswith("digits, 2 per class, atom, 4 iterations\n")
+    mean, std = (statistics.item() for statistics in SyntheticSet.load(file).preprocessing.tensors().values())
+    assert f"mean: {mean:.6g}\nstd: {std:.6g}\n" in stdout
+    assert "normalise your test images by (x - mean) / std for pixels x in [0, 1]: SyntheticSet.load(" in stdout
     assert "preprocessing: standard" in stdout and "  real_batch: 8" in stdout and "config_hash: " in stdout
     facts = json.loads(run("info", file, "--json")[0])
     assert facts["images"] == [20, 1, 8, 8] and facts["config"]["width"] == 8 and facts["class_sizes"] == [2] * 10
+    assert facts["mean"] == [pytest.approx(mean, abs=1e-6)] and facts["std"] == [pytest.approx(std, abs=1e-6)]
     _, stderr = run("export", file, tmp_path / "images", code=2)
     assert "exists and is not an empty folder" in stderr
 

@@ -70,6 +70,12 @@ def test_is_a_dataset():
         assert torch.equal(images, synthetic.images[1:4]) and torch.equal(labels, synthetic.labels[1:4])
 
 
+def test_a_set_shows_itself_in_a_line():
+    shown = repr(make_set())
+    assert shown.startswith("SyntheticSet(6 images [3, 6, 5] of 'shapes', 3 classes, Preprocessing(kind='standard', mean=[")
+    assert "\n" not in shown and len(shown) < 250
+
+
 def test_class_sizes():
     synthetic = make_set()
     assert synthetic.class_sizes == (2, 2, 2) and synthetic.ipc == 2
@@ -248,7 +254,9 @@ def test_folder_export_is_read_by_torchvision(tmp_path):
     for index, (image, _) in enumerate(read):
         assert torch.equal(torch.from_numpy(numpy.array(image)).permute(2, 0, 1), expected[index])
     described = json.loads((tmp_path / "images" / "metadata.json").read_text("utf-8"))
-    assert described == {"class_names": list(synthetic.class_names), "metadata": synthetic.metadata}
+    about = {"class_names": list(synthetic.class_names), "metadata": synthetic.metadata}
+    assert described == {**about, "preprocessing": synthetic.preprocessing.describe()}
+    assert described["preprocessing"]["std"] == pytest.approx(synthetic.preprocessing.std.tolist(), abs=1e-6)
 
 
 def test_folder_export_of_grey_images(tmp_path):
@@ -313,7 +321,8 @@ def test_pt_export_is_what_the_public_programs_save(tmp_path):
     synthetic = make_set()
     path = synthetic.export(tmp_path / "res_ATOM.pt")
     content = torch.load(path, weights_only=True)
-    assert set(content) == {"data", "accs_all_exps"}
+    assert set(content) == {"data", "accs_all_exps", "preprocessing"}
+    assert content["preprocessing"] == synthetic.preprocessing.describe()
     images, labels = content["data"][0]
     assert torch.equal(images, synthetic.images) and images.dtype == torch.float32
     assert torch.equal(labels, synthetic.labels)
@@ -323,7 +332,10 @@ def test_pt_export_is_what_the_public_programs_save(tmp_path):
 
 def test_pt_export_of_cifar_is_normalised_as_the_public_programs_do(tmp_path):
     synthetic = make_set(dataset="cifar10")
-    [(images, _)] = load_public(synthetic.export(tmp_path / "cifar.pt", format="pt"))
+    path = synthetic.export(tmp_path / "cifar.pt", format="pt")
+    [(images, _)] = load_public(path)
+    constants = dict(zip(("mean", "std"), map(list, PUBLIC_NORMALIZATION["cifar10"]), strict=True))
+    assert torch.load(path, weights_only=True)["preprocessing"] == {"kind": "standard", **constants}
     mean, std = (torch.tensor(values)[:, None, None] for values in PUBLIC_NORMALIZATION["cifar10"])
     torch.testing.assert_close((images * std + mean).clamp(0, 1), synthetic.pixels())
 
