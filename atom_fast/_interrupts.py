@@ -13,7 +13,7 @@ def exit_on_interrupt() -> None:
     """Let Ctrl-C end the process at once; for the time before a command runs, in which PyTorch is imported.
 
     A module does not survive an exception in the middle of its import: the KeyboardInterrupt comes out as another
-    error, as an abort in C++, or not at all. Where Ctrl-C is ignored, as in a shell's background jobs, it stays ignored.
+    error, as an abort in C++, or not at all. Where Ctrl-C is ignored, as in a shell's background jobs, it stays so.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _exit)

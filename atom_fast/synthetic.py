@@ -167,15 +167,16 @@ class SyntheticSet(torch.utils.data.Dataset):
             path: the folder or file to write. A folder must not exist or be empty; a file is replaced.
             format: None: ``"pt"`` where the path ends in ``.pt``, otherwise ``"folder"``. ``"folder"`` writes
                 ``train/<class>/0000.png`` as torchvision's ``ImageFolder`` reads it, in 8-bit pixels (values outside
-                [0, 1] are clamped), and ``metadata.json`` with class names, metadata and
-                :meth:`~atom_fast.data.whitening.Preprocessing.describe`, hence mean and standard deviation. Folder names are the class names where these are safe as
+                [0, 1] are clamped), and ``metadata.json`` with the class names, the metadata, and the preprocessing's
+                kind, mean and standard deviation. Folder names are the class names where these are safe as
                 file names and sort in the order of the labels; otherwise each gets the label in front, so that
                 ``ImageFolder`` always numbers the classes as this set does.
                 ``"pt"`` writes what the public DC, DM and DataDAM programs save, ``{"data": [[images, labels]],
-                "accs_all_exps": {}}``, float32 on the CPU, and beside it ``"preprocessing"``, which those do not read:
-                the kind, mean and standard deviation of the saved images' space. Images are normalised as those programs normalise the data
-                set (CIFAR-10, CIFAR-100 and Tiny ImageNet by the constants in their code, others by this set's own mean
-                and standard deviation); a whitened set is saved in its whitened space.
+                "accs_all_exps": {}}``, float32 on the CPU, and beside it what those programs do not read:
+                ``"preprocessing"``, kind, mean and standard deviation of the saved images' space. Images are normalised
+                as those programs normalise the data set (CIFAR-10, CIFAR-100 and Tiny ImageNet by the constants in
+                their code, others by this set's own mean and standard deviation); a whitened set is saved in its
+                whitened space.
 
         Returns:
             The path written.

@@ -150,8 +150,8 @@ def test_default_output_names_data_size_and_preset(configured):
         (["distill", "--dataset", "folder", "--data-dir", "missing"], ["missing"]),
         (["distill", "--device", "gpu"], ["device must be 'cpu', 'cuda' or a GPU by number", "got 'gpu'"]),
         (["distill", "--device", "meta"], ["device must be 'cpu', 'cuda'", "got 'meta'"]),
-        (["distill", "--real-batch", 1000], ["1000 a class were asked for (real_batch)"]),
-        (["distill", "--ipc", 1000, "--real-batch", 8], ["1000 a class were asked for (ipc)"]),
+        (["distill", "--ipc", 1000], ["1000 different ones per class were asked for", "or start from noise"]),
+        (["select", "--ipc", 1000], ["1000 different ones per class were asked for; give an ipc of at most 13"]),
         (["distill", "--set", "a.safetensors", "--image-init", "real"], ["--set takes the place of --image-init real"]),
         (["distil"], ["No such command 'distil'"]),
         (["evaluate", "missing.safetensors"], ["no file missing.safetensors"]),
@@ -287,6 +287,19 @@ def test_evaluation_on_other_classes_is_refused(finished):
     synthetic.class_names = tuple("abcdefghij")
     with pytest.raises(ValueError, match=r"the 10 classes a, b, c, \.\.\.; digits has the 10 classes 0, 1, 2, \.\.\."):
         compare(synthetic, load_data("digits"), networks=1)
+
+
+def test_random_of_more_images_than_a_class_has_is_refused_before_a_network_is_trained(finished):
+    synthetic, data = SyntheticSet.load(finished / "synthetic.safetensors"), load_data("digits")
+    many = torch.arange(200) % len(synthetic)
+    larger = SyntheticSet(
+        synthetic.images[many], synthetic.labels[many], synthetic.class_names, synthetic.preprocessing
+    )
+    one = (data.train_labels != 3) | (torch.arange(len(data.train_labels)) == data.class_index[data.class_offsets[3]])
+    parts = data.train_images[one], data.train_labels[one], data.test_images, data.test_labels
+    uneven = type(data).from_tensors("digits", data.class_names, *parts)
+    with pytest.raises(ValueError, match=r"20 images of every class, but 1 of 10 .*'3', has 1\); .*--no-random"):
+        compare(larger, uneven, networks=1, on_network=pytest.fail)
 
 
 def test_random_draws_a_selection_for_every_network(finished):

@@ -441,7 +441,7 @@ def test_sigterm_outside_a_distillation_leaves_the_table_of_what_is_finished(tmp
 
 def test_classes_that_are_too_small_are_found_before_a_network_is_trained(monkeypatch):
     monkeypatch.setattr("atom_fast.evaluate.sets.watch_training", None)
-    with pytest.raises(ValueError, match="at most 135 can be drawn"):
+    with pytest.raises(ValueError, match="200 different ones per class were asked for; give an ipc of at most 135"):
         select(load_data("digits"), "herding", 200)
 
 

@@ -60,7 +60,7 @@ class Preprocessing:
         return f"Preprocessing({named})"
 
     def describe(self) -> dict[str, object]:
-        """The ``kind`` and, where it has them, ``mean`` and ``std`` of each channel: what JSON can hold, to 6 digits."""
+        """The ``kind`` and, where it has them, the channels' ``mean`` and ``std`` to 6 digits, as plain values."""
         statistics = {"mean": self.mean, "std": self.std}
         rounded = {
             name: [round(value, 6) for value in tensor.tolist()]

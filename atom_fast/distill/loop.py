@@ -15,13 +15,20 @@ from pathlib import Path
 import torch
 
 from atom_fast.data.dataset import ImageData
-from atom_fast.data.sampling import check_class_sizes
+from atom_fast.data.sampling import describe_small_classes
 from atom_fast.data.whitening import Preprocessing, fit_preprocessing
 from atom_fast.distill.checkpoint import Checkpoint, latest_checkpoint, remove_unfinished, save_checkpoint
 from atom_fast.distill.config import ADDED, DistillConfig, affects_result, write_config
 from atom_fast.distill.logs import RunLog, append_environment, environment, peak_memory, say, versions
 from atom_fast.distill.memory import fit_class_chunk
-from atom_fast.distill.step import Distillation, NonFiniteError, check_ranks, initial_images, make_network
+from atom_fast.distill.step import (
+    Distillation,
+    NonFiniteError,
+    check_ranks,
+    check_start,
+    initial_images,
+    make_network,
+)
 from atom_fast.ranks import ALONE, StopSign, World, own_device
 from atom_fast.report import save_image_grid
 from atom_fast.synthetic import SyntheticSet
@@ -117,11 +124,9 @@ def distill(
 
 def _check_fit(config: DistillConfig, data: ImageData, given: bool) -> None:
     """Refuse what cannot work before anything is written."""
-    check_class_sizes(data, config.real_batch, " (real_batch)")
     if config.image_init == "given" and not given:
         raise ValueError("image_init 'given' needs a synthetic set to start from (synthetic_init, --set)")
-    if config.image_init in ("real", "herding"):
-        check_class_sizes(data, config.ipc, " (ipc)")
+    check_start(config, data)
     make_network(config, data)
 
 
@@ -243,6 +248,8 @@ def _start(
     if config.memory_budget is not None:
         chunk = fit_class_chunk(run, config.memory_budget)
         say(f"{world.label}memory_budget {config.memory_budget}: {chunk} classes at once")
+    if (small := describe_small_classes(data, config.real_batch)) and world.rank == 0:
+        say(f"{small}: each step draws images of theirs more than once (real_batch {config.real_batch})")
     if run.fusion != "fused blocks" and world.rank == 0:
         say(f"the network runs without fused blocks ({run.fusion.removeprefix('unfused: ')})")
     if config.cuda_graph and run.images.device.type == "cuda":
