@@ -242,7 +242,7 @@ def distill(
     data = world.after_first(lambda: load_data(dataset, data_dir, download=download, **options))
     synthetic = run(
         config, data, output, resume=resume, progress=not quiet, synthetic_init=start, device=_device(device),
-        world=world,
+        how_to_go_on="run the same command with --resume", world=world,
     )  # fmt: skip
     if world.rank > 0:
         return

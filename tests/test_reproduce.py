@@ -421,6 +421,26 @@ def test_a_cell_that_fails_does_not_keep_the_others(tmp_path, monkeypatch, what,
     assert record["failed"] == {} and "failed" not in render(record) and "not measured" not in render(record)
 
 
+def test_a_stopped_reproduction_advises_what_it_has(tmp_path, monkeypatch, capsys):
+    original = Distillation.step
+
+    def signalled(self, iteration):
+        os.kill(os.getpid(), signal.SIGINT)
+        original(self, iteration)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(Distillation, "step", signalled)
+        run(small("table4", ["atom"]), tmp_path / "signalled")
+    said = capsys.readouterr().err
+    assert ended.value.code == 130 and "SIGINT: stopped after iteration 1 of 4" in said
+    assert "to go on, run the same command again" in said and "resume" not in said
+    target = small("table4", ["atom"], settings={**TINY, "checkpoint_every": 2})
+    interrupted_at_3(target, tmp_path / "failed", monkeypatch)
+    said = capsys.readouterr().err
+    assert "stopped by an error; iteration 2 is saved" in said and "to go on, run the same command again" in said
+    assert "--resume" not in said
+
+
 def test_sigterm_outside_a_distillation_leaves_the_table_of_what_is_finished(tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
 

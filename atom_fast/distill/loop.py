@@ -51,6 +51,7 @@ def distill(
     synthetic_init: SyntheticSet | None = None,
     device: torch.device | str | None = None,
     preprocessing: Preprocessing | None = None,
+    how_to_go_on: str = "call distill again with resume=True",
     world: World = ALONE,
 ) -> SyntheticSet:
     """Distil ``data`` into ``config.ipc`` images a class, and keep everything about it in one folder.
@@ -72,6 +73,7 @@ def distill(
         device: where to compute; None: the GPU, if there is one. Each of several processes has a GPU of its own.
         preprocessing: what ``config.preprocessing`` names, fitted to these images before, on the same device; None fits
             it. For several runs on the same data.
+        how_to_go_on: what the message of a stopped run advises; commands have their own ways.
         world: several processes that share the classes (`atom_fast.ranks.join`); each calls this with the same
             arguments, and the first one writes the folder. The images do not depend on how many there are, on CPUs to
             the bit, and a run need not be resumed with as many.
@@ -112,7 +114,7 @@ def distill(
         if writes:
             write_config(config, output / CONFIG_FILE, data.name)
             append_environment(output / ENVIRONMENT_FILE, {**environment(device), "processes": world.size})
-        recorder = _Recorder(run, output, checkpoint, preprocessing, progress)
+        recorder = _Recorder(run, output, checkpoint, preprocessing, progress, how_to_go_on)
         _iterate(run, recorder)
         result = _synthetic_set(recorder)
         if writes:
@@ -281,7 +283,13 @@ class _Recorder:
     """
 
     def __init__(
-        self, run: Distillation, output: Path, start: Checkpoint | None, preprocessing: Preprocessing, progress: bool
+        self,
+        run: Distillation,
+        output: Path,
+        start: Checkpoint | None,
+        preprocessing: Preprocessing,
+        progress: bool,
+        how_to_go_on: str,
     ):
         from tqdm import tqdm
 
@@ -289,6 +297,7 @@ class _Recorder:
         self.run = run
         self.output = output
         self.preprocessing = preprocessing
+        self.how_to_go_on = how_to_go_on
         self.saved: Path | None = None  # the newest checkpoint that this process wrote
         self.saved_iteration = start.iteration if start else None
         self._fingerprint = run.data.fingerprint
@@ -397,7 +406,10 @@ class _Recorder:
             yield
         except (OSError, RuntimeError):
             if self.saved_iteration is not None and self._writes:
-                say(f"stopped by an error; iteration {self.saved_iteration} is saved in {self.output}, see --resume")
+                say(
+                    f"stopped by an error; iteration {self.saved_iteration} is saved in {self.output}; to go on, "
+                    f"{self.how_to_go_on}"
+                )
             raise
 
     def close(self) -> None:
@@ -441,7 +453,7 @@ def _iterate(run: Distillation, recorder: _Recorder) -> None:
         if run.world.rank == 0:
             say(
                 f"{name}: stopped after iteration {iteration} of {config.iterations}, which is saved in "
-                f"{recorder.output}; to go on, run the same again with --resume (resume=True)"
+                f"{recorder.output}; to go on, {recorder.how_to_go_on}"
             )
         raise SystemExit(128 + number)
 

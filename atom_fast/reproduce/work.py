@@ -132,6 +132,7 @@ def make_set(folder: Path, cell: Cell, shelf: Shelf) -> None:
             progress=shelf.progress,
             device=shelf.device,
             preprocessing=space,
+            how_to_go_on="run the same command again",
         )
         synthetic.save(_set_file(folder, iterations))
         (folder / RUN_FOLDER / SYNTHETIC_FILE).unlink()  # the same set, kept once
