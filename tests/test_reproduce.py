@@ -220,6 +220,19 @@ def test_what_changes_no_result_is_no_reduction():
     assert scale_for("cifar10", epochs=1000, settings=settings).reductions() == []
     assert scale_for("cifar10", settings={**settings, "width": 64}).reductions() == ["width 64 instead of 128"]
     assert scale_for("cifar10", settings={"loss_scale": 3}).reductions() == ["loss_scale 3 instead of the preset's"]
+    assert scale_for("cifar10", settings={"spatial_power": None}).reductions() == ["spatial_power None instead of 4.0"]
+
+
+@pytest.mark.parametrize(
+    ("iterations", "said"),
+    [
+        (2000, "iterations 2,000 instead of 8,000, and 20,000 for DM"),
+        (8000, "iterations 8,000 instead of 20,000 for DM"),
+        (20_000, "iterations 20,000 instead of 8,000"),
+    ],
+)
+def test_a_setting_of_which_dm_has_its_own_names_only_what_it_replaces(iterations, said):
+    assert scale_for("cifar10", settings={"iterations": iterations}).reductions() == [said]
 
 
 @pytest.mark.parametrize(
@@ -887,9 +900,27 @@ def test_what_is_not_measured_is_not_filled_in(tmp_path):
     text = render(record)
     assert "not measured" in text and "(cited)" in text and "at the size of the paper" in text
     assert set(METHODS) >= set(TARGETS["table1"].methods)
+    assert rows["ATOM"]["source"] == "" and "(Table 1)" not in text
     text = render(collect(plan("table4", [("cifar10", 10)], ["atom"]), tmp_path))
     rows = dict(re.findall(r"^\| (MMD[^|]*?) +\| ([^|]*?) +\|", text, flags=re.MULTILINE))
     assert rows["MMD"] == "(cited)" and rows["MMD + feature map"] == "–", "the paper has no figure for the latter"
+
+
+def test_figures_of_another_table_are_marked_with_it(tmp_path):
+    """The paper's Table 4 has one cell; what stands beside others is from its Table 1."""
+    cells = [("cifar10", 50), ("cifar10", 1)]
+    record = collect(plan("table4", cells, ["atom"]), tmp_path)
+    rows = {row["title"]: row["entries"] for row in record["sections"][0]["rows"]}
+    atom, random = rows["MMD + spatial + channel"], rows["Random (nothing is matched)"]
+    assert [atom[cell]["source"] for cell in ("cifar10:50", "cifar10:1")] == ["", "Table 1"]
+    assert [random[cell]["source"] for cell in ("cifar10:50", "cifar10:1")] == ["Table 1", "Table 1"]
+    both = render(record)
+    assert "(paper 68.8 ± 0.5)" in both and "(paper, Table 1: 34.8 ± 1.0)" in both
+    assert "14.4 ± 2.0 (cited, Table 1)" in both
+    alone = render(collect(plan("table4", cells[1:], ["atom"]), tmp_path))
+    assert "| 34.8 ± 1.0 (Table 1) |" in alone and "| 32.0 ± 1.2 (Table 1) |" in alone
+    study = render(collect(plan("study", cells[1:], factors=["pooling"]), tmp_path))
+    assert "| 34.8 ± 1.0 (Table 1) |" in study
 
 
 # Documents
