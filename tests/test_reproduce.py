@@ -739,11 +739,26 @@ def test_a_budget_names_what_runs_and_what_is_left(table4, tmp_path, monkeypatch
     seconds = {"random": 5.0, "mmd": 30.0, "atom": 1000.0}
     monkeypatch.setattr(Estimator, "seconds", lambda self, unit: seconds[unit[0].method])
     record, said = run(target, output, budget=1.0)
-    assert said[0].endswith("6 cells, 3 of them finished") and "2 of 3 cells fit into 1 min" in said[1]
+    assert said[0].endswith("6 cells, 3 of them finished") and said[1].startswith("estimating 3 cells: ")
+    assert "2 of 3 cells fit into 1 min" in said[2] and "not counted: fitting the whitening" in said[2]
     assert any("left, 17 min" in line and "atom seed 1" in line for line in said)
     entries = {row["title"]: row["entries"]["digits:1"]["ours"] for row in record["sections"][0]["rows"]}
     assert entries["MMD"]["sets"] == 2 and entries["MMD + spatial + channel"]["sets"] == 1
     assert "(1 of 2 sets)" in render(record)
+
+
+def test_what_is_being_estimated_is_shown_before_it_is(tmp_path, monkeypatch, capsys):
+    shown = []
+
+    def seconds(self, unit):
+        shown.append((unit[0].method, capsys.readouterr().err))
+        return 0.0
+
+    monkeypatch.setattr(Estimator, "seconds", seconds)
+    monkeypatch.setattr("atom_fast.reproduce.run._do", lambda output, units, *rest: units)
+    reproduce(small("table4", ["mmd", "atom"]), tmp_path, device="cpu", budget=1.0)
+    assert [method for method, _ in shown] == ["mmd", "atom"]
+    assert all(f"digits ipc 1 {method} seed 0" in bar for method, bar in shown)
 
 
 def test_estimates_come_from_finished_cells_or_probes(table4, tmp_path):
