@@ -28,7 +28,7 @@ from atom_fast.evaluate.training import PRECISIONS
 from atom_fast.networks import NETWORKS
 from atom_fast.reproduce.methods import METHODS as REPRODUCED
 from atom_fast.reproduce.targets import TARGETS, parse_cell
-from atom_fast.synthetic import EXPORT_FORMATS
+from atom_fast.synthetic import EXPORT_FORMATS, SYNTHETIC_FILE
 
 
 class _Choice(click.Choice):
@@ -189,7 +189,7 @@ class _SetFile(click.Path):
 
     def convert(self, value, param, ctx):
         path = Path(super().convert(value, param, ctx))
-        return path / "synthetic.safetensors" if (path / "synthetic.safetensors").is_file() else path
+        return path / SYNTHETIC_FILE if (path / SYNTHETIC_FILE).is_file() else path
 
 
 _set_argument = click.argument("file", type=_SetFile(path_type=Path))
@@ -247,7 +247,7 @@ def distill(
     if world.rank > 0:
         return
     save_run_pictures(output, synthetic)
-    file = output / "synthetic.safetensors"
+    file = output / SYNTHETIC_FILE
     click.echo(f"{len(synthetic)} images in {file}, their picture in {output / 'synthetic.png'}")
     where = ["--data-dir", str(data_dir)] if data_dir else []
     click.echo(f"next: {shlex.join(['atom-fast', 'evaluate', str(file), *where])}", err=True)

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from atom_fast.data.whitening import Preprocessing
 
 FORMAT = "atom_fast.synthetic_set"
 FORMAT_VERSION = 1
+SYNTHETIC_FILE = "synthetic.safetensors"  # in a run's folder
 EXPORT_FORMATS = ("folder", "pt")
 
 # Mean and standard deviation by which the public DC, DM and DataDAM programs normalise their test images. CIFAR-10's
@@ -134,10 +136,10 @@ class SyntheticSet(torch.utils.data.Dataset):
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> SyntheticSet:
-        """Read a set that :meth:`save` wrote, on the CPU. Nothing in the file is executed.
+        """Read a set that :meth:`save` wrote, or the one in a run's folder, on the CPU. Nothing in it is executed.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: there is no such file, or no set in the folder.
             ValueError: the file is no synthetic set, was written by a newer version, or is damaged.
         """
         description, tensors = _read_file(Path(path))
@@ -208,6 +210,8 @@ def load_public(path: str | os.PathLike) -> list[tuple[torch.Tensor, torch.Tenso
         ValueError: the file holds something else.
     """
     path = Path(path)
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a folder, not a .pt; a run's folder is read by SyntheticSet.load")
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
@@ -289,6 +293,13 @@ def _read_file(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     """The description and the tensors of a file that is intact and of this version."""
     from safetensors import safe_open
 
+    if path.is_dir():
+        if not (path / SYNTHETIC_FILE).is_file():
+            raise FileNotFoundError(
+                f"{path} is a folder without {SYNTHETIC_FILE}, hence no finished run's; a folder of images is evaluated"
+                f" by atom-fast evaluate {path} --dataset NAME"
+            )
+        path = path / SYNTHETIC_FILE
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
@@ -299,6 +310,11 @@ def _read_file(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     except OSError:
         raise
     except Exception as error:  # it has no word for element types of its format that PyTorch lacks
+        if zipfile.is_zipfile(path):
+            raise ValueError(
+                f"{path} is a .pt of PyTorch's, which does not say what it is of: evaluate it by atom-fast evaluate "
+                f"{path} --dataset NAME, or read it in Python by atom_fast.synthetic.load_public"
+            ) from error
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     if FORMAT not in header:
         raise ValueError(f"{path} is no synthetic set: its header has no {FORMAT!r}, but {sorted(header)}")

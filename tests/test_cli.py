@@ -216,6 +216,8 @@ def test_a_run_starts_from_a_given_set(finished, tmp_path):
     run("distill", "--output", tmp_path / "run", "--set", file, *settings)
     given, kept = SyntheticSet.load(file), SyntheticSet.load(tmp_path / "run" / "synthetic.safetensors")
     assert torch.equal(given.images, kept.images)
+    run("distill", "--output", tmp_path / "again", "--set", finished, *settings)
+    assert torch.equal(SyntheticSet.load(tmp_path / "again").images, given.images)
 
 
 def test_evaluate_prints_one_line_and_writes_json(finished, tmp_path):
@@ -251,6 +253,18 @@ def test_a_set_of_another_resolution_is_evaluated_from_its_export(finished, tmp_
 
 def test_a_folder_of_a_run_stands_for_its_set(finished):
     assert run("info", finished) == run("info", finished / "synthetic.safetensors")
+
+
+@pytest.mark.parametrize("command", ["info", "show"])
+def test_what_another_command_reads_is_named(command, finished, tmp_path):
+    run("export", finished, tmp_path / "set.pt")
+    _, stderr = run(command, tmp_path / "set.pt", code=2)
+    assert f"atom-fast evaluate {tmp_path / 'set.pt'} --dataset NAME" in stderr
+    run("export", finished, tmp_path / "images")
+    _, stderr = run(command, tmp_path / "images", code=2)
+    assert "is a folder without synthetic.safetensors" in stderr
+    _, stderr = run("distill", "--config", finished, code=2)
+    assert f"a run's settings are in its file {finished / 'config.yaml'}" in stderr
 
 
 def test_what_comes_next_can_be_pasted(tmp_path):

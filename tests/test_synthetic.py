@@ -55,6 +55,22 @@ def test_same_set_gives_the_same_file(tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_a_run_s_folder_stands_for_the_set_in_it(tmp_path):
+    synthetic = make_set()
+    synthetic.save(tmp_path / "run" / "synthetic.safetensors")
+    assert torch.equal(SyntheticSet.load(tmp_path / "run").images, synthetic.images)
+
+
+def test_what_is_no_set_is_named_with_what_reads_it(tmp_path):
+    synthetic = make_set()
+    with pytest.raises(FileNotFoundError, match="a folder without synthetic.safetensors.* evaluate .* --dataset NAME"):
+        SyntheticSet.load(synthetic.export(tmp_path / "images"))
+    with pytest.raises(ValueError, match=r"is a .pt of PyTorch's.* evaluate .*set.pt --dataset NAME.*load_public"):
+        SyntheticSet.load(synthetic.export(tmp_path / "set.pt"))
+    with pytest.raises(FileNotFoundError, match="images is a folder, not a .pt; .* SyntheticSet.load"):
+        load_public(tmp_path / "images")
+
+
 def test_is_a_dataset():
     synthetic = make_set()
     image, label = synthetic[3]

@@ -440,6 +440,8 @@ def read_settings(path: str | os.PathLike) -> dict[str, object]:
     import yaml
 
     path = Path(path)
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a folder; a run's settings are in its file {path / 'config.yaml'}")
     if not path.is_file():
         raise FileNotFoundError(f"no configuration file {path}")
     try:

@@ -31,13 +31,12 @@ from atom_fast.distill.step import (
 )
 from atom_fast.ranks import ALONE, StopSign, World, own_device
 from atom_fast.report import save_image_grid
-from atom_fast.synthetic import SyntheticSet
+from atom_fast.synthetic import SYNTHETIC_FILE, SyntheticSet
 
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
 CHECKPOINT_FOLDER = "checkpoints"
 IMAGE_FOLDER = "images"
-SYNTHETIC_FILE = "synthetic.safetensors"
 LOCK_FILE = ".lock"
 
 
