@@ -66,9 +66,22 @@ def test_help_gives_every_option_with_its_default(command):
 def test_help_gives_every_setting_with_default_and_unit():
     entries = help_of("distill")
     for field in dataclasses.fields(DistillConfig):
-        default, unit = field.default, field.metadata["unit"]
-        shown = "none" if default is None else f"{str(default).lower()} {unit}".rstrip()
+        default, unit, unset = field.default, field.metadata["unit"], field.metadata["unset"]
+        assert bool(unset) == (default is None), "what is not set has a meaning: derived, or no limit"
+        shown = unset or f"{str(default).lower()} {unit}".rstrip()
         assert entries[f"--{field.name.replace('_', '-')}"].endswith(f"[default: {shown}]"), field.name
+
+
+@pytest.mark.parametrize("command", main.commands)
+def test_no_default_is_none(command):
+    """It would mean derived in one place, left out in another, and not written in a third."""
+    assert "[default: none]" not in " ".join(help_of(command).values())
+
+
+def test_help_says_what_none_leaves_out_and_what_is_derived():
+    entries = help_of("distill")
+    assert "none: leave spatial attention out [default: 4.0]" in entries["--spatial-power"]
+    assert "[default: derived: 10, with BatchNorm 0.3 x ipc" in entries["--loss-scale"]
 
 
 def test_module_and_version():
@@ -168,6 +181,16 @@ def test_errors_are_one_clear_line(tmp_path, monkeypatch, arguments, messages):
     assert stdout == ""
     errors = [line for line in stderr.splitlines() if line.startswith("Error: ")]
     assert len(errors) == 1 and all(message in errors[0] for message in messages), stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["distill", "select", "demo", "profile", "evaluate", "reproduce"])
+def test_a_device_that_is_not_supported_is_refused_with_those_that_are(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    needed = {"evaluate": ["a.safetensors"], "reproduce": ["table4"]}.get(command, [])
+    _, stderr = run(command, *needed, "--device", "mps", code=2)
+    accepted = "'cpu', 'cuda' or a GPU by number such as 'cuda:1', and no other kind is supported"
+    assert stderr == f"Error: device must be {accepted}; got 'mps'\n"
     assert not list(tmp_path.iterdir())
 
 

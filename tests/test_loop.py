@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -51,6 +52,11 @@ def test_a_run_leaves_everything_behind(finished, data):
     (start,) = json.loads((folder / "environment.json").read_text())
     assert start["versions"]["torch"] == torch.__version__.split("+")[0] or start["versions"]["torch"]
     assert start["device"]
+
+
+def test_the_progress_bar_says_whose_memory_it_shows(data, tmp_path, capsys):
+    distill(small(2), data, tmp_path / "run", device="cpu")
+    assert re.search(r"mmd [\d.e-]+ peak process memory \d+ MiB", capsys.readouterr().err)
 
 
 def test_the_synthetic_set_explains_itself(finished, data):

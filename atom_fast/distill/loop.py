@@ -371,7 +371,7 @@ class _Recorder:
         self._log.write({**record, "seconds": self.seconds()})
         self._bar.set_postfix_str(
             f"loss {terms.loss:.4g} attention {terms.attention_loss:.4g} mmd {terms.mmd_loss:.4g} "
-            f"peak {memory / 2**20:.0f} MiB",
+            f"peak {'GPU' if self.run.images.is_cuda else 'process'} memory {memory / 2**20:.0f} MiB",
             refresh=False,  # with the next step, unless the bar was drawn less than a tenth of a second before
         )
 
