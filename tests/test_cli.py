@@ -81,7 +81,7 @@ def test_no_default_is_none(command):
 def test_help_says_what_none_leaves_out_and_what_is_derived():
     entries = help_of("distill")
     assert "none: leave spatial attention out [default: 4.0]" in entries["--spatial-power"]
-    assert "[default: derived: 10, with BatchNorm 0.3 x ipc" in entries["--loss-scale"]
+    assert "[default: derived: 10; with BatchNorm 0.3 x ipc" in entries["--loss-scale"]
 
 
 def test_module_and_version():
