@@ -16,6 +16,7 @@ from click.core import ParameterSource
 
 from atom_fast import __version__
 from atom_fast._files import write_atomically
+from atom_fast._interrupts import interrupts_raised
 from atom_fast._malloc import keep_freed_memory
 from atom_fast.data.sources import SOURCES
 from atom_fast.data.whitening import KINDS
@@ -27,7 +28,7 @@ from atom_fast.evaluate.training import PRECISIONS
 from atom_fast.networks import NETWORKS
 from atom_fast.reproduce.methods import METHODS as REPRODUCED
 from atom_fast.reproduce.targets import TARGETS, parse_cell
-from atom_fast.synthetic import EXPORT_FORMATS
+from atom_fast.synthetic import EXPORT_FORMATS, SYNTHETIC_FILE
 
 
 class _Choice(click.Choice):
@@ -72,7 +73,8 @@ class _Commands(click.Group):
 
     def invoke(self, ctx):
         try:
-            return super().invoke(ctx)
+            with interrupts_raised():
+                return super().invoke(ctx)
         except (click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except KeyboardInterrupt:
@@ -140,7 +142,7 @@ def _setting_option(field: dataclasses.Field, hint: object):
     """The option for one setting of ``DistillConfig``, from its metadata."""
     accepted = typing.get_args(hint) or (hint,)
     unit = f" {field.metadata['unit']}" if field.metadata["unit"] else ""
-    default = "none" if field.default is None else str(field.default).lower() + unit
+    default = field.metadata["unset"] or str(field.default).lower() + unit
     text = f"{field.metadata['help']}  [default: {default}]"
     if bool in accepted:
         return click.option(f"{_flag(field.name)}/--no-{field.name.replace('_', '-')}", default=None, help=text)
@@ -177,7 +179,10 @@ def _data_options(default: str | None, explained: str):
 
 
 _device_option = click.option(
-    "--device", default="auto", show_default=True, help="where to compute: auto (the GPU, if there is one), cpu, cuda"
+    "--device",
+    default="auto",
+    show_default=True,
+    help="where to compute: cpu, cuda, one of several GPUs such as cuda:1, or auto: cuda if available, otherwise cpu",
 )
 _quiet_option = click.option("--quiet", is_flag=True, help="show no progress bars  [default: off]")
 
@@ -187,7 +192,7 @@ class _SetFile(click.Path):
 
     def convert(self, value, param, ctx):
         path = Path(super().convert(value, param, ctx))
-        return path / "synthetic.safetensors" if (path / "synthetic.safetensors").is_file() else path
+        return path / SYNTHETIC_FILE if (path / SYNTHETIC_FILE).is_file() else path
 
 
 _set_argument = click.argument("file", type=_SetFile(path_type=Path))
@@ -196,7 +201,7 @@ _set_argument = click.argument("file", type=_SetFile(path_type=Path))
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
 def main():
-    """Dataset distillation by attention matching (ATOM): a few synthetic images a class that train a network well.
+    """Dataset distillation by attention matching (ATOM): a few synthetic images per class that train a network well.
 
     Files are synthetic sets as `atom-fast distill` writes them: synthetic.safetensors in a run's folder, or the folder.
     """
@@ -209,8 +214,13 @@ def main():
 @click.option("--output", type=click.Path(path_type=Path), help="the run's folder  [default: runs/DATASET-ipcN-PRESET]")
 @click.option("--resume", is_flag=True, help="go on from the newest checkpoint in --output, if any  [default: off]")
 @click.option("--preset", "preset_name", type=_Choice(list(PRESETS)), help="published settings  [default: paper]")
-@click.option("--config", type=click.Path(path_type=Path), help="YAML file of settings  [default: none]")
-@click.option("--set", "given", type=click.Path(path_type=Path), help="synthetic set to start from  [default: none]")
+@click.option("--config", type=click.Path(path_type=Path), help="YAML file of settings  [default: no file]")
+@click.option(
+    "--set",
+    "given",
+    type=click.Path(path_type=Path),
+    help="synthetic set to start from, a file or a run's folder  [default: start as --image-init says]",
+)
 @_device_option
 @_quiet_option
 @_setting_options
@@ -220,7 +230,7 @@ def distill(
     ctx, dataset, data_dir, download, resolution, output, resume, preset_name, config, given, device, quiet, world,
     **settings,
 ):  # fmt: skip
-    """Distil a data set into a few images a class.
+    """Distil a data set into a few images per class.
 
     Settings are taken from the preset, then from --config, then from the options below; the last one counts. Everything
     about the run is kept in its folder. `torchrun --nproc-per-node N -m atom_fast distill ...` deals the classes to N
@@ -240,12 +250,12 @@ def distill(
     data = world.after_first(lambda: load_data(dataset, data_dir, download=download, **options))
     synthetic = run(
         config, data, output, resume=resume, progress=not quiet, synthetic_init=start, device=_device(device),
-        world=world,
+        how_to_go_on="run the same command with --resume", world=world,
     )  # fmt: skip
     if world.rank > 0:
         return
     save_run_pictures(output, synthetic)
-    file = output / "synthetic.safetensors"
+    file = output / SYNTHETIC_FILE
     click.echo(f"{len(synthetic)} images in {file}, their picture in {output / 'synthetic.png'}")
     where = ["--data-dir", str(data_dir)] if data_dir else []
     click.echo(f"next: {shlex.join(['atom-fast', 'evaluate', str(file), *where])}", err=True)
@@ -267,7 +277,10 @@ def _configuration(
 
 
 def _device(name: str) -> str | None:
-    return None if name == "auto" else name
+    """The device to compute on; None to choose one. One that cannot be used is refused before anything is begun."""
+    from atom_fast.ranks import own_device
+
+    return None if name == "auto" else str(own_device(name))
 
 
 @main.command()
@@ -277,10 +290,10 @@ def _device(name: str) -> str | None:
     "--shape",
     type=int,
     nargs=4,
-    help="random images in place of a data set: classes, channels, height, width  [default: none]",
+    help="random images instead of a data set: classes, channels, height, width  [default: those of --dataset]",
 )
 @click.option("--preset", "preset_name", type=_Choice(list(PRESETS)), help="published settings  [default: paper]")
-@click.option("--config", type=click.Path(path_type=Path), help="YAML file of settings  [default: none]")
+@click.option("--config", type=click.Path(path_type=Path), help="YAML file of settings  [default: no file]")
 @click.option("--steps", default=10, help="how many to time, and to trace  [default: 10 steps]")
 @click.option("--warm-up", default=3, help="steps before them  [default: 3 steps]")
 @click.option("--measure", is_flag=True, help="measure the rates of a device whose datasheet is known  [default: off]")
@@ -355,8 +368,8 @@ def profile(
     "--json",
     "json_path",
     type=click.Path(path_type=Path),
-    help="file for the full result, written whenever networks finish; an interrupted one is gone on with  "
-    "[default: none]",
+    help="file for the full result, written whenever networks finish; run again, an interrupted evaluation trains only "
+    "the networks that are missing in it  [default: not written]",
 )
 @_device_option
 @_quiet_option
@@ -520,7 +533,7 @@ def select(dataset, data_dir, download, resolution, method, ipc, output, device,
 @_set_argument
 @click.option("--output", type=click.Path(path_type=Path), help="PNG file to write  [default: FILE with .png]")
 def show(file, output):
-    """Draw the images in FILE as one PNG, a row a class."""
+    """Draw the images in FILE as one PNG, one row per class."""
     from atom_fast.report import describe, save_synthetic_grid
     from atom_fast.synthetic import SyntheticSet
 
@@ -552,22 +565,28 @@ def export(file, output, form):
 @_set_argument
 @click.option("--json", "as_json", is_flag=True, help="print it as JSON  [default: off]")
 def info(file, as_json):
-    """Say what is in FILE and how it was made."""
+    """Say what is in FILE, how it was made, and how to normalise the images that its networks are tested on."""
     from atom_fast.report import describe
     from atom_fast.synthetic import SyntheticSet
 
     synthetic = SyntheticSet.load(file)
+    statistics = synthetic.preprocessing.describe()
+    kind = statistics.pop("kind")
     facts = {
         "images": list(synthetic.images.shape),
         "class_names": list(synthetic.class_names),
         "class_sizes": list(synthetic.class_sizes),
-        "preprocessing": synthetic.preprocessing.kind,
+        "preprocessing": kind,
+        **statistics,
         **synthetic.metadata,
     }
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
     click.echo(_printable(describe(synthetic)))
+    formula = "(x - mean) / std for pixels x in [0, 1]" if kind == "standard" else "the whitening that this file holds"
+    call = f"SyntheticSet.load({str(file)!r}).preprocessing.to_model(images)"
+    click.echo(_printable(f"normalise your test images by {formula}: {call}"))
     for name, value in facts.items():
         for line in _lines(name, value):
             click.echo(_printable(line))
@@ -593,7 +612,7 @@ def _lines(name: str, value: object) -> list[str]:
 @_quiet_option
 @_alone
 def demo(output, device, quiet):
-    """Distil scikit-learn's digits at 1 and 10 images a class, and evaluate both: minutes on a CPU."""
+    """Distil scikit-learn's digits at 1 and 10 images per class, and evaluate both: minutes on a CPU."""
     from atom_fast.demo import run_demo
 
     run_demo(output, device=_device(device), progress=not quiet)
@@ -642,16 +661,23 @@ class _CellName(click.ParamType):
 @click.option("--cells", type=_List(_CellName()), help="such as cifar10:1,tiny:50  [default: the paper's]")
 @click.option("--methods", type=_List(_Choice(list(REPRODUCED))), help="those to run  [default: all of the target]")
 @click.option("--factors", type=_List(click.STRING), help="of the study, joined by commas  [default: all]")
-@click.option("--seeds", type=int, help="sets a cell  [default: 5 sets, of digits 3]")
-@click.option("--networks", type=int, help="networks to train on each set  [default: 20 networks, for digits 2]")
+@click.option("--seeds", type=int, help="sets per cell  [default: 5 sets, 3 of digits]")
+@click.option("--networks", type=int, help="networks to train on each set  [default: 20 networks, 2 for digits]")
 @click.option("--iterations", type=int, help="of every distillation  [default: the method's own, for digits 200 steps]")
 @click.option("--width", type=int, help="channels of the ConvNets  [default: 128 channels, for digits 32]")
 @click.option("--real-batch", type=int, help="real images of each class in a step  [default: the method's own]")
-@click.option("--set", "given", multiple=True, metavar="NAME=VALUE", help="another setting of distill  [default: none]")
+@click.option(
+    "--set", "given", multiple=True, metavar="NAME=VALUE", help="a setting of distill  [default: the method's own]"
+)
 @click.option("--protocol", type=_Choice(list(PROTOCOLS)), help="how to train  [default: digits for digits, or paper]")
 @click.option("--epochs", type=int, help="of that protocol; others change in proportion  [default: its own]")
 @click.option("--selection-epochs", type=int, help=f"of the network that chooses images  [default: {EPOCHS} epochs]")
-@click.option("--budget", type=float, help="minutes; says what fits, runs that, names the rest  [default: no limit]")
+@click.option(
+    "--budget",
+    type=float,
+    help="minutes to spend: estimate every cell by timing a few steps, run those that fit, name the others  "
+    "[default: no limit]",
+)
 @click.option("--only", type=_List(click.INT), help="cells by their numbers in --list, such as 3,4  [default: all]")
 @click.option("--list", "listed", is_flag=True, help="list the cells with their numbers, and end  [default: off]")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="folder of the data  [default: data]")

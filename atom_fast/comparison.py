@@ -12,6 +12,7 @@ import torch
 
 from atom_fast import __version__
 from atom_fast.data.dataset import ImageData
+from atom_fast.data.sampling import describe_small_classes
 from atom_fast.data.whitening import Preprocessing
 from atom_fast.distill.config import preset
 from atom_fast.distill.step import derive_seed
@@ -68,7 +69,8 @@ def compare(
         everything the result depends on but ``network``, so that it is the same for all networks of a command.
 
     Raises:
-        ValueError: the set's classes or image size are not the data's; or ``random`` for classes of different sizes.
+        ValueError: the set's classes or image size are not the data's; or ``random`` for classes of different sizes, or
+            of more images than there are real ones.
     """
     _check_fit(synthetic, data, random)
     protocol = default_protocol(data.name) if protocol is None else protocol
@@ -168,6 +170,8 @@ def _check_fit(synthetic: SyntheticSet, data: ImageData, random: bool) -> None:
         )
     if random and synthetic.ipc is None:
         raise ValueError("Random needs a set with as many images in every class; leave it out (--no-random)")
+    if random and (small := describe_small_classes(data, synthetic.ipc)):
+        raise ValueError(f"Random needs {synthetic.ipc} images of every class, but {small}; leave it out (--no-random)")
 
 
 def evaluate_random(

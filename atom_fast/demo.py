@@ -79,7 +79,9 @@ def _part(output: Path, data: ImageData, config: DistillConfig, device, progress
         else:
             print(f"kept from an earlier demo: {folder} (remove the folder to make it anew)", file=sys.stderr)
             return result
-    synthetic = distill(config, data, folder, resume=resume, progress=progress, device=device)
+    synthetic = distill(
+        config, data, folder, resume=resume, progress=progress, device=device, how_to_go_on="run the same command again"
+    )
     save_run_pictures(folder, synthetic)
     result = compare(
         synthetic,

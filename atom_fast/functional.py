@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from numbers import Real
 
 import torch
@@ -59,7 +61,8 @@ def attention_matching_loss(
     samples, for the spatial and for the channel map; summed over maps and classes.
 
     Args:
-        real: [B, C, H, W] features of real samples; a constant, no gradient flows to it.
+        real: [B, C, H, W] features of real samples; a constant, to which no gradient flows. Where it requires one, a
+            UserWarning says so, once in a process; ``real.detach()`` says that none is expected.
         synthetic: [B', C, H, W] features of synthetic samples, same channels, height and width, same device.
         spatial_power: p_s in [1, 16], or None to leave the spatial maps out (ATOM with channel attention only).
         channel_power: p_c in [1, 16], or None to leave the channel maps out (DataDAM).
@@ -85,7 +88,7 @@ def attention_matching_loss(
     powers = _check_power(spatial_power, "spatial_power"), _check_power(channel_power, "channel_power")
     groups = _resolve_groups(real, synthetic, real_labels, synthetic_labels, groups)
     backend = resolve_backend(synthetic)
-    real_maps = _attention_maps(real.detach(), *powers, True, backend)
+    real_maps = _attention_maps(_constant(real), *powers, True, backend)
     synthetic_maps = _attention_maps(synthetic, *powers, True, backend)
     return _class_mean_distance(real_maps, synthetic_maps, groups, backend)
 
@@ -101,7 +104,7 @@ def attention_matching_from_maps(
     """The matching loss of equation 3 given normalised maps, for networks that take them while computing features.
 
     Args:
-        real_maps: [B, D] maps divided by their L2 norm per sample; a constant.
+        real_maps: [B, D] maps divided by their L2 norm per sample; a constant, as in `attention_matching_loss`.
         synthetic_maps: [B', D].
         real_labels, synthetic_labels, groups: as in `attention_matching_loss`.
 
@@ -124,7 +127,7 @@ def mean_matching_loss(
     """Squared distance between the class means of two sets of vectors: L_MMD of equation 4, and the loss of DM.
 
     Args:
-        real: [B, D] embeddings of real samples; a constant, no gradient flows to it.
+        real: [B, D] embeddings of real samples; a constant, as in `attention_matching_loss`.
         synthetic: [B', D] embeddings of synthetic samples.
         real_labels, synthetic_labels, groups: as in `attention_matching_loss`.
 
@@ -144,7 +147,7 @@ def mean_matching_loss(
             f"real and synthetic embeddings must agree in size; got {tuple(real.shape)} and {tuple(synthetic.shape)}"
         )
     groups = _resolve_groups(real, synthetic, real_labels, synthetic_labels, groups)
-    return _class_mean_distance(real.detach(), synthetic, groups, resolve_backend(synthetic))
+    return _class_mean_distance(_constant(real), synthetic, groups, resolve_backend(synthetic))
 
 
 def class_groups(real_labels: Tensor, synthetic_labels: Tensor) -> ClassGroups:
@@ -160,6 +163,22 @@ def class_groups(real_labels: Tensor, synthetic_labels: Tensor) -> ClassGroups:
     for labels, name in ((real_labels, "real_labels"), (synthetic_labels, "synthetic_labels")):
         _check_labels(labels, None, name)
     return ClassGroups(*class_groups_op(real_labels, synthetic_labels))
+
+
+def _constant(real: Tensor) -> Tensor:
+    """The real side without its graph; says so, once, to a caller who may expect a gradient of it."""
+    if real.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _warn_that_real_is_constant()
+    return real.detach()
+
+
+@functools.cache
+def _warn_that_real_is_constant() -> None:
+    warnings.warn(
+        "the real side of a matching loss is a constant: no gradient flows to it, although it requires one. Pass "
+        "real.detach(), or compute it under torch.no_grad(); for gradients of both sides write the loss in PyTorch",
+        stacklevel=4,
+    )
 
 
 def _attention(features: Tensor, spatial_power: float | None, channel_power: float | None, normalize: bool) -> Tensor:

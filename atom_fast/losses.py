@@ -14,6 +14,9 @@ from .ops.matching import ClassGroups
 class ATOMLoss(nn.Module):
     """L = scale * (L_ATOM + mmd_weight * L_MMD), equations 3 and 4 of the ATOM paper.
 
+    The real side is a constant, as in distillation: gradients flow to the synthetic side only. A UserWarning says so,
+    once in a process, where a real tensor requires a gradient.
+
     Args:
         spatial_power: p_s in [1, 16], or None without spatial attention (the paper's ATOM with channel attention only).
         channel_power: p_c in [1, 16], or None without channel attention (DataDAM).
@@ -59,7 +62,7 @@ class ATOMLoss(nn.Module):
         """The loss of one batch, or of one class where no labels are given.
 
         Args:
-            real_features: layers 1 to L-1, one tensor [B, C, H, W] a layer; constants.
+            real_features: layers 1 to L-1, one tensor [B, C, H, W] per layer; constants.
             synthetic_features: as many layers, [B', C, H, W].
             real_embedding: [B, D] the last layer's features, with ``synthetic_embedding`` [B', D]; None for both
                 leaves the embedding term out.

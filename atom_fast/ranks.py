@@ -142,7 +142,10 @@ def own_device(device: torch.device | str | None, world: World = ALONE) -> torch
     except RuntimeError:  # names every kind of device that PyTorch was ever ported to
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be 'cpu', 'cuda' or a GPU by number such as 'cuda:1'; got {str(named)!r}")
+        raise ValueError(
+            "device must be 'cpu', 'cuda' or a GPU by number such as 'cuda:1', and no other kind is supported; "
+            f"got {str(named)!r}"
+        )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(device)!r} is not available: PyTorch sees no GPU; use 'cpu'")
     if device.type != "cuda" or world.size == 1:

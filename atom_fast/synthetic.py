@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from atom_fast.data.whitening import Preprocessing
 
 FORMAT = "atom_fast.synthetic_set"
 FORMAT_VERSION = 1
+SYNTHETIC_FILE = "synthetic.safetensors"  # in a run's folder
 EXPORT_FORMATS = ("folder", "pt")
 
 # Mean and standard deviation by which the public DC, DM and DataDAM programs normalise their test images. CIFAR-10's
@@ -67,6 +69,13 @@ class SyntheticSet(torch.utils.data.Dataset):
         self.class_names = class_names
         self.preprocessing = preprocessing
         self.metadata = metadata
+
+    def __repr__(self) -> str:
+        of = f" of {self.metadata['dataset']!r}" if self.metadata.get("dataset") else ""
+        return (
+            f"SyntheticSet({len(self)} images {list(self.images.shape[1:])}{of}, {len(self.class_names)} classes, "
+            f"{self.preprocessing})"
+        )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -127,10 +136,10 @@ class SyntheticSet(torch.utils.data.Dataset):
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> SyntheticSet:
-        """Read a set that :meth:`save` wrote, on the CPU. Nothing in the file is executed.
+        """Read a set that :meth:`save` wrote, or the one in a run's folder, on the CPU. Nothing in it is executed.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: there is no such file, or no set in the folder.
             ValueError: the file is no synthetic set, was written by a newer version, or is damaged.
         """
         description, tensors = _read_file(Path(path))
@@ -160,13 +169,16 @@ class SyntheticSet(torch.utils.data.Dataset):
             path: the folder or file to write. A folder must not exist or be empty; a file is replaced.
             format: None: ``"pt"`` where the path ends in ``.pt``, otherwise ``"folder"``. ``"folder"`` writes
                 ``train/<class>/0000.png`` as torchvision's ``ImageFolder`` reads it, in 8-bit pixels (values outside
-                [0, 1] are clamped), and ``metadata.json``. Folder names are the class names where these are safe as
+                [0, 1] are clamped), and ``metadata.json`` with the class names, the metadata, and the preprocessing's
+                kind, mean and standard deviation. Folder names are the class names where these are safe as
                 file names and sort in the order of the labels; otherwise each gets the label in front, so that
                 ``ImageFolder`` always numbers the classes as this set does.
                 ``"pt"`` writes what the public DC, DM and DataDAM programs save, ``{"data": [[images, labels]],
-                "accs_all_exps": {}}``, float32 on the CPU. Images are normalised as those programs normalise the data
-                set (CIFAR-10, CIFAR-100 and Tiny ImageNet by the constants in their code, others by this set's own mean
-                and standard deviation); a whitened set is saved in its whitened space.
+                "accs_all_exps": {}}``, float32 on the CPU, and beside it what those programs do not read:
+                ``"preprocessing"``, kind, mean and standard deviation of the saved images' space. Images are normalised
+                as those programs normalise the data set (CIFAR-10, CIFAR-100 and Tiny ImageNet by the constants in
+                their code, others by this set's own mean and standard deviation); a whitened set is saved in its
+                whitened space.
 
         Returns:
             The path written.
@@ -198,6 +210,8 @@ def load_public(path: str | os.PathLike) -> list[tuple[torch.Tensor, torch.Tenso
         ValueError: the file holds something else.
     """
     path = Path(path)
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a folder, not a .pt; a run's folder is read by SyntheticSet.load")
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
@@ -279,6 +293,13 @@ def _read_file(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     """The description and the tensors of a file that is intact and of this version."""
     from safetensors import safe_open
 
+    if path.is_dir():
+        if not (path / SYNTHETIC_FILE).is_file():
+            raise FileNotFoundError(
+                f"{path} is a folder without {SYNTHETIC_FILE}, hence no finished run's; a folder of images is evaluated"
+                f" by atom-fast evaluate {path} --dataset NAME"
+            )
+        path = path / SYNTHETIC_FILE
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
@@ -289,6 +310,11 @@ def _read_file(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     except OSError:
         raise
     except Exception as error:  # it has no word for element types of its format that PyTorch lacks
+        if zipfile.is_zipfile(path):
+            raise ValueError(
+                f"{path} is a .pt of PyTorch's, which does not say what it is of: evaluate it by atom-fast evaluate "
+                f"{path} --dataset NAME, or read it in Python by atom_fast.synthetic.load_public"
+            ) from error
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     if FORMAT not in header:
         raise ValueError(f"{path} is no synthetic set: its header has no {FORMAT!r}, but {sorted(header)}")
@@ -343,7 +369,11 @@ def _export_folder(synthetic: SyntheticSet, path: Path) -> Path:
             for number, index in enumerate((labels == label).nonzero().flatten().tolist()):
                 image = Image.fromarray(pixels[index].squeeze(-1) if channels == 1 else pixels[index])
                 image.save(folder / f"{number:04d}.png")
-        description = {"class_names": synthetic.class_names, "metadata": synthetic.metadata}
+        description = {
+            "class_names": synthetic.class_names,
+            "metadata": synthetic.metadata,
+            "preprocessing": synthetic.preprocessing.describe(),
+        }
         (content / "metadata.json").write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", "utf-8")
         if path.exists():
             path.rmdir()
@@ -355,19 +385,21 @@ def _export_folder(synthetic: SyntheticSet, path: Path) -> Path:
     return path
 
 
-def _public_model_space(synthetic: SyntheticSet) -> torch.Tensor:
+def _public_model_space(synthetic: SyntheticSet) -> tuple[torch.Tensor, dict[str, object]]:
+    """The images in the space of the public programs, and that space as `Preprocessing.describe` says it."""
     preprocessing = synthetic.preprocessing
     constants = PUBLIC_NORMALIZATION.get(synthetic.metadata.get("dataset"))
     if preprocessing.kind != "standard" or constants is None:
-        return synthetic.images
+        return synthetic.images, preprocessing.describe()
     mean, std = (synthetic.images.new_tensor(values)[:, None, None] for values in constants)
     # Not by way of to_pixels: that clamps, and distilled images reach outside [0, 1].
     pixels = synthetic.images * preprocessing.std[:, None, None] + preprocessing.mean[:, None, None]
-    return (pixels - mean) / std
+    return (pixels - mean) / std, Preprocessing(mean.flatten(), std.flatten()).describe()
 
 
 def _export_public(synthetic: SyntheticSet, path: Path) -> Path:
-    images = _public_model_space(synthetic).float().cpu().contiguous()
+    images, space = _public_model_space(synthetic)
+    images = images.float().cpu().contiguous()
     buffer = io.BytesIO()
-    torch.save({"data": [[images, synthetic.labels.cpu()]], "accs_all_exps": {}}, buffer)
+    torch.save({"data": [[images, synthetic.labels.cpu()]], "accs_all_exps": {}, "preprocessing": space}, buffer)
     return write_atomically(path, buffer.getvalue())

@@ -66,9 +66,22 @@ def test_help_gives_every_option_with_its_default(command):
 def test_help_gives_every_setting_with_default_and_unit():
     entries = help_of("distill")
     for field in dataclasses.fields(DistillConfig):
-        default, unit = field.default, field.metadata["unit"]
-        shown = "none" if default is None else f"{str(default).lower()} {unit}".rstrip()
+        default, unit, unset = field.default, field.metadata["unit"], field.metadata["unset"]
+        assert bool(unset) == (default is None), "what is not set has a meaning: derived, or no limit"
+        shown = unset or f"{str(default).lower()} {unit}".rstrip()
         assert entries[f"--{field.name.replace('_', '-')}"].endswith(f"[default: {shown}]"), field.name
+
+
+@pytest.mark.parametrize("command", main.commands)
+def test_no_default_is_none(command):
+    """It would mean derived in one place, left out in another, and not written in a third."""
+    assert "[default: none]" not in " ".join(help_of(command).values())
+
+
+def test_help_says_what_none_leaves_out_and_what_is_derived():
+    entries = help_of("distill")
+    assert "none: leave spatial attention out [default: 4.0]" in entries["--spatial-power"]
+    assert "[default: derived: 10; with BatchNorm 0.3 x ipc" in entries["--loss-scale"]
 
 
 def test_module_and_version():
@@ -150,8 +163,8 @@ def test_default_output_names_data_size_and_preset(configured):
         (["distill", "--dataset", "folder", "--data-dir", "missing"], ["missing"]),
         (["distill", "--device", "gpu"], ["device must be 'cpu', 'cuda' or a GPU by number", "got 'gpu'"]),
         (["distill", "--device", "meta"], ["device must be 'cpu', 'cuda'", "got 'meta'"]),
-        (["distill", "--real-batch", 1000], ["1000 a class were asked for (real_batch)"]),
-        (["distill", "--ipc", 1000, "--real-batch", 8], ["1000 a class were asked for (ipc)"]),
+        (["distill", "--ipc", 1000], ["1000 different ones per class were asked for", "or start from noise"]),
+        (["select", "--ipc", 1000], ["1000 different ones per class were asked for; give an ipc of at most 13"]),
         (["distill", "--set", "a.safetensors", "--image-init", "real"], ["--set takes the place of --image-init real"]),
         (["distil"], ["No such command 'distil'"]),
         (["evaluate", "missing.safetensors"], ["no file missing.safetensors"]),
@@ -168,6 +181,16 @@ def test_errors_are_one_clear_line(tmp_path, monkeypatch, arguments, messages):
     assert stdout == ""
     errors = [line for line in stderr.splitlines() if line.startswith("Error: ")]
     assert len(errors) == 1 and all(message in errors[0] for message in messages), stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["distill", "select", "demo", "profile", "evaluate", "reproduce"])
+def test_a_device_that_is_not_supported_is_refused_with_those_that_are(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    needed = {"evaluate": ["a.safetensors"], "reproduce": ["table4"]}.get(command, [])
+    _, stderr = run(command, *needed, "--device", "mps", code=2)
+    accepted = "'cpu', 'cuda' or a GPU by number such as 'cuda:1', and no other kind is supported"
+    assert stderr == f"Error: device must be {accepted}; got 'mps'\n"
     assert not list(tmp_path.iterdir())
 
 
@@ -216,6 +239,8 @@ def test_a_run_starts_from_a_given_set(finished, tmp_path):
     run("distill", "--output", tmp_path / "run", "--set", file, *settings)
     given, kept = SyntheticSet.load(file), SyntheticSet.load(tmp_path / "run" / "synthetic.safetensors")
     assert torch.equal(given.images, kept.images)
+    run("distill", "--output", tmp_path / "again", "--set", finished, *settings)
+    assert torch.equal(SyntheticSet.load(tmp_path / "again").images, given.images)
 
 
 def test_evaluate_prints_one_line_and_writes_json(finished, tmp_path):
@@ -253,6 +278,18 @@ def test_a_folder_of_a_run_stands_for_its_set(finished):
     assert run("info", finished) == run("info", finished / "synthetic.safetensors")
 
 
+@pytest.mark.parametrize("command", ["info", "show"])
+def test_what_another_command_reads_is_named(command, finished, tmp_path):
+    run("export", finished, tmp_path / "set.pt")
+    _, stderr = run(command, tmp_path / "set.pt", code=2)
+    assert f"atom-fast evaluate {tmp_path / 'set.pt'} --dataset NAME" in stderr
+    run("export", finished, tmp_path / "images")
+    _, stderr = run(command, tmp_path / "images", code=2)
+    assert "is a folder without synthetic.safetensors" in stderr
+    _, stderr = run("distill", "--config", finished, code=2)
+    assert f"a run's settings are in its file {finished / 'config.yaml'}" in stderr
+
+
 def test_what_comes_next_can_be_pasted(tmp_path):
     output = tmp_path / "a run's"
     _, stderr = run("distill", "--output", output, "--ipc", 1, "--device", "cpu", "--quiet", *TINY)
@@ -271,9 +308,13 @@ def test_show_export_info(finished, tmp_path):
     assert torch.load(tmp_path / "set.pt", weights_only=True)["data"][0][0].shape == (20, 1, 8, 8)
     stdout, _ = run("info", file)
     assert stdout.startswith("digits, 2 per class, atom, 4 iterations\n")
+    mean, std = (statistics.item() for statistics in SyntheticSet.load(file).preprocessing.tensors().values())
+    assert f"mean: {mean:.6g}\nstd: {std:.6g}\n" in stdout
+    assert "normalise your test images by (x - mean) / std for pixels x in [0, 1]: SyntheticSet.load(" in stdout
     assert "preprocessing: standard" in stdout and "  real_batch: 8" in stdout and "config_hash: " in stdout
     facts = json.loads(run("info", file, "--json")[0])
     assert facts["images"] == [20, 1, 8, 8] and facts["config"]["width"] == 8 and facts["class_sizes"] == [2] * 10
+    assert facts["mean"] == [pytest.approx(mean, abs=1e-6)] and facts["std"] == [pytest.approx(std, abs=1e-6)]
     _, stderr = run("export", file, tmp_path / "images", code=2)
     assert "exists and is not an empty folder" in stderr
 
@@ -283,6 +324,19 @@ def test_evaluation_on_other_classes_is_refused(finished):
     synthetic.class_names = tuple("abcdefghij")
     with pytest.raises(ValueError, match=r"the 10 classes a, b, c, \.\.\.; digits has the 10 classes 0, 1, 2, \.\.\."):
         compare(synthetic, load_data("digits"), networks=1)
+
+
+def test_random_of_more_images_than_a_class_has_is_refused_before_a_network_is_trained(finished):
+    synthetic, data = SyntheticSet.load(finished / "synthetic.safetensors"), load_data("digits")
+    many = torch.arange(200) % len(synthetic)
+    larger = SyntheticSet(
+        synthetic.images[many], synthetic.labels[many], synthetic.class_names, synthetic.preprocessing
+    )
+    one = (data.train_labels != 3) | (torch.arange(len(data.train_labels)) == data.class_index[data.class_offsets[3]])
+    parts = data.train_images[one], data.train_labels[one], data.test_images, data.test_labels
+    uneven = type(data).from_tensors("digits", data.class_names, *parts)
+    with pytest.raises(ValueError, match=r"20 images of every class, but 1 of 10 .*'3', has 1\); .*--no-random"):
+        compare(larger, uneven, networks=1, on_network=pytest.fail)
 
 
 def test_random_draws_a_selection_for_every_network(finished):

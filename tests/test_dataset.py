@@ -30,6 +30,12 @@ def test_class_index_lists_every_image_once_by_class_in_order():
     assert data.image_shape == (1, 4, 5)
 
 
+def test_a_data_set_shows_itself_in_a_line():
+    assert repr(image_data()) == "ImageData('six', 6 training and 2 test images [1, 4, 5], 3 classes: a, b, c)"
+    many = image_data(class_names=[f"c{number}" for number in range(200)], labels=torch.arange(200))
+    assert repr(many).endswith("200 classes: c0, c1, c2, ...)")
+
+
 def test_a_test_set_need_not_hold_every_class():
     assert image_data(test_labels=torch.tensor([2, 2])).num_classes == 3
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 import pytest
 import torch
 
+from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.distill.checkpoint import latest_checkpoint, save_checkpoint
 from atom_fast.distill.config import preset, read_config
@@ -50,6 +52,11 @@ def test_a_run_leaves_everything_behind(finished, data):
     (start,) = json.loads((folder / "environment.json").read_text())
     assert start["versions"]["torch"] == torch.__version__.split("+")[0] or start["versions"]["torch"]
     assert start["device"]
+
+
+def test_the_progress_bar_says_whose_memory_it_shows(data, tmp_path, capsys):
+    distill(small(2), data, tmp_path / "run", device="cpu")
+    assert re.search(r"mmd [\d.e-]+ peak process memory \d+ MiB", capsys.readouterr().err)
 
 
 def test_the_synthetic_set_explains_itself(finished, data):
@@ -207,9 +214,8 @@ def test_a_run_on_other_data_is_not_resumed(finished, data):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"real_batch": 11}, "class 0.*10 training images.*11"),
-        ({"ipc": 11}, "class 0.*10 training images.*11"),
-        ({"ipc": 11, "image_init": "herding"}, "class 0.*10 training images.*11"),
+        ({"ipc": 11}, "class 0.*10 training images.*11.*ipc of at most 10, or start from noise .*--image-init noise"),
+        ({"ipc": 11, "image_init": "herding"}, "class 0.*10 training images.*11.*--image-init noise"),
         ({"depth": 5}, "too small for depth 5"),
         ({"precision": "tf32"}, "tf32"),
         ({"image_init": "given"}, "given"),
@@ -219,6 +225,28 @@ def test_what_cannot_work_is_refused_before_a_run_begins(data, tmp_path, setting
     with pytest.raises(ValueError, match=message):
         distill(small(**settings), data, tmp_path / "run", progress=False, device="cpu")
     distill(small(1), data, tmp_path / "run", progress=False, device="cpu")  # the folder is still free
+
+
+def uneven_data():
+    """Three classes of 10, 4 and 2 training images."""
+    data = make_data()
+    kept = torch.cat([(data.train_labels == label).nonzero().flatten()[:size] for label, size in enumerate((10, 4, 2))])
+    tensors = data.train_images[kept], data.train_labels[kept], data.test_images, data.test_labels
+    return ImageData.from_tensors("uneven", data.class_names, *tensors)
+
+
+def test_classes_smaller_than_the_batch_are_distilled_and_named(tmp_path, capsys):
+    run = distill(small(2, real_batch=6), uneven_data(), tmp_path / "run", progress=False, device="cpu")
+    assert run.ipc == 2 and torch.isfinite(run.images).all()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "fewer" in line]
+    assert line.startswith("2 of 3 classes have fewer than 6 training images (the smallest, 'class 2', has 2): ")
+    distill(small(2, real_batch=2), uneven_data(), tmp_path / "other", progress=False, device="cpu")
+    assert "fewer" not in capsys.readouterr().err
+
+
+def test_more_images_than_a_class_has_can_start_from_noise(tmp_path):
+    run = distill(small(2, ipc=3, image_init="noise"), uneven_data(), tmp_path / "run", progress=False, device="cpu")
+    assert run.ipc == 3 and torch.isfinite(run.images).all()
 
 
 def test_two_runs_cannot_write_one_folder(data, tmp_path):
@@ -378,7 +406,7 @@ def test_a_stopped_process_resumes_to_the_same_bits(number, code, data, uninterr
     assert 3 <= stopped < 40
     if number != "SIGKILL":
         assert f"{number}: stopped after iteration {stopped} of 40" in messages
-        assert "--resume" in messages
+        assert "to go on, call distill again with resume=True" in messages
     resumed = distill(small(40, checkpoint_every=20), data, folder, resume=True, progress=False, device="cpu")
     assert torch.equal(resumed.images, uninterrupted)
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import atom_fast as af
-from atom_fast import reference
+from atom_fast import functional, reference
 from atom_fast.networks import ConvNet
 
 
@@ -79,6 +79,50 @@ def test_drop_in_gives_the_images_of_the_reference_after_20_steps():
     start = distil_class_by_class(af.ATOMLoss(scale=100.0), 0)
     assert (expected - start).abs().max() > 0.1  # the images did move
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
+
+
+@pytest.fixture
+def unwarned():
+    """As in a process in which nothing was warned of yet."""
+    functional._warn_that_real_is_constant.cache_clear()
+    yield
+    functional._warn_that_real_is_constant.cache_clear()
+
+
+LOSSES = {
+    "ATOMLoss": lambda real, synthetic: af.ATOMLoss()(*([side.view(4, -1, 3, 3)] for side in (real, synthetic))),
+    "ATOMLoss's embeddings": lambda real, synthetic: af.ATOMLoss()([], [], real, synthetic),
+    "attention_matching_loss": lambda *sides: af.attention_matching_loss(*(side.view(4, -1, 3, 3) for side in sides)),
+    "attention_matching_from_maps": af.attention_matching_from_maps,
+    "mean_matching_loss": af.mean_matching_loss,
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_a_real_side_that_expects_a_gradient_is_told_once_that_it_gets_none(loss, unwarned):
+    real, synthetic = torch.randn(4, 18, requires_grad=True), torch.randn(4, 18, requires_grad=True)
+    with pytest.warns(UserWarning, match=r"constant: no gradient flows to it.*real\.detach\(\)") as warned:
+        loss(real, synthetic).backward()
+        loss(real, synthetic)
+    assert len(warned) == 1 and real.grad is None and synthetic.grad is not None
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_nobody_is_told_who_expects_none(loss, unwarned, recwarn):
+    real, synthetic = torch.randn(4, 18, requires_grad=True), torch.randn(4, 18, requires_grad=True)
+    loss(real.detach(), synthetic)
+    with torch.no_grad():
+        loss(real, synthetic)
+    assert not [warning for warning in recwarn if "constant" in str(warning.message)]
+
+
+def test_a_real_side_that_expects_a_gradient_compiles_into_one_graph(unwarned, recwarn):
+    real, synthetic = torch.randn(4, 2, 3, 3, requires_grad=True), torch.randn(4, 2, 3, 3, requires_grad=True)
+    loss = af.ATOMLoss()
+    compiled = torch.compile(lambda *sides: loss(*([side * 2] for side in sides)), backend="aot_eager", fullgraph=True)
+    compiled(real, synthetic).backward()
+    assert real.grad is None and synthetic.grad is not None
+    assert not [warning for warning in recwarn if "constant" in str(warning.message)]
 
 
 def test_half_precision_features_from_autocast(device):

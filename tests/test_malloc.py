@@ -7,6 +7,7 @@ import pytest
 
 CODE = """
 import resource, sys, torch
+import atom_fast.cli  # whether a block that was freed fits again depends on what was allocated before: as in a command
 from atom_fast._malloc import keep_freed_memory
 torch.set_num_threads(1)
 if sys.argv[1] == "kept" and not keep_freed_memory():

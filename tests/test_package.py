@@ -51,10 +51,29 @@ def test_the_wheel_holds_the_kernels(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+    archive = zipfile.ZipFile(wheel)
+    names = archive.namelist()
     sources = {f"atom_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.*")}
     assert sources and sources <= set(names)
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "benchmarks/"))]
+    (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
+    assert "atom-fast = atom_fast.__main__:main" in archive.read(entry_points).decode()
+
+
+def test_public_names_are_listed_and_others_are_not_there():
+    assert set(af.__all__) <= set(dir(af))
+    with pytest.raises(AttributeError, match="module 'atom_fast' has no attribute 'atom_loss'"):
+        af.atom_loss  # noqa: B018
+
+
+def test_a_public_name_that_is_first_used_in_a_compiled_function_breaks_no_graph():
+    code = """
+import torch, atom_fast as af
+compiled = torch.compile(lambda *sides: af.mean_matching_loss(*sides), fullgraph=True, backend="eager")
+print(compiled(torch.ones(2, 3), torch.zeros(2, 3)).item())
+"""
+    done = run_python(code)
+    assert done.stdout == "3.0\n", done.stderr
 
 
 def test_backend_names_are_checked():

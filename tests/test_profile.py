@@ -173,7 +173,7 @@ def test_the_command_prints_the_table_and_keeps_the_figures(tmp_path):
         (["--warm-up", "-1"], "warm_up at least 0"),
         (["--shape", "2", "1", "0", "8"], "height must be at least 1; got 0"),
         (["--shape", "2", "1", "8", "8", "--dataset", "digits"], "--shape takes the place"),
-        (["--real-batch", "1000"], "1000 a class were asked for"),
+        (["--ipc", "1000"], "1000 different ones per class were asked for"),
     ],
 )
 def test_bad_input_is_refused(arguments, message, tmp_path):

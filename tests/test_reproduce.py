@@ -220,6 +220,19 @@ def test_what_changes_no_result_is_no_reduction():
     assert scale_for("cifar10", epochs=1000, settings=settings).reductions() == []
     assert scale_for("cifar10", settings={**settings, "width": 64}).reductions() == ["width 64 instead of 128"]
     assert scale_for("cifar10", settings={"loss_scale": 3}).reductions() == ["loss_scale 3 instead of the preset's"]
+    assert scale_for("cifar10", settings={"spatial_power": None}).reductions() == ["spatial_power None instead of 4.0"]
+
+
+@pytest.mark.parametrize(
+    ("iterations", "said"),
+    [
+        (2000, "iterations 2,000 instead of 8,000, and 20,000 for DM"),
+        (8000, "iterations 8,000 instead of 20,000 for DM"),
+        (20_000, "iterations 20,000 instead of 8,000"),
+    ],
+)
+def test_a_setting_of_which_dm_has_its_own_names_only_what_it_replaces(iterations, said):
+    assert scale_for("cifar10", settings={"iterations": iterations}).reductions() == [said]
 
 
 @pytest.mark.parametrize(
@@ -421,6 +434,26 @@ def test_a_cell_that_fails_does_not_keep_the_others(tmp_path, monkeypatch, what,
     assert record["failed"] == {} and "failed" not in render(record) and "not measured" not in render(record)
 
 
+def test_a_stopped_reproduction_advises_what_it_has(tmp_path, monkeypatch, capsys):
+    original = Distillation.step
+
+    def signalled(self, iteration):
+        os.kill(os.getpid(), signal.SIGINT)
+        original(self, iteration)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(Distillation, "step", signalled)
+        run(small("table4", ["atom"]), tmp_path / "signalled")
+    said = capsys.readouterr().err
+    assert ended.value.code == 130 and "SIGINT: stopped after iteration 1 of 4" in said
+    assert "to go on, run the same command again" in said and "resume" not in said
+    target = small("table4", ["atom"], settings={**TINY, "checkpoint_every": 2})
+    interrupted_at_3(target, tmp_path / "failed", monkeypatch)
+    said = capsys.readouterr().err
+    assert "stopped by an error; iteration 2 is saved" in said and "to go on, run the same command again" in said
+    assert "--resume" not in said
+
+
 def test_sigterm_outside_a_distillation_leaves_the_table_of_what_is_finished(tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
 
@@ -441,7 +474,7 @@ def test_sigterm_outside_a_distillation_leaves_the_table_of_what_is_finished(tmp
 
 def test_classes_that_are_too_small_are_found_before_a_network_is_trained(monkeypatch):
     monkeypatch.setattr("atom_fast.evaluate.sets.watch_training", None)
-    with pytest.raises(ValueError, match="at most 135 can be drawn"):
+    with pytest.raises(ValueError, match="200 different ones per class were asked for; give an ipc of at most 135"):
         select(load_data("digits"), "herding", 200)
 
 
@@ -706,11 +739,26 @@ def test_a_budget_names_what_runs_and_what_is_left(table4, tmp_path, monkeypatch
     seconds = {"random": 5.0, "mmd": 30.0, "atom": 1000.0}
     monkeypatch.setattr(Estimator, "seconds", lambda self, unit: seconds[unit[0].method])
     record, said = run(target, output, budget=1.0)
-    assert said[0].endswith("6 cells, 3 of them finished") and "2 of 3 cells fit into 1 min" in said[1]
+    assert said[0].endswith("6 cells, 3 of them finished") and said[1].startswith("estimating 3 cells: ")
+    assert "2 of 3 cells fit into 1 min" in said[2] and "not counted: fitting the whitening" in said[2]
     assert any("left, 17 min" in line and "atom seed 1" in line for line in said)
     entries = {row["title"]: row["entries"]["digits:1"]["ours"] for row in record["sections"][0]["rows"]}
     assert entries["MMD"]["sets"] == 2 and entries["MMD + spatial + channel"]["sets"] == 1
     assert "(1 of 2 sets)" in render(record)
+
+
+def test_what_is_being_estimated_is_shown_before_it_is(tmp_path, monkeypatch, capsys):
+    shown = []
+
+    def seconds(self, unit):
+        shown.append((unit[0].method, capsys.readouterr().err))
+        return 0.0
+
+    monkeypatch.setattr(Estimator, "seconds", seconds)
+    monkeypatch.setattr("atom_fast.reproduce.run._do", lambda output, units, *rest: units)
+    reproduce(small("table4", ["mmd", "atom"]), tmp_path, device="cpu", budget=1.0)
+    assert [method for method, _ in shown] == ["mmd", "atom"]
+    assert all(f"digits ipc 1 {method} seed 0" in bar for method, bar in shown)
 
 
 def test_estimates_come_from_finished_cells_or_probes(table4, tmp_path):
@@ -867,9 +915,27 @@ def test_what_is_not_measured_is_not_filled_in(tmp_path):
     text = render(record)
     assert "not measured" in text and "(cited)" in text and "at the size of the paper" in text
     assert set(METHODS) >= set(TARGETS["table1"].methods)
+    assert rows["ATOM"]["source"] == "" and "(Table 1)" not in text
     text = render(collect(plan("table4", [("cifar10", 10)], ["atom"]), tmp_path))
     rows = dict(re.findall(r"^\| (MMD[^|]*?) +\| ([^|]*?) +\|", text, flags=re.MULTILINE))
     assert rows["MMD"] == "(cited)" and rows["MMD + feature map"] == "–", "the paper has no figure for the latter"
+
+
+def test_figures_of_another_table_are_marked_with_it(tmp_path):
+    """The paper's Table 4 has one cell; what stands beside others is from its Table 1."""
+    cells = [("cifar10", 50), ("cifar10", 1)]
+    record = collect(plan("table4", cells, ["atom"]), tmp_path)
+    rows = {row["title"]: row["entries"] for row in record["sections"][0]["rows"]}
+    atom, random = rows["MMD + spatial + channel"], rows["Random (nothing is matched)"]
+    assert [atom[cell]["source"] for cell in ("cifar10:50", "cifar10:1")] == ["", "Table 1"]
+    assert [random[cell]["source"] for cell in ("cifar10:50", "cifar10:1")] == ["Table 1", "Table 1"]
+    both = render(record)
+    assert "(paper 68.8 ± 0.5)" in both and "(paper, Table 1: 34.8 ± 1.0)" in both
+    assert "14.4 ± 2.0 (cited, Table 1)" in both
+    alone = render(collect(plan("table4", cells[1:], ["atom"]), tmp_path))
+    assert "| 34.8 ± 1.0 (Table 1) |" in alone and "| 32.0 ± 1.2 (Table 1) |" in alone
+    study = render(collect(plan("study", cells[1:], factors=["pooling"]), tmp_path))
+    assert "| 34.8 ± 1.0 (Table 1) |" in study
 
 
 # Documents

@@ -143,13 +143,41 @@ def test_cifar_is_read_from_torchvisions_layout(name, count, tmp_path, monkeypat
     assert torch.equal(data.train_images[:, 0, 0, 0].long(), data.train_labels)
     assert data.train_images.is_contiguous()
     assert load_data(name, tmp_path, resolution=8).image_shape == (3, 8, 8)
+    itself = load_data(name, tmp_path / cifar_class(name).base_folder)
+    assert itself.fingerprint == data.fingerprint
+
+
+def make_published_folder(root, classes=10, size=32, held_out="test"):
+    for label in range(classes):
+        for split in ("train", held_out):
+            save(root / split / f"class{label}" / "0.png", flat(20 * label, size))
+    return root
+
+
+@pytest.mark.parametrize("held_out", ["test", "val"])
+@pytest.mark.parametrize("given", [".", "cifar10"])
+def test_cifar_is_read_from_folders_of_image_files(given, held_out, tmp_path, capsys):
+    folder = make_published_folder(tmp_path / "cifar10", held_out=held_out)
+    data = load_data("cifar10", tmp_path / given, progress=False)
+    assert (data.name, data.num_classes, data.image_shape) == ("cifar10", 10, (3, 32, 32))
+    assert torch.equal(data.train_images[:, 0, 0, 0].long(), 20 * torch.arange(10))
+    assert capsys.readouterr().err == f"cifar10: reading the image files in {folder}\n"
+    assert load_data("cifar10", folder, resolution=8, progress=False).image_shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize(("classes", "size"), [(3, 32), (10, 16)])
+def test_folders_of_other_images_are_not_cifar(classes, size, tmp_path):
+    folder = make_published_folder(tmp_path, classes, size)
+    found = rf"got {classes} of \[3, {size}, {size}\]"
+    with pytest.raises(ValueError, match=rf"{folder} is not cifar10: expected 10 classes .*\[3, 32, 32\], {found}"):
+        load_data("cifar10", folder, progress=False)
 
 
 def test_a_damaged_cifar_is_refused(tmp_path, monkeypatch):
     dataset = cifar_class("cifar10")
     make_cifar(tmp_path, dataset, monkeypatch)
     (tmp_path / dataset.base_folder / "data_batch_3").write_bytes(b"damaged")
-    with pytest.raises(FileNotFoundError, match="cifar10 is missing or damaged: no intact cifar-10-batches-py in"):
+    with pytest.raises(FileNotFoundError, match="cifar10 is missing or damaged: neither an intact cifar-10-batches-py"):
         load_data("cifar10", tmp_path)
 
 

@@ -55,6 +55,22 @@ def test_same_set_gives_the_same_file(tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_a_run_s_folder_stands_for_the_set_in_it(tmp_path):
+    synthetic = make_set()
+    synthetic.save(tmp_path / "run" / "synthetic.safetensors")
+    assert torch.equal(SyntheticSet.load(tmp_path / "run").images, synthetic.images)
+
+
+def test_what_is_no_set_is_named_with_what_reads_it(tmp_path):
+    synthetic = make_set()
+    with pytest.raises(FileNotFoundError, match="a folder without synthetic.safetensors.* evaluate .* --dataset NAME"):
+        SyntheticSet.load(synthetic.export(tmp_path / "images"))
+    with pytest.raises(ValueError, match=r"is a .pt of PyTorch's.* evaluate .*set.pt --dataset NAME.*load_public"):
+        SyntheticSet.load(synthetic.export(tmp_path / "set.pt"))
+    with pytest.raises(FileNotFoundError, match="images is a folder, not a .pt; .* SyntheticSet.load"):
+        load_public(tmp_path / "images")
+
+
 def test_is_a_dataset():
     synthetic = make_set()
     image, label = synthetic[3]
@@ -68,6 +84,12 @@ def test_is_a_dataset():
     for several in (slice(1, 4), [1, 2, 3]):
         images, labels = synthetic[several]
         assert torch.equal(images, synthetic.images[1:4]) and torch.equal(labels, synthetic.labels[1:4])
+
+
+def test_a_set_shows_itself_in_a_line():
+    shown = repr(make_set())
+    assert shown.startswith("SyntheticSet(6 images [3, 6, 5] of 'shapes', 3 classes, Preprocessing(kind='standard', ")
+    assert "\n" not in shown and len(shown) < 250
 
 
 def test_class_sizes():
@@ -248,7 +270,9 @@ def test_folder_export_is_read_by_torchvision(tmp_path):
     for index, (image, _) in enumerate(read):
         assert torch.equal(torch.from_numpy(numpy.array(image)).permute(2, 0, 1), expected[index])
     described = json.loads((tmp_path / "images" / "metadata.json").read_text("utf-8"))
-    assert described == {"class_names": list(synthetic.class_names), "metadata": synthetic.metadata}
+    about = {"class_names": list(synthetic.class_names), "metadata": synthetic.metadata}
+    assert described == {**about, "preprocessing": synthetic.preprocessing.describe()}
+    assert described["preprocessing"]["std"] == pytest.approx(synthetic.preprocessing.std.tolist(), abs=1e-6)
 
 
 def test_folder_export_of_grey_images(tmp_path):
@@ -313,7 +337,8 @@ def test_pt_export_is_what_the_public_programs_save(tmp_path):
     synthetic = make_set()
     path = synthetic.export(tmp_path / "res_ATOM.pt")
     content = torch.load(path, weights_only=True)
-    assert set(content) == {"data", "accs_all_exps"}
+    assert set(content) == {"data", "accs_all_exps", "preprocessing"}
+    assert content["preprocessing"] == synthetic.preprocessing.describe()
     images, labels = content["data"][0]
     assert torch.equal(images, synthetic.images) and images.dtype == torch.float32
     assert torch.equal(labels, synthetic.labels)
@@ -323,7 +348,10 @@ def test_pt_export_is_what_the_public_programs_save(tmp_path):
 
 def test_pt_export_of_cifar_is_normalised_as_the_public_programs_do(tmp_path):
     synthetic = make_set(dataset="cifar10")
-    [(images, _)] = load_public(synthetic.export(tmp_path / "cifar.pt", format="pt"))
+    path = synthetic.export(tmp_path / "cifar.pt", format="pt")
+    [(images, _)] = load_public(path)
+    constants = dict(zip(("mean", "std"), map(list, PUBLIC_NORMALIZATION["cifar10"]), strict=True))
+    assert torch.load(path, weights_only=True)["preprocessing"] == {"kind": "standard", **constants}
     mean, std = (torch.tensor(values)[:, None, None] for values in PUBLIC_NORMALIZATION["cifar10"])
     torch.testing.assert_close((images * std + mean).clamp(0, 1), synthetic.pixels())
 

@@ -149,6 +149,48 @@ def test_bytes_and_fractions_mean_the_same_and_are_not_written_to(dtype):
         assert torch.equal(fractions, kept)
 
 
+def test_a_single_image_is_put_into_model_space_as_in_a_batch():
+    images = smooth_images(20)
+    for preprocessing in (orthonormal_preprocessing(), orthonormal_preprocessing(True), fit(images, "standard")):
+        model = preprocessing.to_model(images[0])
+        assert torch.equal(model, preprocessing.to_model(images[:1])[0])
+        assert torch.equal(preprocessing.to_pixels(model), preprocessing.to_pixels(model[None])[0])
+
+
+def test_it_is_a_transform_of_torchvisions():
+    transforms = pytest.importorskip("torchvision.transforms")
+    images = smooth_images(20)
+    preprocessing = fit(images, "standard")
+    picture = transforms.functional.to_pil_image(images[3])
+    model = transforms.Compose([transforms.ToTensor(), preprocessing.to_model])(picture)
+    torch.testing.assert_close(model, preprocessing.to_model(images)[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_floats_that_are_not_in_0_to_1_are_refused(dtype):
+    images = smooth_images(20)
+    preprocessing = fit(images, "standard")
+    with pytest.raises(ValueError, match=r"in \[0, 1\]; got torch.float\d\d from [\d.]+ to \d+: divide by 255"):
+        preprocessing.to_model(images.to(dtype))
+    with pytest.raises(ValueError, match=r"leave out an earlier normalisation"):
+        preprocessing.to_model(preprocessing.to_model(images).to(dtype))
+    preprocessing.to_model(torch.tensor([-0.1, 1.1], dtype=dtype).view(2, 1, 1, 1).expand(2, *SHAPE))  # interpolated
+
+
+def test_it_compiles_in_one_graph():
+    images = smooth_images(20)
+    preprocessing = fit(images, "standard")
+    compiled = torch.compile(preprocessing.to_model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images / 255), preprocessing.to_model(images))
+
+
+def test_it_shows_itself_in_a_line():
+    assert repr(orthonormal_preprocessing()) == "Preprocessing(kind='zca')"
+    statistics = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2023, 0.1994, 0.2010])
+    shown = "Preprocessing(kind='standard', mean=[0.4914, 0.4822, 0.4465], std=[0.2023, 0.1994, 0.201])"
+    assert repr(Preprocessing(*statistics)) == shown
+
+
 def test_pixels_are_clamped():
     preprocessing = fit(smooth_images(50), "standard")
     pixels = preprocessing.to_pixels(torch.tensor([-100.0, 100.0]).view(2, 1, 1, 1).expand(2, *SHAPE))
@@ -168,9 +210,9 @@ def test_tensors_are_enough_to_rebuild_it(device):
 
 def test_other_shapes_and_types_are_refused():
     standard, zca = fit(smooth_images(20), "standard"), orthonormal_preprocessing()
-    with pytest.raises(ValueError, match=r"images must be \[B, 3, H, W\]; got \[2, 1, 6, 5\]"):
+    with pytest.raises(ValueError, match=r"must be \[B, 3, H, W\], or one image \[3, H, W\]; got \[2, 1, 6, 5\]"):
         standard.to_model(torch.zeros(2, 1, 6, 5))
-    with pytest.raises(ValueError, match=r"images must be \[B, 3, 6, 5\]; got \[2, 3, 5, 6\]"):
+    with pytest.raises(ValueError, match=r"must be \[B, 3, 6, 5\], or one image \[3, 6, 5\]; got \[2, 3, 5, 6\]"):
         zca.to_pixels(torch.zeros(2, 3, 5, 6))
     with pytest.raises(ValueError, match="uint8 or floating point.*int64"):
         zca.to_model(torch.zeros(2, *SHAPE, dtype=torch.int64))

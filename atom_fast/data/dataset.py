@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ImageData:
     """Training and test images of one data set. Build it with :meth:`from_tensors`, which fills in the class index.
 
@@ -78,6 +78,13 @@ class ImageData:
             class_counts=counts,
             class_offsets=torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
             class_sizes=sizes,
+        )
+
+    def __repr__(self) -> str:
+        names = ", ".join(self.class_names[:3]) + (", ..." if self.num_classes > 3 else "")
+        return (
+            f"ImageData({self.name!r}, {len(self.train_images)} training and {len(self.test_images)} test images "
+            f"{list(self.image_shape)}, {self.num_classes} classes: {names})"
         )
 
     @property

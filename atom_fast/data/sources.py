@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections import Counter
@@ -26,6 +27,7 @@ _TINY_FOLDER = "tiny-imagenet-200"
 _TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 _TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 _TINY_MEGABYTES = 248
+_PUBLISHED = {"cifar10": (10, 32), "cifar100": (100, 32), "tiny": (200, 64)}  # classes, and side of the images
 _TINY_PARTS = ("wnids.txt", "words.txt", "train", "val/images", "val/val_annotations.txt")
 
 
@@ -41,9 +43,12 @@ def load_data(
 
     - ``"digits"``: scikit-learn's handwritten digits, [1, 8, 8], 1,400 training and 397 test images in a fixed
       stratified split; they come with scikit-learn, so ``data_dir`` is not used.
-    - ``"cifar10"``, ``"cifar100"``: torchvision's, [3, 32, 32], in ``data_dir``.
+    - ``"cifar10"``, ``"cifar100"``: torchvision's, [3, 32, 32]: ``data_dir`` is what holds ``cifar-10-batches-py`` or
+      ``cifar-100-python``, or that folder itself.
     - ``"tiny"``: Tiny ImageNet, [3, 64, 64], as its zip file unpacks: ``data_dir`` is the folder ``tiny-imagenet-200``,
       or what holds it or its zip file. Its validation set is the test set; classes are in the order of ``wnids.txt``.
+    - These three also as image files, in ``data_dir/NAME/train/<class>/`` and ``test/<class>/`` (or ``val``), or in
+      ``data_dir/train/<class>/`` and so on; where such folders are, they are read, which is said.
     - ``"folder"``: images in ``data_dir/train/<class>/`` and ``data_dir/test/<class>/`` (or ``val``, where there is no
       ``test``), classes in the order of their names.
 
@@ -56,7 +61,7 @@ def load_data(
 
     Raises:
         ValueError: unknown name, bad ``resolution``, a broken image or zip file, images of different sizes without a
-            ``resolution``, or test classes that are not training classes.
+            ``resolution``, test classes that are not training classes, or image files that are not those of ``name``.
         FileNotFoundError: the data is not there, or no images are; says what was looked for, where, and how to get it.
         ImportError: the package that holds or reads the data cannot be imported.
         RuntimeError: a download failed.
@@ -70,6 +75,8 @@ def load_data(
     if data_dir is None and name == "folder":
         raise ValueError("data set 'folder' needs a data_dir (--data-dir DIR) that holds train/ and test/ (or val/)")
     root = Path(DEFAULT_DATA_DIR if data_dir is None else data_dir).expanduser()
+    if folder := image_folder(root, name):
+        return _load_published(name, folder, resolution, progress)
     if name == "tiny":
         return _load_tiny(root, download, resolution, progress)
     if name == "folder":
@@ -98,14 +105,15 @@ def _load_cifar(name: str, root: Path, download: bool, resolution: int | None) -
     except ImportError as error:
         raise ImportError(f"data set {name!r} is described by torchvision: `pip install torchvision`") from error
     dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    root = root.parent if root.name == dataset.base_folder else root
     try:
         class_names, splits = read_cifar(dataset, root)
     except FileNotFoundError as missing:
         if not download:
             raise FileNotFoundError(
-                f"{name} is missing or damaged: no intact {dataset.base_folder} in {root.absolute()}; "
-                f"pass download=True (--download) to fetch its {_CIFAR_MEGABYTES[name]} MB there, "
-                "or name the folder that holds it"
+                f"{name} is missing or damaged: neither an intact {dataset.base_folder} nor {name}/train/<class>/ and "
+                f"{name}/test/<class>/ in {root.absolute()}; pass download=True (--download) to fetch its "
+                f"{_CIFAR_MEGABYTES[name]} MB there, or name the folder that holds it"
             ) from missing
         _say(f"{name}: torchvision downloads {_CIFAR_MEGABYTES[name]} MB from {dataset.url} to {root.absolute()}")
         class_names, splits = _download_cifar(datasets.cifar.download_and_extract_archive, dataset, root)
@@ -163,9 +171,9 @@ def _find_tiny(root: Path, download: bool, progress: bool) -> Path:
     if not archive.is_file():
         if not download:
             raise FileNotFoundError(
-                f"Tiny ImageNet is missing: neither {_TINY_FOLDER}/wnids.txt nor {archive.name} in {root.absolute()}; "
-                f"pass download=True (--download) to fetch its {_TINY_MEGABYTES} MB there, "
-                "or name the folder that holds it"
+                f"Tiny ImageNet is missing: neither {_TINY_FOLDER}/wnids.txt, nor {archive.name}, nor "
+                f"tiny/train/<class>/ and tiny/test/<class>/ in {root.absolute()}; pass download=True (--download) to "
+                f"fetch its {_TINY_MEGABYTES} MB there, or name the folder that holds it"
             )
         _say(f"tiny: downloading {_TINY_MEGABYTES} MB from {_TINY_URL} to {archive.absolute()}")
         download_file(_TINY_URL, archive, md5=_TINY_MD5, progress=progress)
@@ -192,6 +200,31 @@ def _tiny_names(folder: Path, wnids: Sequence[str]) -> list[str]:
     names = [words.get(wnid, wnid).split(",")[0].strip() for wnid in wnids]
     shared = Counter(names)
     return [name if shared[name] == 1 else f"{name} ({wnid})" for name, wnid in zip(names, wnids, strict=True)]
+
+
+def image_folder(root: Path, name: str) -> Path | None:
+    """The folder of image files in which a published data set lies: ``root/name`` or ``root``; None for neither."""
+    if name not in _PUBLISHED:
+        return None
+    for folder in (root / name, root):
+        splits = (folder / "train").is_dir() and any((folder / split).is_dir() for split in ("test", "val"))
+        if splits and not (folder / "wnids.txt").is_file():  # that is Tiny ImageNet as published
+            return folder
+    return None
+
+
+def _load_published(name: str, folder: Path, resolution: int | None, progress: bool) -> ImageData:
+    """A published data set from image files."""
+    _say(f"{name}: reading the image files in {folder.absolute()}")
+    data = _load_folder(folder, resolution, progress)
+    classes, side = _PUBLISHED[name]
+    shape = (3, resolution or side, resolution or side)
+    if data.num_classes != classes or data.image_shape != shape:
+        raise ValueError(
+            f"{folder} is not {name}: expected {classes} classes of images {list(shape)}, "
+            f"got {data.num_classes} of {list(data.image_shape)}"
+        )
+    return dataclasses.replace(data, name=name)
 
 
 def _load_folder(root: Path, resolution: int | None, progress: bool) -> ImageData:

@@ -18,9 +18,10 @@ from atom_fast.data.dataset import ImageData
 KINDS = ("standard", "zca", "zca_standardized")
 ZCA_EPS = 0.1  # added to every eigenvalue of the covariance: the value MTT and DataDAM whiten CIFAR with
 _CHUNK = 4096  # images whitened at once: 50 MB of CIFAR in float32
+_OVERSHOOT = 0.25  # by which cubic interpolation may leave [0, 1] at an edge
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Preprocessing:
     """The map from pixels x in [0, 1] to model space, and back. Made by :func:`fit_preprocessing`.
 
@@ -54,6 +55,20 @@ class Preprocessing:
         object.__setattr__(self, "_byte_scale", scale / 255)
         object.__setattr__(self, "_shift", shift)
 
+    def __repr__(self) -> str:
+        named = ", ".join(f"{name}={value!r}" for name, value in self.describe().items())
+        return f"Preprocessing({named})"
+
+    def describe(self) -> dict[str, object]:
+        """The ``kind`` and, where it has them, the channels' ``mean`` and ``std`` to 6 digits, as plain values."""
+        statistics = {"mean": self.mean, "std": self.std}
+        rounded = {
+            name: [round(value, 6) for value in tensor.tolist()]
+            for name, tensor in statistics.items()
+            if tensor is not None
+        }
+        return {"kind": self.kind, **rounded}
+
     @property
     def kind(self) -> str:
         """``"standard"``, ``"zca"`` or ``"zca_standardized"``."""
@@ -75,21 +90,25 @@ class Preprocessing:
         return math.sqrt(variance) if variance > 1e-6 else 1.0  # of equal images nothing is left
 
     def to_model(self, images: Tensor) -> Tensor:
-        """Pixels to model space, on the device of the images; nothing is read back to the host.
+        """Pixels to model space, on the device of the images. For a single image, it is a transform of torchvision's.
 
         Args:
-            images: uint8 [B, C, H, W] from 0 to 255, or floating point [B, C, H, W] in [0, 1].
+            images: uint8 from 0 to 255, or floating point in [0, 1]; [B, C, H, W], or one image [C, H, W].
 
         Returns:
-            float32 [B, C, H, W].
+            float32, of the same shape.
 
         Raises:
-            ValueError: the images have another type or shape.
+            ValueError: the images have another type or shape; or, on a CPU, they are floating point and not in [0, 1].
+                On a GPU values are not checked, since reading them would wait for the device.
         """
+        if images.dim() == 3:
+            return self.to_model(images[None])[0]
         self._check_shape(images)
         if images.dtype == torch.uint8:
             model = images * self._byte_scale  # in float32, in one pass
         elif images.is_floating_point():
+            _check_range(images)
             model = images.to(torch.float32) * self._scale
         else:
             raise ValueError(f"images must be uint8 or floating point in [0, 1]; got {images.dtype}")
@@ -97,11 +116,13 @@ class Preprocessing:
         return model if self.zca_matrix is None else _apply(self.zca_matrix, model)
 
     def to_pixels(self, model: Tensor) -> Tensor:
-        """Model space to pixels: float32 [B, C, H, W] to float32 [B, C, H, W], clamped to [0, 1].
+        """Model space to pixels: float32 [B, C, H, W], or one image [C, H, W], to the same clamped to [0, 1].
 
         Raises:
             ValueError: the images have another shape or are not floating point.
         """
+        if model.dim() == 3:
+            return self.to_pixels(model[None])[0]
         self._check_shape(model)
         if not model.is_floating_point():
             raise ValueError(f"images in model space must be floating point; got {model.dtype}")
@@ -137,7 +158,20 @@ class Preprocessing:
         expected = list(self._shift.shape) if self.zca_mean is not None else [len(self.mean), "H", "W"]
         fits = images.dim() == 4 and all(e in (n, "H", "W") for e, n in zip(expected, images.shape[1:], strict=True))
         if not fits:
-            raise ValueError(f"images must be [B, {', '.join(map(str, expected))}]; got {list(images.shape)}")
+            sizes = ", ".join(map(str, expected))
+            raise ValueError(f"images must be [B, {sizes}], or one image [{sizes}]; got {list(images.shape)}")
+
+
+def _check_range(pixels: Tensor) -> None:
+    """Refuse floating-point images that are not in [0, 1], where that can be seen without waiting for a device."""
+    if pixels.device.type != "cpu" or pixels.numel() == 0 or torch.compiler.is_compiling():
+        return
+    low, high = (value.item() for value in pixels.aminmax())
+    if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
+        raise ValueError(
+            f"images must be uint8 from 0 to 255 or floating point in [0, 1]; got {pixels.dtype} from {low:g} to "
+            f"{high:g}: divide by 255, or leave out an earlier normalisation"
+        )
 
 
 def _apply(matrix: Tensor, images: Tensor) -> Tensor:

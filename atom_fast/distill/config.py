@@ -38,6 +38,7 @@ def _setting(
     help: str,
     *,
     unit: str = "",
+    unset: str = "",
     source: str = "",
     choices: tuple[str, ...] | None = None,
     minimum: float | None = None,
@@ -47,6 +48,7 @@ def _setting(
     metadata = {
         "help": help,
         "unit": unit,
+        "unset": unset,
         "source": source,
         "choices": choices,
         "minimum": minimum,
@@ -60,16 +62,17 @@ def _setting(
 class DistillConfig:
     """Settings of Algorithm 1 of the ATOM paper; the defaults are the preset ``"paper"``.
 
-    Each field's metadata says what it is (``help``), its ``unit``, where its default comes from (``source``), what is
-    accepted (``choices``, ``minimum``, ``maximum``), and whether the images depend on it (``affects_result``). None and
-    ``"auto"`` are settings that `resolve` derives from the data and the device.
+    Each field's metadata says what it is (``help``), its ``unit``, what a default of None means (``unset``), where its
+    default comes from (``source``), what is accepted (``choices``, ``minimum``, ``maximum``), and whether the images
+    depend on it (``affects_result``). `resolve` derives what is ``"auto"`` or None by default from the data and the
+    device.
 
     Raises:
         ValueError: a value is not accepted; the message names the setting, the value and what is.
     """
 
     ipc: int = _setting(
-        1, "synthetic images of each class", unit="images a class", source="paper: 1, 10, 50", minimum=1
+        1, "synthetic images of each class", unit="per class", source="paper: 1, 10, 50", minimum=1
     )
     iterations: int = _setting(
         8000,
@@ -80,21 +83,21 @@ class DistillConfig:
     )
     real_batch: int = _setting(
         128,
-        "real images of each class in a step",
-        unit="images a class",
+        "real images of each class in a step; a smaller class is drawn whole, then again",
+        unit="per class",
         source="paper section 7.3; DataDAM's code 64, DM 256",
         minimum=1,
     )
     spatial_power: float | None = _setting(
         4.0,
-        "exponent p_s of spatial attention; None leaves it out",
+        "exponent p_s of spatial attention; none: leave spatial attention out",
         source="paper section 4.1; DataDAM's code 1",
         minimum=1,
         maximum=16,
     )
     channel_power: float | None = _setting(
         4.0,
-        "exponent p_c of channel attention; None leaves it out",
+        "exponent p_c of channel attention; none: leave channel attention out",
         source="paper section 4.1; Table 5's best is p_c 8 with p_s 1",
         minimum=1,
         maximum=16,
@@ -106,7 +109,8 @@ class DistillConfig:
     )
     mmd_weight: float | None = _setting(
         None,
-        "weight lambda of the mean-embedding term; None: 0.01 below 64x64, 0.02 from there",
+        "weight lambda of the mean-embedding term",
+        unset="derived: 0.01 below 64x64, 0.02 from there",
         source="paper Table 7",
         minimum=0,
     )
@@ -115,23 +119,25 @@ class DistillConfig:
     # 66.7 and 66.5 at 50. The gradient of an image is that of its class's mean over ipc, hence that factor.
     loss_scale: float | None = _setting(
         None,
-        "factor on the whole loss; under SGD only its product with image_lr counts; None: 10, with BatchNorm 0.3 ipc, "
-        "above 50 images a class, where image_lr is 10, 0.03 ipc, and for mean embeddings alone what gives them the "
-        "weight that they have beside attention",
+        "factor on the whole loss; the images depend only on its product with image_lr",
+        unset="derived: 10; with BatchNorm 0.3 x ipc, above 50 images per class 0.03 x ipc; with BatchNorm and mean "
+        "embeddings alone, that times 0.01 / mmd_weight (0.02 from 64x64)",
         source="measured; the paper's equations have none (1), DataDAM's code 100",
         minimum=0,
     )
     image_lr: float | None = _setting(
         None,
-        "learning rate of the images; None: 1 up to 50 images a class, 10 above",
+        "learning rate of the images",
+        unset="derived: 1 up to 50 images per class, 10 above",
         source="paper Table 7",
         minimum=0,
     )
     momentum: float = _setting(0.5, "momentum of the images' SGD", source="paper Table 7", minimum=0, maximum=1)
     image_average: bool | None = _setting(
         None,
-        "the set is a running mean of the images over the steps, later ones weighing more, in place of the last "
-        "step's: a large loss_scale's speed without its noise; None: with BatchNorm",
+        "return a running average of the images, weighted towards later steps, instead of the last step's images: it "
+        "removes the noise of a large loss_scale",
+        unset="derived: yes with BatchNorm, no otherwise",
         source="Shamir and Zhang 2013, polynomial-decay averaging; no part of ATOM",
     )
     image_init: str = _setting(
@@ -142,7 +148,7 @@ class DistillConfig:
     )
     augmentation: str = _setting(
         STRATEGY,
-        "operations of siamese augmentation, joined by underscores, one of them a class and step; 'none' for none",
+        "operations of siamese augmentation, joined by underscores; each class draws one per step; 'none' for none",
         source="paper section 7.2, DSA",
     )
     preprocessing: str = _setting(
@@ -154,14 +160,15 @@ class DistillConfig:
     width: int = _setting(128, "channels of every convolution", unit="channels", source="paper section 4.1", minimum=1)
     depth: int | None = _setting(
         None,
-        "convolution blocks; None by resolution: 3 up to 32x32, 4 at 64x64, one more per doubling",
+        "convolution blocks",
+        unset="derived: 3 up to 32x32, 4 at 64x64, one more per doubling",
         unit="blocks",
         source="paper section 4.1",
         minimum=1,
     )
     norm: str = _setting(
         "auto",
-        "normalisation; auto: batch for CIFAR at more than one image a class, instance otherwise",
+        "normalisation; auto: batch for CIFAR at more than one image per class, instance otherwise",
         source="measured: the paper says instance, but its figures are reached with batch, as in DataDAM's code",
         choices=("auto", *NORMS),
     )
@@ -179,14 +186,14 @@ class DistillConfig:
     )
     precision: str = _setting(
         "auto",
-        "arithmetic of the convolutions and, on a GPU, of whitening real batches (TF32 for bfloat16), all else being "
+        "arithmetic of the convolutions and, on a GPU, of whitening real batches (TF32 for bfloat16); all else is "
         "float32; auto: tf32 on GPUs that have it, float32 elsewhere",
         choices=("auto", *PRECISIONS),
     )
     class_chunk: int | None = _setting(
         None,
-        "classes that run through the network at once: less memory, the same images to rounding; None for all, or as "
-        "memory_budget allows",
+        "classes that run through the network at once: fewer need less memory and give the same images up to rounding",
+        unset="all, or as many as memory_budget allows",
         unit="classes",
         minimum=1,
         affects_result=False,
@@ -194,7 +201,8 @@ class DistillConfig:
     memory_budget: str | None = _setting(
         None,
         "memory that a run's tensors may take, data included: bytes, or a number with KB, MB or GB, or 'fit' for what "
-        "is free; chooses class_chunk; None for no limit",
+        "is free; chooses class_chunk",
+        unset="no limit",
         affects_result=False,
     )
     seed: int = _setting(0, "all randomness comes from it", minimum=0, maximum=2**63 - 1)
@@ -451,6 +459,8 @@ def read_settings(path: str | os.PathLike) -> dict[str, object]:
     import yaml
 
     path = Path(path)
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a folder; a run's settings are in its file {path / 'config.yaml'}")
     if not path.is_file():
         raise FileNotFoundError(f"no configuration file {path}")
     try:

@@ -15,22 +15,29 @@ from pathlib import Path
 import torch
 
 from atom_fast.data.dataset import ImageData
-from atom_fast.data.sampling import check_class_sizes
+from atom_fast.data.sampling import describe_small_classes
 from atom_fast.data.whitening import Preprocessing, fit_preprocessing
 from atom_fast.distill.checkpoint import Checkpoint, latest_checkpoint, remove_unfinished, save_checkpoint
 from atom_fast.distill.config import ADDED, DistillConfig, affects_result, write_config
 from atom_fast.distill.logs import RunLog, append_environment, environment, peak_memory, say, versions
 from atom_fast.distill.memory import fit_class_chunk
-from atom_fast.distill.step import FUSED, Distillation, NonFiniteError, check_ranks, initial_images, make_network
+from atom_fast.distill.step import (
+    FUSED,
+    Distillation,
+    NonFiniteError,
+    check_ranks,
+    check_start,
+    initial_images,
+    make_network,
+)
 from atom_fast.ranks import ALONE, StopSign, World, own_device
 from atom_fast.report import save_image_grid
-from atom_fast.synthetic import SyntheticSet
+from atom_fast.synthetic import SYNTHETIC_FILE, SyntheticSet
 
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
 CHECKPOINT_FOLDER = "checkpoints"
 IMAGE_FOLDER = "images"
-SYNTHETIC_FILE = "synthetic.safetensors"
 LOCK_FILE = ".lock"
 
 
@@ -44,6 +51,7 @@ def distill(
     synthetic_init: SyntheticSet | None = None,
     device: torch.device | str | None = None,
     preprocessing: Preprocessing | None = None,
+    how_to_go_on: str = "call distill again with resume=True",
     world: World = ALONE,
 ) -> SyntheticSet:
     """Distil ``data`` into ``config.ipc`` images a class, and keep everything about it in one folder.
@@ -65,6 +73,7 @@ def distill(
         device: where to compute; None: the GPU, if there is one. Each of several processes has a GPU of its own.
         preprocessing: what ``config.preprocessing`` names, fitted to these images before, on the same device; None fits
             it. For several runs on the same data.
+        how_to_go_on: what the message of a stopped run advises; commands have their own ways.
         world: several processes that share the classes (`atom_fast.ranks.join`); each calls this with the same
             arguments, and the first one writes the folder. The images do not depend on how many there are, on CPUs to
             the bit, and a run need not be resumed with as many.
@@ -105,7 +114,7 @@ def distill(
         if writes:
             write_config(config, output / CONFIG_FILE, data.name)
             append_environment(output / ENVIRONMENT_FILE, {**environment(device), "processes": world.size})
-        recorder = _Recorder(run, output, checkpoint, preprocessing, progress)
+        recorder = _Recorder(run, output, checkpoint, preprocessing, progress, how_to_go_on)
         _iterate(run, recorder)
         result = _synthetic_set(recorder)
         if writes:
@@ -117,11 +126,9 @@ def distill(
 
 def _check_fit(config: DistillConfig, data: ImageData, given: bool) -> None:
     """Refuse what cannot work before anything is written."""
-    check_class_sizes(data, config.real_batch, " (real_batch)")
     if config.image_init == "given" and not given:
         raise ValueError("image_init 'given' needs a synthetic set to start from (synthetic_init, --set)")
-    if config.image_init in ("real", "herding"):
-        check_class_sizes(data, config.ipc, " (ipc)")
+    check_start(config, data)
     make_network(config, data)
 
 
@@ -243,6 +250,8 @@ def _start(
     if config.memory_budget is not None:
         chunk = fit_class_chunk(run, config.memory_budget)
         say(f"{world.label}memory_budget {config.memory_budget}: {chunk} classes at once")
+    if (small := describe_small_classes(data, config.real_batch)) and world.rank == 0:
+        say(f"{small}: each step draws images of theirs more than once (real_batch {config.real_batch})")
     if run.fusion != FUSED and world.rank == 0:
         say(f"the network runs {run.fusion}")
     if config.cuda_graph and run.images.device.type == "cuda":
@@ -274,7 +283,13 @@ class _Recorder:
     """
 
     def __init__(
-        self, run: Distillation, output: Path, start: Checkpoint | None, preprocessing: Preprocessing, progress: bool
+        self,
+        run: Distillation,
+        output: Path,
+        start: Checkpoint | None,
+        preprocessing: Preprocessing,
+        progress: bool,
+        how_to_go_on: str,
     ):
         from tqdm import tqdm
 
@@ -282,6 +297,7 @@ class _Recorder:
         self.run = run
         self.output = output
         self.preprocessing = preprocessing
+        self.how_to_go_on = how_to_go_on
         self.saved: Path | None = None  # the newest checkpoint that this process wrote
         self.saved_iteration = start.iteration if start else None
         self._fingerprint = run.data.fingerprint
@@ -356,7 +372,7 @@ class _Recorder:
         self._log.write({**record, "seconds": self.seconds()})
         self._bar.set_postfix_str(
             f"loss {terms.loss:.4g} attention {terms.attention_loss:.4g} mmd {terms.mmd_loss:.4g} "
-            f"peak {memory / 2**20:.0f} MiB",
+            f"peak {'GPU' if self.run.images.is_cuda else 'process'} memory {memory / 2**20:.0f} MiB",
             refresh=False,  # with the next step, unless the bar was drawn less than a tenth of a second before
         )
 
@@ -390,7 +406,10 @@ class _Recorder:
             yield
         except (OSError, RuntimeError):
             if self.saved_iteration is not None and self._writes:
-                say(f"stopped by an error; iteration {self.saved_iteration} is saved in {self.output}, see --resume")
+                say(
+                    f"stopped by an error; iteration {self.saved_iteration} is saved in {self.output}; to go on, "
+                    f"{self.how_to_go_on}"
+                )
             raise
 
     def close(self) -> None:
@@ -434,7 +453,7 @@ def _iterate(run: Distillation, recorder: _Recorder) -> None:
         if run.world.rank == 0:
             say(
                 f"{name}: stopped after iteration {iteration} of {config.iterations}, which is saved in "
-                f"{recorder.output}; to go on, run the same again with --resume (resume=True)"
+                f"{recorder.output}; to go on, {recorder.how_to_go_on}"
             )
         raise SystemExit(128 + number)
 

@@ -112,10 +112,9 @@ class Distillation:
             world: the processes that share the classes.
 
         Raises:
-            ValueError: a class has fewer than ``config.real_batch`` images, ``images`` has another shape, or classes
-                shall run in chunks, or in several processes, under a norm that couples them.
+            ValueError: ``images`` has another shape, or classes shall run in chunks, or in several processes, under a
+                norm that couples them.
         """
-        check_class_sizes(data, config.real_batch, " (real_batch)")
         check_ranks(config, data, world)
         device, classes = data.train_images.device, world.share(data.num_classes)
         expected = (len(classes) * config.ipc, *data.image_shape)
@@ -500,6 +499,16 @@ def make_network(config: DistillConfig, data: ImageData) -> ConvNet:
     return network.requires_grad_(False)
 
 
+def check_start(config: DistillConfig, data: ImageData) -> None:
+    """Make sure that there are as many real images as synthetic ones are to start from.
+
+    Raises:
+        ValueError: a class has fewer; the message says what to do.
+    """
+    if config.image_init in ("real", "herding"):
+        check_class_sizes(data, config.ipc, ", or start from noise (image_init 'noise', --image-init noise)")
+
+
 def initial_images(
     config: DistillConfig, data: ImageData, preprocessing: Preprocessing, *, progress: bool = False
 ) -> Tensor:
@@ -513,6 +522,7 @@ def initial_images(
         ValueError: a class has fewer than ``config.ipc`` real images, or the images were to be given.
     """
     generator = torch.Generator(data.train_images.device).manual_seed(derive_seed(config.seed, 0))
+    check_start(config, data)
     if config.image_init == "real":
         indices = sample_class_indices(data, config.ipc, generator).flatten()
         return preprocessing.to_model(data.train_images[indices])
@@ -520,7 +530,6 @@ def initial_images(
         shape = (data.num_classes * config.ipc, *data.image_shape)
         return torch.randn(shape, generator=generator, device=generator.device)
     if config.image_init == "herding":
-        check_class_sizes(data, config.ipc, " (ipc)")  # before the network is trained
         protocol = get_protocol("paper", augmentation=config.augmentation)
         features, _ = watch_training(
             data, preprocessing, protocol=protocol, epochs=_HERDING_EPOCHS, seed=config.seed, progress=progress

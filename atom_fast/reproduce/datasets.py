@@ -9,7 +9,7 @@ from pathlib import Path
 
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.decoding import IMAGE_FORMATS, IMAGE_SUFFIXES
-from atom_fast.data.sources import DEFAULT_DATA_DIR, load_data
+from atom_fast.data.sources import DEFAULT_DATA_DIR, image_folder, load_data
 
 # Name, number of classes and image shape.
 DATASETS = {
@@ -26,8 +26,7 @@ def load_named(
 ) -> tuple[ImageData, str]:
     """One of the paper's data sets and what it is called in results.
 
-    Where ``data_dir/NAME`` or ``data_dir`` holds ``train/`` and ``test/`` (or ``val/``) folders of images, these are
-    the data, and results say in which format they are: "CIFAR-10 (JPEG q75)". Otherwise `load_data` finds the archive.
+    They are read as `load_data` reads them. Of image files results say the format: "CIFAR-10 (JPEG q75)".
 
     Raises:
         FileNotFoundError: the data is not there; names the folder and how to get it.
@@ -35,33 +34,12 @@ def load_named(
     """
     if name not in DATASETS:
         raise ValueError(f"data set must be one of {', '.join(DATASETS)}; got {name!r}")
-    title, classes, shape = DATASETS[name]
-    root = Path(DEFAULT_DATA_DIR if data_dir is None else data_dir).expanduser()
+    title, _, shape = DATASETS[name]
     if name in ("digits", "digits32"):
         return dataclasses.replace(load_data("digits", resolution=shape[-1]), name=name), title
-    folder = _image_folder(root, name)
-    if folder is None:
-        try:
-            return load_data(name, data_dir, download=download, progress=progress), title
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"{error}; image files are looked for in {root.absolute() / name}/train/<class>/ and test/<class>/, too"
-            ) from error
-    data = load_data("folder", folder, progress=progress)
-    if data.num_classes != classes or data.image_shape != shape:
-        raise ValueError(
-            f"{folder} is not {title}: expected {classes} classes of images {list(shape)}, "
-            f"got {data.num_classes} of {list(data.image_shape)}"
-        )
-    return dataclasses.replace(data, name=name), f"{title} ({_format(folder)})"
-
-
-def _image_folder(root: Path, name: str) -> Path | None:
-    for folder in (root / name, root):
-        splits = (folder / "train").is_dir() and any((folder / split).is_dir() for split in ("test", "val"))
-        if splits and not (folder / "wnids.txt").is_file():  # that is Tiny ImageNet as published
-            return folder
-    return None
+    data = load_data(name, data_dir, download=download, progress=progress)
+    folder = image_folder(Path(DEFAULT_DATA_DIR if data_dir is None else data_dir).expanduser(), name)
+    return data, title if folder is None else f"{title} ({_format(folder)})"
 
 
 def _format(folder: Path) -> str:

@@ -21,11 +21,13 @@ class Entry:
         paper: the paper's mean and deviation.
         jobs: what ours is the mean of, one a set; none where the paper's figure stands alone.
         average: ours is the mean of the row's other entries.
+        source: the table of the paper that its figure stands in, where that is not the one reproduced.
     """
 
     paper: Accuracy | None = None
     jobs: tuple[Job, ...] = ()
     average: bool = False
+    source: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

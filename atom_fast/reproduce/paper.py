@@ -5,6 +5,7 @@ from __future__ import annotations
 Accuracy = tuple[float, float | None]
 
 # Table 1: data set and images a class. Its footnote: DD and LD used AlexNet on CIFAR-10.
+TABLE1_NAME = "Table 1"
 TABLE1_CELLS = tuple((dataset, ipc) for dataset in ("cifar10", "cifar100", "tiny") for ipc in (1, 10, 50))
 _TABLE1 = {
     "Random": "14.4 2.0, 26.0 1.2, 43.4 1.0, 4.2 0.3, 14.6 0.5, 30.0 0.4, 1.4 0.1, 5.0 0.2, 15.0 0.4",

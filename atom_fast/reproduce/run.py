@@ -178,11 +178,24 @@ def _fitting(
     missing: list[Unit], estimator: Estimator, budget: float, common: Collection, report: Callable[[str], None]
 ) -> list[Unit]:
     """What fits into the budget, said beforehand, with what is left."""
-    seconds = [_estimate(estimator, unit) for unit in missing]
+    from tqdm import tqdm
+
+    report(
+        f"estimating {len(missing)} cells: where none like it is finished, a few steps and epochs of a cell are timed, "
+        "for up to a minute or two"
+    )
+    seconds = []
+    with tqdm(missing, desc="estimating", unit="cell", disable=not estimator.shelf.progress) as bar:
+        for unit in bar:
+            bar.set_postfix_str(describe(unit, common))
+            seconds.append(_estimate(estimator, unit))
     fitting, left = choose(missing, seconds, budget)
     needed = dict(zip(missing, seconds, strict=True))
     total = sum(needed[unit] for unit in fitting)
-    report(f"{len(fitting)} of {len(missing)} cells fit into {budget:g} min, by estimate {duration(total)}:")
+    report(
+        f"{len(fitting)} of {len(missing)} cells fit into {budget:g} min, by estimate {duration(total)} (not counted: "
+        "fitting the whitening, once for each data set, and herding for starting images):"
+    )
     for unit in fitting:
         report(f"  will run, {duration(needed[unit])}: {describe(unit, common)}")
     for unit in left:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from atom_fast.comparison import default_protocol
-from atom_fast.distill.config import DistillConfig, affects_result, preset
+from atom_fast.distill.config import affects_result, preset
 from atom_fast.evaluate.coresets import EPOCHS
 from atom_fast.evaluate.protocols import Protocol, get_protocol
 
@@ -86,7 +86,8 @@ class Scale:
         for name, value in self.settings.items():
             differs = value != getattr(paper, name) or (name in _OF_DM and value != getattr(dm, name))
             if differs and affects_result(name):
-                found.append(f"{name} {value} instead of {_shown(name, paper)}")
+                shown = f"{value:,}" if name in _OF_DM else value
+                found.append(f"{name} {shown} instead of {_replaced(name, value)}")
         return found
 
     def _evaluation_changed(self) -> list[str]:
@@ -100,12 +101,14 @@ class Scale:
         return found
 
 
-def _shown(name: str, paper: DistillConfig) -> str:
-    value = getattr(paper, name)
-    if name in _OF_DM:
-        own = getattr(preset("dm"), name)
-        return f"{value:,} (DM {own:,})"
-    return "the preset's" if value is None else str(value)  # None follows from the data
+def _replaced(name: str, value: object) -> str:
+    """The paper's values that ``value`` takes the place of."""
+    paper, dm = getattr(preset("paper"), name), getattr(preset("dm"), name)
+    if name not in _OF_DM:
+        return "the preset's" if paper is None else str(paper)  # None follows from the data
+    replaced = [] if value == paper else [f"{paper:,}"]
+    replaced += [] if value == dm else [f"{dm:,} for DM"]
+    return ", and ".join(replaced)
 
 
 def scale_for(

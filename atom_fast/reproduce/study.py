@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from atom_fast.reproduce.cells import architecture
 from atom_fast.reproduce.layout import Entry, Row, Section, jobs_for
-from atom_fast.reproduce.paper import TABLE1
+from atom_fast.reproduce.paper import TABLE1, TABLE1_NAME
 from atom_fast.reproduce.scale import Scale
 
 PROTOCOL, TESTED_NORM = "evaluation", "evaluation_norm"
@@ -40,7 +40,7 @@ def section(dataset: str, ipc: int, scale: Scale, factors: Sequence[str] | None 
             raise ValueError(f"factor must be one of {', '.join(FACTORS)}; got {factor!r}")
     column = "accuracy"
     base = jobs_for(scale, dataset, ipc, "atom")
-    rows = [Row(BASE, {column: Entry(TABLE1["ATOM"].get((dataset, ipc)), base)})]
+    rows = [Row(BASE, {column: Entry(TABLE1["ATOM"].get((dataset, ipc)), base, source=TABLE1_NAME)})]
     for factor in factors or FACTORS:
         for value in FACTORS[factor]:
             if factor == PROTOCOL:

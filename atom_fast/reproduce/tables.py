@@ -30,7 +30,8 @@ def collect(plan: Plan, output: Path, failed: Mapping[str, str] | None = None) -
         data set are called), ``reduced`` (what is not as in the paper, by data set), ``scales``, ``protocols``,
         ``configurations`` (full settings of the first set of every kind, by the name of its cell's folder),
         ``devices`` and ``versions`` (what sets were tested on and with), ``date``, ``failed`` as given, and
-        ``sections``: ``rows`` of ``entries`` with ``paper`` ([mean, deviation]), ``ours`` (mean and population
+        ``sections``: ``rows`` of ``entries`` with ``paper`` ([mean, deviation]), ``source`` (the table of the paper
+        that it stands in, where that is another one than this), ``ours`` (mean and population
         deviation over all networks of all sets, and every accuracy; None: not measured), ``difference``, ``wanted``,
         the number of sets, ``failed``, how many of them did and, where the section has a ``base``, ``to_base``: the
         mean difference of sets of the same seed, and its standard error.
@@ -162,6 +163,7 @@ def _entry(entry: Entry, ours: dict | None, failed: int) -> dict:
     known = ours is not None and ours["mean"] is not None and entry.paper is not None
     return {
         "paper": None if entry.paper is None else list(entry.paper),
+        "source": entry.source if entry.paper else "",
         "ours": ours,
         "difference": ours["mean"] - entry.paper[0] if known else None,
         "wanted": len(entry.jobs),
@@ -261,7 +263,8 @@ def _detailed(section: Mapping, record: Mapping) -> str:
             continue
         ours = entry["ours"]
         cells = [row["title"], _ours(entry), f"{ours['sets']} × {ours['networks'] // ours['sets']}" if ours else ""]
-        cells += [_figure(entry["paper"]), _signed(entry["difference"])] if printed else []
+        paper = _figure(entry["paper"]) + (f" ({entry['source']})" if entry.get("source") else "")
+        cells += [paper, _signed(entry["difference"])] if printed else []
         cells += [_with_error(entry["to_base"])] if base else []
         cells += [_number(ours and ours["set_seconds"]), _number(ours and ours["evaluation_seconds"])]
         rows.append(cells)
@@ -272,12 +275,13 @@ def _combined(entry: Mapping | None) -> str:
     """Ours, the paper's and the difference in one cell."""
     if entry is None:
         return "–"
+    source = f", {entry['source']}" if entry.get("source") else ""
     if entry["cited"]:
-        return f"{_figure(entry['paper'])} (cited)" if entry["paper"] else "–"
+        return f"{_figure(entry['paper'])} (cited{source})" if entry["paper"] else "–"
     if entry["paper"] is None:
         return _ours(entry)
     difference = "" if entry["difference"] is None else f", {_signed(entry['difference'])}"
-    return f"{_ours(entry)} (paper {_figure(entry['paper'])}{difference})"
+    return f"{_ours(entry)} (paper{source}{':' if source else ''} {_figure(entry['paper'])}{difference})"
 
 
 def _ours(entry: Mapping) -> str:

@@ -195,10 +195,11 @@ def _table4(request: Request) -> Iterable[Section]:
     for method, title in _TABLE4_ROWS.items():
         entries = {}
         for column, place in columns.items():
-            figure = paper.TABLE4.get(method) if place == paper.TABLE4_CELL else None
-            figure = figure or paper.TABLE1.get(_IN_TABLE1.get(method), {}).get(place)
+            figure, source = paper.TABLE4.get(method) if place == paper.TABLE4_CELL else None, ""
+            if figure is None:  # Table 4 has one cell, and no row for random images
+                figure, source = paper.TABLE1.get(_IN_TABLE1.get(method), {}).get(place), paper.TABLE1_NAME
             jobs = jobs_for(request.scales[place[0]], *place, method) if request.runs(method) else ()
-            entries[column] = Entry(figure, jobs)
+            entries[column] = Entry(figure, jobs, source=source)
         rows.append(Row(title, entries))
     yield Section("", "matched", tuple(columns), tuple(rows), _TABLE4_ROWS["mmd"])
 

@@ -18,7 +18,7 @@ from atom_fast.distill import distill
 from atom_fast.distill.checkpoint import remove_unfinished
 from atom_fast.distill.config import ADDED, DistillConfig
 from atom_fast.distill.logs import versions
-from atom_fast.distill.loop import CHECKPOINT_FOLDER, SYNTHETIC_FILE
+from atom_fast.distill.loop import CHECKPOINT_FOLDER
 from atom_fast.evaluate import EvaluationResult, evaluate
 from atom_fast.evaluate.sets import select
 from atom_fast.reproduce.cells import (
@@ -35,7 +35,7 @@ from atom_fast.reproduce.cells import (
 )
 from atom_fast.reproduce.datasets import load_named
 from atom_fast.reproduce.methods import get_method
-from atom_fast.synthetic import SyntheticSet
+from atom_fast.synthetic import SYNTHETIC_FILE, SyntheticSet
 
 RUN_FOLDER = "run"
 SET_FOLDER = "sets"
@@ -132,6 +132,7 @@ def make_set(folder: Path, cell: Cell, shelf: Shelf) -> None:
             progress=shelf.progress,
             device=shelf.device,
             preprocessing=space,
+            how_to_go_on="run the same command again",
         )
         synthetic.save(_set_file(folder, iterations))
         (folder / RUN_FOLDER / SYNTHETIC_FILE).unlink()  # the same set, kept once
