@@ -8,7 +8,7 @@ from pathlib import Path
 
 from atom_fast._files import write_atomically
 
-from . import findings, lessons, paper, plots, reproduction, scaling, summary
+from . import compilers, findings, lessons, paper, plots, reproduction, scaling, summary
 from .harness import load_results
 from .merging import digest, merge
 from .methods import METHODS, Setting
@@ -64,6 +64,7 @@ def pages(results: Path) -> dict[str, dict[str, str]]:
             "methods": _where(summary.methods, *cpu),
         },
         "docs/results.md": reproduction.sections(results),
+        "docs/usage.md": {"compilers": _where(compilers.table, results / "compilers.json")},
         "docs/benchmarks.md": {"table3-gpu": edition_markdown("gpu", gpu), "table3-cpu": edition_markdown("cpu", cpu)},
         "docs/performance.md": {
             "budget": lessons.budget(),

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from atom_fast._device import SHARED_MEMORY
 from atom_fast._files import write_atomically
+from benchmarks.compilers import table
 from tests.cubin import ROOT, CubinReport
 from tests.launches import compile_launch
 from tests.workloads import launches, workloads
@@ -52,7 +53,7 @@ def main(versions, chips, everything, only, output):
                 rows[name, chip, scope] = row
                 ordered = [rows[key] for key in sorted(rows)]
                 write_atomically(output, json.dumps(ordered, indent=1) + "\n")
-    click.echo(table(_read(output)))
+    click.echo(table(output))
 
 
 def _read(path: Path) -> list[dict]:
@@ -100,17 +101,6 @@ def examine(chosen: list, chip: int, triton: str | None) -> dict[str, object]:
         "lost_constants": {name: r.lost_constants for name, r in reports.items() if r.lost_constants},
         "failed": failed,
     }
-
-
-def table(rows: list[dict]) -> str:
-    """The rows as a table in Markdown."""
-    bad = {"too_large": "too large", "spills": "spill", "lost_constants": "lose a constant", "failed": "do not compile"}
-    heads = ["workloads", "Triton", "chip", "kernels", "most shared bytes", "chip's limit", *bad.values()]
-    lines = [f"| {' | '.join(heads)} |", "|---|---|---|" + "---:|" * (len(heads) - 3)]
-    for row in rows:
-        facts = (row[name] for name in ("workloads", "triton", "chip", "kernels", "largest_shared", "limit"))
-        lines.append(f"| {' | '.join(map(str, [*facts, *(len(row[name]) for name in bad)]))} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

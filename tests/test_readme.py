@@ -37,7 +37,7 @@ NOT_RUN = {
     r"^torchrun": "tests/test_ranks.py runs torchrun with other settings",
     r"reproduce .*digits": "take minutes; tests/test_reproduce.py runs smaller ones",
     r"python -m (benchmarks|pytest)": "take minutes; tests/test_benchmarks.py runs smaller ones",
-    r"python -m tests": "tests/test_faults.py and tests/test_fuzz.py call them",
+    r"python -m tests": "tests/test_faults.py, tests/test_fuzz.py and tests/test_compilers.py call them",
     r"^(atom-fast|python -m atom_fast)( [\w-]+)?$": "name a command, which has tests of its own",
 }
 # What makes a command take little time; the last of two values counts.
@@ -142,7 +142,7 @@ def test_commands_exist(page):
 
 
 def check_atom_fast(name, *arguments):
-    if name in ("COMMAND", "doctor"):  # one stands for any command, the other's tests come with it
+    if name == "COMMAND":  # stands for any
         return
     command = main.commands[name]
     if arguments and not stands_for_others(arguments):
