@@ -28,7 +28,7 @@ from atom_fast._device import SHARED_MEMORY
 from atom_fast._files import write_atomically
 from benchmarks.compilers import table
 from tests.cubin import ROOT, CubinReport
-from tests.launches import compile_launch
+from tests.launches import compile_launch, specialization
 from tests.workloads import launches, workloads
 
 RESULTS = ROOT / "benchmarks" / "results" / "compilers.json"
@@ -77,18 +77,20 @@ def _installed(version: str | None) -> Iterator[tuple[str, str | None]]:
 
 def examine(chosen: list, chip: int, triton: str | None) -> dict[str, object]:
     """What the compiler makes of the workloads' kernels for one chip: how many, and which are not as they should be."""
-    found: dict[str, tuple[str, CubinReport]] = {}
+    reports: dict[str, CubinReport] = {}
     failed: dict[str, str] = {}
+    seen = set()
     for work in tqdm(chosen, desc=f"sm_{chip}", unit="workload"):
         for launch in launches(work, chip):
-            name = f"{launch.kernel} ({work.name})"
+            name, key = f"{launch.kernel} ({work.name})", repr(specialization(launch))
+            if key in seen:
+                continue
+            seen.add(key)
+            name += f" #{len(seen)}"
             try:
-                report = compile_launch(launch, chip, triton)
+                reports[name] = compile_launch(launch, chip, triton)
             except RuntimeError as error:
                 failed[name] = str(error).strip().splitlines()[-1][:200]
-            else:
-                found.setdefault(repr((launch.kernel, report)), (name, report))
-    reports = dict(found.values())
     largest = max(reports, key=lambda name: reports[name].shared, default=None)
     return {
         "date": datetime.date.today().isoformat(),

@@ -86,7 +86,12 @@ def recorded(*modules: ModuleType) -> Iterator[list[Launch]]:
 
 
 def compile_launch(launch: Launch, capability: int, triton: str | None = None) -> CubinReport:
-    """Compile a kernel as it would be specialised for these arguments; see `tests.cubin.compile_kernel`."""
+    """Compile a kernel as it would be specialised for its arguments; see `tests.cubin.compile_kernel`."""
+    return compile_kernel(**specialization(launch), capability=capability, triton=triton)
+
+
+def specialization(launch: Launch) -> dict[str, object]:
+    """What tells the compilation of a launch apart from others, as `tests.cubin.compile_kernel` takes it."""
     signature, constants, aligned = {}, {}, []
     for name, value in launch.arguments.items():
         if name in launch.constants or value is None or (isinstance(value, int) and value == 1):
@@ -99,10 +104,11 @@ def compile_launch(launch: Launch, capability: int, triton: str | None = None) -
         else:
             signature[name] = "i32"
             aligned += [name] * (value % 16 == 0)
-    return compile_kernel(
-        launch.module, launch.kernel, signature=signature, constants=constants, capability=capability,
-        aligned=tuple(aligned), triton=triton, **{k: v for k, v in launch.options.items() if k != "maxnreg"},
-    )  # fmt: skip
+    options = {name: value for name, value in launch.options.items() if name != "maxnreg"}
+    return {
+        "module": launch.module, "kernel": launch.kernel, "signature": signature, "constants": constants,
+        "aligned": tuple(aligned), **options,
+    }  # fmt: skip
 
 
 def _plain(value: object) -> object:

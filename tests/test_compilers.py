@@ -35,7 +35,9 @@ def test_what_does_not_compile_is_a_row_of_its_own(monkeypatch):
     chosen = [work for work in compilers.workloads(((1, 8),)) if work.name == "augment 1x8x8 NCHW"]
     row = compilers.examine(chosen, 86, None)
     assert row["kernels"] == 0
-    assert row["failed"] == {"augmentation_kernel (augment 1x8x8 NCHW)": "ptxas fatal: no such chip"}
+    assert row["failed"] == {
+        f"augmentation_kernel (augment 1x8x8 NCHW) #{number}": "ptxas fatal: no such chip" for number in (1, 2)
+    }
 
 
 def test_nothing_is_wrong_in_what_was_kept():
