@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import operator
 import os
 import subprocess
 import sys
@@ -44,20 +45,20 @@ CHIPS = (75, 80, 86, 89, 90, 100, 120)
 def main(versions, chips, everything, only, output):
     """Compile what the package launches, and say where it does not fit, spills or is miscompiled."""
     chosen = [work for work in workloads() if (everything or work.preset) and only in work.name]
-    rows = {(row["triton"], row["chip"], row["workloads"]): row for row in _read(output)}
     scope = ("everything" if everything else "presets") + (f", {only}" if only else "")
     for version in versions or (None,):
         with _installed(version) as (name, folder):
             for chip in chips or CHIPS:
-                row = {"triton": name, "chip": chip, "workloads": scope, **examine(chosen, chip, folder)}
-                rows[name, chip, scope] = row
-                ordered = [rows[key] for key in sorted(rows)]
-                write_atomically(output, json.dumps(ordered, indent=1) + "\n")
+                _keep(output, {"triton": name, "chip": chip, "workloads": scope, **examine(chosen, chip, folder)})
     click.echo(table(output))
 
 
-def _read(path: Path) -> list[dict]:
-    return json.loads(path.read_text()) if path.exists() else []
+def _keep(output: Path, row: dict) -> None:
+    """Put a row into the file, in the place of an earlier one of the same Triton, chip and workloads."""
+    rows = json.loads(output.read_text("utf-8")) if output.exists() else []
+    place = operator.itemgetter("triton", "chip", "workloads")
+    others = [other for other in rows if place(other) != place(row)]
+    write_atomically(output, json.dumps(sorted([*others, row], key=place), indent=1) + "\n")
 
 
 @contextlib.contextmanager
