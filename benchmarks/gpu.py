@@ -93,6 +93,11 @@ def _end(process: subprocess.Popen) -> None:
     process.wait()
 
 
+def machine(run: GpuRun, limit: float) -> str:
+    """What runs fused here, checked against the equations; the whole answer is in the log."""
+    return run.command(["-m", "atom_fast", "doctor"], limit)[0]
+
+
 def gpu_tests(run: GpuRun, limit: float) -> str:
     """The tests that need CUDA."""
     arguments = ["-m", "pytest", "tests", "-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
@@ -160,6 +165,7 @@ def _reproduce(run: GpuRun, limit: float, arguments: list[str]) -> str:
 
 # By worth; seconds that each may take of the eight minutes. The last of those asked for may take all that is left.
 PARTS: tuple[tuple[Callable[[GpuRun, float], str], float], ...] = (
+    (machine, 30),
     (gpu_tests, 90),
     (headline, 100),
     (kernel_benchmarks, 60),

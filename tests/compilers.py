@@ -89,7 +89,7 @@ def examine(chosen: list, chip: int, triton: str | None) -> dict[str, object]:
             seen.add(key)
             name += f" #{len(seen)}"
             try:
-                reports[name] = compile_launch(launch, chip, triton)
+                reports[name] = compile_launch(launch, chip, triton, brief=True)
             except RuntimeError as error:
                 failed[name] = str(error).strip().splitlines()[-1][:200]
     largest = max(reports, key=lambda name: reports[name].shared, default=None)

@@ -64,6 +64,7 @@ def compile_kernel(
     num_stages: int = 3,
     aligned: tuple[str, ...] = (),
     triton: str | None = None,
+    brief: bool = False,
 ) -> CubinReport:
     """Compile ``kernels/<module>.py``'s ``kernel`` for ``sm_<capability>``.
 
@@ -74,6 +75,8 @@ def compile_kernel(
             to 1 (a stride of one) belongs here too, with type ``"constexpr"``.
         aligned: arguments that are divisible by 16 (pointers of whole tensors, most strides).
         triton: folder that holds another Triton, unpacked; None for the one that is installed.
+        brief: leave out what the machine code must be disassembled for, unless it may hold a lost constant: that takes
+            as long as compiling.
 
     Raises:
         RuntimeError: it does not compile.
@@ -87,6 +90,7 @@ def compile_kernel(
         "num_warps": num_warps,
         "num_stages": num_stages,
         "aligned": list(aligned),
+        "brief": brief,
     }
     return compile_job(json.dumps(job), triton)
 
@@ -153,15 +157,16 @@ def _compile(job: dict) -> CubinReport:
         target=GPUTarget("cuda", job["capability"], 32),
         options={"num_warps": job["num_warps"], "num_stages": job["num_stages"]},
     )
-    return _read(compiled.asm["cubin"], compiled.metadata.shared)
+    disassembled = not job["brief"] or "16x2" in compiled.asm["ptx"]
+    return _read(compiled.asm["cubin"], compiled.metadata.shared, disassembled)
 
 
-def _read(cubin: bytes, shared: int) -> CubinReport:
+def _read(cubin: bytes, shared: int, disassembled: bool) -> CubinReport:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = subprocess.check_output([_tool("cuobjdump"), "-res-usage", file.name], text=True)
-        sass = disassemble(file.name)
+        sass = disassemble(file.name) if disassembled else ""
     registers = int(re.search(r"REG:(\d+)", usage).group(1))
     stack = int(re.search(r"STACK:(\d+)", usage).group(1))
     local = int(re.search(r"LOCAL:(\d+)", usage).group(1))

@@ -85,9 +85,9 @@ def recorded(*modules: ModuleType) -> Iterator[list[Launch]]:
             setattr(module, name, kernel)
 
 
-def compile_launch(launch: Launch, capability: int, triton: str | None = None) -> CubinReport:
+def compile_launch(launch: Launch, capability: int, triton: str | None = None, *, brief: bool = False) -> CubinReport:
     """Compile a kernel as it would be specialised for its arguments; see `tests.cubin.compile_kernel`."""
-    return compile_kernel(**specialization(launch), capability=capability, triton=triton)
+    return compile_kernel(**specialization(launch), capability=capability, triton=triton, brief=brief)
 
 
 def specialization(launch: Launch) -> dict[str, object]:

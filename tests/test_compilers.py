@@ -28,7 +28,7 @@ def test_a_chip_is_examined_and_other_rows_stay(tmp_path):
 
 
 def test_what_does_not_compile_is_a_row_of_its_own(monkeypatch):
-    def refuse(launch, chip, triton):
+    def refuse(launch, chip, triton, brief):
         raise RuntimeError("augmentation_kernel does not compile for sm_86:\nptxas fatal: no such chip")
 
     monkeypatch.setattr(compilers, "compile_launch", refuse)

@@ -61,7 +61,7 @@ def as_the_chip(capability: int):
     """Refuse a kernel as Triton does on a chip: by what the compiler makes of it there."""
 
     def limit(launch: Launch) -> None:
-        report = compile_launch(launch, capability)
+        report = compile_launch(launch, capability, brief=True)
         if report.shared > _device.SHARED_MEMORY[capability]:
             raise OutOfResources(report.shared, _device.SHARED_MEMORY[capability], "shared memory")
 
@@ -129,7 +129,7 @@ def test_kernels_of_cifar_fit_consumer_gpus(norm, capability):
         precision = "tf32" if use == "distill" else "float32"
         (workload,) = (w for w in workloads.workloads(((3, 32),)) if w.name == f"{use} 3x32x32 {precision} {norm}")
         for launch in workloads.launches(workload, capability):
-            check_report(compile_launch(launch, capability), capability, f"{workload.name} {launch.kernel}")
+            check_report(compile_launch(launch, capability, brief=True), capability, f"{workload.name} {launch.kernel}")
 
 
 def test_what_triton_raises_reaches_nobody_as_it_is():
