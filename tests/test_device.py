@@ -68,14 +68,14 @@ def as_the_chip(capability: int):
     return limit
 
 
-def tiny_run(folder, norm, size=32, width=64):
+def tiny_run(folder, norm, size=32, width=16):
     """A step for two classes; the distilled images."""
     config = preset("paper", iterations=1, real_batch=1, depth=2, width=width, norm=norm)
     return distill(config, make_data(2, size=size), folder, progress=False, device="cpu").images
 
 
 @WITHOUT_GPU
-@pytest.mark.parametrize(("capability", "norm"), [(75, "instance"), (86, "instance"), (86, "batch")])
+@pytest.mark.parametrize(("capability", "norm"), [(75, "instance"), (86, "batch")])
 def test_a_distillation_runs_to_its_end_on_chips_with_less_shared_memory(capability, norm, tmp_path, capsys):
     with af.backend("reference"):
         expected = tiny_run(tmp_path / "reference", norm)
