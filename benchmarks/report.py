@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -81,10 +82,8 @@ def pages(results: Path) -> dict[str, dict[str, str]]:
 
 def pictures(results: Path, figures: Path) -> Iterator[tuple[str, str, Callable[[], None]]]:
     """Every picture that the results suffice for: its name, what it is drawn from, and what draws it."""
-    for edition in EDITIONS:
-        if files := _files(results, "table3", edition):
-            name = f"table3-{edition}.png"
-            yield name, digest(files), partial(plots.plot_table3, figures / name, edition, files)
+    if files := _files(results, "table3", "gpu"):
+        yield "table3-gpu.png", digest(files), partial(plots.plot_table3, figures / "table3-gpu.png", "gpu", files)
     for edition in scaling.EDITIONS:
         if files := _files(results, "scaling", edition):
             name = f"scaling-{edition}.png"
@@ -103,15 +102,12 @@ def _accuracy_pictures(results: Path, figures: Path) -> Iterator[tuple[str, str,
         return results / f"reproduce-{name}.json"
 
     studies = [file("cifar10-ipc1-study"), file("cifar10-ipc10-study")]
-    unit = [file("cifar10-ipc10-herding"), file("cifar10-ipc10-unit")]
-    table1, scale, average = file(reproduction.TABLE1), file("cifar10-ipc10-scale"), file("cifar10-ipc10-average")
+    table1, scale = file(reproduction.TABLE1), file("cifar10-ipc10-scale")
     drawn = figures / "cifar10-ipc10.png"
     known = [
         ("accuracy-seconds.png", [table1], lambda path: findings.plot_accuracy(path, table1)),
         ("norm-schedule.png", studies, lambda path: findings.plot_norm_and_schedule(path, studies)),
         ("loss-scale.png", [scale, *studies], lambda path: findings.plot_loss_scale(path, scale, studies)),
-        ("running-mean.png", [average], lambda path: findings.plot_running_mean(path, average)),
-        ("unit-variance.png", unit, lambda path: findings.plot_unit_variance(path, *unit)),
         ("cifar10-classes.png", [drawn], lambda path: findings.draw_classes(path, drawn)),
     ]
     for name, files, draw in known:
@@ -146,8 +142,9 @@ def edition_markdown(edition: str, paths: Sequence[Path]) -> str:
     merged = merge(paths)
     sections = [
         _caption(edition, [load_results(path) for path in paths]),
-        "Milliseconds per step, median; in brackets, how many times faster than `eager` in the same run:",
-        _table(edition, merged, _time_entry, _paper_milliseconds),
+        f"Milliseconds per step, median; in brackets, how many times faster than `eager` in the same run"
+        f"{_other_runs(merged)}:",
+        _table(edition, merged, partial(_time_entry, merged), _paper_milliseconds),
         f"Peak memory in MB, {_memory_note(edition)}; in brackets, the share of `eager`'s:",
         _table(edition, merged, _memory_entry, _paper_megabytes),
     ]
@@ -235,7 +232,19 @@ def _has_gaps(edition: str, merged: dict[Setting, dict]) -> bool:
     return any(None in cells and any(cells) for cells in rows)
 
 
-def _time_entry(cell: dict) -> str:
+def _shown_eager(merged: dict[Setting, dict], cell: dict) -> bool:
+    """Whether the eager step that a cell is compared with is the one in the table."""
+    wanted = dataclasses.replace(Setting(**cell["setting"]), provider="eager", class_chunk=None)
+    shown = merged.get(wanted) or merged.get(dataclasses.replace(wanted, precision="tf32"))
+    return shown is None or shown["measured_at"] == cell["eager"]["measured_at"]
+
+
+def _other_runs(merged: dict[Setting, dict]) -> str:
+    other = any(cell["eager"] and not _shown_eager(merged, cell) for cell in merged.values())
+    return ", and that run's `eager` where it is not the one shown" if other else ""
+
+
+def _time_entry(merged: dict[Setting, dict], cell: dict) -> str:
     if cell["status"] != "ok":
         return cell["status"]
     median = cell["time"]["median"]
@@ -243,7 +252,9 @@ def _time_entry(cell: dict) -> str:
     if "share_of_eager" in cell:
         text += f" ({_three_digits(1 / cell['share_of_eager'])}×)"
     elif cell["setting"]["provider"] != "eager" and cell["eager"] and cell["eager"]["status"] == "ok":
-        text += f" ({_three_digits(cell['eager']['time']['median'] / median)}×)"
+        eager = cell["eager"]["time"]["median"]
+        other = "" if _shown_eager(merged, cell) else f" of {_three_digits(eager * 1e3)}"
+        text += f" ({_three_digits(eager / median)}×{other})"
     return text
 
 
