@@ -59,10 +59,12 @@ def pages(results: Path) -> dict[str, dict[str, str]]:
         "README.md": {
             "caption": _where(summary.caption, table1),
             "gains": _where(summary.gains, table1, gpu, kernels),
-            "steps": _where(summary.steps, gpu, table1),
-            "accuracy": _where(summary.accuracy, table1),
             "demo": _where(summary.demo, results / "accuracy-digits.json"),
-            "methods": _where(summary.methods, *cpu),
+            "tables": _joined(
+                _where(summary.accuracy, table1),
+                _where(summary.steps, gpu, table1),
+                _where(summary.methods, *cpu),
+            ),
         },
         "docs/results.md": reproduction.sections(results),
         "docs/usage.md": {"compilers": _where(compilers.table, results / "compilers.json")},
@@ -113,6 +115,10 @@ def _accuracy_pictures(results: Path, figures: Path) -> Iterator[tuple[str, str,
     for name, files, draw in known:
         if all(path.exists() for path in files):
             yield name, plots.files_digest(files), partial(draw, figures / name)
+
+
+def _joined(*parts: str) -> str:
+    return "\n\n".join(filter(None, parts))
 
 
 def _where(render: Callable[..., str], *files: Path | Sequence[Path]) -> str:

@@ -25,13 +25,10 @@ STEPS = (
     ("fused-graph", "tf32", "**atom_fast**, as `distill` runs it"),
     ("fused-graph", "bfloat16", "**atom_fast**, bfloat16"),
 )
-ROWS = {"eager": "eager PyTorch", "compile": "`torch.compile`", "fused": "**atom_fast**"}
+ROWS = {"eager": "eager PyTorch", "compile": "`torch.compile`", "fused": "atom_fast"}
 # What a reader must know of the code that was measured, by its commit.
 COMMITS = {
-    "93659fb": (
-        "In 93659fb that kernel's gradient was wrong for some tile sizes: read the times of atom_fast in that run as "
-        "timings only."
-    ),
+    "93659fb": "In 93659fb its gradient was wrong for some tile sizes: its times are timings only.",
     "9013630": "",
 }
 CPU_IPC = 10
@@ -67,14 +64,13 @@ def gains(table1: Path, gpu: Sequence[Path], kernels: Sequence[Path]) -> str:
     bullets = (
         f"**Seconds.** {record.iterations:,} steps of CIFAR-10 at 1 / 10 / 50 images per class take {seconds} seconds "
         f"on {record.device}, checkpoints and pictures included. Start-up (data, whitening, compilation, graph "
-        f"capture) comes on top: {_setup(gpu)} seconds in the runs that timed single steps on random images. Accuracy "
-        f"is {low:.1f} to {high:.1f} points below the paper's.",
+        f"capture) comes on top: {_setup(gpu)} seconds where single steps were timed. Accuracy is {low:.1f} to "
+        f"{high:.1f} points below the paper's.",
         f"**Memory.** A step with InstanceNorm at 50 images per class needs {own} MB of GPU memory, data set included; "
         f"eager PyTorch needs {eager} MB, `torch.compile` {compiled} MB.",
         f"**One import.** `ATOMLoss` replaces the attention and embedding terms of your own loop. On that GPU its "
         f"kernels reach {100 * forward:.0f} % (forward) and {100 * backward:.0f} % (backward) of a copy's bandwidth in "
-        f"float32, {100 * low_forward:.0f} % and {100 * low_backward:.0f} % in bfloat16, on the largest feature map of "
-        f"that step in channels_last.",
+        f"float32, {100 * low_forward:.0f} % and {100 * low_backward:.0f} % in bfloat16.",
     )
     return "\n".join(paragraph(bullet, "- ") for bullet in bullets)
 
@@ -115,26 +111,42 @@ def _all(gpu: Sequence[Path], provider: str, precision: str = "tf32") -> dict[Pa
 
 
 def steps(gpu: Sequence[Path], table1: Path) -> str:
-    """Time and memory of one step, run by run: every ratio is to the eager and the compiled step of the same run."""
-    lines = []
-    for path in sorted(gpu, key=lambda path: min(cell["measured_at"] for cell in load_results(path)["cells"])):
-        cells = {row[:2]: cell for row in STEPS if (cell := _all([path], *row[:2]).get(path))}
-        eager, compiled = (cells.get((provider, "tf32")) for provider in ("eager", "compile"))
-        for provider, precision, name in STEPS:
-            if own := cells.get((provider, precision)):
-                lines.append(
-                    [
-                        _commit(path),
-                        name,
-                        three_digits(milliseconds(own)),
-                        _ratio(eager, own),
-                        "" if "eager" in provider else _ratio(compiled, own),
-                        _megabytes(own),
-                    ]
-                )
-    head = ["run", "one step of ATOM", "ms", "speed-up over eager", "over `torch.compile`", "peak MB"]
-    below = paragraph(f"{_caveats(gpu)} {_preset(table1)}")
-    return "\n\n".join([_where(gpu), markdown(head, lines), below])
+    """Time and memory of one step in the run that timed torch.compile; every ratio is within a run."""
+    compiled = next(iter(_all(gpu, "compile")))
+    cells = _run(compiled)
+    lines = [
+        [
+            name,
+            three_digits(milliseconds(own)),
+            _ratio(cells["eager", "tf32"], own),
+            "" if "eager" in provider else _ratio(cells["compile", "tf32"], own),
+            _megabytes(own),
+        ]
+        for provider, precision, name in STEPS
+        if (own := cells.get((provider, precision)))
+    ]
+    head = [f"one step of ATOM at commit {_commit(compiled)}", "ms", "over eager", "over `torch.compile`", "peak MB"]
+    later = [_later(path) for path in gpu if path != compiled]
+    text = [*later, _caveats(gpu), _preset(table1)]
+    return "\n\n".join([_where(gpu), markdown(head, lines), paragraph(" ".join(text))])
+
+
+def _run(path: Path) -> dict[tuple[str, str], dict]:
+    """By provider and precision, the cells of one run."""
+    return {row[:2]: cell for row in STEPS if (cell := _all([path], *row[:2]).get(path))}
+
+
+def _later(path: Path) -> str:
+    """This project's step in another run, beside the eager step of that run."""
+    cells = _run(path)
+    eager, own = cells.get(("eager", "tf32")), cells["fused-graph", "tf32"]
+    low = cells.get(("fused-graph", "bfloat16"))
+    text = f"At commit {_commit(path)} atom_fast took {three_digits(milliseconds(own))} ms"
+    if eager:
+        text += f", {_ratio(eager, own)} over that run's eager step of {three_digits(milliseconds(eager))} ms"
+    if low:
+        text += f"; in bfloat16 {three_digits(milliseconds(low))} ms and {_megabytes(low)} MB"
+    return f"{text}."
 
 
 def _ratio(other: dict | None, own: dict) -> str:
@@ -149,37 +161,36 @@ def _commit(path: Path) -> str:
 def _where(gpu: Sequence[Path]) -> str:
     where = load_results(gpu[0])["environment"]
     return paragraph(
-        f"CIFAR-10 at 50 images per class, 128 real images per class, ConvNet of width 128 with InstanceNorm (not the "
-        f"preset at this size), TF32 unless named, on an {where['device']}, torch {where['torch'].partition('+')[0]}; "
-        f"ratios are within a run:"
+        f"CIFAR-10 at 50 images per class, ConvNet of width 128 with InstanceNorm (not the preset at this size), TF32, "
+        f"{where['device']}. Ratios are within a run, since eager PyTorch waits for its host:"
     )
 
 
 def _caveats(gpu: Sequence[Path]) -> str:
     """What a reader must know to judge the ratios: what was captured, and what has changed since."""
     cells = newest_cells(gpu)
-    text = "`distill` captures a step as a CUDA graph; `torch.compile` runs in its default mode, without one. "
+    text = "`torch.compile` runs in its default mode; `distill` captures a step as a CUDA graph. "
     if ("fused", "tf32") in cells:
         faster = milliseconds(cells["compile", "tf32"]) / milliseconds(cells["fused", "tf32"]) - 1
         text += (
-            f"Without a graph atom_fast is {100 * faster:.0f} % faster than `torch.compile`; the rest of the gain is "
-            f"the graph. `torch.compile` inside a graph was not measured. "
+            f"Without a CUDA graph atom_fast is {100 * faster:.0f} % faster than `torch.compile`; the rest of the gain "
+            f"is the graph. `torch.compile` inside a graph was not measured. "
         )
-    found = {_commit(path): load_results(path)["cells"][0]["measured_at"][:10] for path in gpu}
-    known = sorted(set(found) & set(COMMITS), key=list(COMMITS).index)
+    dates = {_commit(path): load_results(path)["cells"][0]["measured_at"][:10] for path in gpu}
+    known = [commit for commit in COMMITS if commit in dates]
     if known:
         text += (
-            f"Measured at commits {' and '.join(known)} ({', '.join(sorted({found[commit] for commit in known}))}); "
-            f"the first-block kernel has changed since. {' '.join(filter(None, map(COMMITS.get, known)))} "
+            f"Measured on {', '.join(sorted({dates[commit] for commit in known}))}; the first-block kernel has changed "
+            f"since. {' '.join(filter(None, map(COMMITS.get, known)))}"
         )
-    return text + "Eager PyTorch waits for its host, so its time differs between runs."
+    return text.strip()
 
 
 def _preset(table1: Path) -> str:
     """The step of the preset, which has BatchNorm at this size, from the seconds of its whole runs."""
     record = read(table1)
     average = 1e3 * _atom(record, 50).seconds / record.iterations
-    return f"The preset has BatchNorm at this size; its whole runs average {three_digits(average)} ms per step."
+    return f"The preset has BatchNorm; its whole runs average {three_digits(average)} ms per step."
 
 
 def demo(path: Path) -> str:
@@ -192,8 +203,8 @@ def demo(path: Path) -> str:
     ]
     seconds = " and ".join(f"{result['seconds']:.0f}" for result in record["results"])
     return paragraph(
-        f"The demo reaches {' and '.join(found)}. The two distillations took {seconds} seconds on a CPU; installing "
-        f"and evaluating come on top. Another processor or compiler rounds differently."
+        f"The demo reaches {' and '.join(found)}. Distilling took {seconds} seconds on a CPU; installing and "
+        f"evaluating come on top."
     )
 
 
@@ -213,7 +224,7 @@ def accuracy(table1: Path) -> str:
         f"{sets} sets per cell, {networks} networks per set (paper: 5 and 20). Evaluated with DataDAM's schedule "
         f"({_schedule(record)}). The preset's open settings were chosen by CIFAR-10 test accuracy; no validation split "
         f"was used, so the comparison with the paper is optimistic. DM ran {record.iterations:,} of its 20,000 steps. "
-        f"The images were read from {images} files (JPEG at quality 75); the accuracy that this costs is not known."
+        f"Images were read from JPEG files of quality {images.removeprefix('JPEG q')}; what that costs is not known."
     )
     return f"{markdown(head, lines)}\n\n{under}"
 
@@ -234,26 +245,25 @@ def _printed(row: Row) -> str:
 
 
 def methods(cpu: Path) -> str:
-    """A step of every method of the paper's Table 3, on a CPU."""
+    """A step of every method of the paper's Table 3, on a CPU, in a sentence."""
     results = load_results(cpu)
     cells = {
         (c["setting"]["method"], c["setting"]["provider"]): c
         for c in results["cells"]
         if c["setting"]["ipc"] == CPU_IPC
     }
-    lines = []
-    for provider, name in ROWS.items():
-        found = [cells.get((method, provider)) for method in METHODS]
-        lines.append(
-            [name, *(three_digits(milliseconds(cell)) if cell and cell["status"] == "ok" else "–" for cell in found)]
-        )
+    times = []
+    for name, method in METHODS.items():
+        found = [cells.get((name, provider)) for provider in ROWS]
+        own = [three_digits(milliseconds(cell)) for cell in found if cell and cell["status"] == "ok"]
+        if own:
+            times.append(f"{method.title} {' / '.join(own)}")
     where = results["environment"]
-    head = ["", *(method.title for method in METHODS.values())]
-    text = paragraph(
-        f"Milliseconds per step at {CPU_IPC} images per class, on one thread of an {where['device']}, at reduced width "
-        f"and with fewer real images. DC, DSA and MTT train networks and are baselines only."
+    return paragraph(
+        f"**Comparison with other methods (CPU).** Milliseconds per step at {CPU_IPC} images per class, "
+        f"{' / '.join(ROWS.values())}, on one thread of an {where['device']}, at reduced width and batch: "
+        f"{'; '.join(times)}. Methods with one figure are baselines: their eager step was timed."
     )
-    return f"{text}\n\n{markdown(head, lines)}"
 
 
 def paragraph(text: str, bullet: str = "") -> str:
