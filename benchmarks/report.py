@@ -67,7 +67,10 @@ def pages(results: Path) -> dict[str, dict[str, str]]:
             ),
         },
         "docs/results.md": reproduction.sections(results),
-        "docs/usage.md": {"compilers": _where(compilers.table, results / "compilers.json")},
+        "docs/usage.md": {
+            "class-chunks": _where(lessons.class_chunks, results / "scaling-cpu.json"),
+            "compilers": _where(compilers.table, results / "compilers.json"),
+        },
         "docs/benchmarks.md": {"table3-gpu": edition_markdown("gpu", gpu), "table3-cpu": edition_markdown("cpu", cpu)},
         "docs/performance.md": {
             "budget": lessons.budget(),

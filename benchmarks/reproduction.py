@@ -14,6 +14,8 @@ from atom_fast.reproduce.tables import FORMAT, markdown
 
 PREFIX = "reproduce-"
 TABLE1 = "cifar10-table1"
+# They show that a target runs at a small size, and are too small to conclude anything from.
+UNSHOWN = ("digits-table1", "digits-table2", "digits-table5", "digits-fig3")
 UNBROKEN = "\u00a0±\u00a0"  # in narrow columns
 AS_IN_THE_PAPER = "the paper's size"
 ROWS = {"preset paper": "baseline", "Random (nothing is matched)": "Random"}
@@ -116,15 +118,6 @@ class Record:
                     found.append(_row(row["title"], entry))
         return found
 
-    def cited(self) -> list[tuple[str, dict[str, Sequence]]]:
-        """The rows of the paper that are not run here, with its figures by column."""
-        return [
-            (row["title"], {column: entry["paper"] for column, entry in row["entries"].items() if entry["paper"]})
-            for section in self.content["sections"]
-            for row in section["rows"]
-            if any(entry["cited"] for entry in row["entries"].values())
-        ]
-
 
 def _row(title: str, entry: Mapping) -> Row:
     ours = entry["ours"]
@@ -167,12 +160,11 @@ def read(path: Path) -> Record:
 
 
 def sections(results: Path) -> dict[str, str]:
-    """By name, every section of the page: two of Table 1, the open settings, and the details of every file."""
+    """By name, every section of the page: Table 1, the open settings, and the details of every file that is shown."""
     records = {path.stem.removeprefix(PREFIX): read(path) for path in sorted(results.glob(f"{PREFIX}*.json"))}
-    found = {"table1": "", "table1-cited": "", "open": open_settings(records)}
-    if TABLE1 in records:
-        found |= {"table1": table1(records[TABLE1]), "table1-cited": cited(records[TABLE1])}
-    return found | {name: details(record) for name, record in records.items() if name != TABLE1}
+    table = table1(records[TABLE1]) if TABLE1 in records else ""
+    shown = {name: details(record) for name, record in records.items() if name not in (TABLE1, *UNSHOWN)}
+    return {"table1": table, "open": open_settings(records), **shown}
 
 
 def table1(record: Record) -> str:
@@ -205,15 +197,6 @@ def _leads(record: Record) -> str:
         if "ATOM" in rows and "DAM" in rows:
             leads.append(f"{rows['ATOM'].mean - rows['DAM'].mean:+.1f} at {_images(column)}")
     return f"ATOM less DAM, in points: {', '.join(leads)}." if leads else ""
-
-
-def cited(record: Record) -> str:
-    """The rows of Table 1 that are not run here, as the paper prints them."""
-    columns = record.columns
-    head = ["paper's figure, %", *(_images(column) for column in columns)]
-    return markdown(
-        head, [[title, *(_figure(values.get(column)) for column in columns)] for title, values in record.cited()]
-    )
 
 
 def _seconds(record: Record, column: str) -> str:
