@@ -204,12 +204,13 @@ def _table(edition: str, merged: dict[Setting, dict], entry: Callable, printed: 
     ipcs = _ipcs(edition, merged)
     lines = ["| Method | | " + " | ".join(f"IPC {ipc}" for ipc in ipcs) + " |", "|---|---|" + "---:|" * len(ipcs)]
     for method, described in METHODS.items():
-        rows = []
+        rows: list[tuple[str, list[str]]] = []
         if EDITIONS[edition].device == "cuda":
             rows.append((f"paper, {paper.DEVICE}", [printed(method, paper.IPCS.index(ipc)) for ipc in ipcs]))
         for label, cells in _rows(edition, merged, method).items():
             if any(cells):
                 rows.append((label, [entry(cell) if cell else MISSING for cell in cells]))
+        rows = [(label, entries) for label, entries in rows if set(entries) != {MISSING}]
         for row, (label, entries) in enumerate(rows):
             lines.append(f"| {described.title if row == 0 else ''} | {label} | {' | '.join(entries)} |")
     return "\n".join(lines)
@@ -272,7 +273,7 @@ def _memory_entry(cell: dict) -> str:
         return cell["status"]
     peak = cell["memory"]["peak_allocated"]
     if peak is None:
-        return "–"
+        return MISSING
     text = f"{peak / 1e6:,.0f}" if peak >= 1e7 else f"{peak / 1e6:.1f}"
     if cell["setting"]["provider"] != "eager" and cell["eager"] and cell["eager"]["status"] == "ok":
         text += f" ({peak / cell['eager']['memory']['peak_allocated']:.0%})"
