@@ -28,7 +28,7 @@ STEPS = (
 ROWS = {"eager": "eager PyTorch", "compile": "`torch.compile`", "fused": "atom_fast"}
 # What a reader must know of the code that was measured, by its commit.
 COMMITS = {
-    "93659fb": "In 93659fb the first block's gradient was wrong for some tile sizes: read its times as timings only.",
+    "93659fb": "In 93659fb its gradient was wrong for some tile sizes: atom_fast's times there are timings only.",
     "9013630": "",
 }
 CPU_IPC = 10
@@ -169,7 +169,7 @@ def _where(gpu: Sequence[Path]) -> str:
 def _caveats(gpu: Sequence[Path]) -> str:
     """What a reader must know to judge the ratios: what was captured, and what has changed since."""
     cells = newest_cells(gpu)
-    text = "`torch.compile` runs in its default mode; `distill` captures a step as a CUDA graph. "
+    text = "`torch.compile` runs in its default mode; `distill` captures a CUDA graph. "
     if ("fused", "tf32") in cells:
         faster = milliseconds(cells["compile", "tf32"]) / milliseconds(cells["fused", "tf32"]) - 1
         text += (
@@ -180,8 +180,8 @@ def _caveats(gpu: Sequence[Path]) -> str:
     known = [commit for commit in COMMITS if commit in dates]
     if known:
         text += (
-            f"Measured on {', '.join(sorted({dates[commit] for commit in known}))}; the kernels, the first block's "
-            f"most, have changed since. {' '.join(filter(None, map(COMMITS.get, known)))}"
+            f"Measured on {', '.join(sorted({dates[commit] for commit in known}))}; the kernels have changed since, "
+            f"most of all the first block's. {' '.join(filter(None, map(COMMITS.get, known)))}"
         )
     return text.strip()
 
@@ -263,7 +263,7 @@ def methods(cpu: Path) -> str:
         f"**Comparison with other methods (CPU).** Milliseconds per step at {CPU_IPC} images per class, "
         f"{' / '.join(ROWS.values())}, on one thread of an {where['device']}, at reduced width and batch, "
         f"commit {_commit(cpu)}: "
-        f"{'; '.join(times)}. Methods with one figure are baselines: their eager step was timed."
+        f"{'; '.join(times)}."
     )
 
 
