@@ -532,7 +532,7 @@ def test_a_file_that_is_no_result_is_not_replaced(content, finished, tmp_path):
 
 
 @pytest.mark.fault(
-    "Damaged files", "the result of a part of the demo is damaged", "said, and measured again; its set is kept"
+    "Damaged files", "the result of a part of the demo is damaged", "one warning; it is measured again, its set is kept"
 )
 def test_a_damaged_result_of_the_demo_is_measured_again(tmp_path, monkeypatch, capsys):
     from atom_fast import demo
