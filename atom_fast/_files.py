@@ -28,7 +28,7 @@ def write_atomically(path: str | os.PathLike, content: bytes | str) -> Path:
     temporary = unfinished_path(target)
     try:
         if target.exists() and not target.is_file():  # moving a file onto a device would remove the device
-            raise OSError(errno.EINVAL, "it is no file")
+            raise OSError(errno.EINVAL, "it is not a file")
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)

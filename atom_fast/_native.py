@@ -117,7 +117,7 @@ def _library() -> ctypes.CDLL | None:
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
             reasons.append(str(error))
     warnings.warn(
-        f"the fused kernels for a CPU could not be built, so PyTorch's operators take their place, several times "
+        f"the fused kernels for a CPU could not be built, so PyTorch's operators are used instead, several times "
         f"slower: {'; '.join(dict.fromkeys(reasons))}",
         stacklevel=4,
     )

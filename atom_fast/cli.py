@@ -20,7 +20,7 @@ from atom_fast._interrupts import interrupts_raised
 from atom_fast._malloc import keep_freed_memory
 from atom_fast.data.sources import SOURCES
 from atom_fast.data.whitening import KINDS
-from atom_fast.distill.config import PRESETS, DistillConfig, from_yaml, preset, read_settings
+from atom_fast.distill.config import AUTO, PRESETS, DistillConfig, from_yaml, preset, read_settings
 from atom_fast.evaluate.coresets import EPOCHS, METHODS
 from atom_fast.evaluate.protocols import PROTOCOLS
 from atom_fast.evaluate.sets import FEATURES
@@ -45,11 +45,11 @@ class _Choice(click.Choice):
 
 
 class _OrNone(click.ParamType):
-    """A value of another type, or the word ``none``."""
+    """A value of another type, or the word ``none``, which help shows only where it leaves something out."""
 
-    def __init__(self, inner: click.ParamType):
+    def __init__(self, inner: click.ParamType, shown: bool):
         self.inner = inner
-        self.name = f"{inner.name}|none"
+        self.name = f"{inner.name}|none" if shown else inner.name
 
     def convert(self, value, param, ctx):
         return None if value is None or value.lower() == "none" else self.inner.convert(value, param, ctx)
@@ -128,7 +128,7 @@ def _alone(command):
         from atom_fast.ranks import launched
 
         if launched():
-            raise ValueError(f"{command.__name__} does not share its work; start it once, without torchrun")
+            raise ValueError(f"{command.__name__} runs in one process; start it without torchrun")
         return command(*args, **options)
 
     return run
@@ -150,7 +150,9 @@ def _setting_option(field: dataclasses.Field, hint: object):
         kind = _Choice(field.metadata["choices"])
     else:
         kind = click.INT if int in accepted else click.FLOAT if float in accepted else click.STRING
-    return click.option(_flag(field.name), type=_OrNone(kind) if type(None) in accepted else kind, help=text)
+    if type(None) in accepted:
+        kind = _OrNone(kind, shown=default != AUTO)
+    return click.option(_flag(field.name), type=kind, help=text)
 
 
 def _setting_options(command):
@@ -167,7 +169,7 @@ def _data_options(default: str | None, explained: str):
             click.option(
                 "--data-dir",
                 type=click.Path(path_type=Path),
-                help="folder of the data; digits need none, 'folder' needs one  [default: data]",
+                help="folder of the data; not needed for digits, required for 'folder'  [default: data]",
             ),
             click.option("--download", is_flag=True, help="fetch CIFAR or Tiny ImageNet if missing  [default: off]"),
         )
@@ -201,9 +203,9 @@ _set_argument = click.argument("file", type=_SetFile(path_type=Path))
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
 def main():
-    """Dataset distillation by attention matching (ATOM): a few synthetic images per class that train a network well.
+    """Distil an image data set into a few synthetic images per class (ATOM).
 
-    Files are synthetic sets as `atom-fast distill` writes them: synthetic.safetensors in a run's folder, or the folder.
+    FILE is a synthetic set as 'atom-fast distill' writes it: synthetic.safetensors, or the run's folder.
     """
     keep_freed_memory()  # a step on a CPU takes a fifth less time
 
@@ -212,7 +214,9 @@ def main():
 @_data_options("digits", "digits")
 @click.option("--resolution", type=int, help="resize images to squares of this side, in pixels  [default: as they are]")
 @click.option("--output", type=click.Path(path_type=Path), help="the run's folder  [default: runs/DATASET-ipcN-PRESET]")
-@click.option("--resume", is_flag=True, help="go on from the newest checkpoint in --output, if any  [default: off]")
+@click.option(
+    "--resume", is_flag=True, help="continue from the newest checkpoint in --output, if there is one  [default: off]"
+)
 @click.option("--preset", "preset_name", type=_Choice(list(PRESETS)), help="published settings  [default: paper]")
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file of settings  [default: no file]")
 @click.option(
@@ -232,9 +236,9 @@ def distill(
 ):  # fmt: skip
     """Distil a data set into a few images per class.
 
-    Settings are taken from the preset, then from --config, then from the options below; the last one counts. Everything
-    about the run is kept in its folder. `torchrun --nproc-per-node N -m atom_fast distill ...` deals the classes to N
-    processes, with a GPU each.
+    Settings come from the preset, then from --config, then from the options below; later ones override earlier ones.
+    Everything about the run is kept in its folder. `torchrun --nproc-per-node N -m atom_fast distill ...` runs N
+    processes, one per GPU, which share the classes.
     """
     from atom_fast.data.sources import load_data
     from atom_fast.distill import distill as run
@@ -243,7 +247,7 @@ def distill(
 
     config, preset_name = _configuration(ctx, settings, config, preset_name)
     if given and settings["image_init"] not in (None, "given"):
-        raise ValueError(f"--set takes the place of --image-init {settings['image_init']}; give one of them")
+        raise ValueError(f"give --set or --image-init {settings['image_init']}, not both")
     start = SyntheticSet.load(given) if given else None
     output = output or Path("runs") / f"{dataset}-ipc{config.ipc}-{preset_name}"
     options = {"resolution": resolution, "progress": not quiet and world.rank == 0}
@@ -290,12 +294,12 @@ def _device(name: str) -> str | None:
     "--shape",
     type=int,
     nargs=4,
-    help="random images instead of a data set: classes, channels, height, width  [default: those of --dataset]",
+    help="random images instead of a data set: classes, channels, height, width  [default: the images of --dataset]",
 )
 @click.option("--preset", "preset_name", type=_Choice(list(PRESETS)), help="published settings  [default: paper]")
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file of settings  [default: no file]")
-@click.option("--steps", default=10, help="how many to time, and to trace  [default: 10 steps]")
-@click.option("--warm-up", default=3, help="steps before them  [default: 3 steps]")
+@click.option("--steps", default=10, help="steps to time and trace  [default: 10 steps]")
+@click.option("--warm-up", default=3, help="untimed steps before  [default: 3 steps]")
 @click.option("--measure", is_flag=True, help="measure the rates of a device whose datasheet is known  [default: off]")
 @click.option("--output", type=click.Path(path_type=Path), help="folder to write to  [default: runs/profile]")
 @click.option("--trace", type=click.Path(path_type=Path), help="Chrome trace to write  [default: OUTPUT/trace.json]")
@@ -308,10 +312,10 @@ def profile(
     ctx, dataset, data_dir, download, resolution, shape, preset_name, config, steps, warm_up, measure, output, trace,
     device, quiet, **settings,
 ):  # fmt: skip
-    """Say where the time of a distillation's step goes, and how far that is from the least it could take.
+    """Show where the time of a step goes, and how far each stage is from the least time it could take.
 
-    Runs a few steps with the settings that `atom-fast distill` would take, and keeps none of their images. Prints a
-    table of the stages; keeps it in profile.json, and a Chrome trace for ui.perfetto.dev, in --output.
+    Runs a few steps with the settings of `atom-fast distill` and keeps no images. Prints a table of the stages, and
+    writes it to profile.json in --output, beside a Chrome trace for ui.perfetto.dev.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # PyTorch's profiler reports its own start and stop
     from atom_fast.data.sources import load_data
@@ -323,7 +327,7 @@ def profile(
     if not shape:
         data = load_data(dataset, data_dir, download=download, resolution=resolution, progress=not quiet)
     elif any(ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in ("dataset", "resolution")):
-        raise ValueError("--shape takes the place of a data set; give no --dataset or --resolution with it")
+        raise ValueError("give --shape or --dataset/--resolution, not both")
     else:
         data = random_data(*shape, per_class=max(500, config.real_batch, config.ipc))
     trace = trace or output / "trace.json"
@@ -339,37 +343,46 @@ def profile(
 @_set_argument
 @_data_options(None, "the one the set was distilled from")
 @click.option("--resolution", type=int, help="resize the data's images to this side, in pixels  [default: the set's]")
-@click.option("--networks", default=5, help="networks to train on each side  [default: 5 networks]")
+@click.option(
+    "--networks", default=5, help="networks to train on the set, and as many on random images  [default: 5 networks]"
+)
 @click.option(
     "--arch",
     type=_List(_Choice(list(NETWORKS))),
     default="convnet",
     show_default=True,
-    help=f"their architecture, or several joined by commas: {', '.join(NETWORKS)}",
+    help=f"architecture of the networks, or several joined by commas: {', '.join(NETWORKS)}",
 )
 @click.option(
-    "--protocol", type=_Choice(list(PROTOCOLS)), help="how to train  [default: digits for digits, paper for others]"
+    "--protocol",
+    type=_Choice(list(PROTOCOLS)),
+    help="how the networks are trained  [default: digits for digits, paper for others]",
 )
-@click.option("--epochs", type=int, help="passes over the set, in place of the protocol's  [default: the protocol's]")
-@click.option("--random/--no-random", default=True, help="measure random real images beside it  [default: random]")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="of networks and random images")
-@click.option("--precision", type=_Choice(PRECISIONS), default="float32", show_default=True, help="of the training")
+@click.option("--epochs", type=int, help="passes over the set, instead of the protocol's  [default: the protocol's]")
+@click.option("--random/--no-random", default=True, help="also train on random real images  [default: on]")
 @click.option(
-    "--evaluate-every", default=0, help="epochs between further tests, kept in --json  [default: 0 epochs: last only]"
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="seed of the networks and of the random images"
 )
-@click.option("--together", type=int, help="networks trained at a time  [default: chosen for the device]")
+@click.option(
+    "--precision", type=_Choice(PRECISIONS), default="float32", show_default=True, help="precision of the training"
+)
+@click.option(
+    "--evaluate-every", default=0, help="also test every N epochs (in --json)  [default: 0, only after the last epoch]"
+)
+@click.option("--together", type=int, help="networks to train at the same time  [default: chosen for the device]")
 @click.option(
     "--preprocessing",
     type=_Choice(KINDS),
-    help="model space of a .pt, or for a folder's images  [default: that of the public code, standard for others]",
+    help="how a .pt was preprocessed, or how to preprocess a folder's images  [default: as the public code does for a "
+    ".pt of a data set it knows, standard otherwise]",
 )
-@click.option("--experiment", default=0, help="which set of a .pt with several  [default: 0: the first]")
+@click.option("--experiment", default=0, help="which set, where a .pt holds several  [default: 0: the first]")
 @click.option(
     "--json",
     "json_path",
     type=click.Path(path_type=Path),
-    help="file for the full result, written whenever networks finish; run again, an interrupted evaluation trains only "
-    "the networks that are missing in it  [default: not written]",
+    help="file for the full result, written whenever a network finishes; run again to train what is missing  "
+    "[default: not written]",
 )
 @_device_option
 @_quiet_option
@@ -381,7 +394,7 @@ def evaluate(
     """Train fresh networks on the set in FILE and test them: mean ± standard deviation of last-epoch accuracy, in %.
 
     FILE is a synthetic set, a .pt that the public DC, DM or DataDAM program saved, or a folder of images; the last two
-    need --dataset. `torchrun --nproc-per-node N -m atom_fast evaluate ...` deals the networks to N processes.
+    need --dataset. `torchrun --nproc-per-node N -m atom_fast evaluate ...` shares the networks among N processes.
     """
     from atom_fast.comparison import compare, default_protocol
     from atom_fast.evaluate.protocols import get_protocol
@@ -390,7 +403,7 @@ def evaluate(
     first = world.rank == 0
     earlier, records = world.exchange(_read_records(json_path) if first else None)[0], {}
     if all(network in earlier and earlier[network]["state"]["complete"] for network in arch):
-        earlier = {}  # nothing was interrupted: measured anew
+        earlier = {}  # nothing was interrupted: measured again
     synthetic, data = world.after_first(
         lambda: _set_and_data(
             file,
@@ -422,7 +435,7 @@ def evaluate(
         if not first:
             continue
         if record["same_data"] is False and position == 0:
-            click.echo(f"note: these {data.name} images are not those the set was distilled from", err=True)
+            click.echo(f"note: these {data.name} images are not the ones that the set was distilled from", err=True)
         click.echo((f"{network}: " if len(arch) > 1 else "") + _printable(result_line(record)))
 
 
@@ -435,7 +448,7 @@ def _set_and_data(file, dataset, data_dir, preprocessing, experiment, **options)
     if file.is_dir() or file.suffix in (".pt", ".pth"):
         if dataset is None:
             raise ValueError(
-                f"{file} does not say what data set it is for; give --dataset, one of {', '.join(SOURCES)}"
+                f"{file} does not say which data set it is for; give --dataset, one of {', '.join(SOURCES)}"
             )
         data = load_data(dataset, data_dir, **options)
         how = {"preprocessing": preprocessing, "experiment": experiment, "progress": options["progress"]}
@@ -454,7 +467,7 @@ def _read_records(path: Path | None) -> dict[str, dict]:
         content = json.loads(path.read_text("utf-8"))
         records = content if isinstance(content, list) else [content]
         if not all({"complete", "hash"} <= record["state"].keys() for record in records):
-            raise ValueError("a record does not say what it is of")
+            raise ValueError("a record does not say what it describes")
         return {record["evaluation"]["network"]: record for record in records}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a result of this command; move it, or name another file") from error
@@ -479,8 +492,8 @@ def _data_of(
 @main.command()
 @_data_options("digits", "digits")
 @click.option("--resolution", type=int, help="resize images to squares of this side, in pixels  [default: as they are]")
-@click.option("--method", type=_Choice(METHODS), default="random", show_default=True, help="how to choose")
-@click.option("--ipc", default=1, help="images to choose in each class; not for full  [default: 1 per class]")
+@click.option("--method", type=_Choice(METHODS), default="random", show_default=True, help="how to choose the images")
+@click.option("--ipc", default=1, help="images to choose per class; not used by full  [default: 1 per class]")
 @click.option("--output", type=click.Path(path_type=Path), help="file to write  [default: runs/DATASET-ipcN-METHOD...]")
 @click.option(
     "--preprocessing",
@@ -497,12 +510,14 @@ def _data_of(
     help="what herding and k-center compare, both in model space: the embedding of a network trained on all images, "
     "or pixels",
 )
-@click.option("--epochs", default=EPOCHS, help=f"how long that network is trained  [default: {EPOCHS} epochs]")
+@click.option("--epochs", default=EPOCHS, help=f"epochs of that network's training  [default: {EPOCHS} epochs]")
 @click.option(
-    "--protocol", type=_Choice(list(PROTOCOLS)), help="how to train it  [default: digits for digits, paper for others]"
+    "--protocol",
+    type=_Choice(list(PROTOCOLS)),
+    help="how that network is trained  [default: digits for digits, paper for others]",
 )
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="of the random choice, or of the network"
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="seed of the random choice or of the network"
 )
 @_device_option
 @_quiet_option
@@ -551,8 +566,8 @@ def show(file, output):
     "--format",
     "form",
     type=_Choice(EXPORT_FORMATS),
-    help="folder: PNG files as torchvision's ImageFolder reads them; pt: what the public DC, DM and DataDAM code saves"
-    "  [default: pt where OUTPUT ends in .pt, otherwise folder]",
+    help="folder: PNG files as torchvision's ImageFolder reads them; pt: the format of the public DC, DM and DataDAM "
+    "code  [default: pt if OUTPUT ends in .pt, otherwise folder]",
 )
 def export(file, output, form):
     """Write the set in FILE to OUTPUT in a format that other programs read."""
@@ -563,9 +578,9 @@ def export(file, output, form):
 
 @main.command()
 @_set_argument
-@click.option("--json", "as_json", is_flag=True, help="print it as JSON  [default: off]")
+@click.option("--json", "as_json", is_flag=True, help="print the facts as JSON  [default: off]")
 def info(file, as_json):
-    """Say what is in FILE, how it was made, and how to normalise the images that its networks are tested on."""
+    """Show what FILE holds and how it was made."""
     from atom_fast.report import describe
     from atom_fast.synthetic import SyntheticSet
 
@@ -606,13 +621,13 @@ def _lines(name: str, value: object) -> list[str]:
     type=click.Path(path_type=Path),
     default=Path("runs/demo"),
     show_default=True,
-    help="folder; finished parts that are there already are kept, unfinished ones resumed",
+    help="folder; finished parts are kept, unfinished ones resumed",
 )
 @_device_option
 @_quiet_option
 @_alone
 def demo(output, device, quiet):
-    """Distil scikit-learn's digits at 1 and 10 images per class, and evaluate both: minutes on a CPU."""
+    """Distil scikit-learn's digits at 1 and 10 images per class and evaluate both: minutes on a CPU."""
     from atom_fast.demo import run_demo
 
     run_demo(output, device=_device(device), progress=not quiet)
@@ -648,7 +663,7 @@ def doctor(device, gpu, as_json):
 
 
 class _CellName(click.ParamType):
-    """A data set and images a class, joined by a colon."""
+    """A data set and images per class, joined by a colon."""
 
     name = "dataset:ipc"
 
@@ -658,32 +673,53 @@ class _CellName(click.ParamType):
 
 @main.command()
 @click.argument("target", type=_Choice(list(TARGETS)))
-@click.option("--cells", type=_List(_CellName()), help="such as cifar10:1,tiny:50  [default: the paper's]")
-@click.option("--methods", type=_List(_Choice(list(REPRODUCED))), help="those to run  [default: all of the target]")
-@click.option("--factors", type=_List(click.STRING), help="of the study, joined by commas  [default: all]")
-@click.option("--seeds", type=int, help="sets per cell  [default: 5 sets, 3 of digits]")
+@click.option(
+    "--cells",
+    type=_List(_CellName()),
+    help="data sets and images per class, such as cifar10:1,tiny:50  [default: the paper's]",
+)
+@click.option("--methods", type=_List(_Choice(list(REPRODUCED))), help="methods to run  [default: all of the target]")
+@click.option(
+    "--factors", type=_List(click.STRING), help="settings of the study to vary, joined by commas  [default: all]"
+)
+@click.option("--seeds", type=int, help="distilled sets per cell  [default: 5 sets, 3 for digits]")
 @click.option("--networks", type=int, help="networks to train on each set  [default: 20 networks, 2 for digits]")
-@click.option("--iterations", type=int, help="of every distillation  [default: the method's own, for digits 200 steps]")
-@click.option("--width", type=int, help="channels of the ConvNets  [default: 128 channels, for digits 32]")
-@click.option("--real-batch", type=int, help="real images of each class in a step  [default: the method's own]")
+@click.option(
+    "--iterations",
+    type=int,
+    help="steps of every distillation  [default: the method's own number of steps, 200 for digits]",
+)
+@click.option("--width", type=int, help="channels of the ConvNets  [default: 128 channels, 32 for digits]")
+@click.option("--real-batch", type=int, help="real images per class per step  [default: the method's own]")
 @click.option(
     "--set", "given", multiple=True, metavar="NAME=VALUE", help="a setting of distill  [default: the method's own]"
 )
-@click.option("--protocol", type=_Choice(list(PROTOCOLS)), help="how to train  [default: digits for digits, or paper]")
-@click.option("--epochs", type=int, help="of that protocol; others change in proportion  [default: its own]")
-@click.option("--selection-epochs", type=int, help=f"of the network that chooses images  [default: {EPOCHS} epochs]")
+@click.option(
+    "--protocol",
+    type=_Choice(list(PROTOCOLS)),
+    help="how the networks are trained  [default: digits for digits, paper for others]",
+)
+@click.option(
+    "--epochs", type=int, help="epochs of that protocol; its other times scale with them  [default: the protocol's]"
+)
+@click.option(
+    "--selection-epochs", type=int, help=f"epochs of the network that selects images  [default: {EPOCHS} epochs]"
+)
 @click.option(
     "--budget",
     type=float,
-    help="minutes to spend: estimate every cell by timing a few steps, run those that fit, name the others  "
-    "[default: no limit]",
+    help="minutes: estimate every cell, run what fits, name the rest  [default: no limit]",
 )
-@click.option("--only", type=_List(click.INT), help="cells by their numbers in --list, such as 3,4  [default: all]")
-@click.option("--list", "listed", is_flag=True, help="list the cells with their numbers, and end  [default: off]")
+@click.option("--only", type=_List(click.INT), help="numbers of cells from --list, such as 3,4  [default: all]")
+@click.option("--list", "listed", is_flag=True, help="list the cells with their numbers and exit  [default: off]")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="folder of the data  [default: data]")
 @click.option("--download", is_flag=True, help="fetch CIFAR or Tiny ImageNet if missing  [default: off]")
 @click.option(
-    "--output", type=click.Path(path_type=Path), default=Path("runs/reproduce"), show_default=True, help="folder"
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("runs/reproduce"),
+    show_default=True,
+    help="folder of the cells and results",
 )
 @_device_option
 @_quiet_option
@@ -692,12 +728,11 @@ def reproduce(
     target, cells, methods, factors, iterations, width, real_batch, given, budget, only, listed, data_dir, download,
     output, device, quiet, world, **scale,
 ):  # fmt: skip
-    """Reproduce a table or figure of the ATOM paper, and show it beside the paper's.
+    """Run a table or figure of the ATOM paper and show the results beside the paper's.
 
-    TARGET is table1, table2, table4, table5, fig3 to fig7, or study: what the paper leaves open, a setting at a time.
-    A cell that is finished is kept; run again, with more seeds or networks as well, it goes on. Several processes
-    may run the same command in one folder; `torchrun --nproc-per-node N -m atom_fast reproduce ...` starts N of them,
-    with a GPU each.
+    TARGET is a table, a figure, or study: the settings that the paper leaves open, varied one at a time. Finished cells
+    are kept: run the same command again, also with more seeds or networks, to continue. Several processes may run the
+    same command in one folder; `torchrun --nproc-per-node N -m atom_fast reproduce ...` starts N of them, one per GPU.
     """
     from atom_fast import reproduce as package
     from atom_fast.reproduce.run import list_units

@@ -75,9 +75,9 @@ def _part(output: Path, data: ImageData, config: DistillConfig, device, progress
             result = json.loads(result_file.read_text("utf-8"))
             result_line(result)
         except (ValueError, TypeError, KeyError) as error:
-            print(f"{result_file} is damaged ({error}): it is made anew", file=sys.stderr)
+            print(f"{result_file} is damaged ({error}): it is measured again", file=sys.stderr)
         else:
-            print(f"kept from an earlier demo: {folder} (remove the folder to make it anew)", file=sys.stderr)
+            print(f"kept from an earlier demo: {folder} (remove the folder to repeat it)", file=sys.stderr)
             return result
     synthetic = distill(
         config, data, folder, resume=resume, progress=progress, device=device, how_to_go_on="run the same command again"
@@ -104,7 +104,7 @@ def _prepare(output: Path, folder: Path, settings: dict) -> bool:
     if started and known is None:
         raise FileExistsError(f"{folder} was not made by the demo; move it, or give the demo another --output")
     if started and known != settings:
-        print(f"made anew, since the demo's settings have changed: {folder}", file=sys.stderr)
+        print(f"repeated, because the demo's settings changed: {folder}", file=sys.stderr)
         shutil.rmtree(folder)
         started = False
     write_atomically(output / _RECORD, json.dumps({**record, folder.name: settings}, indent=2) + "\n")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -34,6 +36,9 @@ FIRST_BLOCK = {
 # What a check may be off by, relative to the length of what is compared. Rounding to TF32 turns some features off or
 # on, each of which changes the gradient by a whole term; a wrong kernel is off by half the length and more.
 TOLERANCE, TF32_TOLERANCE = 1e-3, 1e-1
+
+
+_NVIDIA_SMI = ("nvidia-smi", "--format=csv,noheader")
 
 
 def examine(device: torch.device, chip: Chip | None = None) -> dict[str, object]:
@@ -73,10 +78,22 @@ def _gpu(device: torch.device) -> dict[str, object]:
         "name": properties.name,
         "chip": str(chip),
         "memory": f"{properties.total_memory / 2**30:.1f} GiB",
-        "driver": _first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]) or "unknown",
+        "driver": (_output([*_NVIDIA_SMI, "--query-gpu=driver_version"]) or "unknown").splitlines()[0],
         "precisions": _precisions(chip) if has_tf32(device) else "float32",
         "Triton": triton_refusal(device) or ("compiles and launches kernels" if HAS_TRITON else "is not installed"),
+        "ptxas": _ptxas() or "none found",
     }
+
+
+def _ptxas() -> str | None:
+    """The version of the assembler that comes with Triton, on which the kernels' machine code depends."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None:
+        return None
+    tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    said = _output([str(tool), "--version"]) or ""
+    found = re.search(r"release [\d.]+, V([\d.]+)", said)
+    return found[1] if found else None
 
 
 def _pretended(chip: Chip) -> dict[str, object]:
@@ -290,9 +307,8 @@ def report(findings: dict[str, object]) -> str:
     return "\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections)
 
 
-def _first_line(command: list[str]) -> str | None:
+def _output(command: list[str]) -> str | None:
     try:
-        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()
-        return lines[0] if lines else None
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -254,7 +254,7 @@ def _resolve_groups(
     if real_labels is None:
         if (real.shape[0] == 0) != (synthetic.shape[0] == 0):
             raise ValueError(
-                f"a class stands on one side only: {real.shape[0]} real and {synthetic.shape[0]} synthetic samples"
+                f"a class is on one side only: {real.shape[0]} real and {synthetic.shape[0]} synthetic samples"
             )
         return None
     _check_labels(real_labels, real, "real_labels")
@@ -267,7 +267,7 @@ def _check_labels(labels: Tensor, samples: Tensor | None, name: str) -> None:
         found = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"{name} must be an int64 tensor; got {found}")
     if labels.dim() != 1 or (samples is not None and labels.shape[0] != samples.shape[0]):
-        expected = f"[{samples.shape[0]}], one a sample" if samples is not None else "one-dimensional"
+        expected = f"[{samples.shape[0]}], one per sample" if samples is not None else "one-dimensional"
         raise ValueError(f"{name} must be {expected}; got shape {tuple(labels.shape)}")
     if samples is not None and labels.device != samples.device:
         raise ValueError(f"{name} must be on the samples' device {samples.device}; got {labels.device}")

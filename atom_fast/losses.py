@@ -77,7 +77,7 @@ class ATOMLoss(nn.Module):
         """
         for features, name in ((real_features, "real_features"), (synthetic_features, "synthetic_features")):
             if isinstance(features, Tensor):
-                raise TypeError(f"{name} must be a sequence of tensors, one a layer; got one tensor")
+                raise TypeError(f"{name} must be a sequence of tensors, one per layer; got one tensor")
         if len(real_features) != len(synthetic_features):
             raise ValueError(
                 f"real and synthetic features must have the same layers; got {len(real_features)} "

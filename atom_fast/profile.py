@@ -324,9 +324,11 @@ def _notes(result: Profile) -> Iterator[str]:
     yield f"{result.steps} step{'s' if result.steps > 1 else ''}; {result.fusion}; {result.precision}; times are " + (
         "the kernels', by the stage that launched them" if on_gpu else "the clock's, with the profiler running"
     )
-    yield f"without the profiler: {1e3 * result.step_seconds:.3f} ms a step" + (" from launch to end" if on_gpu else "")
+    yield f"without the profiler: {1e3 * result.step_seconds:.3f} ms per step" + (
+        " from launch to end" if on_gpu else ""
+    )
     if result.captured_seconds is not None:
-        yield f"captured as a CUDA graph: {1e3 * result.captured_seconds:.3f} ms a step"
+        yield f"captured as a CUDA graph: {1e3 * result.captured_seconds:.3f} ms per step"
     if result.not_counted:
         yield f"operations and bytes are not counted for {result.not_counted}"
         return

@@ -294,7 +294,7 @@ class _Ranks(World):
         self._rounds += 1
         missing = {job: f"result/{self._rounds}/{job}" for job in jobs}
         for job, result in work(self.own_jobs(jobs)):
-            with self._explained("while it told of a result"):
+            with self._explained("while it reported a result"):
                 self._store.set(missing[job], json.dumps(list(result.items())))
             yield from self._arrived(missing)
         while missing:
@@ -371,7 +371,7 @@ class _Ranks(World):
             raise
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            said = f"rank {self.rank} of {self.size} lost the others {when}"
+            said = f"rank {self.rank} of {self.size} lost contact with the others {when}"
             try:
                 said = self._failure() or f"{said}: {reason}"
             except RuntimeError:

@@ -49,7 +49,7 @@ def save_image_grid(
         raise ValueError(f"columns must be at least 1; got {columns}")
     count, rows = len(pixels), math.ceil(len(pixels) / columns)
     if class_names is not None and len(class_names) not in (rows, count):
-        accepted = f"{rows} names (one a row) or {count} (one an image)"
+        accepted = f"{rows} names (one per row) or {count} (one per image)"
         raise ValueError(f"class_names must hold {accepted}; got {len(class_names)}")
     columns = min(columns, count)
     image = _draw_grid(pixels, rows, columns, class_names, title)
@@ -171,7 +171,7 @@ def read_log(path: str | os.PathLike) -> list[dict]:
         except (ValueError, TypeError) as error:
             if number == len(lines):
                 break
-            raise ValueError(f"{path} line {number} is no JSON object: {line[:80]!r}") from error
+            raise ValueError(f"{path} line {number} is not a JSON object: {line[:80]!r}") from error
     return records
 
 

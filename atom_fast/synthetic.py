@@ -213,7 +213,7 @@ def load_public(path: str | os.PathLike) -> list[tuple[torch.Tensor, torch.Tenso
     if path.is_dir():
         raise FileNotFoundError(f"{path} is a folder, not a .pt; a run's folder is read by SyntheticSet.load")
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+        raise FileNotFoundError(f"{path} does not exist")
     try:
         with torch.serialization.safe_globals(_numpy_scalar_globals()):
             content = dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -296,12 +296,12 @@ def _read_file(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     if path.is_dir():
         if not (path / SYNTHETIC_FILE).is_file():
             raise FileNotFoundError(
-                f"{path} is a folder without {SYNTHETIC_FILE}, hence no finished run's; a folder of images is evaluated"
-                f" by atom-fast evaluate {path} --dataset NAME"
+                f"{path} is a folder without {SYNTHETIC_FILE}, so it is not a finished run; to evaluate a folder of "
+                f"images: atom-fast evaluate {path} --dataset NAME"
             )
         path = path / SYNTHETIC_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+        raise FileNotFoundError(f"{path} does not exist")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             header = file.metadata() or {}
@@ -312,16 +312,16 @@ def _read_file(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     except Exception as error:  # it has no word for element types of its format that PyTorch lacks
         if zipfile.is_zipfile(path):
             raise ValueError(
-                f"{path} is a .pt of PyTorch's, which does not say what it is of: evaluate it by atom-fast evaluate "
-                f"{path} --dataset NAME, or read it in Python by atom_fast.synthetic.load_public"
+                f"{path} is a .pt file of PyTorch, which does not name its data set: evaluate it with atom-fast "
+                f"evaluate {path} --dataset NAME, or read it in Python with atom_fast.synthetic.load_public"
             ) from error
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     if FORMAT not in header:
-        raise ValueError(f"{path} is no synthetic set: its header has no {FORMAT!r}, but {sorted(header)}")
+        raise ValueError(f"{path} is not a synthetic set: its header lacks {FORMAT!r}; it has {sorted(header)}")
     try:
         description = dict(json.loads(header[FORMAT]))
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: its header is no JSON object: {error}") from error
+        raise ValueError(f"{path} is damaged: its header is not a JSON object: {error}") from error
     if description.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{path} has format version {description.get('format_version')!r}, this atom_fast reads {FORMAT_VERSION}; "

@@ -19,8 +19,10 @@ UNSHOWN = ("digits-table1", "digits-table2", "digits-table5", "digits-fig3")
 UNBROKEN = "\u00a0±\u00a0"  # in narrow columns
 AS_IN_THE_PAPER = "the paper's size"
 ROWS = {"preset paper": "baseline", "Random (nothing is matched)": "Random"}
-# "networks a set 5 instead of 20" as people say it.
+# Words of "reduced" as the page says them; older files say "networks a set".
 REDUCED = {
+    "sets per cell": "sets per cell",
+    "networks per set": "networks per set",
     "sets a cell": "sets per cell",
     "networks a set": "networks per set",
     "real_batch": "real images per class per step",
@@ -285,7 +287,7 @@ def _made(record: Record) -> str:
 
 
 def _plain(reduced: str) -> str:
-    """ "networks a set 5 instead of 20" as "5 networks per set (paper: 20)"."""
+    """ "networks per set 5 instead of 20" as "5 networks per set (paper: 20)"."""
     match = re.fullmatch(r"(.*) (\S+) instead of (.*)", reduced)
     if match is None:
         return reduced.replace("evaluation protocol", "evaluation schedule")
@@ -293,8 +295,8 @@ def _plain(reduced: str) -> str:
     value = f"{int(value):,}" if value.isdigit() else value
     usual = re.sub(r" \((.*)\)", r"; \1", usual)
     if name == "iterations" or name in REDUCED:
-        one = value == "1" and name in ("sets a cell", "networks a set")
         named = REDUCED.get(name, name)
+        one = value == "1" and named in ("sets per cell", "networks per set")
         return f"{value} {named.replace('s ', ' ', 1) if one else named} (paper: {usual})"
     return f"`{name}` {value}" if usual == "the preset's" else f"`{name}` {value} (preset: {usual})"
 

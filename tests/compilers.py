@@ -44,11 +44,12 @@ CHIPS = (75, 80, 86, 89, 90, 100, 120)
 @click.option("--output", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="JSON file")
 def main(versions, chips, everything, only, output):
     """Compile what the package launches, and say where it does not fit, spills or is miscompiled."""
-    chosen = [work for work in workloads() if (everything or work.preset) and only in work.name]
+    known = [work for work in workloads() if only in work.name]
     scope = ("everything" if everything else "presets") + (f", {only}" if only else "")
     for version in versions or (None,):
         with _installed(version) as (name, folder):
             for chip in chips or CHIPS:
+                chosen = [work for work in known if everything or work.of_presets(chip)]
                 _keep(output, {"triton": name, "chip": chip, "workloads": scope, **examine(chosen, chip, folder)})
     click.echo(table(output))
 

@@ -22,8 +22,8 @@ import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# An A100, the GPUs with 100 KB of shared memory (sm_89 and sm_120 differ from sm_86 in few instructions), an H100.
-CAPABILITIES = (80, 86, 90)
+# The GPUs with 100 KB of shared memory (sm_80, 89 and 120 differ from sm_86 in few instructions), and an H100.
+CAPABILITIES = (86, 90)
 # An addition of two packed 16-bit numbers whose constant is lost: what ptxas 12.8 and 12.9 make, for sm_90 and above,
 # of `add.s16x2` with a constant where one half of the result is used.
 LOST_CONSTANT = re.compile(r"\bVIADD\.16x2 [^;]*, 0x0\b")

@@ -67,7 +67,7 @@ def test_help_gives_every_setting_with_default_and_unit():
     entries = help_of("distill")
     for field in dataclasses.fields(DistillConfig):
         default, unit, unset = field.default, field.metadata["unit"], field.metadata["unset"]
-        assert bool(unset) == (default is None), "what is not set has a meaning: derived, or no limit"
+        assert bool(unset) == (default is None), "what is not set has a meaning: derived (auto), or no limit"
         shown = unset or f"{str(default).lower()} {unit}".rstrip()
         assert entries[f"--{field.name.replace('_', '-')}"].endswith(f"[default: {shown}]"), field.name
 
@@ -80,8 +80,11 @@ def test_no_default_is_none(command):
 
 def test_help_says_what_none_leaves_out_and_what_is_derived():
     entries = help_of("distill")
-    assert "none: leave spatial attention out [default: 4.0]" in entries["--spatial-power"]
-    assert "[default: derived: 10; with BatchNorm 0.3 x ipc" in entries["--loss-scale"]
+    assert "FLOAT|NONE" in entries["--spatial-power"]
+    assert "none: no spatial attention [default: 4.0]" in entries["--spatial-power"]
+    assert "NONE" not in entries["--loss-scale"]
+    assert "auto: 10; with BatchNorm 0.3 x ipc" in entries["--loss-scale"]
+    assert entries["--loss-scale"].endswith("[default: auto]")
 
 
 def test_module_and_version():
@@ -159,18 +162,18 @@ def test_default_output_names_data_size_and_preset(configured):
         (["distill", "--ipc", 0], ["ipc must be a whole number of at least 1; got 0"]),
         (["distill", "--spatial-power", 17], ["spatial_power", "17"]),
         (["distill", "--config", "missing.yaml"], ["no configuration file missing.yaml"]),
-        (["distill", "--set", "missing.safetensors"], ["no file missing.safetensors"]),
+        (["distill", "--set", "missing.safetensors"], ["missing.safetensors does not exist"]),
         (["distill", "--dataset", "folder", "--data-dir", "missing"], ["missing"]),
         (["distill", "--device", "gpu"], ["device must be 'cpu', 'cuda' or a GPU by number", "got 'gpu'"]),
         (["distill", "--device", "meta"], ["device must be 'cpu', 'cuda'", "got 'meta'"]),
         (["distill", "--ipc", 1000], ["1000 different ones per class were asked for", "or start from noise"]),
         (["select", "--ipc", 1000], ["1000 different ones per class were asked for; give an ipc of at most 13"]),
-        (["distill", "--set", "a.safetensors", "--image-init", "real"], ["--set takes the place of --image-init real"]),
+        (["distill", "--set", "a.safetensors", "--image-init", "real"], ["give --set or --image-init real, not both"]),
         (["distil"], ["No such command 'distil'"]),
-        (["evaluate", "missing.safetensors"], ["no file missing.safetensors"]),
+        (["evaluate", "missing.safetensors"], ["missing.safetensors does not exist"]),
         (["evaluate", "missing.safetensors", "--seed", -1], ["--seed", "-1 is not in the range x>=0"]),
         (["select", "--seed", -1], ["--seed", "-1 is not in the range x>=0"]),
-        (["show", "missing.safetensors"], ["no file missing.safetensors"]),
+        (["show", "missing.safetensors"], ["missing.safetensors does not exist"]),
         (["show", "missing.safetensors", "--output", "a.jpg"], ["--output must end in .png; got a.jpg"]),
         (["info"], ["Missing argument 'FILE'"]),
     ],
@@ -379,7 +382,7 @@ def test_demo_keeps_what_it_finished_and_nothing_that_is_not_its_own(tmp_path, m
     assert resumed[0]["accuracy_mean"] == first[0]["accuracy_mean"] and (cell / "synthetic.png").exists()
 
     changed = demo.run_demo(output, **{**options, "overrides": {**overrides, "iterations": 3}})
-    assert "made anew" in capsys.readouterr().err and changed[0]["config_hash"] != first[0]["config_hash"]
+    assert "repeated, because" in capsys.readouterr().err and changed[0]["config_hash"] != first[0]["config_hash"]
 
     (output / "demo.json").unlink()
     with pytest.raises(FileExistsError, match="digits-ipc1 was not made by the demo"):
@@ -400,5 +403,5 @@ def test_settings_written_beside_the_result_repeat_it(finished, tmp_path):
 def test_what_cannot_be_shared_is_not_run_several_times_over(command, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = CliRunner().invoke(main, [command, "--output", str(tmp_path / "out")])
-    assert result.exit_code == 2 and f"{command} does not share its work" in result.output
+    assert result.exit_code == 2 and f"{command} runs in one process" in result.output
     assert not list(tmp_path.iterdir())

@@ -239,7 +239,7 @@ def test_a_folder_of_images_is_read_by_the_names_of_its_classes(nested, tmp_path
     torch.testing.assert_close(read.images, ours.images, rtol=0, atol=1e-4)
     assert torch.equal(read.labels, ours.labels)
     (folder / "train" / "class_1").rename(folder / "train" / "dog")
-    with pytest.raises(ValueError, match="folders that are no classes of small: .*dog"):
+    with pytest.raises(ValueError, match="folders that are not classes of small: .*dog"):
         read_set(folder, data, progress=False)
 
 

@@ -106,7 +106,7 @@ def sixteen_bit(path):
         (not_an_image, "bad.jpg", "cannot identify"),
         (lambda path: path.write_bytes(b""), "bad.png", "cannot identify"),
         (lambda path: None, "bad.png", "No such file"),
-        (sixteen_bit, "bad.png", "more than 8 bits a channel"),
+        (sixteen_bit, "bad.png", "more than 8 bits per channel"),
     ],
     ids=["truncated-png", "truncated-jpeg", "text", "empty", "absent", "16-bit"],
 )
@@ -155,7 +155,7 @@ def test_what_is_no_regular_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "zero.png").symlink_to("/dev/zero")
     for name in ("pipe.png", "zero.png"):
-        with pytest.raises(ValueError, match=f"{name}: it is no regular file"):
+        with pytest.raises(ValueError, match=f"{name}: it is not a regular file"):
             decode_images([tmp_path / name], progress=False)
 
 

@@ -539,7 +539,7 @@ def test_result_records_what_ran(small_set, data, preprocessing):
         ({"images": lambda x: x[0]}, r"got \[2, 8, 8\]"),
         ({"images": lambda x: x[:0]}, r"got \[0, 2, 8, 8\]"),
         ({"images": lambda x: x / 0}, r"images must be finite"),
-        ({"labels": lambda y: y[:5]}, r"labels must be integers \[23\], one an image; got torch.int64 \[5\]"),
+        ({"labels": lambda y: y[:5]}, r"labels must be integers \[23\], one per image; got torch.int64 \[5\]"),
         ({"labels": lambda y: y.float()}, r"got torch.float32 \[23\]"),
         ({"labels": lambda y: y + 1}, r"labels must be 0 to 2, the 3 classes of stripes; got 1 to 3"),
         ({"labels": lambda y: y - 1}, r"got -1 to 1"),

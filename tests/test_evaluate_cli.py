@@ -121,7 +121,7 @@ def test_finished_networks_outlive_an_interruption(file, tmp_path, monkeypatch):
     finished = json.loads(json_path.read_text())
     for side in ("evaluation", "random_evaluation"):
         assert finished[side]["accuracies"] == json.loads(expected.read_text())[side]["accuracies"]
-    # A complete result, and one of other settings, are measured anew.
+    # A complete result, and one of other settings, are measured again.
     run("evaluate", file, *options, "--json", json_path)
     assert trained[2:] == [0, 0]
     json_path.write_text(json.dumps(partial))
@@ -169,7 +169,7 @@ def test_an_interruption_among_several_architectures_costs_no_finished_network(f
     assert [r["evaluation"]["curves"] for r in finished] == [r["evaluation"]["curves"] for r in whole]
     assert finished[0] == json.loads(found)[0]
 
-    with monkeypatch.context() as patch:  # a complete result is measured anew
+    with monkeypatch.context() as patch:  # a complete result is measured again
         trained = count_networks(patch)
         run(*command, json_path)
     assert trained == ["alexnet", "alexnet", "convnet", "convnet"]
@@ -211,7 +211,7 @@ def test_a_public_file_and_a_folder_are_evaluated(file, tmp_path):
     ours = SyntheticSet.load(file)
     public, folder = ours.export(tmp_path / "public.pt", format="pt"), ours.export(tmp_path / "images")
     _, stderr = run("evaluate", public, code=2)
-    assert "does not say what data set it is for; give --dataset, one of digits, " in stderr
+    assert "does not say which data set it is for; give --dataset, one of digits, " in stderr
     for path, method in ((public, "public"), (folder, "folder")):
         stdout, stderr = run("evaluate", path, "--dataset", "digits", "--networks", 1, "--no-random")
         assert stdout.startswith(f"digits ipc=1 {method} ") and stderr == ""

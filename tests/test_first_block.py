@@ -256,7 +256,7 @@ RECORDING = pytest.mark.skipif(torch.cuda.is_available(), reason="what is launch
 
 
 @RECORDING
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", (80, *CAPABILITIES))
 @pytest.mark.parametrize(
     ("image_channels", "size", "dtype", "precision"),
     [
@@ -366,7 +366,7 @@ def test_no_tile_loses_a_constant(tile, monkeypatch):
     """Tiles whose gradients were wrong on an H100 with Triton 3.6, by offsets that were divisions."""
     names = dict(zip(("BLOCK_P", "BLOCK_C", "num_warps"), tile, strict=True))
     table = kernels.first_block_backward_launch
-    monkeypatch.setattr(kernels, "first_block_backward_launch", lambda channels: {**table(channels), **names})
+    monkeypatch.setattr(kernels, "first_block_backward_launch", lambda *args: {**table(*args), **names})
     launches = launches_of(3, 32, torch.bfloat16, "tf32")
     for launch in launches:
         if launch.kernel in ("first_block_sums_kernel", "first_block_columns_kernel"):
@@ -393,25 +393,24 @@ def test_tf32_is_used_where_pytorch_would(switch, name, tf32):
 
 
 @pytest.mark.parametrize(
-    ("image_channels", "channels", "size", "norm"),
+    ("batch", "image_channels", "channels", "size", "norm"),
     [
-        (3, 16, 32, "instance"),
-        (3, 70, 10, "instance"),
-        (1, 20, 28, "batch"),
-        (4, 70, 7, "batch"),
-        (2, 8, 2, "instance"),
+        (1, 3, 16, 32, "instance"),
+        (2, 3, 70, 10, "instance"),
+        (2, 1, 20, 14, "batch"),
+        (2, 4, 70, 7, "batch"),
+        (2, 2, 8, 2, "instance"),
     ],
 )
-def test_tiles_equal_the_equations(image_channels, channels, size, norm, device):
-    inputs = draw(2, image_channels, channels, size, size, device)
+def test_tiles_equal_the_equations(batch, image_channels, channels, size, norm, device):
+    inputs = draw(batch, image_channels, channels, size, size, device)
     with pretended(86, 0) as chip:
         assert launch_kind((image_channels, size, size), channels, torch.float64, torch.device("cpu"), chip) == "tiles"
         actual = fused("triton", *inputs, norm=norm)
     assert_equal(actual, exact(*inputs, norm=norm))
 
 
-@pytest.mark.parametrize("image_channels", [1, 2, 3, 4])
-@pytest.mark.parametrize("size", [10, 11, 22])
+@pytest.mark.parametrize(("image_channels", "size"), [(1, 22), (2, 10), (3, 11), (4, 21)])
 def test_offsets_of_neighbourhoods_equal_the_equations(image_channels, size, device):
     """Sizes that were kept from matrix instructions as long as the cause of the wrong gradients was not known."""
     inputs = draw(1, image_channels, 16, size, size, device)
@@ -478,7 +477,7 @@ def test_a_tile_that_was_wrong_on_a_gpu(divided, device, monkeypatch):
     monkeypatch.setattr(atom_fast.kernels, "first_block", module)
     table = module.first_block_backward_launch
     tile = {"BLOCK_P": 16, "BLOCK_C": 16, "num_warps": 1}
-    monkeypatch.setattr(module, "first_block_backward_launch", lambda channels: {**table(channels), **tile})
+    monkeypatch.setattr(module, "first_block_backward_launch", lambda *args: {**table(*args), **tile})
     inputs = draw(64, 3, 128, 32, 32, device, torch.float32)
     with products("tf32"):
         *_, gradient = fused("triton", *inputs)

@@ -406,7 +406,7 @@ def test_a_stopped_process_resumes_to_the_same_bits(number, code, data, uninterr
     assert 3 <= stopped < 40
     if number != "SIGKILL":
         assert f"{number}: stopped after iteration {stopped} of 40" in messages
-        assert "to go on, call distill again with resume=True" in messages
+        assert "to continue, call distill again with resume=True" in messages
     resumed = distill(small(40, checkpoint_every=20), data, folder, resume=True, progress=False, device="cpu")
     assert torch.equal(resumed.images, uninterrupted)
 

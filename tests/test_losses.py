@@ -139,7 +139,7 @@ def test_half_precision_features_from_autocast(device):
         (lambda: af.ATOMLoss(spatial_power=0), ValueError, "spatial_power"),
         (lambda: af.ATOMLoss(mmd_weight=-1), ValueError, "mmd_weight .* got -1"),
         (lambda: af.ATOMLoss(scale=float("inf")), ValueError, "scale .* got inf"),
-        (lambda: af.ATOMLoss()(layers(2, 0)[0], layers(2, 0)), TypeError, "one a layer; got one tensor"),
+        (lambda: af.ATOMLoss()(layers(2, 0)[0], layers(2, 0)), TypeError, "one per layer; got one tensor"),
         (lambda: af.ATOMLoss()(layers(2, 0), layers(2, 0)[:1]), ValueError, "got 2 and 1"),
         (lambda: af.ATOMLoss()([], []), ValueError, "nothing to match"),
         (lambda: af.ATOMLoss()([], [], torch.zeros(2, 3)), ValueError, "got only real_embedding"),

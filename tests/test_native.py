@@ -96,7 +96,7 @@ def test_the_compiler_may_be_named_with_options(monkeypatch):
 def test_without_a_compiler_pytorch_takes_over_and_says_so_once(compiler, message, tmp_path):
     printed, errors = finish(start(tmp_path, CC=compiler))
     assert printed == "False"
-    assert errors.count("could not be built, so PyTorch's operators take their place") == 1
+    assert errors.count("could not be built, so PyTorch's operators are used instead") == 1
     assert message in errors
 
 

@@ -172,7 +172,7 @@ def test_the_command_prints_the_table_and_keeps_the_figures(tmp_path):
         (["--steps", "0"], "steps must be at least 1"),
         (["--warm-up", "-1"], "warm_up at least 0"),
         (["--shape", "2", "1", "0", "8"], "height must be at least 1; got 0"),
-        (["--shape", "2", "1", "8", "8", "--dataset", "digits"], "--shape takes the place"),
+        (["--shape", "2", "1", "8", "8", "--dataset", "digits"], "give --shape or --dataset/--resolution, not both"),
         (["--ipc", "1000"], "1000 different ones per class were asked for"),
     ],
 )

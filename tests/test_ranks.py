@@ -402,7 +402,7 @@ def test_one_process_needs_nobody(monkeypatch):
 def test_a_closed_connection_is_explained_by_who_closed_it():
     world = object.__new__(ranks._Ranks)
     world.rank, world.size, world._store = 0, 4, torch.distributed.HashStore()
-    lost = "rank 0 of 4 lost the others while it sent: Connection closed"
+    lost = "rank 0 of 4 lost contact with the others while it sent: Connection closed"
     with pytest.raises(RankError, match=lost), world._explained("while it sent"):
         raise RuntimeError("Connection closed by peer\nand a long trace")
     world._store.set("failed", json.dumps([2, "No space left on device"]))

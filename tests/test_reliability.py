@@ -148,7 +148,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, code, run, uninterrupted):
     assert 0 < stopped < ITERATIONS
     message = run.messages()
     assert f"{number.name}: stopped after iteration {stopped} of {ITERATIONS}, which is saved in" in message
-    assert f"{run.folder}; to go on, run the same command with --resume" in message and "Traceback" not in message
+    assert f"{run.folder}; to continue, run the same command with --resume" in message and "Traceback" not in message
     assert run.resume() == 0, run.messages()
     assert run.outcome()[:2] == uninterrupted[:2]
 
@@ -255,7 +255,7 @@ def test_a_full_disk_at_any_file_ends_a_run_that_can_go_on(name, reached, run, u
     assert not files_half_written(run.folder)
     saved = latest_checkpoint(run.folder / "checkpoints")
     if name == "synthetic.safetensors":
-        advice = "to go on, run the same command with --resume"
+        advice = "to continue, run the same command with --resume"
         assert f"stopped by an error; iteration {ITERATIONS} is saved in {run.folder}; {advice}" in before
     assert getattr(saved, "iteration", None) == reached
     assert run.resume() == 0, run.messages()

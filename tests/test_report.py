@@ -115,7 +115,7 @@ def test_a_picture_of_many_images_costs_a_run_little_time_and_room(tmp_path):
         (torch.zeros(0, 3, 4, 4), {"columns": 1}, "not empty"),
         (torch.zeros(3, 4, 4), {"columns": 1}, r"\[3, 4, 4\]"),
         (torch.zeros(4, 3, 4, 4), {"columns": 0}, "columns must be at least 1; got 0"),
-        (torch.zeros(4, 3, 4, 4), {"columns": 2, "class_names": "abc"}, r"2 names \(one a row\) or 4 .*; got 3"),
+        (torch.zeros(4, 3, 4, 4), {"columns": 2, "class_names": "abc"}, r"2 names \(one per row\) or 4 .*; got 3"),
     ],
 )
 def test_wrong_grids_are_refused(tmp_path, pixels, options, message):

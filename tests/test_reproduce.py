@@ -245,7 +245,7 @@ def test_a_setting_of_which_dm_has_its_own_names_only_what_it_replaces(iteration
         (["table2", "--methods", "herding"], "dm, dam, atom"),
         (["table2", "--cells", "digits:1"], "digits32"),
         (["study", "--factors", "norm,colour"], "colour"),
-        (["table4", "--factors", "norm"], "those of study"),
+        (["table4", "--factors", "norm"], "only study has factors"),
         (["table4", "--set", "no_such=1"], "no_such"),
         (["table4", "--set", "norm"], "NAME=VALUE"),
         (["table4", "--set", "image_init=given"], "real, noise or herding"),
@@ -446,11 +446,11 @@ def test_a_stopped_reproduction_advises_what_it_has(tmp_path, monkeypatch, capsy
         run(small("table4", ["atom"]), tmp_path / "signalled")
     said = capsys.readouterr().err
     assert ended.value.code == 130 and "SIGINT: stopped after iteration 1 of 4" in said
-    assert "to go on, run the same command again" in said and "resume" not in said
+    assert "to continue, run the same command again" in said and "resume" not in said
     target = small("table4", ["atom"], settings={**TINY, "checkpoint_every": 2})
     interrupted_at_3(target, tmp_path / "failed", monkeypatch)
     said = capsys.readouterr().err
-    assert "stopped by an error; iteration 2 is saved" in said and "to go on, run the same command again" in said
+    assert "stopped by an error; iteration 2 is saved" in said and "to continue, run the same command again" in said
     assert "--resume" not in said
 
 
@@ -532,7 +532,7 @@ def test_images_of_different_origin_are_not_put_into_one_table(table4, tmp_path)
             write(small("table4"), output)
     with_other_images(output, units)
     before = sorted(output.rglob("*"))
-    with pytest.raises(ValueError, match=r"other images of digits .* than those at hand \(digits\).*--output"):
+    with pytest.raises(ValueError, match=r"other images of digits .* than the images at hand \(digits\).*--output"):
         run(small("table4", seeds=2), output)
     assert sorted(output.rglob("*")) == before
     assert run(small("table4"), output)[0]["data"] == {"digits": "digits (JPEG)"}, "what is finished needs no data"
@@ -562,7 +562,7 @@ def test_a_cell_that_another_process_has_is_passed_over(tmp_path):
         record, said = run(target, tmp_path)
     measured = [row["title"] for row in record["sections"][0]["rows"] if row["entries"]["digits:1"]["ours"]]
     assert measured == ["MMD + spatial + channel"]
-    assert any("1 cells are in work by other processes" in line for line in said)
+    assert any("1 cells are being run by other processes" in line for line in said)
     assert "finished" in list_units(target, tmp_path)[1] and "to do" in list_units(target, tmp_path)[0]
 
 

@@ -302,7 +302,7 @@ def test_broken_parts_of_tiny_are_named(tmp_path):
     annotations = folder / "val/val_annotations.txt"
     good = annotations.read_text()
     annotations.write_text(good + "val_9.JPEG\tn99\t0\t0\t1\t1\n")
-    with pytest.raises(ValueError, match=r"val_annotations.txt, line 5: 'n99' is no class"):
+    with pytest.raises(ValueError, match=r"val_annotations.txt, line 5: 'n99' is not a class"):
         load_data("tiny", folder, progress=False)
     annotations.write_text(good + "val_9.JPEG\tn01\t0\t0\t1\t1\n")
     with pytest.raises(ValueError, match=r"cannot read the image .*val_9.JPEG"):
@@ -339,7 +339,7 @@ def test_other_files_hidden_folders_and_nesting_do_not_disturb(tmp_path, capsys)
     save(tmp_path / "train/ant/more/deep.PNG", flat(9))
     data = load_data("folder", tmp_path, progress=False)
     assert data.class_names == ("ant", "bee", "cat") and data.class_sizes == (3, 1, 3)
-    assert "folder: 1 files are passed over (.txt); those ending in .bmp, " in capsys.readouterr().err
+    assert "folder: 1 files skipped (.txt); files ending in .bmp, " in capsys.readouterr().err
 
 
 def test_a_class_without_test_images_is_said(tmp_path, capsys):
@@ -347,7 +347,7 @@ def test_a_class_without_test_images_is_said(tmp_path, capsys):
     assert load_data("folder", tmp_path, progress=False) and not capsys.readouterr().err
     shutil.rmtree(tmp_path / "test/bee")
     assert set(load_data("folder", tmp_path, progress=False).test_labels.tolist()) == {0, 2}
-    assert f"{tmp_path / 'test'} lacks bee: accuracies will be those of the other classes" in capsys.readouterr().err
+    assert f"{tmp_path / 'test'} lacks bee: accuracy covers the other classes only" in capsys.readouterr().err
 
 
 def test_a_colour_image_in_either_split_makes_both_colour(tmp_path):

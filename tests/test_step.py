@@ -439,7 +439,7 @@ def test_running_out_of_memory_halves_the_chunk_and_goes_on_from_the_same_step(d
     monkeypatch.setattr(run, "_match", limited)
     run.step(2)
     assert run.class_chunk == 1
-    assert "out of memory with 4 classes at once: going on with 2" in capsys.readouterr().err
+    assert "out of memory with 4 classes at once: continuing with 2" in capsys.readouterr().err
     assert (run.images - expected.images).norm() <= 1e-6 * expected.images.norm()
     monkeypatch.setattr(run, "_match", lambda *_: limited(_Chunk(slice(0, 2), None, None, None, None)))
     with pytest.raises(torch.OutOfMemoryError):

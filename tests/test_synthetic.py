@@ -65,7 +65,7 @@ def test_what_is_no_set_is_named_with_what_reads_it(tmp_path):
     synthetic = make_set()
     with pytest.raises(FileNotFoundError, match="a folder without synthetic.safetensors.* evaluate .* --dataset NAME"):
         SyntheticSet.load(synthetic.export(tmp_path / "images"))
-    with pytest.raises(ValueError, match=r"is a .pt of PyTorch's.* evaluate .*set.pt --dataset NAME.*load_public"):
+    with pytest.raises(ValueError, match=r"is a .pt file of PyTorch.* evaluate .*set.pt --dataset NAME.*load_public"):
         SyntheticSet.load(synthetic.export(tmp_path / "set.pt"))
     with pytest.raises(FileNotFoundError, match="images is a folder, not a .pt; .* SyntheticSet.load"):
         load_public(tmp_path / "images")
@@ -183,7 +183,7 @@ def test_what_is_no_synthetic_set_is_refused(tmp_path):
 
     other = tmp_path / "other.safetensors"
     save_file({"images": torch.zeros(1)}, other)
-    with pytest.raises(ValueError, match="no synthetic set"):
+    with pytest.raises(ValueError, match="not a synthetic set"):
         SyntheticSet.load(other)
     other.write_bytes(pickle.dumps({"images": 1}))
     with pytest.raises(ValueError, match="not a readable safetensors file"):
@@ -254,7 +254,7 @@ def test_saves_to_what_a_link_names_and_to_no_folder_or_device(tmp_path):
     assert (tmp_path / "link").is_symlink() and len(SyntheticSet.load(tmp_path / "set.safetensors")) == len(synthetic)
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(OSError, match="cannot write .*: it is no file"):
+        with pytest.raises(OSError, match="cannot write .*: it is not a file"):
             synthetic.save(path)
     assert (tmp_path / "pipe").is_fifo()
 

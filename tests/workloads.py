@@ -33,7 +33,12 @@ class Workload:
 
     name: str
     run: Callable[[], None]
-    preset: bool  # whether a preset runs it on GPUs that have the precision
+    preset: bool  # whether it is of a size and a type that presets use
+    precision: str | None = None  # of the convolutions of a distillation
+
+    def of_presets(self, capability: int) -> bool:
+        """Whether presets run it on this chip: in TF32 where there is TF32."""
+        return self.preset and self.precision in (None, "tf32" if Chip(capability, 0).has_tf32 else "float32")
 
 
 @contextlib.contextmanager
@@ -65,7 +70,8 @@ def workloads(images=IMAGES) -> list[Workload]:
             usual = known and precision in ("tf32", "float32")
             for norm in ("instance", "batch"):
                 name = f"{size} {precision} {norm}"
-                found.append(Workload(f"distill {name}", _distillation(channels, side, precision, norm), usual))
+                run = _distillation(channels, side, precision, norm)
+                found.append(Workload(f"distill {name}", run, usual, precision))
                 if precision != "tf32":  # an evaluation has no kernel that multiplies matrices
                     found.append(Workload(f"evaluate {name}", _evaluation(channels, side, precision, norm), usual))
         for layout in (torch.contiguous_format, torch.channels_last):

@@ -126,7 +126,7 @@ def _check_split(split: str, images: Tensor, labels: Tensor, class_names: tuple[
         )
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
         raise ValueError(
-            f"{split} labels must be int64 [{len(images)}], one an image; got {labels.dtype} {list(labels.shape)}"
+            f"{split} labels must be int64 [{len(images)}], one per image; got {labels.dtype} {list(labels.shape)}"
         )
     low, high = labels.min().item(), labels.max().item()
     if low < 0 or high >= len(class_names):

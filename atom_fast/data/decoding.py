@@ -15,7 +15,7 @@ IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tif
 # Those of the suffixes, whatever a file is called: Pillow would hand PostScript, for one, to an interpreter.
 IMAGE_FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _GRAYSCALE_MODES = ("1", "L", "LA")
-_DEEP_MODES = ("F", "I")  # more than 8 bits a channel, which a conversion to RGB would clip
+_DEEP_MODES = ("F", "I")  # more than 8 bits per channel, which a conversion to RGB would clip
 _FILES_A_TASK = 64
 
 
@@ -79,7 +79,7 @@ def _read_rgb(file: Path, resolution: int | None) -> tuple[np.ndarray, bool]:
 
     try:
         if file.exists() and not file.is_file():
-            raise ValueError("it is no regular file")  # opening a pipe would wait for ever
+            raise ValueError("it is not a regular file")  # opening a pipe would wait for ever
         with Image.open(file, formats=IMAGE_FORMATS) as image:
             if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(
@@ -87,7 +87,7 @@ def _read_rgb(file: Path, resolution: int | None) -> tuple[np.ndarray, bool]:
                     "(PIL.Image.MAX_IMAGE_PIXELS)"
                 )
             if image.mode.startswith(_DEEP_MODES):
-                raise ValueError(f"more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
+                raise ValueError(f"more than 8 bits per channel (mode {image.mode}); convert it to 8 bits")
             grayscale = image.mode in _GRAYSCALE_MODES
             if image.has_transparency_data:  # dropped, it would leave whatever colour lies hidden under it
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))

@@ -189,7 +189,7 @@ def _tiny_validation(folder: Path, wnids: Sequence[str]) -> list[tuple[Path, int
     for number, line in enumerate(annotations.read_text().splitlines(), start=1):
         name, wnid = (line.split("\t") + [""])[:2]
         if wnid not in labels:
-            raise ValueError(f"{annotations}, line {number}: {wnid!r} is no class of {folder / 'wnids.txt'}")
+            raise ValueError(f"{annotations}, line {number}: {wnid!r} is not a class of {folder / 'wnids.txt'}")
         labelled.append((folder / "val/images" / name, labels[wnid]))
     return labelled
 
@@ -241,7 +241,7 @@ def _load_folder(root: Path, resolution: int | None, progress: bool) -> ImageDat
     if unknown:
         raise ValueError(f"{test} holds classes that {train} lacks: {', '.join(unknown)}")
     if untested := sorted(set(class_names) - set(tested)):
-        _say(f"folder: {test} lacks {_some(untested)}: accuracies will be those of the other classes")
+        _say(f"folder: {test} lacks {_some(untested)}: accuracy covers the other classes only")
     splits = [_labelled_files(split, class_names) for split in (train, test)]
     _say_what_is_passed_over([split / name for split in (train, test) for name in class_names])
     return _from_files("folder", class_names, *splits, resolution, progress)
@@ -284,8 +284,8 @@ def _say_what_is_passed_over(folders: Sequence[Path]) -> None:
     if others:
         suffixes = sorted({os.path.splitext(path)[1].lower() or "no suffix" for path in others})
         _say(
-            f"folder: {len(others)} files are passed over ({_some(suffixes)}); "
-            f"those ending in {', '.join(IMAGE_SUFFIXES)} are read"
+            f"folder: {len(others)} files skipped ({_some(suffixes)}); "
+            f"files ending in {', '.join(IMAGE_SUFFIXES)} are read"
         )
 
 

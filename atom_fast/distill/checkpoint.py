@@ -123,7 +123,7 @@ def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
         checkpoint = Checkpoint(**{**fields, "tensors": tensors})
         _check_types(checkpoint)
     except TypeError as error:
-        raise DamagedCheckpointError(f"{path} is no checkpoint: {error}") from error
+        raise DamagedCheckpointError(f"{path} is not a checkpoint: {error}") from error
     return checkpoint
 
 

@@ -29,6 +29,8 @@ RETIRED = ("compile",)
 # Settings that earlier versions did not have, and the value that does what those did: configurations of both are equal.
 ADDED = {"image_average": False}
 
+AUTO = "auto"  # how help shows a default of None that is derived from the data or from other settings
+
 # MTT and DataDAM whiten CIFAR; the ATOM paper (section 7.2) does not whiten Tiny ImageNet, DM whitens nothing.
 _WHITENED = ("cifar10", "cifar100")
 
@@ -71,9 +73,7 @@ class DistillConfig:
         ValueError: a value is not accepted; the message names the setting, the value and what is.
     """
 
-    ipc: int = _setting(
-        1, "synthetic images of each class", unit="per class", source="paper: 1, 10, 50", minimum=1
-    )
+    ipc: int = _setting(1, "synthetic images per class", unit="per class", source="paper: 1, 10, 50", minimum=1)
     iterations: int = _setting(
         8000,
         "steps, each with a new network",
@@ -83,34 +83,34 @@ class DistillConfig:
     )
     real_batch: int = _setting(
         128,
-        "real images of each class in a step; a smaller class is drawn whole, then again",
+        "real images per class per step; a smaller class repeats its images",
         unit="per class",
         source="paper section 7.3; DataDAM's code 64, DM 256",
         minimum=1,
     )
     spatial_power: float | None = _setting(
         4.0,
-        "exponent p_s of spatial attention; none: leave spatial attention out",
+        "exponent p_s of spatial attention; none: no spatial attention",
         source="paper section 4.1; DataDAM's code 1",
         minimum=1,
         maximum=16,
     )
     channel_power: float | None = _setting(
         4.0,
-        "exponent p_c of channel attention; none: leave channel attention out",
+        "exponent p_c of channel attention; none: no channel attention",
         source="paper section 4.1; Table 5's best is p_c 8 with p_s 1",
         minimum=1,
         maximum=16,
     )
     feature_maps: bool = _setting(
         False,
-        "match the feature maps themselves, too: equation 3 with z = vec(f)",
+        "also match the feature maps themselves (equation 3 with z = vec(f))",
         source="paper Table 4, the ablation's second row; no part of ATOM",
     )
     mmd_weight: float | None = _setting(
         None,
-        "weight lambda of the mean-embedding term",
-        unset="derived: 0.01 below 64x64, 0.02 from there",
+        "weight lambda of the mean-embedding term; auto: 0.01 below 64x64, 0.02 from 64x64",
+        unset=AUTO,
         source="paper Table 7",
         minimum=0,
     )
@@ -119,36 +119,38 @@ class DistillConfig:
     # 66.7 and 66.5 at 50. The gradient of an image is that of its class's mean over ipc, hence that factor.
     loss_scale: float | None = _setting(
         None,
-        "factor on the whole loss; the images depend only on its product with image_lr",
-        unset="derived: 10; with BatchNorm 0.3 x ipc, above 50 images per class 0.03 x ipc; with BatchNorm and mean "
-        "embeddings alone, that times 0.01 / mmd_weight (0.02 from 64x64)",
+        "factor on the whole loss; with SGD a learning rate, since only loss_scale x image_lr counts. auto: 10; with "
+        "BatchNorm 0.3 x ipc, or 0.03 x ipc above 50 images per class; without attention, the rate that embeddings "
+        "have in ATOM",
+        unset=AUTO,
         source="measured; the paper's equations have none (1), DataDAM's code 100",
         minimum=0,
     )
     image_lr: float | None = _setting(
         None,
-        "learning rate of the images",
-        unset="derived: 1 up to 50 images per class, 10 above",
+        "learning rate of the images; auto: 1 up to 50 images per class, 10 above",
+        unset=AUTO,
         source="paper Table 7",
         minimum=0,
     )
     momentum: float = _setting(0.5, "momentum of the images' SGD", source="paper Table 7", minimum=0, maximum=1)
     image_average: bool | None = _setting(
         None,
-        "return a running average of the images, weighted towards later steps, instead of the last step's images: it "
-        "removes the noise of a large loss_scale",
-        unset="derived: yes with BatchNorm, no otherwise",
+        "return a running average of the images, weighted towards later steps, instead of the last iterate; auto: with "
+        "BatchNorm",
+        unset=AUTO,
         source="Shamir and Zhang 2013, polynomial-decay averaging; no part of ATOM",
     )
     image_init: str = _setting(
         "real",
-        "what images start from: random real ones, Gaussian noise, real ones chosen by herding, or a given set",
+        "initial images: random real ones, Gaussian noise, real ones chosen by herding, or the set of --set",
         source="paper section 3: random sampling; DataDAM's code can start from a set that was chosen",
         choices=IMAGE_INITIALIZATIONS,
     )
     augmentation: str = _setting(
         STRATEGY,
-        "operations of siamese augmentation, joined by underscores; each class draws one per step; 'none' for none",
+        "operations of siamese augmentation, joined by underscores; each class draws one per step; 'none': no "
+        "augmentation",
         source="paper section 7.2, DSA",
     )
     preprocessing: str = _setting(
@@ -160,15 +162,15 @@ class DistillConfig:
     width: int = _setting(128, "channels of every convolution", unit="channels", source="paper section 4.1", minimum=1)
     depth: int | None = _setting(
         None,
-        "convolution blocks",
-        unset="derived: 3 up to 32x32, 4 at 64x64, one more per doubling",
+        "convolution blocks; auto: 3 up to 32x32, 4 at 64x64, one more per doubling",
+        unset=AUTO,
         unit="blocks",
         source="paper section 4.1",
         minimum=1,
     )
     norm: str = _setting(
         "auto",
-        "normalisation; auto: batch for CIFAR at more than one image per class, instance otherwise",
+        "normalisation; auto: batch for CIFAR above one image per class, instance otherwise",
         source="measured: the paper says instance, but its figures are reached with batch, as in DataDAM's code",
         choices=("auto", *NORMS),
     )
@@ -186,33 +188,34 @@ class DistillConfig:
     )
     precision: str = _setting(
         "auto",
-        "arithmetic of the convolutions and, on a GPU, of whitening real batches (TF32 for bfloat16); all else is "
-        "float32; auto: tf32 on GPUs that have it, float32 elsewhere",
+        "precision of the convolutions and of whitening on a GPU; everything else is float32. auto: tf32 on GPUs that "
+        "have it, float32 elsewhere",
         choices=("auto", *PRECISIONS),
     )
     class_chunk: int | None = _setting(
         None,
-        "classes that run through the network at once: fewer need less memory and give the same images up to rounding",
-        unset="all, or as many as memory_budget allows",
+        "classes per pass through the network: less memory, the same images to rounding; auto: all, or what "
+        "memory_budget allows",
+        unset=AUTO,
         unit="classes",
         minimum=1,
         affects_result=False,
     )
     memory_budget: str | None = _setting(
         None,
-        "memory that a run's tensors may take, data included: bytes, or a number with KB, MB or GB, or 'fit' for what "
-        "is free; chooses class_chunk",
+        "limit for the memory of a run's tensors, data included: bytes, a number with KB, MB or GB, or 'fit' for what "
+        "is free; sets class_chunk; none: no limit",
         unset="no limit",
         affects_result=False,
     )
-    seed: int = _setting(0, "all randomness comes from it", minimum=0, maximum=2**63 - 1)
+    seed: int = _setting(0, "seed of all random numbers", minimum=0, maximum=2**63 - 1)
     cuda_graph: bool = _setting(
-        True, "on a GPU, capture a step once and replay it: the same images, faster", affects_result=False
+        True, "on a GPU, capture a step once and replay it (same images, faster)", affects_result=False
     )
     deterministic: bool = _setting(
         False,
-        "on a GPU, use only cuDNN algorithms that give the same bits every time: slower, but a resumed run then ends "
-        "with the images of a run that was never stopped; on a CPU it always does",
+        "on a GPU, use only cuDNN algorithms that give the same bits every time: slower, but a resumed run then "
+        "gives exactly the images of an uninterrupted one, as it always does on a CPU",
         affects_result=False,
     )
     log_every: int = _setting(10, "steps between records in the log", unit="steps", minimum=1, affects_result=False)
@@ -230,7 +233,7 @@ class DistillConfig:
         if self.memory_budget is not None:
             parse_budget(self.memory_budget)
             if self.class_chunk is not None:
-                raise ValueError("give class_chunk or memory_budget, not both: the budget chooses the chunk")
+                raise ValueError("give class_chunk or memory_budget, not both: the budget sets the chunk")
         if not self._matches_layers and self.mmd_weight == 0:
             raise ValueError("nothing to match: spatial_power and channel_power are None and mmd_weight is 0")
 

@@ -178,7 +178,7 @@ def _checkpoint_to_resume(output: Path, config: DistillConfig, data: ImageData) 
     if checkpoint is None:
         if (output / SYNTHETIC_FILE).exists():
             raise ValueError(
-                f"{output} holds a finished {SYNTHETIC_FILE}, but no checkpoint to go on from; use another folder"
+                f"{output} holds a finished {SYNTHETIC_FILE}, but no checkpoint to continue from; use another folder"
             )
         say(f"no checkpoint in {output}: starting at the first iteration")
         return None
@@ -251,7 +251,7 @@ def _start(
         chunk = fit_class_chunk(run, config.memory_budget)
         say(f"{world.label}memory_budget {config.memory_budget}: {chunk} classes at once")
     if (small := describe_small_classes(data, config.real_batch)) and world.rank == 0:
-        say(f"{small}: each step draws images of theirs more than once (real_batch {config.real_batch})")
+        say(f"{small}: each step draws some of their images more than once (real_batch {config.real_batch})")
     if run.fusion != FUSED and world.rank == 0:
         say(f"the network runs {run.fusion}")
     if config.cuda_graph and run.images.device.type == "cuda":
@@ -407,7 +407,7 @@ class _Recorder:
         except (OSError, RuntimeError):
             if self.saved_iteration is not None and self._writes:
                 say(
-                    f"stopped by an error; iteration {self.saved_iteration} is saved in {self.output}; to go on, "
+                    f"stopped by an error; iteration {self.saved_iteration} is saved in {self.output}; to continue, "
                     f"{self.how_to_go_on}"
                 )
             raise
@@ -453,7 +453,7 @@ def _iterate(run: Distillation, recorder: _Recorder) -> None:
         if run.world.rank == 0:
             say(
                 f"{name}: stopped after iteration {iteration} of {config.iterations}, which is saved in "
-                f"{recorder.output}; to go on, {recorder.how_to_go_on}"
+                f"{recorder.output}; to continue, {recorder.how_to_go_on}"
             )
         raise SystemExit(128 + number)
 

@@ -200,7 +200,7 @@ class Distillation:
             if self.images.is_cuda:
                 torch.cuda.empty_cache()
             smaller = (self.class_chunk + 1) // 2
-            say(f"{self.world.label}out of memory with {self.class_chunk} classes at once: going on with {smaller}")
+            say(f"{self.world.label}out of memory with {self.class_chunk} classes at once: continuing with {smaller}")
             self.set_class_chunk(smaller)
 
     def _advance(self) -> None:
@@ -464,8 +464,8 @@ def check_ranks(config: DistillConfig, data: ImageData, world: World) -> None:
     """
     if world.size > 1 and config.norm == "batch":
         raise ValueError(
-            f"norm 'batch' computes its statistics over all classes together, so that they cannot be dealt to "
-            f"{world.size} processes; use one, or a norm of each sample (instance, layer, group)"
+            f"norm 'batch' computes its statistics over all classes together, so they cannot be split among "
+            f"{world.size} processes; use one process, or a norm of each sample (instance, layer, group)"
         )
     if world.size > data.num_classes:
         raise ValueError(

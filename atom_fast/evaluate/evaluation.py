@@ -245,7 +245,7 @@ def _check_set(images: Tensor, labels: Tensor, data: ImageData) -> None:
         raise ValueError("images must be finite; some values are NaN or infinite")
     if labels.dtype not in (torch.int64, torch.int32, torch.uint8) or labels.shape != images.shape[:1]:
         raise ValueError(
-            f"labels must be integers [{len(images)}], one an image; got {labels.dtype} {list(labels.shape)}"
+            f"labels must be integers [{len(images)}], one per image; got {labels.dtype} {list(labels.shape)}"
         )
     low, high = labels.min().item(), labels.max().item()
     if low < 0 or high >= data.num_classes:

@@ -166,7 +166,7 @@ def _read_folder(path: Path, data: ImageData, progress: bool) -> tuple[Tensor, T
             break
     else:
         unknown = sorted(present - set(data.class_names))
-        raise ValueError(f"{split} holds folders that are no classes of {data.name}: {', '.join(unknown[:5])}")
+        raise ValueError(f"{split} holds folders that are not classes of {data.name}: {', '.join(unknown[:5])}")
     images = decode_images([file for file, _ in labelled], progress=progress)
     if images.shape[1] == 1:
         images = images.expand(-1, data.image_shape[0], -1, -1)  # grey files of a data set in colour

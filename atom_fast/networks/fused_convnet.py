@@ -91,7 +91,7 @@ class FusedConvNet(nn.Module):
 
 
 _RUNNING_STATISTICS = (
-    "its BatchNorm is in evaluation mode, in which it takes running statistics, and fused blocks take those of the "
+    "its BatchNorm is in evaluation mode, in which it uses running statistics, but fused blocks use those of the "
     "batch; use network.train(), or the ConvNet itself"
 )
 
@@ -109,7 +109,7 @@ def _refusal(block: ConvBlock) -> str | None:
         return f"its convolution is not 3x3 with stride 1 and padding 1, but {convolution}"
     instance = isinstance(norm, nn.GroupNorm) and norm.num_groups == norm.num_channels
     if not instance and not isinstance(norm, nn.BatchNorm2d):
-        return f"its norm is not InstanceNorm (a GroupNorm with one group a channel) or BatchNorm2d, but {norm}"
+        return f"its norm is not InstanceNorm (a GroupNorm with one group per channel) or BatchNorm2d, but {norm}"
     if not _takes_own_statistics(norm):
         return _RUNNING_STATISTICS
     if not isinstance(activation, nn.ReLU):

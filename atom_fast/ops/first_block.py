@@ -363,7 +363,7 @@ def _backward_triton(grad_pooled, grad_maps, images, filters, saved, powers, nor
     images, filters = addressable(images), filters.contiguous()
     grad_pooled = addressable(grad_pooled)
     constants = _constants(images, filters, weight, *powers)
-    launch = kernels.first_block_backward_launch(image_channels)
+    launch = kernels.first_block_backward_launch(image_channels, chip_of(images.device).capability)
     tiles = triton.cdiv(triton.cdiv(height, 2) * triton.cdiv(width, 2), launch["BLOCK_P"])
     shape = (batch, channels, height, width)
     sums = mean.new_empty((batch, tiles, 2, channels))

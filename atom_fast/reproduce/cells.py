@@ -169,8 +169,8 @@ def open_cell(folder: Path, cell: Cell, data_name: str, fingerprint: str) -> Non
         strange = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
         if strange:
             raise ValueError(
-                f"{folder} holds {', '.join(sorted(strange)[:3])} but no {CELL_FILE}: it is no cell, or only a part "
-                "of one; move or remove it, and the cell is made anew"
+                f"{folder} holds {', '.join(sorted(strange)[:3])} but no {CELL_FILE}: it is not a cell, or only part "
+                "of one; move or remove it to run the cell again"
             )
         about = {"format": _FORMAT, "cell": cell.to_dict(), "data": data_name, "fingerprint": fingerprint}
         write_atomically(note, json.dumps(about, indent=1) + "\n")
@@ -195,7 +195,9 @@ def check_same_images(
     Raises:
         ValueError: two cells, or a cell and the data at hand, differ; or a cell's note is damaged.
     """
-    known = {name: (fingerprint, f"those at hand ({title})") for name, (fingerprint, title) in (at_hand or {}).items()}
+    known = {
+        name: (fingerprint, f"the images at hand ({title})") for name, (fingerprint, title) in (at_hand or {}).items()
+    }
     for cell in cells:
         folder = cell_folder(output, cell)
         if not (folder / CELL_FILE).is_file():
@@ -204,8 +206,8 @@ def check_same_images(
         fingerprint, whose = known.setdefault(cell.dataset, (note["fingerprint"], f"{folder} ({note['data']})"))
         if note["fingerprint"] != fingerprint:
             raise ValueError(
-                f"{folder} was made from other images of {cell.dataset} ({note['data']}) than {whose}, and would stand "
-                "in one table with them; give the same --data-dir, or an --output for each"
+                f"{folder} was made from other images of {cell.dataset} ({note['data']}) than {whose}, but both belong "
+                "in one table; give the same --data-dir, or an --output for each"
             )
 
 
@@ -215,9 +217,9 @@ def read_note(folder: Path) -> dict:
     Raises:
         ValueError: it is damaged.
     """
-    found = read_json(folder / CELL_FILE, "remove its folder, and the cell is made anew")
+    found = read_json(folder / CELL_FILE, "remove its folder to run the cell again")
     if found.get("format") != _FORMAT or not {"cell", "data", "fingerprint"} <= set(found):
-        raise ValueError(f"{folder / CELL_FILE} is not a cell's; remove its folder, and the cell is made anew")
+        raise ValueError(f"{folder / CELL_FILE} is not a cell's; remove its folder to run the cell again")
     return found
 
 
@@ -250,7 +252,7 @@ def read_evaluation_file(output: Path, cell: Cell, evaluation: Evaluation) -> di
     path = evaluation_file(output, cell, evaluation)
     if not path.is_file():
         return {"curves": []}
-    remedy = "remove it, and the set is evaluated anew"
+    remedy = "remove it to evaluate the set again"
     found = read_json(path, remedy)
     if not _is_evaluation(found, str(evaluation.protocol.epochs)):
         raise ValueError(f"{path} is damaged (it does not hold an evaluation's results); {remedy}")

@@ -34,7 +34,7 @@ def draw_curves(record: Mapping, path: Path) -> Path | None:
                 high = [mean + deviation for mean, deviation in zip(means, deviations, strict=True)]
                 axes.fill_between(iterations, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         dataset, _, ipc = section["title"].partition(":")
-        title = f"{record['data'].get(dataset, dataset)}, {ipc} a class"
+        title = f"{record['data'].get(dataset, dataset)}, {ipc} image{'' if ipc == '1' else 's'} per class"
         axes.set(xlabel="iteration", ylabel="test accuracy, %", title=title)
     return save_curves(figure, path)
 

@@ -89,7 +89,7 @@ def reproduce(
         with _sigterm_exits():
             passed = _do(output, missing, estimator, budget, common, tell, failed)
     except (SystemExit, KeyboardInterrupt):
-        tell("stopped; what is done is kept, and the same command goes on with it")
+        tell("stopped; what is done is kept, and the same command continues")
         if world.rank == 0:
             write_results(plan, output, tell, failed)  # of what is finished
         raise
@@ -100,11 +100,15 @@ def reproduce(
         return collect(plan, output, failed)
     elsewhere = left.intersection(cell.folder_name for cell, _ in passed) - failed.keys()
     if elsewhere:
-        tell(f"{len(elsewhere)} cells are in work by other processes; run the same again when they have ended")
+        tell(
+            f"{len(elsewhere)} cells are being run by other processes; run the same command again when they have ended"
+        )
     record = write_results(plan, output, tell, failed)
     if failed:
         listed = "; ".join(f"{name}: {error.strip().partition(chr(10))[0]}" for name, error in failed.items())
-        raise RuntimeError(f"{len(failed)} of {len(units)} cells failed, all others' results are written: {listed}")
+        raise RuntimeError(
+            f"{len(failed)} of {len(units)} cells failed; the results of all others are written: {listed}"
+        )
     return record
 
 
@@ -227,7 +231,7 @@ def _do(
             continue  # by another process, meanwhile
         begun = time.monotonic()
         if budget is not None and begun - started + _estimate(estimator, unit) > 60 * budget:
-            report(f"left, the budget being used up: {describe(unit, common)}")
+            report(f"left, because the budget is used up: {describe(unit, common)}")
             continue
         try:
             mine = work(output, *unit, estimator.shelf)

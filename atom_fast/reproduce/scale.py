@@ -13,7 +13,7 @@ from atom_fast.evaluate.protocols import Protocol, get_protocol
 SEEDS, NETWORKS = 5, 20  # paper section 4.1
 _OF_DM = ("iterations", "real_batch")  # settings of which DM has values of its own
 _OF_THE_CELL = {"seed": "--seeds", "ipc": "--cells"}  # settings that each cell has its own of, and what says which
-SEEDS_NAME, NETWORKS_NAME = "sets a cell", "networks a set"
+SEEDS_NAME, NETWORKS_NAME = "sets per cell", "networks per set"
 
 # Digits stand in for the paper's data where there is neither a GPU nor a download: small enough for minutes on a CPU.
 # There are about 140 real images a class, and a mirrored digit is no digit.
@@ -55,9 +55,11 @@ class Scale:
                 raise ValueError(f"{name} must be at least 1; got {value}")
         for name, option in _OF_THE_CELL.items():
             if name in self.settings:
-                raise ValueError(f"{name} is every cell's own; {option} says which there are, not --set {name}=")
+                raise ValueError(f"{name} is chosen by the cell; give {option} instead of --set {name}=")
         if self.settings.get("image_init") == "given":
-            raise ValueError("image_init must be real, noise or herding: no cell is given a set; got 'given'")
+            raise ValueError(
+                "image_init must be real, noise or herding: a cell cannot start from a given set; got 'given'"
+            )
         preset("paper", **self.settings)  # refuses what is no setting's value
 
     def training(self, protocol: str | None = None) -> Protocol:

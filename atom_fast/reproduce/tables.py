@@ -234,7 +234,11 @@ def _device_name(device: str) -> str:
 
 def _place(title: str, record: Mapping) -> str:
     dataset, _, ipc = title.partition(":")
-    return f"{record['data'][dataset]}, {ipc} a class" if dataset in record["data"] else title
+    return f"{record['data'][dataset]}, {_images(ipc)}" if dataset in record["data"] else title
+
+
+def _images(ipc: str) -> str:
+    return f"{ipc} image{'' if ipc == '1' else 's'} per class"
 
 
 def _table(section: Mapping, record: Mapping) -> str:
@@ -255,7 +259,7 @@ def _detailed(section: Mapping, record: Mapping) -> str:
     head = [section["heading"], "ours", "sets × networks"]
     head += ["paper", "difference"] if printed else []
     head += [f"to {base}"] if base else []
-    head += ["s a set", "s evaluation"]
+    head += ["s per set", "s evaluation"]
     rows = []
     for row in section["rows"]:
         entry = row["entries"].get(column)

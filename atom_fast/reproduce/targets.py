@@ -116,7 +116,7 @@ def plan(
     for dataset, ipc in cells:
         if dataset not in DATASETS or ipc < 1:
             raise ValueError(
-                f"a cell is DATASET:IPC with a data set of {', '.join(DATASETS)} and at least one image a class; "
+                f"a cell is DATASET:IPC with a data set of {', '.join(DATASETS)} and at least one image per class; "
                 f"got {dataset}:{ipc}"
             )
     for method in methods or ():
@@ -124,7 +124,7 @@ def plan(
         if described.methods and method not in described.methods:
             raise ValueError(f"{target} has the methods {', '.join(described.methods)}; got {method!r}")
     if factors and target != "study":
-        raise ValueError(f"factors are those of study, {target} has none; got {', '.join(factors)}")
+        raise ValueError(f"only study has factors, not {target}; got {', '.join(factors)}")
     scales = {dataset: scale_for(dataset, **scale) for dataset, _ in cells}
     factors = tuple(dict.fromkeys(factors)) if factors else None
     request = Request(cells, tuple(methods) if methods else None, scales, factors)
@@ -172,7 +172,7 @@ def _table1(request: Request) -> Iterable[Section]:
 def _table2(request: Request) -> Iterable[Section]:
     for dataset, ipc in request.cells:
         if dataset == "digits":
-            raise ValueError("table2 needs images of 32×32 for VGG-11; give digits32, digits so enlarged")
+            raise ValueError("table2 needs images of 32×32 for VGG-11; use digits32, which are digits of that size")
         printed = paper.TABLE2 if (dataset, ipc) == paper.TABLE2_CELL else {}
         rows = []
         for title in ("DC", "CAFE", "DSA", "DM", "KIP", "DAM", "ATOM"):
@@ -208,7 +208,7 @@ def _table5(request: Request) -> Iterable[Section]:
     for dataset, ipc in request.cells:
         for name in ("spatial_power", "channel_power"):
             if name in request.scales[dataset].settings:
-                raise ValueError(f"table5 varies {name} itself; --set {name}= is for others")
+                raise ValueError(f"table5 varies {name} itself; do not give --set {name}=")
         rows = []
         for channel in paper.POWERS:
             entries = {}
@@ -252,7 +252,7 @@ def _study(request: Request) -> Iterable[Section]:
 
 TARGETS = {
     "table1": Target(
-        "Table 1: accuracy by data set and images a class", "table", paper.TABLE1_CELLS, _table1,
+        "Table 1: accuracy by data set and images per class", "table", paper.TABLE1_CELLS, _table1,
         (*_TABLE1_METHODS, "full"),
     ),
     "table2": Target(

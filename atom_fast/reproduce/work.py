@@ -166,9 +166,9 @@ def load_set(folder: Path, cell: Cell, iteration: int | None = None) -> Syntheti
     try:
         synthetic = SyntheticSet.load(path)
         if not _is_of(synthetic, cell, iterations, read_note(folder)["fingerprint"]):
-            raise ValueError(f"{path} is a set of other settings, another seed or other images than its folder's")
+            raise ValueError(f"{path} was made with other settings, another seed or other images than its folder says")
     except ValueError as error:
-        raise ValueError(f"{error}; remove {folder} to have the cell made anew") from error
+        raise ValueError(f"{error}; remove {folder} to run the cell again") from error
     return synthetic
 
 
