@@ -17,6 +17,8 @@ OURS, PAPER = "tab:red", "0.45"
 # Where the tiles of docs/figures/cifar10-ipc10.png lie: the first one, their side, and the way from one to the next.
 FIRST_TILE, TILE, PITCH = (85, 8), 64, 66
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+# DAM and ATOM overlap at 50 images per class.
+MARKS = {"DM": ("o", OURS), "DAM": ("D", "white"), "ATOM": ("o", OURS)}
 NAME, MARGIN, GAP = 150, 16, 28  # pixels for a name, around the picture, and between its two halves
 PROTOCOLS = {
     "preset paper": "InstanceNorm, preset's schedule",
@@ -33,15 +35,17 @@ PROTOCOLS = {
 def plot_accuracy(path: Path, table1: Path) -> None:
     """Draw accuracy against the seconds of one distilled set: the paper's methods on its A100, and this project's."""
     record = read(table1)
-    figure, axes = panels(1, len(paper.IPCS), 3.3)
+    figure, axes = panels(1, len(paper.IPCS), 3.9)
     for column, ipc in enumerate(paper.IPCS):
         axis = axes[0][column]
         for method, (seconds, accuracy) in _printed(ipc).items():
-            axis.plot(seconds, accuracy, "o", mfc="white", mec=PAPER, color=PAPER, label=f"paper, {paper.DEVICE}")
+            label = f"paper, {paper.DEVICE}: time per step × steps"
+            axis.plot(seconds, accuracy, "o", mfc="white", mec=PAPER, color=PAPER, label=label)
             _label(axis, METHODS[method].title, seconds, accuracy, PAPER, above=method == "atom")
         for row in record.rows(f"cifar10:{ipc}"):
-            label = f"atom_fast, {record.devices}"
-            axis.errorbar(row.seconds, row.mean, row.std, fmt="o", color=OURS, capsize=2, label=label)
+            label = f"atom_fast, {record.devices}: measured"
+            shape, fill = MARKS[row.title]
+            axis.errorbar(row.seconds, row.mean, row.std, fmt=shape, color=OURS, mfc=fill, capsize=2, label=label)
             _label(axis, row.title, row.seconds, row.mean, OURS, above=row.title == "ATOM")
         axis.set_xscale("log")
         axis.set_xlim(5, 1e5)
@@ -89,7 +93,8 @@ def plot_norm_and_schedule(path: Path, studies: Sequence[Path]) -> None:
         axis.grid(axis="x", alpha=0.3)
     axes[0][0].set_yticks(range(len(PROTOCOLS)), PROTOCOLS.values())
     axes[0][0].invert_yaxis()
-    save(figure, path, files_digest(studies))
+    sizes = {f"{record.iterations} steps, {record.preset['width']} channels" for record in map(read, studies)}
+    save(figure, path, files_digest(studies), f"Short, narrow runs: {' and '.join(sorted(sizes))}")
 
 
 def _images(record: Record) -> str:
@@ -129,51 +134,6 @@ def _draw_scales(axis, record: Record, norm: str, colour: str) -> None:
     axis.set_xscale("log")
     axis.set_xticks(scales, [f"{scale:g}" for scale in scales])
     axis.minorticks_off()
-
-
-@styled
-def plot_pairs(
-    path: Path, pairs: Sequence[tuple[str, list[float], list[float]]], names: tuple[str, str], source: str
-) -> None:
-    """Draw what a change does to each network: a line per network from left (without) to right (with).
-
-    Args:
-        path: of the picture.
-        pairs: for each panel its title, accuracies without the change, and with it, network by network.
-        names: of the two sides.
-        source: names the figures.
-    """
-    figure, axes = panels(1, len(pairs), 2.6, sharey=True)
-    for axis, (title, before, after) in zip(axes[0], pairs, strict=True):
-        for left, right in zip(before, after, strict=True):
-            axis.plot((0, 1), (left, right), "o-", color="tab:blue", markersize=4, alpha=0.8)
-        change = sum(after) / len(after) - sum(before) / len(before)
-        axis.set_title(f"{title}: {change:+.1f}", loc="left")
-        axis.set_xticks((0, 1), names)
-        axis.set_xlim(-0.3, 1.3)
-        axis.grid(axis="y", alpha=0.3)
-    axes[0][0].set_ylabel("accuracy of a network, %")
-    save(figure, path, source)
-
-
-def plot_running_mean(path: Path, average: Path) -> None:
-    """Draw the networks of the last iterate and of the running mean, a panel per seed."""
-    rows = {row.title: row for row in read(average).rows("accuracy")}
-    last, mean = rows["preset paper"], rows["image_average True"]
-    pairs = zip(last.seeds, last.accuracies, mean.accuracies, strict=True)
-    titled = [(f"set of seed {seed}", left, right) for seed, left, right in pairs]
-    plot_pairs(path, titled, ("last iterate", "running mean"), files_digest([average]))
-
-
-def plot_unit_variance(path: Path, without: Path, divided: Path) -> None:
-    """Draw the networks of DAM's and ATOM's set, on images as they are whitened and on images of unit variance."""
-    titles = {"MMD + spatial": "DAM", "MMD + spatial + channel": "ATOM"}
-    before, after = ({row.title: row for row in read(file).rows("cifar10:10")} for file in (without, divided))
-    pairs = [
-        (name, *([value for one in side[row].accuracies for value in one] for side in (before, after)))
-        for row, name in titles.items()
-    ]
-    plot_pairs(path, pairs, ("as whitened", "unit variance"), files_digest([without, divided]))
 
 
 def draw_classes(path: Path, picture: Path) -> None:

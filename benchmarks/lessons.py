@@ -9,12 +9,15 @@ from pathlib import Path
 from atom_fast.reproduce.tables import markdown
 from atom_fast.roofline import DEVICES, WAYS, Configuration, stages
 
+from .merging import merge
 from .plots import OPERATOR_NAMES, PROVIDER_NAMES, bandwidth_cases
-from .summary import milliseconds, newest_cells, three_digits
+from .scaling import EDITIONS, lines
+from .summary import milliseconds, newest_cells, paragraph, three_digits
 
 # A CIFAR-10 step at 50 images per class: the cell of the README's table.
 STEP = Configuration(10, 3, 32, 32, ipc=50, real_batch=128, network_width=128, depth=3, precision="tf32", whitened=True)
 DEVICE = "H100"
+NUMBERS = {2: "Two", 4: "Four", 8: "Eight"}
 GROUPS = {
     "sampling, whitening, augmentation": ("sampling", "augmentation", "backward augmentation"),
     "first convolution and block": ("1 convolution + block",),
@@ -92,7 +95,7 @@ def kept_memory(path: Path) -> str:
         f"Milliseconds per step, {size['classes']} classes of CIFAR-10's size at {size['ipc']} images per class, full "
         f"width, {where['threads']} threads of an {where['device']}:"
     )
-    return f"{text}\n\n{markdown(['', 'given back', 'kept'], lines)}"
+    return f"{text}\n\n{markdown(['', 'returned', 'kept'], lines)}"
 
 
 def bfloat16(path: Path) -> str:
@@ -141,6 +144,21 @@ def ranks(path: Path) -> str:
     speed = one["time"]["median"] / two["time"]["median"]
     apart = one["apart"]["time"]["median"] / two["apart"]["time"]["median"]
     return (
-        f"{two['processes']} processes, a core each, run at {100 * speed:.0f} % of the speed of one; "
-        f"{two['processes']} that share nothing run at {100 * apart:.0f} %."
+        f"{NUMBERS[two['processes']]} processes run at {100 * speed:.0f} % of single-process speed each, a core each; "
+        f"without communication, {100 * apart:.0f} %."
+    )
+
+
+def class_chunks(path: Path) -> str:
+    """What a step costs and saves when it takes its classes in chunks."""
+    edition = EDITIONS["cpu"]
+    whole, chunked = list(lines(edition, "classes").values())[-2:]
+    cells = merge([path])
+    several = [classes for classes in whole if classes > edition.chunk]
+    ratios = [milliseconds(cells[chunked[classes]]) / milliseconds(cells[whole[classes]]) for classes in several]
+    before, after = (cells[line[several[-1]]]["memory"]["peak_allocated"] / 1e6 for line in (whole, chunked))
+    return paragraph(
+        f"On a CPU, at reduced width, a step in chunks of {edition.chunk} classes takes {min(ratios):.1f} to "
+        f"{max(ratios):.1f} times as long for {several[0]} to {several[-1]} classes; at {several[-1]} classes its peak "
+        f"memory is {after:.0f} MB instead of {before:.0f}."
     )

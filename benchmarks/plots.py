@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -31,7 +30,7 @@ STYLE = {
 }
 PRECISION_NAMES = {"float32": "", "tf32": "", "bfloat16": ", bfloat16"}
 PROVIDER_NAMES = {
-    "eager": "eager, as published",
+    "eager": "eager, class by class",
     "eager-batched": "eager, all classes at once",
     "compile": "torch.compile",
     "fused": "atom_fast",
@@ -55,6 +54,8 @@ OPERATOR_NAMES = {
     "matching": "class means",
 }
 LAYOUT_NAMES = {"nchw": ", NCHW", "channels_last": ",\nchannels_last", "rows": ""}
+# Too small on a GPU for their bandwidth to count: the time of a call is that of its launch.
+LAUNCH_BOUND = ("augment", "matching")
 # Real images of a CIFAR-10 step: the largest tensors.
 SHAPES = ([1280, 128, 32, 32], [1280, 3, 32, 32], [1280, 1152])
 BARS = {
@@ -114,23 +115,42 @@ def files_digest(paths: Sequence[Path]) -> str:
 
 @styled
 def plot_table3(path: Path, edition: str, results: Sequence[Path]) -> None:
-    """Draw time and peak memory of every method that was measured, one row of panels per number of images per class."""
+    """Draw time and peak memory of every method that was measured, a line of dots per implementation."""
     merged = merge(results)
     measured = [ipc for ipc in table3.EDITIONS[edition].ipcs if any(setting.ipc == ipc for setting in merged)]
     chosen = {ipc: [cell for setting, cell in merged.items() if setting.ipc == ipc] for ipc in measured}
-    bars = max(sum(len(_own(cells, method)) for method in METHODS) for cells in chosen.values())
-    figure, axes = panels(len(measured), 2, 0.9 + len(measured) * (0.7 + 0.135 * bars), sharey="row")
+    rows = {ipc: _dot_rows(cells, ipc, table3.EDITIONS[edition].device == "cuda") for ipc, cells in chosen.items()}
+    heights = [1.0 + 0.2 * len(own) for own in rows.values()]
+    figure, axes = panels(len(measured), 2, 0.3 + sum(heights), sharey="row", height_ratios=heights)
     for row, ipc in zip(axes, measured, strict=True):
-        for axis, value, marks in zip(
-            row, (_milliseconds, _megabytes), (_paper_milliseconds, _paper_megabytes), strict=True
-        ):
-            printed = marks(ipc) if table3.EDITIONS[edition].device == "cuda" else {}
-            _draw_methods(axis, chosen[ipc], value, printed)
+        for place, axis in enumerate(row):
+            _draw_dots(axis, rows[ipc], place)
         images = f"{ipc} image{'s' if ipc > 1 else ''} per class"
-        row[0].set_title(f"milliseconds per step, {images}", loc="left")
-        row[1].set_title(f"peak memory in MB, {images}", loc="left")
+        row[0].set_title(f"ms per step, {images}", loc="left")
+        row[1].set_title("peak memory in MB", loc="left")
     where = load_results(results[0])["environment"]["device"]
     save(figure, path, digest(results), where)
+
+
+# A line of the picture: its name, its colour, and what it shows of time and memory (a status where there is none).
+Dots = tuple[str, str, tuple[float | str | None, float | str | None]]
+
+
+def _dot_rows(cells: list[dict], ipc: int, with_paper: bool) -> list[Dots]:
+    rows = []
+    printed = (_paper_milliseconds(ipc), _paper_megabytes(ipc)) if with_paper else ({}, {})
+    for method, described in METHODS.items():
+        own = _own(cells, method)
+        if own and method in printed[0]:
+            shown = printed[0][method], printed[1].get(method)
+            rows.append((f"{described.title}: paper, {paper.DEVICE}", "black", shown))
+        for cell in own:
+            provider, precision = cell["setting"]["provider"], cell["setting"]["precision"]
+            name = f"{described.title}: {PROVIDER_NAMES[provider]}{PRECISION_NAMES[precision]}"
+            ended = cell["status"] == "ok"
+            shown = (_milliseconds(cell), _megabytes(cell)) if ended else (cell["status"],) * 2
+            rows.append((name, COLOURS[provider], shown))
+    return rows
 
 
 def _own(cells: list[dict], method: str) -> list[dict]:
@@ -144,44 +164,27 @@ def _own(cells: list[dict], method: str) -> list[dict]:
     return [own[key] for key in known if key in own]
 
 
-def _draw_methods(axis, cells: list[dict], value: Callable[[dict], float | None], printed: dict[str, float]) -> None:
-    """Horizontal bars, a group per method from top to bottom, and a black stroke at the paper's figure."""
-    place, ticks = 0.0, {}
-    shown = {method: value for method, value in printed.items() if _own(cells, method)}
-    for method, described in METHODS.items():
-        own = _own(cells, method)
-        if not own:
-            continue
-        first = place
-        for cell in own:
-            _draw_bar(axis, place, cell, value)
-            place += 1
-        ticks[(first + place - 1) / 2] = described.title
-        if method in shown:
-            axis.vlines(shown[method], first - 0.5, place - 0.5, color="black", label=f"paper, {paper.DEVICE}")
-        place += 0.7
-    axis.set_yticks(list(ticks), list(ticks.values()))
-    axis.set_ylim(place - 0.7, -0.9)
+def _draw_dots(axis, rows: list[Dots], column: int) -> None:
+    """A dot per row on a logarithmic axis, its figure at its right; a hollow one is the paper's."""
+    for place, (_, colour, values) in enumerate(rows):
+        value = values[column]
+        if isinstance(value, str):
+            axis.text(0.02, place, value, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
+        elif value is not None:
+            face = "white" if colour == "black" else colour
+            axis.plot(value, place, "o", color=colour, mfc=face, markersize=6)
+            text = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+            axis.annotate(text, (value, place), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8.5)
+    names = [name for name, _, _ in rows]
+    axis.set_yticks(range(len(rows)), names)
+    axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.tick_params(axis="y", length=0)
+    for place in range(1, len(rows)):
+        if names[place].partition(":")[0] != names[place - 1].partition(":")[0]:
+            axis.axhline(place - 0.5, color="0.8", linewidth=0.8)
     _logarithmic(axis, "x")
-    sizes = [value(cell) for cell in cells if cell["status"] == "ok" and value(cell) is not None]
-    # Bars begin at a power of ten; at the right there is room for the figures beside them.
-    axis.set_xlim(10 ** math.floor(math.log10(min(sizes))), 2.5 * max([*sizes, *shown.values()]))
-
-
-def _draw_bar(axis, place: float, cell: dict, value: Callable[[dict], float | None]) -> None:
-    provider, precision = cell["setting"]["provider"], cell["setting"]["precision"]
-    if cell["status"] != "ok":
-        axis.text(0.02, place, cell["status"], transform=axis.get_yaxis_transform(), va="center", fontsize=7.5)
-        return
-    size = value(cell)
-    if size is None:
-        return
-    label = f"{PROVIDER_NAMES[provider]}{PRECISION_NAMES[precision]}"
-    axis.barh(place, size, 0.9, color=COLOURS[provider], alpha=0.55 if precision == "bfloat16" else 1, label=label)
-    text = f"{size:,.0f}" if size >= 100 else f"{size:.3g}"
-    axis.annotate(text, (size, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7.5,
-                  bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8})  # fmt: skip
+    sizes = [values[column] for _, _, values in rows if isinstance(values[column], float | int)]
+    axis.set_xlim(0.7 * min(sizes), 3 * max(sizes))  # at the right there is room for the figures
 
 
 def _paper_milliseconds(ipc: int) -> dict[str, float]:
@@ -241,14 +244,14 @@ def _chunked(chunk: str) -> str:
 
 @styled
 def plot_bandwidth(path: Path, results: Sequence[Path]) -> None:
-    """Draw every operator's share of a copy's bandwidth, by data type and direction; a stroke marks eager PyTorch.
+    """Draw the operators' shares of a copy's bandwidth, by data type and direction; a stroke marks eager PyTorch.
 
     An operator's bytes are the fewest that it must move, so whatever else an implementation moves counts against it.
     """
     cases = bandwidth_cases(results)
     groups: dict[tuple[str, str], list] = {}
     for (operator, layout, dtype, direction, provider), case in cases.items():
-        if provider == "fused":
+        if provider == "fused" and operator not in LAUNCH_BOUND:
             groups.setdefault((operator, layout), []).append(((dtype, direction), case))
     figure, axes = panels(1, 1, 1.2 + sum(0.12 + 0.155 * len(group) for group in groups.values()))
     axis, place, ticks = axes[0][0], 0.0, {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -58,13 +59,18 @@ def pages(results: Path) -> dict[str, dict[str, str]]:
         "README.md": {
             "caption": _where(summary.caption, table1),
             "gains": _where(summary.gains, table1, gpu, kernels),
-            "steps": _where(summary.steps, gpu, table1),
-            "accuracy": _where(summary.accuracy, table1),
             "demo": _where(summary.demo, results / "accuracy-digits.json"),
-            "methods": _where(summary.methods, *cpu),
+            "tables": _joined(
+                _where(summary.accuracy, table1),
+                _where(summary.steps, gpu, table1),
+                _where(summary.methods, *cpu),
+            ),
         },
         "docs/results.md": reproduction.sections(results),
-        "docs/usage.md": {"compilers": _where(compilers.table, results / "compilers.json")},
+        "docs/usage.md": {
+            "class-chunks": _where(lessons.class_chunks, results / "scaling-cpu.json"),
+            "compilers": _where(compilers.table, results / "compilers.json"),
+        },
         "docs/benchmarks.md": {"table3-gpu": edition_markdown("gpu", gpu), "table3-cpu": edition_markdown("cpu", cpu)},
         "docs/performance.md": {
             "budget": lessons.budget(),
@@ -81,10 +87,8 @@ def pages(results: Path) -> dict[str, dict[str, str]]:
 
 def pictures(results: Path, figures: Path) -> Iterator[tuple[str, str, Callable[[], None]]]:
     """Every picture that the results suffice for: its name, what it is drawn from, and what draws it."""
-    for edition in EDITIONS:
-        if files := _files(results, "table3", edition):
-            name = f"table3-{edition}.png"
-            yield name, digest(files), partial(plots.plot_table3, figures / name, edition, files)
+    if files := _files(results, "table3", "gpu"):
+        yield "table3-gpu.png", digest(files), partial(plots.plot_table3, figures / "table3-gpu.png", "gpu", files)
     for edition in scaling.EDITIONS:
         if files := _files(results, "scaling", edition):
             name = f"scaling-{edition}.png"
@@ -103,20 +107,21 @@ def _accuracy_pictures(results: Path, figures: Path) -> Iterator[tuple[str, str,
         return results / f"reproduce-{name}.json"
 
     studies = [file("cifar10-ipc1-study"), file("cifar10-ipc10-study")]
-    unit = [file("cifar10-ipc10-herding"), file("cifar10-ipc10-unit")]
-    table1, scale, average = file(reproduction.TABLE1), file("cifar10-ipc10-scale"), file("cifar10-ipc10-average")
+    table1, scale = file(reproduction.TABLE1), file("cifar10-ipc10-scale")
     drawn = figures / "cifar10-ipc10.png"
     known = [
         ("accuracy-seconds.png", [table1], lambda path: findings.plot_accuracy(path, table1)),
         ("norm-schedule.png", studies, lambda path: findings.plot_norm_and_schedule(path, studies)),
         ("loss-scale.png", [scale, *studies], lambda path: findings.plot_loss_scale(path, scale, studies)),
-        ("running-mean.png", [average], lambda path: findings.plot_running_mean(path, average)),
-        ("unit-variance.png", unit, lambda path: findings.plot_unit_variance(path, *unit)),
         ("cifar10-classes.png", [drawn], lambda path: findings.draw_classes(path, drawn)),
     ]
     for name, files, draw in known:
         if all(path.exists() for path in files):
             yield name, plots.files_digest(files), partial(draw, figures / name)
+
+
+def _joined(*parts: str) -> str:
+    return "\n\n".join(filter(None, parts))
 
 
 def _where(render: Callable[..., str], *files: Path | Sequence[Path]) -> str:
@@ -146,8 +151,9 @@ def edition_markdown(edition: str, paths: Sequence[Path]) -> str:
     merged = merge(paths)
     sections = [
         _caption(edition, [load_results(path) for path in paths]),
-        "Milliseconds per step, median; in brackets, how many times faster than `eager` in the same run:",
-        _table(edition, merged, _time_entry, _paper_milliseconds),
+        f"Milliseconds per step, median; in brackets, how many times faster than `eager` in the same run"
+        f"{_other_runs(merged)}:",
+        _table(edition, merged, partial(_time_entry, merged), _paper_milliseconds),
         f"Peak memory in MB, {_memory_note(edition)}; in brackets, the share of `eager`'s:",
         _table(edition, merged, _memory_entry, _paper_megabytes),
     ]
@@ -198,12 +204,13 @@ def _table(edition: str, merged: dict[Setting, dict], entry: Callable, printed: 
     ipcs = _ipcs(edition, merged)
     lines = ["| Method | | " + " | ".join(f"IPC {ipc}" for ipc in ipcs) + " |", "|---|---|" + "---:|" * len(ipcs)]
     for method, described in METHODS.items():
-        rows = []
+        rows: list[tuple[str, list[str]]] = []
         if EDITIONS[edition].device == "cuda":
             rows.append((f"paper, {paper.DEVICE}", [printed(method, paper.IPCS.index(ipc)) for ipc in ipcs]))
         for label, cells in _rows(edition, merged, method).items():
             if any(cells):
                 rows.append((label, [entry(cell) if cell else MISSING for cell in cells]))
+        rows = [(label, entries) for label, entries in rows if set(entries) != {MISSING}]
         for row, (label, entries) in enumerate(rows):
             lines.append(f"| {described.title if row == 0 else ''} | {label} | {' | '.join(entries)} |")
     return "\n".join(lines)
@@ -235,7 +242,19 @@ def _has_gaps(edition: str, merged: dict[Setting, dict]) -> bool:
     return any(None in cells and any(cells) for cells in rows)
 
 
-def _time_entry(cell: dict) -> str:
+def _shown_eager(merged: dict[Setting, dict], cell: dict) -> bool:
+    """Whether the eager step that a cell is compared with is the one in the table."""
+    wanted = dataclasses.replace(Setting(**cell["setting"]), provider="eager", class_chunk=None)
+    shown = merged.get(wanted) or merged.get(dataclasses.replace(wanted, precision="tf32"))
+    return shown is None or shown["measured_at"] == cell["eager"]["measured_at"]
+
+
+def _other_runs(merged: dict[Setting, dict]) -> str:
+    other = any(cell["eager"] and not _shown_eager(merged, cell) for cell in merged.values())
+    return ", and that run's `eager` where it is not the one shown" if other else ""
+
+
+def _time_entry(merged: dict[Setting, dict], cell: dict) -> str:
     if cell["status"] != "ok":
         return cell["status"]
     median = cell["time"]["median"]
@@ -243,7 +262,9 @@ def _time_entry(cell: dict) -> str:
     if "share_of_eager" in cell:
         text += f" ({_three_digits(1 / cell['share_of_eager'])}×)"
     elif cell["setting"]["provider"] != "eager" and cell["eager"] and cell["eager"]["status"] == "ok":
-        text += f" ({_three_digits(cell['eager']['time']['median'] / median)}×)"
+        eager = cell["eager"]["time"]["median"]
+        other = "" if _shown_eager(merged, cell) else f" of {_three_digits(eager * 1e3)}"
+        text += f" ({_three_digits(eager / median)}×{other})"
     return text
 
 
@@ -252,7 +273,7 @@ def _memory_entry(cell: dict) -> str:
         return cell["status"]
     peak = cell["memory"]["peak_allocated"]
     if peak is None:
-        return "–"
+        return MISSING
     text = f"{peak / 1e6:,.0f}" if peak >= 1e7 else f"{peak / 1e6:.1f}"
     if cell["setting"]["provider"] != "eager" and cell["eager"] and cell["eager"]["status"] == "ok":
         text += f" ({peak / cell['eager']['memory']['peak_allocated']:.0%})"

@@ -9,13 +9,16 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from atom_fast.distill.config import default_norm
 from atom_fast.reproduce.tables import FORMAT, markdown
 
 PREFIX = "reproduce-"
 TABLE1 = "cifar10-table1"
+# They show that a target runs at a small size, and are too small to conclude anything from.
+UNSHOWN = ("digits-table1", "digits-table2", "digits-table5", "digits-fig3")
 UNBROKEN = "\u00a0±\u00a0"  # in narrow columns
 AS_IN_THE_PAPER = "the paper's size"
-ROWS = {"preset paper": "preset `paper`", "Random (nothing is matched)": "Random"}
+ROWS = {"preset paper": "baseline", "Random (nothing is matched)": "Random"}
 # Words of "reduced" as the page says them; older files say "networks a set".
 REDUCED = {
     "sets per cell": "sets per cell",
@@ -25,6 +28,10 @@ REDUCED = {
     "real_batch": "real images per class per step",
     "width": "channels",
 }
+NORMS = {"batch": "BatchNorm", "instance": "InstanceNorm"}
+# Stated for every file as the settings it was made with, not as differences to a preset that has changed since.
+STATED = re.compile(r"`(loss_scale|image_average|norm)` ")
+FEW = 3  # rows that are told in a sentence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,15 +120,6 @@ class Record:
                     found.append(_row(row["title"], entry))
         return found
 
-    def cited(self) -> list[tuple[str, dict[str, Sequence]]]:
-        """The rows of the paper that are not run here, with its figures by column."""
-        return [
-            (row["title"], {column: entry["paper"] for column, entry in row["entries"].items() if entry["paper"]})
-            for section in self.content["sections"]
-            for row in section["rows"]
-            if any(entry["cited"] for entry in row["entries"].values())
-        ]
-
 
 def _row(title: str, entry: Mapping) -> Row:
     ours = entry["ours"]
@@ -164,12 +162,11 @@ def read(path: Path) -> Record:
 
 
 def sections(results: Path) -> dict[str, str]:
-    """By name, every section of the page: two of Table 1, the open settings, and the details of every file."""
+    """By name, every section of the page: Table 1, the open settings, and the details of every file that is shown."""
     records = {path.stem.removeprefix(PREFIX): read(path) for path in sorted(results.glob(f"{PREFIX}*.json"))}
-    found = {"table1": "", "table1-cited": "", "open": open_settings(records)}
-    if TABLE1 in records:
-        found |= {"table1": table1(records[TABLE1]), "table1-cited": cited(records[TABLE1])}
-    return found | {name: details(record) for name, record in records.items() if name != TABLE1}
+    table = table1(records[TABLE1]) if TABLE1 in records else ""
+    shown = {name: details(record) for name, record in records.items() if name not in (TABLE1, *UNSHOWN)}
+    return {"table1": table, "open": open_settings(records), **shown}
 
 
 def table1(record: Record) -> str:
@@ -187,18 +184,21 @@ def table1(record: Record) -> str:
     rows.append(["ATOM: seconds per set", *(text for column in columns for text in (_seconds(record, column), ""))])
     own = [row for column in columns for row in record.rows(column) if row.title == "ATOM"]
     gaps = [round(row.paper[0] - row.mean, 1) for row in own]
-    below = f"ATOM is {min(gaps):.1f} to {max(gaps):.1f} points below the paper's figures. ¹: one set."
+    below = _fill(
+        f"ATOM is {min(gaps):.1f} to {max(gaps):.1f} points below the paper's figures. {_leads(record)} ¹: one set."
+    )
     table = markdown(head, rows).replace(" ± ", UNBROKEN)
     return f"{note(record)}\n\n{table}\n\n{below}"
 
 
-def cited(record: Record) -> str:
-    """The rows of Table 1 that are not run here, as the paper prints them."""
-    columns = record.columns
-    head = ["paper's figure, %", *(_images(column) for column in columns)]
-    return markdown(
-        head, [[title, *(_figure(values.get(column)) for column in columns)] for title, values in record.cited()]
-    )
+def _leads(record: Record) -> str:
+    """How far ATOM is above DAM, column by column."""
+    leads = []
+    for column in record.columns:
+        rows = {row.title: row for row in record.rows(column)}
+        if "ATOM" in rows and "DAM" in rows:
+            leads.append(f"{rows['ATOM'].mean - rows['DAM'].mean:+.1f} at {_images(column)}")
+    return f"ATOM less DAM, in points: {', '.join(leads)}." if leads else ""
 
 
 def _seconds(record: Record, column: str) -> str:
@@ -213,21 +213,77 @@ def _images(column: str) -> str:
 def details(record: Record) -> str:
     """What was measured, as a table under the sizes that differ from the paper's."""
     columns = record.columns
-    tables = [_detailed(record, columns[0])] if len(columns) == 1 else [_combined(record, columns)]
-    return "\n\n".join([note(record), *tables])
+    if len(columns) > 1:
+        return f"{note(record)}\n\n{_combined(record, columns)}"
+    if record.content["target"] == "study":
+        return _fill(f"{_note(record)} {_studied(record, columns[0])}")
+    if len(record.rows(columns[0])) <= FEW:
+        return _fill(f"{_note(record)} {_told(record, columns[0])}")
+    return f"{note(record)}\n\n{_detailed(record, columns[0])}"
+
+
+def _studied(record: Record, column: str) -> str:
+    """A study's baseline; its other rows are in the table of open settings unless they are few."""
+    base, *others = record.rows(column)
+    text = f"Baseline, {_made(record)}: {_sentence(base)}."
+    if len(others) <= FEW:
+        return f"{text} {'. '.join(f'`{row.title}`: {_sentence(row)}' for row in others)}."
+    epochs = ", ".join(
+        f"{name.partition(' (')[0]} {protocol['epochs']:,}" for name, protocol in record.content["protocols"].items()
+    )
+    return f"{text} Epochs by schedule: {epochs}."
+
+
+def _told(record: Record, column: str) -> str:
+    """Few rows in a sentence."""
+    return f"{'. '.join(f'{ROWS.get(row.title, row.title)}: {_sentence(row)}' for row in record.rows(column))}."
+
+
+def _sentence(row: Row) -> str:
+    parts = [f"{_accuracy(row)} %", f"difference {_difference(row.to_base)}" if row.to_base else ""]
+    parts += [f"{row.sets} set{'s' * (row.sets > 1)} × {row.networks} networks"]
+    parts += [
+        f"paper {_figure(row.paper)}" if row.paper else "",
+        f"{row.seconds:,.0f} s per set" if row.seconds else "",
+    ]
+    first, *rest = filter(None, parts)
+    return f"{first} ({', '.join(rest)})"
 
 
 def note(record: Record) -> str:
     """Where and at what size it was measured: sets, networks and settings that differ from the paper's."""
+    return _fill(_note(record))
+
+
+def _note(record: Record) -> str:
     content = record.content
     one = len(record.columns) == 1
     sizes = [
-        f"{record.where if one else name}: {'; '.join(map(_plain, content['reduced'][dataset])) or AS_IN_THE_PAPER}"
+        f"{record.where if one else name}: {'; '.join(_sizes(record, dataset)) or AS_IN_THE_PAPER}"
         for dataset, name in content["data"].items()
     ]
     torch = content["versions"]["torch"]
-    text = f"{'. '.join(sizes)}. Measured on {record.device}, {content['date']}, torch {torch}."
+    made = f" {_made(record)}." if one and content["target"] != "study" else ""
+    return f"{'. '.join(sizes)}.{made} Measured on {record.device}, {content['date']}, torch {torch}."
+
+
+def _fill(text: str) -> str:
     return textwrap.fill(text, 120, break_on_hyphens=False)
+
+
+def _sizes(record: Record, dataset: str) -> list[str]:
+    sizes = map(_plain, record.content["reduced"][dataset])
+    return [size for size in sizes if len(record.columns) > 1 or not STATED.match(size)]
+
+
+def _made(record: Record) -> str:
+    """Norm, loss scale and result of the rows, or of a study's baseline, as they were when it was measured."""
+    configuration = min(record.content["configurations"].values(), key=lambda entry: len(entry["settings"]))
+    config = configuration["config"]
+    norm = config["norm"] if config["norm"] != "auto" else default_norm(configuration["dataset"], configuration["ipc"])
+    scale = [] if config["loss_scale"] is None else [f"loss scale {config['loss_scale']:g}"]
+    result = "running average" if config.get("image_average") else "last iterate"
+    return ", ".join([NORMS[norm], *scale, result])
 
 
 def _plain(reduced: str) -> str:
@@ -337,7 +393,8 @@ OPEN = (
         (
             ("fixed rate", _in_studies("evaluation paper-fixed")),
             ("×0.5 every 15 epochs", _in_studies("evaluation paper-table7")),
-            ("1,800 epochs", _in_studies("evaluation datadam-code")),
+            ("DC's: fewer epochs, no augmentation", _in_studies("evaluation dc")),
+            ("DataDAM's: more epochs, batches of 64", _in_studies("evaluation datadam-code")),
         ),
         "norm-and-schedule-of-the-test",
     ),
@@ -348,8 +405,8 @@ OPEN = (
         (
             ("1 instead of 10", _in_studies("loss_scale 1")),
             ("100 instead of 10", _in_studies("loss_scale 100")),
-            ("1 instead of 3, BatchNorm", (("cifar10-ipc10-scale", "loss_scale 1"),)),
-            ("10 instead of 3, BatchNorm", (("cifar10-ipc10-scale", "loss_scale 10"),)),
+            ("1 instead of 3, BatchNorm, 8,000 steps", (("cifar10-ipc10-scale", "loss_scale 1"),)),
+            ("10 instead of 3, BatchNorm, 8,000 steps", (("cifar10-ipc10-scale", "loss_scale 10"),)),
         ),
         "loss-scale",
     ),
@@ -357,7 +414,7 @@ OPEN = (
         "result of a run",
         "the last iterate",
         "a running average with BatchNorm, the last iterate otherwise",
-        (("running average", (("cifar10-ipc10-average", "image_average True"),)),),
+        (("running average, 1,000 steps", (("cifar10-ipc10-average", "image_average True"),)),),
         "running-mean",
     ),
     Open(

@@ -17,7 +17,7 @@ GROUPS = (
     "Folders",
     "Damaged files",
     "Hostile files",
-    "What a run must not go on with",
+    "Invalid values and mismatched data",
     "Kernels in C",
 )
 BEGIN, END = "<!-- faults: written by python -m tests.faults -->", "<!-- end of faults -->"

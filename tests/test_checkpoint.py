@@ -95,7 +95,7 @@ def test_a_file_cut_short_or_continued_is_noticed(tmp_path):
             load_checkpoint(path)
 
 
-@pytest.mark.fault("Damaged files", "the newest checkpoint is damaged", "said, and the one before it is used")
+@pytest.mark.fault("Damaged files", "the newest checkpoint is damaged", "one warning; the previous one is used")
 def test_a_damaged_newest_is_reported_and_the_one_before_it_used(tmp_path):
     save_checkpoint(tmp_path, make_checkpoint(10))
     newest = save_checkpoint(tmp_path, make_checkpoint(20))
@@ -106,7 +106,7 @@ def test_a_damaged_newest_is_reported_and_the_one_before_it_used(tmp_path):
     assert str(newest) in reports[0]
 
 
-@pytest.mark.fault("Damaged files", "every checkpoint is damaged", "refused, in place of starting again unasked")
+@pytest.mark.fault("Damaged files", "every checkpoint is damaged", "refused, instead of silently starting over")
 def test_nothing_but_damage_is_an_error(tmp_path):
     path = save_checkpoint(tmp_path, make_checkpoint())
     path.write_bytes(b"")

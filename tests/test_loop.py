@@ -259,7 +259,7 @@ def test_two_runs_cannot_write_one_folder(data, tmp_path):
 
 
 @pytest.mark.fault(
-    "What a run must not go on with",
+    "Invalid values and mismatched data",
     "a learning rate that makes the images overflow",
     "the run stops; what was lost is named, the last good checkpoint is kept, no set is written",
 )

@@ -59,7 +59,7 @@ def test_processes_that_start_together_build_one_library(tmp_path):
     assert len(list((tmp_path / "atom_fast").iterdir())) == 1
 
 
-@pytest.mark.fault("Kernels in C", "half of the library that is kept is lost", "it is built anew")
+@pytest.mark.fault("Kernels in C", "the cached library is truncated", "it is rebuilt")
 def test_a_damaged_library_is_built_anew(tmp_path):
     with _native._cache() as folder:
         whole = (folder / _native._name()).read_bytes()

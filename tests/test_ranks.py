@@ -316,7 +316,7 @@ def distil_slowly(world, folder):
 @pytest.mark.fault(
     "More than one process",
     "SIGKILL to one of three processes",
-    "missed after 20 seconds (3 in the test): the others end with its number; checkpoints stay",
+    "the others notice after 20 s (3 in the test), name it and stop; checkpoints stay",
 )
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_others(context, tmp_path, killed):

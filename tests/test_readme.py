@@ -217,7 +217,7 @@ def test_links_and_pictures_lead_somewhere(page):
 
 
 def test_the_map_of_the_code_names_files_that_exist():
-    rows = re.findall(r"^\| .*`\w+\.py`.*\|$", README.read_text("utf-8"), flags=re.M)
+    rows = re.findall(r"^\| .*`\w+\.py`.*\|$", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), flags=re.M)
     folders = (("kernels", "atom_fast/ops"), ("atom_fast",), ("tests",), ("benchmarks",))
     assert len(rows) >= 6
     for row in rows:
@@ -225,6 +225,9 @@ def test_the_map_of_the_code_names_files_that_exist():
             for name in re.findall(r"`([\w/]+\.\w+)`", cell):
                 for folder in places[:1] if name.endswith(".c") else places:
                     assert (ROOT / folder / name).is_file(), f"{folder}/{name}"
+        module, *functions = re.findall(r"`([\w/.]+)`", row.strip("| ").split(" | ")[2])
+        source = (ROOT / "atom_fast" / module).read_text("utf-8")
+        assert functions and all(re.search(rf"^(def|class) {name}\b", source, re.M) for name in functions), row
 
 
 def test_figures_of_the_readme_are_rendered():

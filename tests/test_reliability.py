@@ -426,7 +426,7 @@ def test_a_vanished_data_folder(run, tmp_path):
     assert run.resume(*options, *more) == 0, run.messages()
 
 
-@pytest.mark.fault("Folders", "the file system has no locks", "said once; the run goes on")
+@pytest.mark.fault("Folders", "the file system has no locks", "one warning; the run goes on")
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
     import fcntl
 
@@ -456,7 +456,7 @@ def test_an_error_of_tensorboard_names_its_folder(tmp_path):
 
 
 @pytest.mark.fault(
-    "What a run must not go on with",
+    "Invalid values and mismatched data",
     "an image of the data has changed, or a setting, when a run is resumed",
     "refused; both fingerprints, or each setting's old and new value, are shown, and the run is unchanged",
 )
@@ -476,7 +476,7 @@ def test_other_data_or_settings_are_refused_with_their_difference(run, tmp_path,
 
 
 @pytest.mark.fault(
-    "What a run must not go on with",
+    "Invalid values and mismatched data",
     "an image becomes NaN after a step",
     "the next reading stops the run; terms, iteration and class are named, and the last good checkpoint, which goes on",
 )
@@ -492,7 +492,7 @@ def test_a_nan_names_iteration_and_class_and_the_run_can_go_on(run, uninterrupte
 
 
 @pytest.mark.fault(
-    "What a run must not go on with",
+    "Invalid values and mismatched data",
     "the settings let losses and images grow beyond float32",
     "the run stops; iteration, classes, and the terms of the loss or the images are named",
 )
@@ -504,7 +504,7 @@ def test_infinite_losses_name_their_term(run):
 
 
 @pytest.mark.fault(
-    "What a run must not go on with",
+    "Invalid values and mismatched data",
     "a finished run whose checkpoints were deleted is resumed",
     "refused: the finished set would be replaced",
 )
@@ -518,7 +518,9 @@ def test_a_finished_set_is_not_made_anew(run):
 
 
 @pytest.mark.fault(
-    "What a run must not go on with", "`evaluate --json` names a file that it did not write", "refused; the file stays"
+    "Invalid values and mismatched data",
+    "`evaluate --json` names a file that it did not write",
+    "refused; the file stays",
 )
 @pytest.mark.parametrize("content", ["notes", '{"mine": 1}', "[1]", "[" * 10_000])
 def test_a_file_that_is_no_result_is_not_replaced(content, finished, tmp_path):
@@ -530,7 +532,7 @@ def test_a_file_that_is_no_result_is_not_replaced(content, finished, tmp_path):
 
 
 @pytest.mark.fault(
-    "Damaged files", "the result of a part of the demo is damaged", "said, and measured again; its set is kept"
+    "Damaged files", "the result of a part of the demo is damaged", "one warning; it is measured again, its set is kept"
 )
 def test_a_damaged_result_of_the_demo_is_measured_again(tmp_path, monkeypatch, capsys):
     from atom_fast import demo

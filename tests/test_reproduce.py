@@ -401,7 +401,7 @@ def interrupted_at_3(target, output, monkeypatch):
 
 
 @pytest.mark.fault(
-    "What a run must not go on with",
+    "Invalid values and mismatched data",
     "a cell of `reproduce` becomes NaN, or needs more memory than there is",
     "it is named, marked as failed in the table, and the others are done; exit code 2; the same command tries again",
 )
@@ -517,7 +517,7 @@ def with_other_images(output, units):
 
 
 @pytest.mark.fault(
-    "What a run must not go on with",
+    "Invalid values and mismatched data",
     "cells of a data set in a folder of `reproduce` were made from other images than the data at hand, or each other",
     "refused before any work, or where the table would be written; data set and folder are named",
 )
@@ -566,7 +566,9 @@ def test_a_cell_that_another_process_has_is_passed_over(tmp_path):
     assert "finished" in list_units(target, tmp_path)[1] and "to do" in list_units(target, tmp_path)[0]
 
 
-@pytest.mark.fault("Folders", "the file system has no locks for the cells of `reproduce`", "said once; they are done")
+@pytest.mark.fault(
+    "Folders", "the file system has no locks for the cells of `reproduce`", "one warning; the cells still run"
+)
 def test_cells_on_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     def unsupported(*arguments):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
