@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from atom_fast.reproduce.paper import TABLE1 as ACCURACIES
@@ -11,7 +11,7 @@ from atom_fast.reproduce.paper import TABLE4
 from . import paper
 from .methods import METHODS
 from .plots import files_digest, panels, save, styled
-from .reproduction import Record, read
+from .reproduction import Record, Row, read
 
 OURS, PAPER = "tab:red", "0.45"
 # Where the tiles of docs/figures/cifar10-ipc10.png lie: the first one, their side, and the way from one to the next.
@@ -134,6 +134,65 @@ def _draw_scales(axis, record: Record, norm: str, colour: str) -> None:
     axis.set_xscale("log")
     axis.set_xticks(scales, [f"{scale:g}" for scale in scales])
     axis.minorticks_off()
+
+
+@styled
+def plot_settings(path: Path, compared: Mapping[str, Mapping[str, Row]], source: str, title: str) -> None:
+    """Draw a dot per setting, with its standard deviation and its figure beside it.
+
+    Args:
+        path: of the picture.
+        compared: by panel, the row of each setting; all panels have the same settings.
+        source: names the figures.
+        title: what was measured, and on how many sets and networks.
+    """
+    figure, axes = panels(1, len(compared), 2.2, sharex=True, sharey=True)
+    for axis, (name, rows) in zip(axes[0], compared.items(), strict=True):
+        for place, row in enumerate(rows.values()):
+            colour = OURS if place else "0.35"
+            axis.errorbar(row.mean, place, xerr=row.std, fmt="o", color=colour, markersize=6, capsize=3)
+            figures, beside = f"{row.mean:.1f} ± {row.std:.1f}", (row.mean + row.std, place)
+            look = {"color": colour, "va": "center", "bbox": {"color": "white", "pad": 1}}
+            axis.annotate(figures, beside, xytext=(7, 0), textcoords="offset points", **look)
+        axis.set_yticks(range(len(rows)), rows)
+        axis.set_ylim(len(rows) - 0.4, -0.6)
+        axis.set_title(name, loc="left")
+        axis.set_xlabel("test accuracy, %; bars: standard deviation")
+        axis.grid(axis="x", alpha=0.3)
+    drawn = [row for rows in compared.values() for row in rows.values()]
+    low, high = min(row.mean - row.std for row in drawn), max(row.mean + row.std for row in drawn)
+    # Room for the figures to the right of the dots, which take more of a narrow panel.
+    axes[0][0].set_xlim(low - 0.1 * (high - low), high + (0.05 + 0.2 * len(compared)) * (high - low))
+    save(figure, path, source, title)
+
+
+def plot_running_mean(path: Path, average: Path) -> None:
+    """Draw the accuracy of the last iterate and of the running average of the same runs."""
+    record = read(average)
+    rows = {row.title: row for row in record.rows("accuracy")}
+    settings = {"last iterate": rows["preset paper"], "running average": rows["image_average True"]}
+    compared = {_images(record): settings}
+    plot_settings(path, compared, files_digest([average]), _measured(record, settings["running average"]))
+
+
+def plot_unit_variance(path: Path, without: Path, divided: Path) -> None:
+    """Draw the accuracy of DAM's and ATOM's set, tested as it was distilled and with unit variance."""
+    records = {"as distilled": read(without), "unit variance": read(divided)}
+    sides = {name: {row.title: row for row in record.rows("cifar10:10")} for name, record in records.items()}
+    titles = {"DAM": "MMD + spatial", "ATOM": "MMD + spatial + channel"}
+    record = records["unit variance"]
+    compared = {
+        f"{method}, {_images(record)}": {name: rows[title] for name, rows in sides.items()}
+        for method, title in titles.items()
+    }
+    measured = _measured(record, sides["unit variance"][titles["ATOM"]])
+    plot_settings(path, compared, files_digest([without, divided]), measured)
+
+
+def _measured(record: Record, row: Row) -> str:
+    """Data set, sets and networks of a row, and the steps of its runs."""
+    sets = f"{row.sets} set{'s' if row.sets > 1 else ''} × {row.networks} networks"
+    return f"{record.where.rpartition(', ')[0]}: {sets} per row, {record.iterations:,} steps"
 
 
 def draw_classes(path: Path, picture: Path) -> None:

@@ -107,12 +107,15 @@ def _accuracy_pictures(results: Path, figures: Path) -> Iterator[tuple[str, str,
         return results / f"reproduce-{name}.json"
 
     studies = [file("cifar10-ipc1-study"), file("cifar10-ipc10-study")]
-    table1, scale = file(reproduction.TABLE1), file("cifar10-ipc10-scale")
+    unit = [file("cifar10-ipc10-herding"), file("cifar10-ipc10-unit")]
+    table1, scale, average = file(reproduction.TABLE1), file("cifar10-ipc10-scale"), file("cifar10-ipc10-average")
     drawn = figures / "cifar10-ipc10.png"
     known = [
         ("accuracy-seconds.png", [table1], lambda path: findings.plot_accuracy(path, table1)),
         ("norm-schedule.png", studies, lambda path: findings.plot_norm_and_schedule(path, studies)),
         ("loss-scale.png", [scale, *studies], lambda path: findings.plot_loss_scale(path, scale, studies)),
+        ("running-mean.png", [average], lambda path: findings.plot_running_mean(path, average)),
+        ("unit-variance.png", unit, lambda path: findings.plot_unit_variance(path, *unit)),
         ("cifar10-classes.png", [drawn], lambda path: findings.draw_classes(path, drawn)),
     ]
     for name, files, draw in known:
