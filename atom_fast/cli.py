@@ -45,14 +45,15 @@ class _Choice(click.Choice):
 
 
 class _OrNone(click.ParamType):
-    """A value of another type, or the word ``none``, which help shows only where it leaves something out."""
+    """A value of another type, or a word for None: ``none`` leaves something out, ``auto`` derives it."""
 
-    def __init__(self, inner: click.ParamType, shown: bool):
+    def __init__(self, inner: click.ParamType, word: str):
         self.inner = inner
-        self.name = f"{inner.name}|none" if shown else inner.name
+        self.words = {"none", word}
+        self.name = f"{inner.name}|{word}"
 
     def convert(self, value, param, ctx):
-        return None if value is None or value.lower() == "none" else self.inner.convert(value, param, ctx)
+        return None if value is None or value.lower() in self.words else self.inner.convert(value, param, ctx)
 
 
 class _List(click.ParamType):
@@ -151,7 +152,7 @@ def _setting_option(field: dataclasses.Field, hint: object):
     else:
         kind = click.INT if int in accepted else click.FLOAT if float in accepted else click.STRING
     if type(None) in accepted:
-        kind = _OrNone(kind, shown=default != AUTO)
+        kind = _OrNone(kind, AUTO if default == AUTO else "none")
     return click.option(_flag(field.name), type=kind, help=text)
 
 

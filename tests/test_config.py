@@ -3,14 +3,17 @@
 import dataclasses
 import math
 
+import click
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atom_fast.cli import main
 from atom_fast.distill.config import (
     PRESETS,
     DistillConfig,
+    from_yaml,
     preset,
     read_config,
     read_settings,
@@ -249,3 +252,16 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path, text, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
         read_config(tmp_path / "nowhere.yaml")
+
+
+def test_the_words_that_help_shows_are_accepted(tmp_path):
+    """``auto`` for what is derived, ``none`` for what is left out, in YAML as on the command line."""
+    assert from_yaml({"loss_scale": "auto", "spatial_power": "none"}) == {"loss_scale": None, "spatial_power": None}
+    with pytest.raises(ValueError, match="spatial_power must be a number"):
+        preset("paper", **from_yaml({"spatial_power": "auto"}))
+    command = main.commands["distill"]
+    options = ["--loss-scale", "auto", "--image-average", "--depth", "auto", "--channel-power", "none"]
+    values = command.make_context("distill", options).params
+    assert values["loss_scale"] is None and values["depth"] is None and values["channel_power"] is None
+    with pytest.raises(click.BadParameter, match="'auto' is not a valid float"):
+        command.make_context("distill", ["--spatial-power", "auto"])

@@ -425,20 +425,24 @@ def check_names(settings: Mapping[str, object]) -> None:
 
 
 def from_yaml(settings: Mapping[str, object]) -> dict[str, object]:
-    """Settings with what YAML reads as text, the word none and numbers such as 1e-3, as what they are meant to be.
+    """Settings with what YAML reads as text as what it means: the words none and auto, and numbers such as 1e-3.
 
     Raises:
         ValueError: an unknown setting.
     """
     check_names(settings)
     hints = typing.get_type_hints(DistillConfig)
-    return {name: _meant(value, typing.get_args(hints[name]) or (hints[name],)) for name, value in settings.items()}
+    fields = DistillConfig.__dataclass_fields__
+    return {
+        name: _meant(value, typing.get_args(hints[name]) or (hints[name],), fields[name].metadata["unset"])
+        for name, value in settings.items()
+    }
 
 
-def _meant(value: object, accepted: tuple[type, ...]) -> object:
+def _meant(value: object, accepted: tuple[type, ...], unset: str) -> object:
     if not isinstance(value, str):
         return value
-    if value.strip().lower() == "none" and type(None) in accepted:
+    if type(None) in accepted and value.strip().lower() in ("none", unset):
         return None
     if float in accepted:
         with contextlib.suppress(ValueError):
