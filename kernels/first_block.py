@@ -73,8 +73,8 @@ def tiled_first_block_launch(image_channels: int) -> dict[str, int]:
 def first_block_backward_launch(image_channels: int, capability: int) -> dict[str, int]:
     """Launch table of the backward kernels, which walk a tile of BLOCK_P places through the channels.
 
-    The tile is measured on an H100. Grey images of 8x8 would spill a few registers: elsewhere with so many channels, and
-    there with loads three steps ahead under Triton 3.6.
+    The tile was measured on an H100. Grey images of 8x8 would spill a few registers: on other GPUs with as many
+    channels, on an H100 with loads three steps ahead under Triton 3.6.
     """
     block_k = _columns_block(image_channels)
     block_c = 32 if capability in (80, 90) else 16
