@@ -17,8 +17,10 @@ from triton.runtime.errors import OutOfResources
 import atom_fast as af
 from atom_fast import _backend, _device, doctor
 from atom_fast.cli import main
+from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.distill.config import preset
 from atom_fast.distill.loop import distill
+from atom_fast.evaluate import evaluate
 from atom_fast.ops.launching import KernelError, device_of
 from tests import workloads
 from tests.cubin import check_report
@@ -176,6 +178,14 @@ def test_a_gpu_without_tf32_takes_float32_and_refuses_the_others(turing):
         resolve(precision="tf32")
     with pytest.raises(ValueError, match="'bfloat16' needs .* 8.0 or above; cuda:0 has 7.5 and emulates it.*'float32'"):
         resolve(precision="bfloat16")
+
+
+def test_an_evaluation_refuses_bfloat16_where_it_is_emulated(turing):
+    data = make_data(2)
+    space = fit_preprocessing(data.train_images, "standard", progress=False)
+    images, labels = space.to_model(data.train_images), data.train_labels
+    with pytest.raises(ValueError, match="'bfloat16' needs .* cuda:0 has 7.5"):
+        evaluate(images, labels, data, space, device=turing, precision="bfloat16", progress=False)
 
 
 def test_tf32_is_the_default_where_it_is(monkeypatch):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atom_fast._device import check_bfloat16
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing
 from atom_fast.evaluate.ensemble import Curve, train_networks
@@ -158,6 +159,8 @@ class _Task:
             images, labels = own_sets(0)
         _check_set(images, labels, data)
         device = images.device if device is None else torch.device(device)
+        if precision == "bfloat16":
+            check_bfloat16(device)
         architecture = dict(architecture or {})
         if network == "convnet":
             architecture = {"depth": default_depth(*data.image_shape[1:]), **architecture}
