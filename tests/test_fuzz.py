@@ -174,7 +174,7 @@ def test_a_checkpoint_of_other_fields_is_refused(fields, tmp_path):
     valid = {"iteration": 3, "config": {}, "data_fingerprint": "f", "seconds": 0.5, "versions": {}}
     path = tmp_path / "text"
     path.write_text(json.dumps({**valid, **fields} if fields else {}))
-    with pytest.raises(DamagedCheckpointError, match="no checkpoint"):
+    with pytest.raises(DamagedCheckpointError, match="is not a checkpoint"):
         fuzz_readers.read_described_checkpoint(path)
     path.write_text(json.dumps(valid))
     fuzz_readers.read_described_checkpoint(path)
