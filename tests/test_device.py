@@ -232,9 +232,8 @@ def test_a_gpu_that_triton_cannot_serve_is_said_once_and_runs_unfused(hip, capab
             _backend.resolve_backend(tensor)
 
 
+@WITHOUT_GPU
 def test_the_probe_runs_in_the_interpreter(triton_backend):
-    if torch.cuda.is_available():
-        pytest.skip("launched for the GPU itself by every other test")
     from atom_fast.kernels.probe import probe_kernel
 
     out = torch.full((1,), float("nan"))
