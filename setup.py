@@ -1,9 +1,8 @@
-"""Packaging that pyproject.toml cannot express: the folder ``kernels/`` is the package ``atom_fast.kernels``."""
+"""Packaging that pyproject.toml cannot express: ``atom_fast/kernels`` is a link to the folder ``kernels/``."""
 
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["atom_fast", "atom_fast.*"]), "atom_fast.kernels"],
-    package_dir={"atom_fast.kernels": "kernels"},
-    package_data={"atom_fast.kernels": ["*.c", "*.h"]},
+    packages=find_packages(include=["atom_fast", "atom_fast.*"]),
+    package_data={"atom_fast": ["py.typed"], "atom_fast.kernels": ["*.c", "*.h"]},
 )

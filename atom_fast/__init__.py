@@ -2,17 +2,16 @@
 
 import importlib as _importlib
 import typing as _typing
-from pathlib import Path as _Path
-
-_parent = _Path(__file__).resolve().parent.parent
-if (_parent / "setup.py").is_file() and (_parent / "kernels").is_dir():
-    # In a checkout `kernels/` lies beside this package; installed, it lies inside it.
-    __path__.append(str(_parent))
 
 __version__ = "0.1.0"
 
 if _typing.TYPE_CHECKING:
     from ._backend import backend
+    from .data.sources import load_data
+    from .distillation.config import preset
+    from .distillation.loop import distill
+    from .evaluation.evaluate import evaluate
+    from .evaluation.sets import select
     from .functional import (
         attention_matching_from_maps,
         attention_matching_loss,
@@ -24,6 +23,23 @@ if _typing.TYPE_CHECKING:
     from .losses import ATOMLoss
     from .synthetic import SyntheticSet
 
+# Where each public name is defined.
+_HOMES = {
+    "ATOMLoss": "losses",
+    "SyntheticSet": "synthetic",
+    "attention_matching_from_maps": "functional",
+    "attention_matching_loss": "functional",
+    "backend": "_backend",
+    "channel_attention": "functional",
+    "class_groups": "functional",
+    "distill": "distillation.loop",
+    "evaluate": "evaluation.evaluate",
+    "load_data": "data.sources",
+    "mean_matching_loss": "functional",
+    "preset": "distillation.config",
+    "select": "evaluation.sets",
+    "spatial_attention": "functional",
+}
 __all__ = [
     "ATOMLoss",
     "SyntheticSet",
@@ -32,7 +48,12 @@ __all__ = [
     "backend",
     "channel_attention",
     "class_groups",
+    "distill",
+    "evaluate",
+    "load_data",
     "mean_matching_loss",
+    "preset",
+    "select",
     "spatial_attention",
 ]
 
@@ -40,15 +61,12 @@ __all__ = [
 def __getattr__(name: str):
     """Import a public name when it is first used.
 
-    PyTorch takes seconds to import. The command line must run code of its own before, or Ctrl-C would meet nothing that
-    handles it.
+    PyTorch takes seconds to import; the command line must be able to answer ``--help`` without it, and to handle Ctrl-C
+    before it.
     """
-    if name in __all__:
-        for home in ("_backend", "functional", "losses", "synthetic"):
-            module = _importlib.import_module(f".{home}", __name__)
-            if hasattr(module, name):
-                globals()[name] = getattr(module, name)
-                return globals()[name]
+    if name in _HOMES:
+        globals()[name] = getattr(_importlib.import_module(f".{_HOMES[name]}", __name__), name)
+        return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import warnings
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -152,3 +154,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an exception says that a GPU or the CPU had no memory left."""
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return known or any(part in str(error) for part in _OUT_OF_MEMORY)
+
+
+@contextlib.contextmanager
+def convolution_precision(precision: str, device: torch.device, deterministic: bool = False) -> Iterator[None]:
+    """Run the enclosed convolutions in ``"float32"``, ``"tf32"`` or ``"bfloat16"``, the same bits every time or not."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, cudnn.deterministic
+    cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    cudnn.deterministic = deterministic or cudnn.deterministic
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            yield
+    finally:
+        cudnn.conv.fp32_precision, cudnn.deterministic = before

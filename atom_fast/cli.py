@@ -20,15 +20,15 @@ from atom_fast._interrupts import interrupts_raised
 from atom_fast._malloc import keep_freed_memory
 from atom_fast.data.sources import SOURCES
 from atom_fast.data.whitening import KINDS
-from atom_fast.distill.config import AUTO, PRESETS, DistillConfig, from_yaml, preset, read_settings
-from atom_fast.evaluate.coresets import EPOCHS, METHODS
-from atom_fast.evaluate.protocols import PROTOCOLS
-from atom_fast.evaluate.sets import FEATURES
-from atom_fast.evaluate.training import PRECISIONS
+from atom_fast.distillation.config import AUTO, PRESETS, DistillConfig, from_yaml, preset, read_settings
+from atom_fast.evaluation.coresets import EPOCHS, METHODS
+from atom_fast.evaluation.protocols import PROTOCOLS
+from atom_fast.evaluation.sets import FEATURES
+from atom_fast.evaluation.training import PRECISIONS
 from atom_fast.networks import NETWORKS
-from atom_fast.reproduce.methods import METHODS as REPRODUCED
-from atom_fast.reproduce.targets import TARGETS, parse_cell
 from atom_fast.synthetic import EXPORT_FORMATS, SYNTHETIC_FILE
+from benchmarks.accuracy.methods import METHODS as REPRODUCED
+from benchmarks.accuracy.targets import TARGETS, parse_cell
 
 
 class _Choice(click.Choice):
@@ -103,7 +103,7 @@ def _printable(text: str) -> str:
 
 
 def _rank() -> str:
-    from atom_fast.ranks import launched
+    from atom_fast.distillation.ranks import launched
 
     return f"rank {os.environ['RANK']}: " if launched() and "RANK" in os.environ else ""
 
@@ -113,7 +113,7 @@ def _with_ranks(command):
 
     @functools.wraps(command)
     def run(*args, **options):
-        from atom_fast.ranks import join
+        from atom_fast.distillation.ranks import join
 
         with join(_device(options["device"])) as world:
             return command(*args, **options, world=world)
@@ -126,7 +126,7 @@ def _alone(command):
 
     @functools.wraps(command)
     def run(*args, **options):
-        from atom_fast.ranks import launched
+        from atom_fast.distillation.ranks import launched
 
         if launched():
             raise ValueError(f"{command.__name__} runs in one process; start it without torchrun")
@@ -242,8 +242,8 @@ def distill(
     processes, one per GPU, which share the classes.
     """
     from atom_fast.data.sources import load_data
-    from atom_fast.distill import distill as run
-    from atom_fast.report import save_run_pictures
+    from atom_fast.distillation import distill as run
+    from atom_fast.pictures import save_run_pictures
     from atom_fast.synthetic import SyntheticSet
 
     config, preset_name = _configuration(ctx, settings, config, preset_name)
@@ -283,7 +283,7 @@ def _configuration(
 
 def _device(name: str) -> str | None:
     """The device to compute on; None to choose one. One that cannot be used is refused before anything is begun."""
-    from atom_fast.ranks import own_device
+    from atom_fast.distillation.ranks import own_device
 
     return None if name == "auto" else str(own_device(name))
 
@@ -320,8 +320,8 @@ def profile(
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # PyTorch's profiler reports its own start and stop
     from atom_fast.data.sources import load_data
-    from atom_fast.profile import profile as run
-    from atom_fast.profile import profile_table, random_data
+    from benchmarks.profile import profile as run
+    from benchmarks.profile import profile_table, random_data
 
     config, _ = _configuration(ctx, settings, config, preset_name)
     output = output or Path("runs/profile")
@@ -397,9 +397,9 @@ def evaluate(
     FILE is a synthetic set, a .pt that the public DC, DM or DataDAM program saved, or a folder of images; the last two
     need --dataset. `torchrun --nproc-per-node N -m atom_fast evaluate ...` shares the networks among N processes.
     """
-    from atom_fast.comparison import compare, default_protocol
-    from atom_fast.evaluate.protocols import get_protocol
-    from atom_fast.report import result_line
+    from atom_fast.evaluation.comparison import compare, default_protocol
+    from atom_fast.evaluation.protocols import get_protocol
+    from atom_fast.pictures import result_line
 
     first = world.rank == 0
     earlier, records = world.exchange(_read_records(json_path) if first else None)[0], {}
@@ -443,7 +443,7 @@ def evaluate(
 def _set_and_data(file, dataset, data_dir, preprocessing, experiment, **options):
     """The set in a file or folder of any kind, and the data set that it is tested on."""
     from atom_fast.data.sources import load_data
-    from atom_fast.evaluate.sets import read_set
+    from atom_fast.evaluation.sets import read_set
     from atom_fast.synthetic import SyntheticSet
 
     if file.is_dir() or file.suffix in (".pt", ".pth"):
@@ -531,9 +531,9 @@ def select(dataset, data_dir, download, resolution, method, ipc, output, device,
     """
     import torch
 
-    from atom_fast.comparison import default_protocol
     from atom_fast.data.sources import load_data
-    from atom_fast.evaluate.sets import select as choose
+    from atom_fast.evaluation.comparison import default_protocol
+    from atom_fast.evaluation.sets import select as choose
 
     data = load_data(dataset, data_dir, download=download, resolution=resolution, progress=not quiet)
     size = "full" if method == "full" else f"ipc{ipc}-{method}"
@@ -550,7 +550,7 @@ def select(dataset, data_dir, download, resolution, method, ipc, output, device,
 @click.option("--output", type=click.Path(path_type=Path), help="PNG file to write  [default: FILE with .png]")
 def show(file, output):
     """Draw the images in FILE as one PNG, one row per class."""
-    from atom_fast.report import describe, save_synthetic_grid
+    from atom_fast.pictures import describe, save_synthetic_grid
     from atom_fast.synthetic import SyntheticSet
 
     output = output or file.with_suffix(".png")
@@ -582,7 +582,7 @@ def export(file, output, form):
 @click.option("--json", "as_json", is_flag=True, help="print the facts as JSON  [default: off]")
 def info(file, as_json):
     """Show what FILE holds and how it was made."""
-    from atom_fast.report import describe
+    from atom_fast.pictures import describe
     from atom_fast.synthetic import SyntheticSet
 
     synthetic = SyntheticSet.load(file)
@@ -649,8 +649,8 @@ def doctor(device, gpu, as_json):
     Paste the output into a bug report. The exit code is 1 if a check fails.
     """
     from atom_fast._device import SHARED_MEMORY, Chip
+    from atom_fast.distillation.ranks import own_device
     from atom_fast.doctor import examine, passes, report
-    from atom_fast.ranks import own_device
 
     capability = None if gpu is None else round(10 * gpu)
     if capability is not None and capability not in SHARED_MEMORY:
@@ -735,9 +735,9 @@ def reproduce(
     are kept: run the same command again, also with more seeds or networks, to continue. Several processes may run the
     same command in one folder; `torchrun --nproc-per-node N -m atom_fast reproduce ...` starts N of them, one per GPU.
     """
-    from atom_fast import reproduce as package
-    from atom_fast.reproduce.run import list_units
-    from atom_fast.reproduce.tables import render
+    from benchmarks import accuracy as package
+    from benchmarks.accuracy.run import list_units
+    from benchmarks.accuracy.tables import render
 
     named = {"iterations": iterations, "width": width, "real_batch": real_batch}
     settings = {name: value for name, value in named.items() if value is not None} | _parse_settings(given)

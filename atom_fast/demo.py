@@ -11,11 +11,11 @@ import torch
 
 from atom_fast import __version__
 from atom_fast._files import write_atomically
-from atom_fast.comparison import compare, default_protocol
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.sources import load_data
-from atom_fast.distill import DistillConfig, distill, preset
-from atom_fast.report import comparison_table, result_line, save_run_pictures
+from atom_fast.distillation import DistillConfig, distill, preset
+from atom_fast.evaluation.comparison import compare, default_protocol
+from atom_fast.pictures import comparison_table, result_line, save_run_pictures
 
 IPCS = (1, 10)
 NETWORKS = 3

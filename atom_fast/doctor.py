@@ -16,15 +16,14 @@ from torch import Tensor
 
 from atom_fast import _native
 from atom_fast._backend import backend
-from atom_fast._device import HAS_TRITON, Chip, chip_of, has_tf32, triton_refusal
+from atom_fast._device import HAS_TRITON, Chip, chip_of, convolution_precision, has_tf32, triton_refusal
 from atom_fast.data.augmentation import AugmentationParameters, augment
-from atom_fast.distill.logs import versions
-from atom_fast.distill.step import convolution_precision
+from atom_fast.distillation.logs import versions
 from atom_fast.functional import attention_matching_loss, mean_matching_loss
 from atom_fast.ops.batch_norm import batch_norm
-from atom_fast.ops.block import attention_block
-from atom_fast.ops.first_block import first_block, launch_kind
+from atom_fast.ops.conv_block import conv_block, launch_kind
 from atom_fast.ops.instance_norm import instance_norm
+from atom_fast.ops.norm_block import norm_block
 
 # Data sets by the size of their images, for what runs at each.
 SIZES = {"digits": (1, 8, 8), "CIFAR": (3, 32, 32), "Tiny ImageNet": (3, 64, 64)}
@@ -244,12 +243,12 @@ def _classes(x: Tensor) -> Tensor:
 
 
 def _block(x: Tensor, norm: str) -> Tensor:
-    pooled, maps = attention_block(x, norm=norm)
+    pooled, maps = norm_block(x, norm=norm)
     return torch.cat((pooled.flatten(), maps.flatten()))
 
 
-def _first_block(x: Tensor) -> Tensor:
-    pooled, maps = first_block(x, _constant(x, 16, 3, 3, 3))
+def _conv_block(x: Tensor) -> Tensor:
+    pooled, maps = conv_block(x, _constant(x, 16, 3, 3, 3))
     return torch.cat((pooled.flatten(), maps.flatten()))
 
 
@@ -278,7 +277,7 @@ _FEATURES, _IMAGES = (4, 16, 8, 8), (6, 3, 8, 8)
 _CHECKS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "attention maps": (_attention, _FEATURES),
     "class means": (_means, _FEATURES),
-    "first block": (_first_block, _IMAGES),
+    "first block": (_conv_block, _IMAGES),
     "block, InstanceNorm": (lambda x: _block(x, "instance"), _FEATURES),
     "block, BatchNorm": (lambda x: _block(x, "batch"), _FEATURES),
     "InstanceNorm": (lambda x: _norm(x, "instance"), _FEATURES),

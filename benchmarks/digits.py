@@ -17,13 +17,14 @@ from pathlib import Path
 import torch
 
 from atom_fast import reference
+from atom_fast._seeds import derive_seed
 from atom_fast.data.augmentation import AugmentationParameters, augment, draw_augmentation
 from atom_fast.data.sampling import sample_class_indices
 from atom_fast.data.sources import load_data
 from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.demo import OVERRIDES
-from atom_fast.distill import preset
-from atom_fast.distill.step import Distillation, derive_seed, initial_images, make_network
+from atom_fast.distillation import preset
+from atom_fast.distillation.step import Distillation, initial_images, make_network
 
 from .harness import environment, save_results
 

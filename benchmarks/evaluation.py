@@ -24,7 +24,7 @@ from atom_fast._malloc import keep_freed_memory
 from atom_fast.data import load_data
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import fit_preprocessing
-from atom_fast.evaluate import evaluate, get_protocol, random_selection
+from atom_fast.evaluation import evaluate, get_protocol, random_selection
 
 from .harness import environment, save_results
 from .methods.published import ConvNet, augment
@@ -106,7 +106,7 @@ def make_data() -> ImageData:
 
 
 def ensemble(data: ImageData, networks: int, epochs: int, **settings) -> Callable[[], None]:
-    """This project's evaluation; ``settings`` as in :func:`atom_fast.evaluate.evaluate`."""
+    """This project's evaluation; ``settings`` as in :func:`atom_fast.evaluation.evaluate`."""
     space = fit_preprocessing(data.train_images, "standard", progress=False)
     images, protocol = space.to_model(data.train_images), get_protocol("paper", epochs=epochs)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from atom_fast.reproduce.paper import TABLE1 as ACCURACIES
-from atom_fast.reproduce.paper import TABLE4
+from benchmarks.accuracy.paper import TABLE1 as ACCURACIES
+from benchmarks.accuracy.paper import TABLE4
 
 from . import paper
 from .methods import METHODS

@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from atom_fast.reproduce.tables import markdown
-from atom_fast.roofline import DEVICES, WAYS, Configuration, stages
+from benchmarks.accuracy.tables import markdown
+from benchmarks.bounds import DEVICES, WAYS, Configuration, stages
 
 from .merging import merge
 from .plots import OPERATOR_NAMES, PROVIDER_NAMES, bandwidth_cases

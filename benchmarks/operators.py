@@ -20,9 +20,9 @@ from atom_fast._backend import resolve_backend
 from atom_fast.data.augmentation import AugmentationParameters, augment, draw_augmentation
 from atom_fast.functional import _attention_maps
 from atom_fast.ops.batch_norm import batch_norm, reference_batch_norm
-from atom_fast.ops.block import attention_block, reference_block
-from atom_fast.ops.first_block import first_block
+from atom_fast.ops.conv_block import conv_block
 from atom_fast.ops.instance_norm import instance_norm, reference_instance_norm
+from atom_fast.ops.norm_block import norm_block, reference_block
 
 from .methods.batched_augmentation import augment as batched_augmentation
 
@@ -95,10 +95,10 @@ def cases(device: str, operators: Sequence[str] | None = None, providers: Sequen
     layers = [(batch, WIDTH, side, side) for side in (64, 32, 16, 8) for batch in batches]
     sizes = {
         "attention": layers,
-        "block": layers,
+        "norm_block": layers,
         "instance_norm": layers,
         "batch_norm": layers,
-        "first_block": [(batch, 3, 32, 32) for batch in batches],
+        "conv_block": [(batch, 3, 32, 32) for batch in batches],
         "augment": [(batch, 3, side, side) for side in (64, 32) for batch in batches],
         "matching": [(batch, columns) for columns in (32 * 32 + WIDTH, 16 * 16 + WIDTH, 2048) for batch in batches],
     }
@@ -155,11 +155,11 @@ def _block(x: Tensor) -> Operator:
     weight, bias = _affine(x)
     return Operator(
         lambda x: tuple(reference_block(x, weight.to(x.dtype), bias.to(x.dtype), 1e-5, 4.0, 4.0)),
-        lambda x: tuple(attention_block(x, weight, bias)),
+        lambda x: tuple(norm_block(x, weight, bias)),
     )
 
 
-def _first_block(x: Tensor) -> Operator:
+def _conv_block(x: Tensor) -> Operator:
     """The same, with the convolution of the image before it."""
     filters = _random((WIDTH, x.shape[1], 3, 3), x.dtype, x.device)
     weight = torch.ones(WIDTH, device=x.device)
@@ -169,7 +169,7 @@ def _first_block(x: Tensor) -> Operator:
         convolved = F.conv2d(x, filters, padding=1)
         return tuple(reference_block(convolved, weight.to(x.dtype), bias.to(x.dtype), 1e-5, 4.0, 4.0))
 
-    return Operator(eager, lambda x: tuple(first_block(x, filters, weight, bias)), _bytes(filters))
+    return Operator(eager, lambda x: tuple(conv_block(x, filters, weight, bias)), _bytes(filters))
 
 
 def _instance_norm(x: Tensor) -> Operator:
@@ -215,8 +215,8 @@ def _matching(synthetic: Tensor) -> Operator:
 
 OPERATORS: dict[str, Callable[[Tensor], Operator]] = {
     "attention": _attention,
-    "block": _block,
-    "first_block": _first_block,
+    "norm_block": _block,
+    "conv_block": _conv_block,
     "instance_norm": _instance_norm,
     "batch_norm": _batch_norm,
     "augment": _augment,

@@ -46,8 +46,8 @@ COLOURS = {
 }
 OPERATOR_NAMES = {
     "attention": "attention maps",
-    "block": "norm, ReLU, maps, pooling",
-    "first_block": "convolution and block",
+    "norm_block": "norm, ReLU, maps, pooling",
+    "conv_block": "convolution and block",
     "instance_norm": "InstanceNorm, ReLU, pooling",
     "batch_norm": "BatchNorm, ReLU, pooling",
     "augment": "augmentation",

@@ -22,9 +22,9 @@ import torch
 
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import fit_preprocessing
-from atom_fast.distill.config import preset
-from atom_fast.distill.step import Distillation, initial_images
-from atom_fast.ranks import ALONE, World, join
+from atom_fast.distillation.config import preset
+from atom_fast.distillation.ranks import ALONE, World, join
+from atom_fast.distillation.step import Distillation, initial_images
 
 from .harness import environment, save_results, summary
 

@@ -9,8 +9,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from atom_fast.distill.config import default_norm
-from atom_fast.reproduce.tables import FORMAT, markdown
+from atom_fast.distillation.config import default_norm
+from benchmarks.accuracy.tables import FORMAT, markdown
 
 PREFIX = "reproduce-"
 TABLE1 = "cifar10-table1"

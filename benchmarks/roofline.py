@@ -1,6 +1,6 @@
 """Operations and fewest bytes of one step of Algorithm 1, stage by stage: ``python -m benchmarks.roofline``.
 
-`atom_fast.roofline` counts them and says how; ``atom-fast profile`` shows them beside measured times.
+`benchmarks.bounds` counts them and says how; ``atom-fast profile`` shows them beside measured times.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from atom_fast.roofline import DEVICES, PRECISIONS, WAYS, Configuration, Device, read_device, stages, totals
+from benchmarks.bounds import DEVICES, PRECISIONS, WAYS, Configuration, Device, read_device, stages, totals
 
 # Classes, channels, height and width.
 DATASETS = {

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from atom_fast.reproduce.tables import markdown
+from benchmarks.accuracy.tables import markdown
 
 from .harness import load_results
 from .merging import merge

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from atom_fast.data.augmentation import OPERATIONS, augment, draw_augmentation
-from tests.test_augmentation import reference_operation
+from tests.ops.test_augmentation import reference_operation
 
 REAL, SYNTHETIC = 1300, 500  # images of CIFAR's size in one step, of all classes together
 

@@ -1,6 +1,6 @@
 /* `atom_fast.ops.batch_norm` for samples [B, C, H, W] in channels_last, each worked on by one thread: what follows the
  * statistics, which are [C]. The output and its gradient are pooled where `pool`, or [B, C, H, W]. */
-#include "block.h"
+#include "norm_block.h"
 
 void batch_norm_forward(const float *x, const float *weight, const float *bias, const float *mean, const float *rstd,
                         float *out, int64_t samples, int64_t channels, int64_t height, int64_t width, int64_t rectify,

@@ -1,5 +1,5 @@
 /* `atom_fast.ops.instance_norm` for samples [B, C, H, W] in channels_last, each worked on by one thread. */
-#include "block.h"
+#include "norm_block.h"
 
 /* `out` is pooled where `pool`, or [B, C, H, W]. */
 void instance_norm_forward(const float *x, const float *weight, const float *bias, float *out, float *mean, float *rstd,

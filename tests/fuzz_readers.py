@@ -31,8 +31,8 @@ except ImportError:
     atheris = None
 
 WATCHED = [
-    "atom_fast.synthetic", "atom_fast.distill.checkpoint", "atom_fast.distill.config", "atom_fast.data.archives",
-    "atom_fast.report", "yaml", "zipfile",
+    "atom_fast.synthetic", "atom_fast.distillation.checkpoint", "atom_fast.distillation.config",
+    "atom_fast.data.archives", "atom_fast.pictures", "yaml", "zipfile",
 ]  # fmt: skip
 WORDS = (b"\0" * 8, b"\xff" * 8, b"null", b"-1", b"1e999", b"{}", b"[]", b'""', b"&a ", b"*a", b"!!bool ", b"<<: ")
 
@@ -44,9 +44,9 @@ def import_readers(guided: bool) -> None:
 
         import atom_fast.cli  # noqa: F401
         import atom_fast.data.archives  # noqa: F401
-        import atom_fast.distill.checkpoint
-        import atom_fast.distill.config
-        import atom_fast.report
+        import atom_fast.distillation.checkpoint
+        import atom_fast.distillation.config
+        import atom_fast.pictures
         import atom_fast.synthetic  # noqa: F401
 
 
@@ -56,8 +56,8 @@ def import_readers(guided: bool) -> None:
 def read_set(path: Path) -> None:
     """``atom-fast info``, ``show`` and ``evaluate`` on a synthetic set, as far as they depend on the file alone."""
     from atom_fast.cli import _lines, _printable
-    from atom_fast.comparison import architecture_of
-    from atom_fast.report import describe
+    from atom_fast.evaluation.comparison import architecture_of
+    from atom_fast.pictures import describe
     from atom_fast.synthetic import SyntheticSet, _public_model_space, folder_names
 
     synthetic = SyntheticSet.load(path)
@@ -90,7 +90,7 @@ def read_described_set(path: Path) -> None:
 
 def read_checkpoint(path: Path) -> None:
     """A checkpoint, as resuming reads it."""
-    from atom_fast.distill.checkpoint import load_checkpoint
+    from atom_fast.distillation.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(path)
     assert isinstance(checkpoint.iteration, int) and isinstance(checkpoint.config, dict)
@@ -100,7 +100,7 @@ def read_described_checkpoint(path: Path) -> None:
     """A checkpoint whose description is the file's text, with the right checksum."""
     from safetensors.torch import save
 
-    from atom_fast.distill.checkpoint import FORMAT, FORMAT_VERSION, _digest
+    from atom_fast.distillation.checkpoint import FORMAT, FORMAT_VERSION, _digest
 
     tensors, version = _tensors(), str(FORMAT_VERSION)
     text = path.read_bytes().decode("utf-8", errors="replace")
@@ -118,7 +118,7 @@ def read_public(path: Path) -> None:
 
 def read_settings(path: Path) -> None:
     """A configuration; what is accepted comes back from the file that is written of it."""
-    from atom_fast.distill.config import read_config, write_config
+    from atom_fast.distillation.config import read_config, write_config
 
     config = read_config(path)
     write_config(config, path)
@@ -173,8 +173,8 @@ def _tensors() -> dict:
 def seeds(target: str) -> list[bytes]:
     """Valid inputs, to begin with."""
     from atom_fast.data.whitening import Preprocessing
-    from atom_fast.distill.checkpoint import Checkpoint, save_checkpoint
-    from atom_fast.distill.config import preset, write_config
+    from atom_fast.distillation.checkpoint import Checkpoint, save_checkpoint
+    from atom_fast.distillation.config import preset, write_config
     from atom_fast.synthetic import SyntheticSet
 
     tensors, config = _tensors(), preset()

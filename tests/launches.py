@@ -3,7 +3,7 @@
 An operator is run with its kernels replaced by recorders, so that what is compiled and counted is what is launched::
 
     with recorded(kernels) as launches:
-        attention_block(x)
+        norm_block(x)
     report = compile_launch(launches[0], capability=90)
 """
 

@@ -217,7 +217,7 @@ def _fill(pattern: str, limit: int) -> None:
 
 def _spoil(iteration: int) -> None:
     """Make an image of class 3 NaN after an iteration."""
-    from atom_fast.distill.step import Distillation
+    from atom_fast.distillation.step import Distillation
 
     step = Distillation.step
 

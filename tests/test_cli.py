@@ -14,12 +14,12 @@ import torch
 import yaml
 from click.testing import CliRunner
 
-import atom_fast.distill
+import atom_fast.distillation
 from atom_fast import demo
 from atom_fast.cli import main
-from atom_fast.comparison import architecture_of, compare, evaluate_random
 from atom_fast.data.sources import load_data
-from atom_fast.distill import PRESETS, DistillConfig, preset, read_config
+from atom_fast.distillation import PRESETS, DistillConfig, preset, read_config
+from atom_fast.evaluation.comparison import architecture_of, compare, evaluate_random
 from atom_fast.synthetic import SyntheticSet
 
 TINY = ["--width", "8", "--depth", "2", "--iterations", "4", "--real-batch", "8", "--log-every", "2"]
@@ -107,7 +107,7 @@ def configured(monkeypatch):
             caught.update(config=config, output=output, **options)
             raise Stop
 
-        monkeypatch.setattr(atom_fast.distill, "distill", record)
+        monkeypatch.setattr(atom_fast.distillation, "distill", record)
         result = CliRunner().invoke(main, ["distill", "--quiet", *map(str, arguments)])
         assert isinstance(result.exception, Stop), result.output
         return caught
@@ -345,7 +345,7 @@ def test_random_of_more_images_than_a_class_has_is_refused_before_a_network_is_t
 def test_random_draws_a_selection_for_every_network(finished):
     synthetic, data = SyntheticSet.load(finished / "synthetic.safetensors"), load_data("digits")
     settings = {
-        "protocol": dataclasses.replace(atom_fast.evaluate.PROTOCOLS["dc"], epochs=3),
+        "protocol": dataclasses.replace(atom_fast.evaluation.PROTOCOLS["dc"], epochs=3),
         "architecture": architecture_of(synthetic, "digits"),
         "progress": False,
     }

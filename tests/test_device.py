@@ -18,14 +18,14 @@ import atom_fast as af
 from atom_fast import _backend, _device, doctor
 from atom_fast.cli import main
 from atom_fast.data.whitening import fit_preprocessing
-from atom_fast.distill.config import preset
-from atom_fast.distill.loop import distill
-from atom_fast.evaluate import evaluate
+from atom_fast.distillation.config import preset
+from atom_fast.distillation.loop import distill
+from atom_fast.evaluation import evaluate
 from atom_fast.ops.launching import KernelError, device_of
 from tests import workloads
 from tests.cubin import check_report
+from tests.distillation.test_step import make_data
 from tests.launches import Launch, bind, compile_launch
-from tests.test_step import make_data
 
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="pretends to be a GPU that is not here")
 
@@ -84,7 +84,7 @@ def test_a_distillation_runs_to_its_end_on_chips_with_less_shared_memory(capabil
     capsys.readouterr()
     with workloads.pretended(capability), launcher(as_the_chip(capability)) as ran, af.backend("triton"):
         images = tiny_run(tmp_path / "chip", norm)
-    assert "tiled_first_block_forward_kernel" in ran and "first_block_forward_kernel" not in ran
+    assert "tiled_conv_block_forward_kernel" in ran and "conv_block_forward_kernel" not in ran
     # What is left of a kink that rounding crosses: a whole term of a gradient.
     assert (images - expected).norm() <= 1e-4 * expected.norm()
     (said,) = (line for line in capsys.readouterr().err.splitlines() if "first in tiles" in line)
@@ -107,7 +107,7 @@ def test_a_kernel_that_does_not_fit_after_all_is_replaced_and_that_is_said_once(
     """The last resort: launch tables that are wrong for a size nobody has compiled."""
 
     def limit(launch: Launch) -> None:
-        if launch.kernel == "block_backward_kernel":
+        if launch.kernel == "norm_block_backward_kernel":
             raise OutOfResources(1 << 20, 99 << 10, "shared memory")
 
     # As on a GPU, where "auto" stands for Triton until it is refused.
@@ -119,7 +119,7 @@ def test_a_kernel_that_does_not_fit_after_all_is_replaced_and_that_is_said_once(
         expected = tiny_run(tmp_path / "reference", "instance", size=8, width=8)
     with launcher(limit) as ran, pytest.warns(UserWarning, match="do not run on cpu .*shared memory") as caught:
         images = tiny_run(tmp_path / "refused", "instance", size=8, width=8)
-    assert "block_forward_kernel" in ran and "block_backward_kernel" not in ran
+    assert "norm_block_forward_kernel" in ran and "norm_block_backward_kernel" not in ran
     assert sum("do not run" in str(warning.message) for warning in caught) == 1
     assert (images - expected).norm() <= 1e-4 * expected.norm()
 
@@ -249,7 +249,7 @@ def test_cudnn_is_deterministic_where_it_is_asked_for(deterministic, monkeypatch
         seen.append(torch.backends.cudnn.deterministic)
         return original(*args)
 
-    step = importlib.import_module("atom_fast.distill.step")
+    step = importlib.import_module("atom_fast.distillation.step")
     original = step.matching_terms
     monkeypatch.setattr(step, "matching_terms", matching_terms)
     distill(

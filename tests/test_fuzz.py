@@ -20,8 +20,8 @@ from atom_fast.cli import main
 from atom_fast.data.cifar import read_arrays
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing
-from atom_fast.distill.checkpoint import DamagedCheckpointError, load_checkpoint
-from atom_fast.distill.config import DistillConfig, preset, read_config, read_settings, write_config
+from atom_fast.distillation.checkpoint import DamagedCheckpointError, load_checkpoint
+from atom_fast.distillation.config import DistillConfig, preset, read_config, read_settings, write_config
 from atom_fast.synthetic import SyntheticSet, load_public
 from tests import fuzz_readers
 from tests.processes import ROOT
@@ -141,7 +141,7 @@ def test_a_recorded_architecture_is_checked_and_long_names_are_drawn_short(tmp_p
 
     with Image.open(tmp_path / "set.png") as picture:
         assert max(picture.size) < 10_000
-    from atom_fast.comparison import architecture_of
+    from atom_fast.evaluation.comparison import architecture_of
 
     with pytest.raises(ValueError, match="width must be a whole number of at least 1"):
         architecture_of(SyntheticSet.load(path), "digits")

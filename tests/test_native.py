@@ -12,21 +12,21 @@ import torch.fx.experimental.proxy_tensor
 
 import atom_fast as af
 from atom_fast import _native
-from atom_fast.distill.live_bytes import count_peak
+from atom_fast.distillation.live_bytes import count_peak
 from atom_fast.ops.batch_norm import batch_norm
-from atom_fast.ops.block import attention_block
-from atom_fast.ops.first_block import first_block
+from atom_fast.ops.conv_block import conv_block
 from atom_fast.ops.instance_norm import instance_norm
+from atom_fast.ops.norm_block import norm_block
 
 CODE = """
 import torch, atom_fast as af
 from atom_fast import _native
-from atom_fast.ops.block import attention_block
+from atom_fast.ops.norm_block import norm_block
 x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
 for _ in range(2):
-    got = attention_block(x)
+    got = norm_block(x)
 with af.backend("reference"):
-    expected = attention_block(x)
+    expected = norm_block(x)
 torch.testing.assert_close(got, expected)
 print(_native.is_built())
 """
@@ -102,7 +102,7 @@ def test_without_a_compiler_pytorch_takes_over_and_says_so_once(compiler, messag
 
 def test_other_types_are_refused_before_they_are_read():
     with pytest.raises(TypeError, match="take float32 and int64 on a CPU; got torch.float64 on cpu"):
-        _native.run("block_statistics", 1, torch.zeros(1, dtype=torch.float64))
+        _native.run("norm_block_statistics", 1, torch.zeros(1, dtype=torch.float64))
 
 
 def images(*shape):
@@ -111,10 +111,10 @@ def images(*shape):
 
 
 OPERATORS = {
-    "block": lambda x: attention_block(x.repeat(1, 7, 1, 1)),
-    "batch block": lambda x: attention_block(x.repeat(1, 7, 1, 1), norm="batch"),
-    "first block": lambda x: first_block(x, images(20, 3, 3, 3)),
-    "batch first block": lambda x: first_block(x, images(20, 3, 3, 3), norm="batch"),
+    "norm_block": lambda x: norm_block(x.repeat(1, 7, 1, 1)),
+    "batch block": lambda x: norm_block(x.repeat(1, 7, 1, 1), norm="batch"),
+    "first block": lambda x: conv_block(x, images(20, 3, 3, 3)),
+    "batch first block": lambda x: conv_block(x, images(20, 3, 3, 3), norm="batch"),
     "batch norm": lambda x: [batch_norm(x, torch.ones(3), torch.ones(3), rectify=True, pool=True)],
     "instance norm": lambda x: [instance_norm(x, torch.ones(3), torch.ones(3), rectify=True, pool=True)],
 }
@@ -151,14 +151,14 @@ def test_a_sample_does_not_depend_on_the_others(name):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("norm", ["instance", "batch"])
-@pytest.mark.parametrize("name", ["block", "first block"])
+@pytest.mark.parametrize("name", ["norm_block", "first block"])
 def test_narrow_types_are_computed_in_float32(name, norm, dtype):
     parameter = torch.linspace(0.5, 2, 20)
-    x = images(4, 20, 9, 8).to(dtype) if name == "block" else images(4, 3, 9, 8)
-    filters = () if name == "block" else (images(20, 3, 3, 3).to(dtype),)
+    x = images(4, 20, 9, 8).to(dtype) if name == "norm_block" else images(4, 3, 9, 8)
+    filters = () if name == "norm_block" else (images(20, 3, 3, 3).to(dtype),)
 
     def results(backend, *inputs):
-        apply = attention_block if name == "block" else first_block
+        apply = norm_block if name == "norm_block" else conv_block
         inputs[0].requires_grad_()
         with af.backend(backend):
             pooled, maps = apply(*inputs, norm=norm)
@@ -182,9 +182,9 @@ def test_narrow_types_stay_narrow_where_the_kernels_do_not_take_them(monkeypatch
 
     monkeypatch.setattr(torch.nn.functional, "conv2d", convolution)
     with torch.autocast("cpu", torch.bfloat16):
-        first_block(images(2, 5, 8, 8), images(20, 5, 3, 3))  # too many channels for the kernel
+        conv_block(images(2, 5, 8, 8), images(20, 5, 3, 3))  # too many channels for the kernel
         monkeypatch.setattr(_native, "is_built", lambda: False)
-        first_block(images(2, 3, 8, 8), images(20, 3, 3, 3))
+        conv_block(images(2, 3, 8, 8), images(20, 3, 3, 3))
     assert set(dtypes) == {torch.bfloat16}
 
 
@@ -198,7 +198,7 @@ def test_nothing_is_widened_in_vain(built, monkeypatch):
     peaks = []
     for backend in ("auto", "torch"):
         with af.backend(backend):
-            peaks.append(count_peak(lambda: attention_block(x)))
+            peaks.append(count_peak(lambda: norm_block(x)))
     assert peaks[0] == peaks[1]
 
 
@@ -221,8 +221,8 @@ def test_what_traces_or_maps_sees_operators():
     assert torch.equal(traced(x), expected) and torch.equal(symbolic(x), expected)
 
     stack = torch.stack([x, x + 1])
-    mapped = torch.func.vmap(lambda x: attention_block(x).maps)(stack)
-    torch.testing.assert_close(mapped[1], attention_block(x + 1).maps)
+    mapped = torch.func.vmap(lambda x: norm_block(x).maps)(stack)
+    torch.testing.assert_close(mapped[1], norm_block(x + 1).maps)
 
 
 def test_a_negated_view_is_read_as_it_is():

@@ -38,7 +38,7 @@ print(af.ATOMLoss()([torch.ones(2, 3, 4, 4)], [torch.zeros(2, 3, 4, 4)]).item())
 
 def test_kernels_are_a_subpackage_and_the_top_level_name_stays_free():
     done = run_python("import atom_fast.kernels.attention as a, sys; print(a.__file__, 'kernels' in sys.modules)")
-    assert done.stdout.split() == [str(ROOT / "kernels" / "attention.py"), "False"], done.stderr
+    assert done.stdout.split() == [str(ROOT / "atom_fast" / "kernels" / "attention.py"), "False"], done.stderr
 
 
 def test_the_wheel_holds_the_kernels(tmp_path):

@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from click.testing import CliRunner
 
 import benchmarks.__main__
-from atom_fast import comparison
 from atom_fast.cli import main
 from atom_fast.data.whitening import fit_preprocessing
-from atom_fast.evaluate import get_protocol
+from atom_fast.evaluation import comparison, get_protocol
 from atom_fast.synthetic import SyntheticSet
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,9 +33,9 @@ NOT_RUN = {
     r"--dataset cifar|--data-dir|--download|cifar\d+:|fig3 --seeds|table5 --only": "need a download",
     r"--edition gpu|benchmarks\.(gpu|kernels)\b|--shape 10 3 32 32 --ipc 50$": "need a GPU, or minutes without one",
     r"^make ": "are the whole; tests/test_package.py and tests/test_cli.py run their parts",
-    r"^torchrun": "tests/test_ranks.py runs torchrun with other settings",
-    r"reproduce .*digits": "take minutes; tests/test_reproduce.py runs smaller ones",
-    r"python -m (benchmarks|pytest)": "take minutes; tests/test_benchmarks.py runs smaller ones",
+    r"^torchrun": "tests/distillation/test_ranks.py runs torchrun with other settings",
+    r"reproduce .*digits": "take minutes; tests/benchmarks/test_accuracy.py runs smaller ones",
+    r"python -m (benchmarks|pytest)": "take minutes; tests/benchmarks/test_harness.py runs smaller ones",
     r"python -m tests": "tests/test_faults.py, tests/test_fuzz.py and tests/test_compilers.py call them",
     r"^(atom-fast|python -m atom_fast)( [\w-]+)?$": "name a command, which has tests of its own",
 }

@@ -18,9 +18,9 @@ import torch
 from click.testing import CliRunner
 
 from atom_fast.cli import main
-from atom_fast.distill.checkpoint import latest_checkpoint
-from atom_fast.distill.logs import RunLog
-from atom_fast.distill.loop import _locked
+from atom_fast.distillation.checkpoint import latest_checkpoint
+from atom_fast.distillation.logs import RunLog
+from atom_fast.distillation.loop import _locked
 from atom_fast.synthetic import SyntheticSet
 from tests.processes import ROOT, Server
 

@@ -12,15 +12,14 @@ import torch.nn.functional as F
 
 import atom_fast as af
 from atom_fast import _device
-from atom_fast._device import SHARED_MEMORY, Chip
+from atom_fast._device import SHARED_MEMORY, Chip, convolution_precision
 from atom_fast.data.augmentation import augment, draw_augmentation
-from atom_fast.distill.step import convolution_precision
 from atom_fast.networks import lean
 from atom_fast.networks.convnet import ConvNet, default_depth
 from atom_fast.ops.attention import attention_maps
 from tests.launches import Launch, recorded
 
-MODULES = ("attention", "augmentation", "batch_norm", "block", "first_block", "instance_norm", "matching")
+MODULES = ("attention", "augmentation", "batch_norm", "norm_block", "conv_block", "instance_norm", "matching")
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Channels and side in pixels: digits, MNIST, CIFAR (in colour, grey, with alpha), Tiny ImageNet, subsets of ImageNet.
 IMAGES = ((1, 8), (1, 28), (3, 32), (1, 32), (4, 32), (3, 64), (3, 96), (3, 128))

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.block import attention_block, check_powers
-from ..ops.first_block import first_block
+from ..ops.conv_block import conv_block
+from ..ops.norm_block import check_powers, norm_block
 from .convnet import ConvBlock, ConvNet
 
 
@@ -74,9 +74,9 @@ class FusedConvNet(nn.Module):
             }
             filters, scale, shift = block.convolution.weight, block.norm.weight, block.norm.bias
             if index == 0:
-                output = first_block(x, filters, scale, shift, **options)
+                output = conv_block(x, filters, scale, shift, **options)
             else:
-                output = attention_block(F.conv2d(x, filters, padding=1), scale, shift, **options)
+                output = norm_block(F.conv2d(x, filters, padding=1), scale, shift, **options)
             x = output.pooled
             if takes_maps:
                 maps.append(output.maps)

@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from .. import _native
 from .._backend import resolve_backend
-from .block import join_statistics, sums_passes
 from .instance_norm import check_input, empty_gradient, empty_output, rectified_and_pooled
 from .launching import accumulation_dtype, addressable, device_of, is_traced
+from .norm_block import join_statistics, sums_passes
 
 
 def batch_norm(
@@ -251,7 +251,7 @@ class _BatchNorm(torch.autograd.Function):
 def _statistics_native(x, offset, running_mean, running_var, momentum, eps) -> tuple[Tensor, Tensor]:
     """As `batch_statistics_op`."""
     means, variances = x.new_empty((2, *x.shape[:2]))
-    _native.run("block_statistics", len(x), x, means, variances, *x.shape)
+    _native.run("norm_block_statistics", len(x), x, means, variances, *x.shape)
     mean, variance = join_statistics(means, variances)
     count = x.numel() / x.shape[1]
     running_mean.lerp_(mean if offset is None else mean + offset, momentum)

@@ -1,8 +1,8 @@
 """InstanceNorm, ReLU and 2x2 average pooling as one operator, for training: scale and shift get gradients too.
 
-Where :mod:`atom_fast.ops.block` takes attention maps for a network whose parameters are constants, this one trains the
-parameters and takes no maps. Only the input and two numbers a plane are kept for the backward pass. There is no formula
-for a second derivative: asking for one raises.
+Where :mod:`atom_fast.ops.norm_block` takes attention maps for a network whose parameters are constants, this one trains
+the parameters and takes no maps. Only the input and two numbers a plane are kept for the backward pass. There is no
+formula for a second derivative: asking for one raises.
 """
 
 from __future__ import annotations

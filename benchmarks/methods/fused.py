@@ -15,8 +15,8 @@ import torch
 
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing
-from atom_fast.distill.config import DistillConfig
-from atom_fast.distill.step import Distillation, initial_images
+from atom_fast.distillation.config import DistillConfig
+from atom_fast.distillation.step import Distillation, initial_images
 
 from . import published
 from .setting import Setting

@@ -1,0 +1,184 @@
+"""One network trained on a set that is on its device, and tested."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from atom_fast.data.augmentation import augment, draw_augmentation
+from atom_fast.data.dataset import ImageData
+from atom_fast.data.whitening import Preprocessing
+from atom_fast.evaluation.protocols import Protocol
+from atom_fast.networks import make_network
+from atom_fast.networks.lean import logits
+
+PRECISIONS = ("float32", "bfloat16")
+
+# Pixels tested at once: 256 images of 32x32 on a CPU, whose first feature map takes 128 MiB at width 128, and eight
+# times as many elsewhere.
+TEST_PIXELS = {"cpu": 2**18}
+_TEST_PIXELS_ELSEWHERE = 2**21
+_PREPROCESSED_AT_ONCE = 4096  # images: 50 MB of CIFAR in float32
+
+
+def network_seed(seed: int, index: int) -> int:
+    """Seed of network ``index`` in an evaluation with ``seed``; well apart for neighbouring seeds and networks."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
+
+
+@contextlib.contextmanager
+def repeatable_convolutions() -> Iterator[None]:
+    """Have cuDNN take, in the enclosed, algorithms that give the same bits in every run; TF32 is allowed."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision
+    cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision = True, False, "tf32"
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision = before
+
+
+class Trainer:
+    """Trains networks of one architecture, one after the other, in the same buffers.
+
+    Args:
+        network: a module with ``reset_parameters(generator)``, on the device of the images.
+        images: floating point [N, C, H, W] in model space.
+        labels: int64 [N].
+        protocol: how to train.
+        precision: "float32", or "bfloat16" for what autocast computes in it; parameters stay as they are.
+
+    Attributes:
+        network: the network in training.
+        images, labels: as given; they may be written to between epochs.
+        generator: source of the network's initial weights, batch orders, augmentation and dropout.
+        protocol: as given.
+    """
+
+    def __init__(
+        self, network: nn.Module, images: Tensor, labels: Tensor, protocol: Protocol, *, precision: str = "float32"
+    ):
+        self.network = network.train()
+        self.images = images
+        self.labels = labels
+        self.protocol = protocol
+        self.generator = torch.Generator(images.device)
+        self._autocast = {
+            "device_type": images.device.type,
+            "dtype": torch.bfloat16,
+            "enabled": precision == "bfloat16",
+            "cache_enabled": False,  # a captured step would keep the first step's copies of the weights
+        }
+        self._parameters = list(network.parameters())
+        # A tensor, so that a captured step sees the learning rate change.
+        self._learning_rate = torch.tensor(protocol.learning_rate, device=images.device)
+        self._optimizer = torch.optim.SGD(
+            self._parameters,
+            lr=self._learning_rate,
+            momentum=protocol.momentum,
+            weight_decay=protocol.weight_decay,
+            fused=True,
+        )
+        self.restart(0)  # a step that is captured before the first network must draw from this generator already
+
+    def restart(self, seed: int) -> None:
+        """Draw a new network from ``seed`` and forget the momentum of the one before."""
+        self.generator.manual_seed(seed)
+        self.network.reset_parameters(self.generator)
+        for state in self._optimizer.state.values():
+            state["momentum_buffer"].zero_()
+
+    def begin_epoch(self, epoch: int) -> Tensor:
+        """Set the learning rate of an epoch, counted from 0, and draw its order: int64 [N]. Nothing is read back."""
+        if not self.network.training:  # after a test; to say so to every module takes as long as some of a GPU's steps
+            self.network.train()
+        self._learning_rate.fill_(self.protocol.learning_rate_at(epoch))
+        return torch.randperm(len(self.images), generator=self.generator, device=self.images.device)
+
+    def train_epoch(self, epoch: int) -> None:
+        """One pass over the set in random order."""
+        for indices in self.begin_epoch(epoch).split(self.protocol.batch_size):
+            self.step(indices)
+
+    def step(self, indices: Tensor) -> Tensor:
+        """A training step on the images at ``indices``, int64 [B]; returns their logits [B, K] before it."""
+        # index_select by itself returns NCHW.
+        images = torch.index_select(self.images, 0, indices, out=torch.empty_like(self.images[: len(indices)]))
+        if self.protocol.augmentation != "none":
+            strategy = self.protocol.augmentation
+            drawn = draw_augmentation(len(indices), self.generator, strategy=strategy, shared_operation=True)
+            images = augment(images, drawn)
+        with torch.autocast(**self._autocast):
+            predicted = logits(self.network, images)
+            loss = F.cross_entropy(predicted, self.labels.index_select(0, indices))
+        # Not backward(): what that does to .grad is tied to the stream it first ran on. A bias that a norm takes away
+        # has no gradient.
+        gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = _in_layout_of(parameter, gradient)
+        self._optimizer.step()
+        return predicted.detach()
+
+
+def empty_network(name: str, architecture: Mapping, data: ImageData, device: torch.device) -> nn.Module:
+    """A network for the images of ``data``, whose weights are still to be drawn; no generator is drawn from.
+
+    Raises:
+        ValueError: as :func:`~atom_fast.networks.make_network`.
+    """
+    channels, height, width = data.image_shape
+    with torch.device("meta"):
+        network = make_network(name, channels, data.num_classes, (height, width), **architecture)
+    return network.to_empty(device=device)
+
+
+def in_model_space(
+    pixels: Tensor, preprocessing: Preprocessing, device: torch.device, layout: torch.memory_format
+) -> Tensor:
+    """Images uint8 [N, C, H, W] as networks see them: float32, on a device and in a layout."""
+    preprocessing = preprocessing.to(device)
+    images = torch.empty(pixels.shape, device=device, memory_format=layout)
+    for some, space in zip(pixels.split(_PREPROCESSED_AT_ONCE), images.split(_PREPROCESSED_AT_ONCE), strict=True):
+        space.copy_(preprocessing.to_model(some.to(device)))
+    return images
+
+
+def _in_layout_of(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
+    """The gradient with the parameter's strides, which the fused optimizer takes for granted."""
+    if gradient is None or gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float | None:
+    """Accuracy of a network, in evaluation mode, over a whole test set, in percent.
+
+    Args:
+        network: images [B, C, H, W] in model space to logits [B, K].
+        images: floating point [N, C, H, W] in model space.
+        labels: int64 [N].
+
+    Returns:
+        100 · correct / N, or None where a logit is not finite, since the largest of such logits means nothing.
+    """
+    network.eval()
+    correct = torch.zeros((), dtype=torch.int64, device=images.device)
+    finite = torch.ones((), dtype=torch.bool, device=images.device)
+    for predicted, expected in in_batches(lambda batch: logits(network, batch), images, labels):
+        correct += (predicted.argmax(1) == expected).sum()
+        finite &= predicted.isfinite().all()
+    return 100 * correct.item() / len(images) if finite.item() else None
+
+
+def in_batches(function: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor):
+    """Yield ``(function(images), labels)`` of big batches of a set [N, C, H, W] and its labels [N]."""
+    pixels = TEST_PIXELS.get(images.device.type, _TEST_PIXELS_ELSEWHERE)
+    batch = max(1, pixels // (images.shape[2] * images.shape[3]))
+    for some_images, some_labels in zip(images.split(batch), labels.split(batch), strict=True):
+        yield function(some_images), some_labels

@@ -1,0 +1,320 @@
+"""A cell: one synthetic set and its evaluations, in a folder of its own that is never done twice.
+
+The folder's name ends in a hash of everything that the set depends on, so cells of other settings stand beside each
+other. It holds ``cell.json`` (what it is), ``run/`` (the distillation, which is resumed) or ``set.safetensors`` (chosen
+images), ``sets/`` (those of earlier iterations, where they are wanted) and a file for each evaluation. A lock keeps two
+processes from working on one cell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from atom_fast._files import write_atomically
+from atom_fast.distillation.config import DistillConfig
+from atom_fast.distillation.logs import say
+from atom_fast.evaluation.protocols import Protocol
+from benchmarks.accuracy.datasets import DATASETS
+from benchmarks.accuracy.methods import configuration, get_method
+
+CELL_FILE = "cell.json"
+LOCK_FILE = ".lock"
+_FORMAT = "benchmarks.accuracy.cell"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One set.
+
+    Attributes:
+        dataset, ipc, method, seed: of what, how many images a class (0: all), how, and which.
+        settings: (name, value) pairs in place of the method's distillation settings.
+        selection_epochs, selection_protocol: of the network that images are chosen with.
+        milestones: iterations after which the set is kept as well; the last one ends the distillation.
+    """
+
+    dataset: str
+    ipc: int
+    method: str
+    seed: int = 0
+    settings: tuple[tuple[str, object], ...] = ()
+    selection_epochs: int = 0
+    selection_protocol: str = ""
+    milestones: tuple[int, ...] = ()
+
+    @property
+    def config(self) -> DistillConfig:
+        """The settings of the distillation, or of the networks where images are chosen."""
+        return configuration(self.method, self.ipc, self.seed, dict(self.settings))
+
+    @property
+    def resolved_config(self) -> DistillConfig:
+        """The same with what follows from the data set put in; only the precision may be left to the device."""
+        return self.config.for_data(DATASETS[self.dataset][2], self.dataset)
+
+    @property
+    def folder_name(self) -> str:
+        """Readable, and different where anything that the set depends on is."""
+        size = f"ipc{self.ipc}" if self.ipc else "all"
+        return f"{self.dataset}-{size}-{self.method}-seed{self.seed}-{_hash(self._identity())}"
+
+    def _identity(self) -> dict[str, object]:
+        if get_method(self.method).distils:
+            config = self.resolved_config.config_hash()
+            return {"dataset": self.dataset, "config": config, "milestones": self.milestones}
+        how = {"epochs": self.selection_epochs, "protocol": self.selection_protocol}
+        own = {} if self.method in ("random", "full") else how
+        return {
+            "dataset": self.dataset,
+            "method": self.method,
+            "ipc": self.ipc,
+            "seed": self.seed,
+            "preprocessing": self.resolved_config.preprocessing,
+            **own,
+        }
+
+    def to_dict(self) -> dict[str, object]:
+        """The cell as what JSON can hold."""
+        plain = {"settings": dict(self.settings), "milestones": list(self.milestones)}
+        return {**dataclasses.asdict(self), **plain, "config_hash": self.config.config_hash()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Networks that are trained on a cell's set.
+
+    Attributes:
+        network: their architecture, a key of ``NETWORKS``.
+        protocol: how.
+        networks: how many.
+        iteration: of the set, one of the cell's milestones; None for the finished one.
+        norm: of ConvNets, in place of the one that the cell's settings say.
+    """
+
+    network: str
+    protocol: Protocol
+    networks: int
+    iteration: int | None = None
+    norm: str | None = None
+
+    def file_name(self, architecture: Mapping[str, object]) -> str:
+        """Of its results: one for all numbers of networks, since more of them continue fewer."""
+        digest = _hash({"protocol": dataclasses.asdict(self.protocol), "architecture": dict(architecture)})
+        suffix = "" if self.iteration is None else f"-iteration-{self.iteration:08d}"
+        return f"evaluation-{self.network}-{digest}{suffix}.json"
+
+
+def architecture(cell: Cell, network: str, norm: str | None = None) -> dict[str, object]:
+    """Settings of the ConvNets that a cell's set is tested on: the same for all methods, ATOM's at the cell's settings.
+
+    A table that tests DM's sets on networks of another initialisation than ATOM's would compare networks, not sets.
+    """
+    if network != "convnet":
+        return {}
+    config = configuration("atom", cell.ipc, cell.seed, dict(cell.settings))
+    config = config.for_data(DATASETS[cell.dataset][2], cell.dataset)
+    names = {"width": "width", "depth": "depth", "norm": "norm", "pooling": "pooling", "network_init": "initialization"}
+    found = {name: getattr(config, key) for key, name in names.items()}
+    return found if norm is None else {**found, "norm": norm}
+
+
+def cell_folder(output: Path, cell: Cell) -> Path:
+    """Where a cell is kept."""
+    return Path(output) / "cells" / cell.folder_name
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Hold a cell for this process; False where another process has it.
+
+    Where there are no locks nobody is kept out: not on Windows, nor on some network file systems, which is said once.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK_FILE, "w") as lock:
+        try:
+            import fcntl
+        except ImportError:
+            yield True
+            return
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:  # some network file systems
+            _say_once(
+                f"{folder.parent} cannot be locked ({error.strerror}): make sure yourself that no other process works "
+                "on its cells"
+            )
+        yield True
+
+
+_say_once = functools.cache(say)
+
+
+def open_cell(folder: Path, cell: Cell, data_name: str, fingerprint: str) -> None:
+    """Note in a new folder which cell it is; make sure that one found there is this cell, of these data.
+
+    Raises:
+        ValueError: the folder holds something else, its note is damaged, or it was made from other data.
+    """
+    note = folder / CELL_FILE
+    if not note.exists():
+        strange = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
+        if strange:
+            raise ValueError(
+                f"{folder} holds {', '.join(sorted(strange)[:3])} but no {CELL_FILE}: it is not a cell, or only part "
+                "of one; move or remove it to run the cell again"
+            )
+        about = {"format": _FORMAT, "cell": cell.to_dict(), "data": data_name, "fingerprint": fingerprint}
+        write_atomically(note, json.dumps(about, indent=1) + "\n")
+    found = read_note(folder)
+    if found["fingerprint"] != fingerprint:
+        raise ValueError(
+            f"{folder} was made from other images of {cell.dataset} ({found['data']}); "
+            "give the same --data-dir, or another --output"
+        )
+
+
+def check_same_images(
+    output: Path, cells: Iterable[Cell], at_hand: Mapping[str, tuple[str, str]] | None = None
+) -> None:
+    """Make sure that what was begun of each data set was made from the same images.
+
+    Args:
+        output: folder of the cells.
+        cells: those that stand in one table; folders that are not there yet are passed over.
+        at_hand: fingerprint and name of images, by data set, that more cells are to be made from.
+
+    Raises:
+        ValueError: two cells, or a cell and the data at hand, differ; or a cell's note is damaged.
+    """
+    known = {
+        name: (fingerprint, f"the images at hand ({title})") for name, (fingerprint, title) in (at_hand or {}).items()
+    }
+    for cell in cells:
+        folder = cell_folder(output, cell)
+        if not (folder / CELL_FILE).is_file():
+            continue
+        note = read_note(folder)
+        fingerprint, whose = known.setdefault(cell.dataset, (note["fingerprint"], f"{folder} ({note['data']})"))
+        if note["fingerprint"] != fingerprint:
+            raise ValueError(
+                f"{folder} was made from other images of {cell.dataset} ({note['data']}) than {whose}, but both belong "
+                "in one table; give the same --data-dir, or an --output for each"
+            )
+
+
+def read_note(folder: Path) -> dict:
+    """What ``cell.json`` says.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    found = read_json(folder / CELL_FILE, "remove its folder to run the cell again")
+    if found.get("format") != _FORMAT or not {"cell", "data", "fingerprint"} <= set(found):
+        raise ValueError(f"{folder / CELL_FILE} is not a cell's; remove its folder to run the cell again")
+    return found
+
+
+def read_json(path: Path, remedy: str) -> dict:
+    """A file that holds a JSON object.
+
+    Raises:
+        ValueError: it does not; the message ends in ``remedy``.
+    """
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ValueError(f"{path} is missing ({error.strerror}); {remedy}") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
+
+
+def evaluation_file(output: Path, cell: Cell, evaluation: Evaluation) -> Path:
+    """Where an evaluation's results are kept."""
+    return cell_folder(output, cell) / evaluation.file_name(architecture(cell, evaluation.network, evaluation.norm))
+
+
+def read_evaluation_file(output: Path, cell: Cell, evaluation: Evaluation) -> dict:
+    """What an evaluation's file holds, finished or not: ``curves``, of which those of networks left to do are empty,
+    ``seconds``, ``set_seconds``, ``device`` and ``versions``. Where there is no file: only ``curves``, of no network.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = evaluation_file(output, cell, evaluation)
+    if not path.is_file():
+        return {"curves": []}
+    remedy = "remove it to evaluate the set again"
+    found = read_json(path, remedy)
+    if not _is_evaluation(found, str(evaluation.protocol.epochs)):
+        raise ValueError(f"{path} is damaged (it does not hold an evaluation's results); {remedy}")
+    return found
+
+
+def _is_evaluation(found: Mapping, last_epoch: str) -> bool:
+    curves = found.get("curves")
+    return (
+        isinstance(curves, list)
+        and all(isinstance(curve, dict) and _is_curve(curve, last_epoch) for curve in curves)
+        and isinstance(found.get("seconds"), (int, float))
+        and isinstance(found.get("set_seconds"), (int, float, type(None)))
+        and isinstance(found.get("device"), str)
+        and isinstance(found.get("versions"), dict)
+    )
+
+
+def _is_curve(curve: Mapping[str, object], last_epoch: str) -> bool:
+    accuracies_by_epoch = all(
+        epoch.isdecimal() and isinstance(accuracy, (int, float, type(None))) for epoch, accuracy in curve.items()
+    )
+    return not curve or (last_epoch in curve and accuracies_by_epoch)
+
+
+def networks_left(output: Path, cell: Cell, evaluation: Evaluation) -> int:
+    """How many of the networks of an evaluation are not finished.
+
+    Raises:
+        ValueError: their file is damaged.
+    """
+    return _networks_left(read_evaluation_file(output, cell, evaluation), evaluation)
+
+
+def _networks_left(found: Mapping, evaluation: Evaluation) -> int:
+    return evaluation.networks - sum(map(bool, found["curves"][: evaluation.networks]))
+
+
+def read_evaluation(output: Path, cell: Cell, evaluation: Evaluation) -> dict | None:
+    """A finished evaluation's results, or None.
+
+    Returns:
+        ``accuracies`` (per cent, one a network, None where it diverged), ``seconds`` of them, ``set_seconds``,
+        ``data`` (what the images are called), ``device``, ``versions`` of packages.
+
+    Raises:
+        ValueError: a file of the cell is damaged.
+    """
+    found = read_evaluation_file(output, cell, evaluation)
+    if _networks_left(found, evaluation):
+        return None
+    curves = found["curves"][: evaluation.networks]
+    last = str(evaluation.protocol.epochs)
+    return {
+        "accuracies": [curve[last] for curve in curves],
+        "seconds": found["seconds"] * len(curves) / sum(map(bool, found["curves"])),
+        "set_seconds": found["set_seconds"],
+        "data": read_note(cell_folder(output, cell))["data"],
+        "device": found["device"],
+        "versions": found["versions"],
+    }
+
+
+def _hash(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]

@@ -1,0 +1,339 @@
+"""Where a step's time goes, stage by stage, beside the least time that the work could take on the device."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from atom_fast._files import write_atomically
+from atom_fast.data.dataset import ImageData
+from atom_fast.data.whitening import fit_preprocessing
+from atom_fast.distillation.config import DistillConfig
+from atom_fast.distillation.memory import fit_class_chunk
+from atom_fast.distillation.ranks import own_device
+from atom_fast.distillation.stages import PREFIX, STAGES
+from atom_fast.distillation.step import Distillation, initial_images
+from benchmarks import bounds
+
+STEP = "step"  # the range of a whole step in the trace
+_ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of PyTorch's Chrome traces
+_LAUNCHES = ("cuda_runtime", "cuda_driver")
+
+
+@dataclasses.dataclass(frozen=True)
+class StageTime:
+    """One stage of a step.
+
+    Attributes:
+        name: one of `atom_fast.distillation.stages.STAGES`.
+        seconds: a step, as traced: on a CPU from the stage's begin to its end, on a GPU of its kernels alone.
+        operations, bytes: the fewest it needs (`benchmarks.bounds`, way "floor"); None where they are not counted.
+        floor: seconds that these take at the device's rates; None likewise.
+    """
+
+    name: str
+    seconds: float
+    operations: float | None
+    bytes: float | None
+    floor: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """What `profile` measured.
+
+    Attributes:
+        device: rates that the floors are computed from.
+        rates_from: "datasheet" or "measured".
+        precision: of the convolutions; fusion: how the network ran.
+        steps: traced, and timed again without the profiler.
+        stages: in the order of a step.
+        other_seconds: a step, outside every stage.
+        traced_seconds: a step with the profiler on; on a GPU of its kernels alone.
+        step_seconds: a step without the profiler, not captured.
+        captured_seconds: a replay of the captured step; None where nothing is captured.
+        not_counted: the settings for which operations and bytes are not counted; None where they are.
+        trace: the Chrome trace.
+    """
+
+    device: bounds.Device
+    rates_from: str
+    precision: str
+    fusion: str
+    steps: int
+    stages: tuple[StageTime, ...]
+    other_seconds: float
+    traced_seconds: float
+    step_seconds: float
+    captured_seconds: float | None
+    not_counted: str | None
+    trace: Path
+
+    def to_dict(self) -> dict:
+        """For JSON: all fields by name, times in seconds."""
+        return {**dataclasses.asdict(self), "trace": str(self.trace)}
+
+
+def profile(
+    config: DistillConfig,
+    data: ImageData,
+    trace: str | os.PathLike,
+    *,
+    steps: int = 10,
+    warm_up: int = 3,
+    device: torch.device | str | None = None,
+    measure: bool = False,
+    progress: bool = True,
+) -> Profile:
+    """Run steps of a distillation and say where their time goes; nothing but the trace is kept.
+
+    A captured step is one launch that cannot be told apart into stages, so the stages are those of the step as it runs
+    without capture, and the replay's time is given beside them.
+
+    Args:
+        config: the settings; what they leave open is derived from data and device. ``iterations`` does not matter.
+        data: the real images, which stay as they are.
+        trace: Chrome trace to write, for chrome://tracing or ui.perfetto.dev.
+        steps: how many are timed, and how many are traced.
+        warm_up: steps before them.
+        device: where to compute; None: the GPU, if there is one.
+        measure: measure the device's rates even where its datasheet is known; others are always measured.
+        progress: show what takes long on standard error.
+
+    Raises:
+        ValueError: fewer than one step or a negative warm-up, or settings that do not fit the data or the device.
+        OSError: the trace could not be written.
+    """
+    if steps < 1 or warm_up < 0:
+        raise ValueError(f"steps must be at least 1 and warm_up at least 0; got {steps} and {warm_up}")
+    device = own_device(device)
+    run = _prepare(config, data, device, progress)
+    iterations = itertools.count(1)
+
+    def step() -> None:
+        run.step(next(iterations))
+
+    for _ in range(warm_up):
+        step()
+    step_seconds = _seconds_a_step(step, steps, device)
+    document = _traced(step, steps, device, Path(trace))
+    seconds, traced = stage_seconds(document)
+    captured = None
+    if device.type == "cuda" and run.config.cuda_graph:
+        run.capture()
+        captured = _seconds_a_step(step, steps, device)
+    rates, rates_from = _rates(device, measure)
+    floors, not_counted = _floors(run, rates)
+    return Profile(
+        device=rates,
+        rates_from=rates_from,
+        precision=run.config.precision,
+        fusion=run.fusion,
+        steps=steps,
+        stages=tuple(StageTime(name, seconds[name] / steps, *floors[name]) for name in STAGES),
+        other_seconds=(traced - sum(seconds.values())) / steps,
+        traced_seconds=traced / steps,
+        step_seconds=step_seconds,
+        captured_seconds=captured,
+        not_counted=not_counted,
+        trace=Path(trace),
+    )
+
+
+def random_data(classes: int, channels: int, height: int, width: int, per_class: int, *, seed: int = 0) -> ImageData:
+    """Uniform random uint8 images, ``per_class`` of each class: time does not depend on what images show.
+
+    Raises:
+        ValueError: a size is below 1.
+    """
+    sizes = {"classes": classes, "channels": channels, "height": height, "width": width, "per_class": per_class}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1; got {size}")
+    labels = torch.arange(classes).repeat_interleave(per_class)
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(labels), channels, height, width)
+    images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    return ImageData.from_tensors("random", [str(k) for k in range(classes)], images, labels, images[:1], labels[:1])
+
+
+def _prepare(config: DistillConfig, data: ImageData, device: torch.device, progress: bool) -> Distillation:
+    config = config.resolve(data.image_shape, data.name, device)
+    data = data.to(device)
+    preprocessing = fit_preprocessing(data.train_images, config.preprocessing, progress=progress)
+    images = initial_images(config, data, preprocessing)
+    run = Distillation(config, data, preprocessing, images, progress=progress)
+    if config.memory_budget is not None:
+        fit_class_chunk(run, config.memory_budget)
+    return run
+
+
+def _seconds_a_step(step: Callable[[], None], steps: int, device: torch.device) -> float:
+    _wait(device)
+    started = time.perf_counter()
+    for _ in range(steps):
+        step()
+    _wait(device)
+    return (time.perf_counter() - started) / steps
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _traced(step: Callable[[], None], steps: int, device: torch.device, path: Path) -> dict:
+    """Run steps under PyTorch's profiler, write its Chrome trace, and return it."""
+    from torch.profiler import ProfilerActivity
+
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+        for _ in range(steps):
+            with torch.profiler.record_function(STEP):
+                step()
+        _wait(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part.json")  # where this fails, the file before is kept
+    try:
+        profiler.export_chrome_trace(str(unfinished))
+        text = unfinished.read_text("utf-8")
+    finally:
+        unfinished.unlink(missing_ok=True)
+    write_atomically(path, text)
+    return json.loads(text)
+
+
+def stage_seconds(document: dict) -> tuple[dict[str, float], float]:
+    """Seconds of every stage, and of the steps as a whole, in a Chrome trace of `torch.profiler`.
+
+    With kernels in the trace, a stage's time is that of the kernels launched from its begin to its end, by whichever
+    thread: the backward pass launches from one of its own, while the thread that called it waits.
+    """
+    events = [event for event in document["traceEvents"] if event.get("ph") == "X"]
+    ranges = [event for event in events if event.get("cat") == "user_annotation"]
+    seconds = dict.fromkeys(STAGES, 0.0)
+    device_events = [event for event in events if event.get("cat") in _ON_DEVICE]
+    if not device_events:
+        for event in ranges:
+            if event["name"].startswith(PREFIX):
+                seconds[event["name"].removeprefix(PREFIX)] += event["dur"] / 1e6
+        return seconds, sum(event["dur"] for event in ranges if event["name"] == STEP) / 1e6
+    launched = {event["args"]["correlation"]: event["ts"] for event in events
+                if event.get("cat") in _LAUNCHES and "correlation" in event.get("args", {})}  # fmt: skip
+    find = _finder([event for event in ranges if event["name"].startswith(PREFIX)])
+    for event in device_events:
+        name = find(launched.get(event["args"].get("correlation")))
+        if name is not None:
+            seconds[name] += event["dur"] / 1e6
+    return seconds, sum(event["dur"] for event in device_events) / 1e6
+
+
+def _finder(ranges: list[dict]) -> Callable[[float | None], str | None]:
+    """A function from a time to the name of the stage it lies in; stages do not overlap."""
+    ordered = sorted(ranges, key=lambda event: event["ts"])
+    begins = [event["ts"] for event in ordered]
+
+    def find(moment: float | None) -> str | None:
+        place = bisect.bisect_right(begins, moment) - 1 if moment is not None else -1
+        if place < 0 or moment > begins[place] + ordered[place]["dur"]:
+            return None
+        return ordered[place]["name"].removeprefix(PREFIX)
+
+    return find
+
+
+def _rates(device: torch.device, measure: bool) -> tuple[bounds.Device, str]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    known = [rates for word, rates in bounds.DEVICES.items() if word in name]
+    if known and not measure:
+        return known[0], "datasheet"
+    return bounds.measure_device(device), "measured"
+
+
+def _floors(run: Distillation, rates: bounds.Device) -> tuple[dict[str, tuple], str | None]:
+    """Fewest operations, fewest bytes and least seconds of every stage, or for which settings they are not counted."""
+    config, data = run.config, run.data
+    counted = {"norm": "instance", "pooling": "avg2", "feature_maps": False, "image_average": False}
+    other = [f"{name} {getattr(config, name)!r}" for name, value in counted.items() if getattr(config, name) != value]
+    if other:
+        return dict.fromkeys(STAGES, (None, None, None)), ", ".join(other)
+    size = bounds.Configuration(
+        data.num_classes,
+        *data.image_shape,
+        ipc=config.ipc,
+        real_batch=config.real_batch,
+        network_width=config.width,
+        depth=config.depth,
+        precision=config.precision,
+        maps=config.spatial_power is not None or config.channel_power is not None,
+        whitened=run.images.is_cuda and config.preprocessing != "standard",  # on a CPU that was done before
+    )
+    work = bounds.stages(size)
+    floors = {}
+    for name in STAGES:
+        own = [part for part in work if part.part == name]
+        floors[name] = (
+            sum(part.matrix + part.vector for part in own),
+            sum(part.bytes[bounds.WAYS.index("floor")] for part in own),
+            sum(part.seconds("floor", rates, config.precision) for part in own),
+        )
+    return floors, None
+
+
+def profile_table(result: Profile) -> str:
+    """A profile as text: a line a stage, its time, its share, its work, the least time that takes, and what is reached.
+
+    *reached* is the least time's share of the measured one; above 100 %, memory was not gone to: the data stayed in a
+    cache.
+    """
+    lines = [f"{'stage':<12}{'ms':>10}{'share':>8}{'GFLOP':>10}{'MB':>10}{'floor ms':>10}{'reached':>9}"]
+    lines += [_line(row, result.traced_seconds) for row in _rows(result)]
+    return "\n".join([*lines, *_notes(result)])
+
+
+def _rows(result: Profile) -> Iterator[StageTime]:
+    yield from result.stages
+    yield StageTime("other", result.other_seconds, None, None, None)
+    sums = None, None, None
+    if result.not_counted is None:
+        sums = (sum(getattr(stage, name) for stage in result.stages) for name in ("operations", "bytes", "floor"))
+    yield StageTime(STEP, result.traced_seconds, *sums)
+
+
+def _line(row: StageTime, whole: float) -> str:
+    share = f"{row.seconds / whole:.1%}" if whole else "–"
+    line = f"{row.name:<12}{1e3 * row.seconds:>10.3f}{share:>8}"
+    if row.floor is None:
+        return line
+    reached = f"{row.floor / row.seconds:.0%}" if row.seconds and row.floor else "–"
+    return f"{line}{row.operations / 1e9:>10.3f}{row.bytes / 1e6:>10.2f}{1e3 * row.floor:>10.3f}{reached:>9}"
+
+
+def _notes(result: Profile) -> Iterator[str]:
+    rates = result.device
+    on_gpu = result.captured_seconds is not None or not rates.name.startswith("CPU")
+    yield ""
+    yield f"{result.steps} step{'s' if result.steps > 1 else ''}; {result.fusion}; {result.precision}; times are " + (
+        "the kernels', by the stage that launched them" if on_gpu else "the clock's, with the profiler running"
+    )
+    yield f"without the profiler: {1e3 * result.step_seconds:.3f} ms per step" + (
+        " from launch to end" if on_gpu else ""
+    )
+    if result.captured_seconds is not None:
+        yield f"captured as a CUDA graph: {1e3 * result.captured_seconds:.3f} ms per step"
+    if result.not_counted:
+        yield f"operations and bytes are not counted for {result.not_counted}"
+        return
+    origin = {"measured": "measured just now by a copy and a convolution", "datasheet": "from its datasheet"}
+    yield (
+        f"floor: {rates.name}, {rates.bandwidth / 1e9:,.0f} GB/s and "
+        f"{rates.matrix[result.precision] / 1e9:,.0f} GFLOP/s in {result.precision}, {origin[result.rates_from]}"
+    )

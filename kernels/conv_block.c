@@ -1,0 +1,177 @@
+/* The first block of `atom_fast.ops.conv_block`, from the image: a 3x3 convolution whose output one thread holds for
+ * one sample at a time, in its cache, then the block. Filters come as [3, 3, C_in, padded(C)], zero beyond C. */
+#include "norm_block.h"
+
+#ifdef __AVX512F__
+#define RUN 8 /* places convolved at once: as many sums as registers hold, and as hide an addition's latency */
+#else
+#define RUN 4
+#endif
+
+/* An image [C_in, H, W] of any strides as [H + 2, W + 2, C_in], with zeros around it. */
+INLINE void pad_image(const float *image, const int64_t *strides, int64_t image_channels, Shape s,
+                      float *padded_image) {
+    int64_t row = (s.width + 2) * image_channels;
+    memset(padded_image, 0, 4 * (s.height + 2) * row);
+    for (int64_t y = 0; y < s.height; y++)
+        for (int64_t x = 0; x < s.width; x++)
+            for (int64_t ci = 0; ci < image_channels; ci++)
+                padded_image[(y + 1) * row + (x + 1) * image_channels + ci] =
+                    image[ci * strides[1] + y * strides[2] + x * strides[3]];
+}
+
+/* `count` neighbouring places of LANES channels; `image` is the first one's window, `filters` those channels'. */
+INLINE void convolve_run(const float *image, int64_t image_row, int64_t image_channels, const float *filters,
+                         int64_t pitch, float *out, int count) {
+    vector sums[RUN];
+    for (int i = 0; i < count; i++) sums[i] = splat(0);
+    for (int64_t ky = 0; ky < 3; ky++)
+        for (int64_t k = 0; k < 3 * image_channels; k++) {
+            vector filter = load(filters + (ky * 3 * image_channels + k) * pitch, LANES);
+            for (int i = 0; i < count; i++) sums[i] += filter * splat(image[ky * image_row + i * image_channels + k]);
+        }
+    for (int i = 0; i < count; i++) store(out + i * pitch, sums[i], LANES);
+}
+
+INLINE void convolve(const float *padded_image, int64_t image_channels, const float *filters, Shape s, float *out) {
+    int64_t row = (s.width + 2) * image_channels;
+    for (int64_t y = 0; y < s.height; y++)
+        for (int64_t c = 0; c < s.pitch; c += LANES) {
+            int64_t x = 0;
+            for (; x + RUN <= s.width; x += RUN)
+                convolve_run(padded_image + y * row + x * image_channels, row, image_channels, filters + c, s.pitch,
+                             out + y * s.row + x * s.pitch + c, RUN);
+            for (; x < s.width; x++)
+                convolve_run(padded_image + y * row + x * image_channels, row, image_channels, filters + c, s.pitch,
+                             out + y * s.row + x * s.pitch + c, 1);
+        }
+}
+
+/* The transposed convolution of `count` neighbouring pixels; `gradient` is the first one's window, zeros around. */
+INLINE void fold_run(const float *gradient, int64_t row, int64_t pitch, const float *filters, int64_t image_channels,
+                     float *out, int64_t channel_stride, int count) {
+    vector sums[4][4];
+    for (int i = 0; i < count; i++)
+        for (int64_t ci = 0; ci < image_channels; ci++) sums[i][ci] = splat(0);
+    for (int64_t ky = 0; ky < 3; ky++)
+        for (int64_t kx = 0; kx < 3; kx++)
+            for (int64_t c = 0; c < pitch; c += LANES) {
+                vector own[4];
+                for (int64_t ci = 0; ci < image_channels; ci++)
+                    own[ci] = load(filters + ((ky * 3 + kx) * image_channels + ci) * pitch + c, LANES);
+                for (int i = 0; i < count; i++) {
+                    vector g = load(gradient + (2 - ky) * row + (i + 2 - kx) * pitch + c, LANES);
+                    for (int64_t ci = 0; ci < image_channels; ci++) sums[i][ci] += g * own[ci];
+                }
+            }
+    for (int i = 0; i < count; i++)
+        for (int64_t ci = 0; ci < image_channels; ci++) out[ci * channel_stride + i] = sum_of(sums[i][ci]);
+}
+
+INLINE void fold(const float *gradient, Shape s, const float *filters, int64_t image_channels, float *out) {
+    for (int64_t y = 0; y < s.height; y++) {
+        int64_t x = 0;
+        for (; x + 4 <= s.width; x += 4)
+            fold_run(gradient + y * s.row + x * s.pitch, s.row, s.pitch, filters, image_channels,
+                     out + y * s.width + x, s.height * s.width, 4);
+        for (; x < s.width; x++)
+            fold_run(gradient + y * s.row + x * s.pitch, s.row, s.pitch, filters, image_channels,
+                     out + y * s.width + x, s.height * s.width, 1);
+    }
+}
+
+/* The same with the number of image channels, 1 to 4, a constant. */
+#define FOR_IMAGE_CHANNELS(call)          \
+    switch (image_channels) {             \
+        case 1: { enum { IC = 1 }; call; break; } \
+        case 2: { enum { IC = 2 }; call; break; } \
+        case 3: { enum { IC = 3 }; call; break; } \
+        default: { enum { IC = 4 }; call; }  \
+    }
+
+static void convolve_image(const float *image, const int64_t *strides, int64_t image_channels, const float *filters,
+                           Shape s, float *padded_image, float *out) {
+    FOR_IMAGE_CHANNELS(pad_image(image, strides, IC, s, padded_image); convolve(padded_image, IC, filters, s, out))
+}
+
+static void fold_image(const float *gradient, Shape s, const float *filters, int64_t image_channels, float *out) {
+    FOR_IMAGE_CHANNELS(fold(gradient, s, filters, IC, out))
+}
+
+/* Whole vectors, so that what lies behind an image in memory is aligned. */
+static int64_t image_values(int64_t image_channels, int64_t height, int64_t width) {
+    return padded((height + 2) * (width + 2) * image_channels);
+}
+
+/* Below, `strides` are those of the images [B, C_in, H, W], and `scratch` is [threads, padded((H + 2) (W + 2) C_in) +
+ * H W padded(C)], with more where said. */
+
+/* Mean and variance [B, C] of each plane of the convolution. */
+void conv_block_statistics(const float *images, const int64_t *strides, const float *filters, float *mean,
+                            float *variance, float *scratch, int64_t samples, int64_t image_channels, int64_t height,
+                            int64_t width, int64_t channels, int64_t threads) {
+    Shape s = {channels, height, width, padded(channels), padded(channels) * width};
+    int64_t own_image = image_values(image_channels, height, width);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < samples; i++) {
+        float *padded_image = scratch + omp_get_thread_num() * (own_image + height * s.row);
+        float *convolved = padded_image + own_image;
+        convolve_image(images + i * strides[0], strides, image_channels, filters, s, padded_image, convolved);
+        plane_statistics(convolved, s, mean + i * channels, variance + i * channels);
+    }
+}
+
+/* `given`: mean and rstd are read, not written. */
+void conv_block_forward(const float *images, const int64_t *strides, const float *filters, const float *weight,
+                         const float *bias, float *pooled, float *maps, float *mean, float *rstd, float *statistics,
+                         float *scratch, int64_t samples, int64_t image_channels, int64_t height, int64_t width,
+                         int64_t channels, float eps, float spatial_power, float channel_power, int64_t given,
+                         int64_t threads) {
+    Shape s = {channels, height, width, padded(channels), padded(channels) * width};
+    int64_t values = map_values(s, spatial_power, channel_power);
+    int64_t own_image = image_values(image_channels, height, width);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < samples; i++) {
+        float *padded_image = scratch + omp_get_thread_num() * (own_image + height * s.row);
+        float *convolved = padded_image + own_image;
+        Norm norm = norm_of_sample(mean, rstd, weight, bias, i, channels);
+        convolve_image(images + i * strides[0], strides, image_channels, filters, s, padded_image, convolved);
+        if (!given) normalizing_statistics(convolved, s, eps, mean + i * channels, rstd + i * channels);
+        block_of_sample(convolved, s, &norm, pooled + i * output_values(s, 1),
+                        maps_at(maps + i * values, s, spatial_power, channel_power), statistics + 3 * i);
+    }
+}
+
+/* The gradient [B, C_in, H, W] of the images, not where sums are written. A gradient that is NULL is zero. `sums` is
+ * [B, 2, C], or [2, C] where they are read. `scratch` has (H + 2) (W + 2) padded(C) + padded(M + 2 C)
+ * more. */
+void conv_block_backward(const float *grad_pooled, const float *grad_maps, const float *images, const int64_t *strides,
+                          const float *filters, const float *weight, const float *bias, const float *maps,
+                          const float *mean, const float *rstd, const float *statistics, float *sums,
+                          float *grad_images, float *scratch, int64_t samples, int64_t image_channels, int64_t height,
+                          int64_t width, int64_t channels, float spatial_power, float channel_power, int64_t mode,
+                          int64_t threads) {
+    Shape s = {channels, height, width, padded(channels), padded(channels) * width};
+    Shape framed = {channels, height, width, s.pitch, s.pitch * (width + 2)};
+    int64_t values = map_values(s, spatial_power, channel_power);
+    int64_t own_image = image_values(image_channels, height, width), frame = (height + 2) * framed.row;
+    int64_t of_thread = own_image + frame + height * s.row + padded(values + 2 * channels);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < samples; i++) {
+        float *padded_image = scratch + omp_get_thread_num() * of_thread, *framed_gradient = padded_image + own_image;
+        float *gradient = framed_gradient + framed.row + framed.pitch, *convolved = framed_gradient + frame;
+        float *own_sums = mode == WRITE_SUMS ? sums + i * 2 * channels : convolved + height * s.row;
+        float *used_sums = mode == READ_SUMS ? sums : own_sums;
+        Norm norm = norm_of_sample(mean, rstd, weight, bias, i, channels);
+        Maps factors = factors_of_sample(grad_maps, maps, statistics, i, s, spatial_power, channel_power,
+                                         convolved + height * s.row + 2 * channels);
+        convolve_image(images + i * strides[0], strides, image_channels, filters, s, padded_image, convolved);
+        memset(framed_gradient, 0, 4 * frame); /* around the plane, and beyond its channels */
+        gradient_of_sample(convolved, s, &norm, 1, statistics[3 * i],
+                           grad_pooled ? grad_pooled + i * output_values(s, 1) : NULL, NULL, factors,
+                           gradient, framed, own_sums, own_sums + channels);
+        if (mode == WRITE_SUMS) continue;
+        through_norm(convolved, s, &norm, gradient, framed, used_sums, used_sums + channels);
+        fold_image(framed_gradient, framed, filters, image_channels, grad_images + i * image_channels * height * width);
+    }
+}

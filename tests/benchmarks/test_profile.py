@@ -1,0 +1,183 @@
+"""A profile names every stage, accounts for the step's time, counts its work, and changes nothing."""
+
+import dataclasses
+import json
+import timeit
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from atom_fast.cli import main
+from atom_fast.data.whitening import fit_preprocessing
+from atom_fast.distillation.config import preset
+from atom_fast.distillation.stages import PREFIX, STAGES, stage
+from atom_fast.distillation.step import Distillation, initial_images
+from benchmarks.bounds import WAYS, Configuration, measure_device, stages, totals
+from benchmarks.profile import profile, profile_table, random_data, stage_seconds
+
+SMALL = {"ipc": 2, "real_batch": 8, "width": 16, "depth": 2}
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory):
+    """Result and trace of a profile of some steps."""
+    data = random_data(4, 3, 16, 16, per_class=20)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    file = tmp_path_factory.mktemp("profile") / "new" / "trace.json"
+    result = profile(preset(**SMALL), data, file, steps=4, warm_up=2, device=device, progress=False)
+    return result, json.loads(file.read_text("utf-8"))
+
+
+def test_every_stage_takes_time_and_together_they_take_the_steps(profiled):
+    result, _ = profiled
+    assert [row.name for row in result.stages] == list(STAGES)
+    assert all(row.seconds > 0 for row in result.stages)
+    together = sum(row.seconds for row in result.stages)
+    assert together + result.other_seconds == pytest.approx(result.traced_seconds)
+    assert 0.8 * result.traced_seconds < together <= result.traced_seconds
+
+
+def test_the_trace_is_of_those_steps_and_names_the_stages(profiled):
+    result, document = profiled
+    names = [event["name"] for event in document["traceEvents"] if event.get("cat") == "user_annotation"]
+    assert names.count("step") == result.steps == 4
+    for name in STAGES:
+        # Drawing and fetching are two pieces of a stage.
+        assert names.count(PREFIX + name) == 4 * (2 if name in ("sample", "augment", "loss") else 1)
+
+
+def test_the_work_is_that_of_the_roofline(profiled):
+    result, _ = profiled
+    size = Configuration(4, 3, 16, 16, ipc=2, real_batch=8, network_width=16, depth=2, precision=result.precision)
+    work = stages(size)
+    assert {part.part for part in work} == set(STAGES)
+    assert sum(row.bytes for row in result.stages) == sum(part.bytes[WAYS.index("floor")] for part in work)
+    assert sum(row.operations for row in result.stages) == sum(part.matrix + part.vector for part in work)
+    assert sum(row.floor for row in result.stages) == pytest.approx(totals(size, result.device)["floor"]["seconds"])
+
+
+def test_network_and_whitening_are_counted_as_they_are():
+    data = random_data(3, 1, 8, 8, per_class=10)
+    config = preset(**SMALL).resolve(data.image_shape, data.name, torch.device("cpu"))
+    run = Distillation(config, data, preprocessing := _preprocessing(data), initial_images(config, data, preprocessing))
+    size = Configuration(3, 1, 8, 8, ipc=2, real_batch=8, network_width=16, depth=2, precision="float32")
+    drawn = next(part for part in stages(size) if part.part == "network")
+    assert drawn.bytes[WAYS.index("floor")] == sum(4 * parameter.numel() for parameter in run.network.parameters())
+    fetched = [next(part for part in stages(dataclasses.replace(size, whitened=w)) if part.part == "sample")
+               for w in (False, True)]  # fmt: skip
+    assert fetched[1].matrix - fetched[0].matrix == 2 * 64 * 64 * 3 * 8
+
+
+def _preprocessing(data):
+    return fit_preprocessing(data.train_images, "standard", progress=False)
+
+
+def test_the_table_shows_every_stage_and_how_the_rates_came(profiled):
+    result, _ = profiled
+    lines = profile_table(result).splitlines()
+    assert [line.split()[0] for line in lines[1 : len(STAGES) + 3]] == [*STAGES, "other", "step"]
+    assert ("measured just now" in lines[-1]) == (result.rates_from == "measured")
+    if not torch.cuda.is_available():
+        assert result.rates_from == "measured"
+        assert result.captured_seconds is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("norm", "batch"), ("pooling", "max2"), ("feature_maps", True), ("image_average", True)]
+)
+def test_what_is_not_counted_is_said(name, value, tmp_path):
+    config = preset(**SMALL, **{name: value})
+    result = profile(config, random_data(2, 1, 8, 8, 10), tmp_path / "t.json", steps=1, device="cpu", progress=False)
+    assert all(row.floor is None and row.seconds > 0 for row in result.stages)
+    assert f"{name} {value!r}" in profile_table(result)
+
+
+def test_a_profiled_step_gives_the_same_images():
+    data = random_data(3, 1, 8, 8, per_class=10)
+    images = []
+    for profiler in (None, torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])):
+        preprocessing = _preprocessing(data)
+        config = preset(**SMALL).resolve(data.image_shape, data.name, torch.device("cpu"))
+        run = Distillation(config, data, preprocessing, initial_images(config, data, preprocessing))
+        if profiler:
+            profiler.start()
+        for iteration in (1, 2):
+            run.step(iteration)
+        if profiler:
+            profiler.stop()
+        images.append(run.images)
+    assert torch.equal(*images)
+
+
+def test_data_are_left_alone_and_only_the_trace_is_written(tmp_path):
+    data = random_data(2, 1, 8, 8, per_class=10)
+    before = data.train_images.clone()
+    profile(preset(**SMALL), data, tmp_path / "trace.json", steps=1, warm_up=0, device="cpu", progress=False)
+    assert torch.equal(data.train_images, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["trace.json"]
+
+
+def test_a_stage_costs_nothing_worth_naming_without_a_profiler():
+    def annotated():
+        with stage("real"):
+            pass
+
+    assert min(timeit.repeat(annotated, number=1000, repeat=5)) / 1000 < 20e-6  # of milliseconds a step
+
+
+def test_kernels_count_for_the_stage_that_launched_them():
+    """A GPU's trace: the kernels run later than they are launched, and the backward's from another thread."""
+
+    def event(cat, name, ts, dur, **args):
+        return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "args": args}
+
+    document = {"traceEvents": [
+        event("user_annotation", "step", 0, 100), event("user_annotation", PREFIX + "real", 10, 20),
+        event("user_annotation", PREFIX + "backward", 40, 20), event("gpu_user_annotation", PREFIX + "real", 300, 9),
+        event("cuda_runtime", "cudaLaunchKernel", 15, 2, correlation=1), event("kernel", "a", 300, 5e6, correlation=1),
+        event("cuda_driver", "cuLaunchKernel", 45, 2, correlation=2), event("kernel", "b", 400, 3e6, correlation=2),
+        event("cuda_runtime", "memset", 35, 2, correlation=3), event("gpu_memset", "c", 500, 1e6, correlation=3),
+        event("cuda_runtime", "memcpy", 70, 2, correlation=4), event("gpu_memcpy", "d", 9, 1e6, correlation=4),
+    ]}  # fmt: skip
+    seconds, whole = stage_seconds(document)
+    assert seconds == {name: {"real": 5.0, "backward": 3.0}.get(name, 0.0) for name in STAGES}
+    assert whole == 10.0
+
+
+def test_measured_rates_are_plausible():
+    rates = measure_device(torch.device("cpu"))
+    assert "thread" in rates.name
+    assert 1e8 < rates.bandwidth < 1e13
+    assert all(1e8 < rate < 1e15 for rate in (rates.vector, *rates.matrix.values()))
+
+
+def _command(tmp_path, *arguments):
+    tiny = ["--ipc", "1", "--real-batch", "4", "--width", "8", "--device", "cpu", "--quiet", "--output", str(tmp_path)]
+    return CliRunner().invoke(main, ["profile", *tiny, *arguments])
+
+
+def test_the_command_prints_the_table_and_keeps_the_figures(tmp_path):
+    result = _command(tmp_path / "kept", "--steps", "1", "--trace", str(tmp_path / "elsewhere.json"))
+    assert result.exit_code == 0, result.output
+    figures = json.loads((tmp_path / "kept" / "profile.json").read_text("utf-8"))
+    assert [row["name"] for row in figures["stages"]] == list(STAGES)
+    assert f"{1e3 * figures['traced_seconds']:.3f}" in result.stdout
+    json.loads((tmp_path / "elsewhere.json").read_text("utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "steps must be at least 1"),
+        (["--warm-up", "-1"], "warm_up at least 0"),
+        (["--shape", "2", "1", "0", "8"], "height must be at least 1; got 0"),
+        (["--shape", "2", "1", "8", "8", "--dataset", "digits"], "give --shape or --dataset/--resolution, not both"),
+        (["--ipc", "1000"], "1000 different ones per class were asked for"),
+    ],
+)
+def test_bad_input_is_refused(arguments, message, tmp_path):
+    result = _command(tmp_path / "none", *arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not (tmp_path / "none").exists()

@@ -1,0 +1,472 @@
+"""Several processes: the bits of one, whatever their number; and no waiting for one that failed or is gone."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from atom_fast.data.sources import load_data
+from atom_fast.data.whitening import fit_preprocessing
+from atom_fast.distillation import loop, ranks
+from atom_fast.distillation.checkpoint import latest_checkpoint
+from atom_fast.distillation.config import preset
+from atom_fast.distillation.loop import distill
+from atom_fast.distillation.ranks import ALONE, RankError, StopSign, World, join, launched, own_device
+from atom_fast.distillation.step import Distillation, NonFiniteError
+from atom_fast.evaluation import evaluate, get_protocol
+from atom_fast.synthetic import SyntheticSet
+from benchmarks import ranks as benchmark
+from tests.distillation.test_step import make_data, make_run
+
+SMALL = {"ipc": 2, "real_batch": 4, "width": 8, "depth": 2, "log_every": 2, "checkpoint_every": 2, "image_every": 4}
+# Ten classes: shares of two ranks are even, of four not.
+CONFIGURATIONS = {
+    "augmented": {},
+    "one image a class": {"ipc": 1},
+    "chunks": {"class_chunk": 2},
+    "average": {"image_average": True},
+    "herding": {"image_init": "herding"},
+    "layer norm": {"norm": "layer", "augmentation": "none"},
+    "matched means": {"name": "dm", "real_batch": 1},
+}
+
+
+def small(iterations=4, **settings):
+    return preset(**{**SMALL, "iterations": iterations, **settings})
+
+
+@pytest.fixture(scope="module")
+def context():
+    """Processes that are forked from one that has imported everything, and so start at once."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        pytest.skip("needs processes that can be forked")
+    context = multiprocessing.get_context("forkserver")
+    # What a first step and a first log import takes seconds, in each of the processes.
+    context.set_forkserver_preload(["tests.distillation.test_ranks", "torch._dynamo", "torch.utils.tensorboard"])
+    return context
+
+
+class Launch:
+    """``work(world, *arguments)`` in ``size`` processes, started as torchrun starts them, with one thread each."""
+
+    def __init__(self, context, size, work, *arguments, silence=ranks.SILENCE):
+        self.reports = context.Queue()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.processes = [
+            context.Process(target=_run, args=(rank, size, port, silence, work, arguments, self.reports))
+            for rank in range(size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def results(self, timeout=60, ranks=None):
+        """What each of the processes, by default all, returned, or the error it raised."""
+        expected = range(len(self.processes)) if ranks is None else ranks
+        found = dict(self.reports.get(timeout=timeout) for _ in expected)
+        for process in self.processes:
+            process.join(timeout)
+        return [found[rank] for rank in expected]
+
+
+def _run(rank, size, port, silence, work, arguments, reports):
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank}
+    os.environ.update({name: str(value) for name, value in address.items()})
+    torch.set_num_threads(1)
+    ranks.SILENCE = silence
+    try:
+        with join("cpu") as world:
+            result = work(world, *arguments)
+    except (Exception, SystemExit) as error:
+        result = error
+    reports.put((rank, result))
+
+
+def distil_all(world, folder):
+    """One run for each configuration, and one that goes on from what more ranks left; a refusal, a NaN, an evaluation.
+
+    What is returned by every rank must be the same.
+    """
+    data = make_data(classes=10)
+    options = {"progress": False, "device": "cpu", "world": world}
+    Distillation.reads_at_once = lambda run: world.size != 2  # two read as on a GPU: after the next step
+    images = {
+        name: distill(small(**settings), data, folder / f"{world.size} {name}", **options).images.numpy()
+        for name, settings in CONFIGURATIONS.items()
+    }
+    iterations = {4: 3, 2: 5, 1: 6}[world.size]
+    resumed = distill(small(iterations, class_chunk=3), data, folder / "resumed", resume=True, **options)
+    found = {"resumed": resumed.images.numpy(), "evaluation": _evaluate(world, data)}
+    return {**images, **found, **_refusals(world, folder)}
+
+
+def _evaluate(world, data):
+    chosen = data.class_index[:: len(data.class_index) // 10]
+    space = fit_preprocessing(data.train_images, "standard", progress=False)
+    seen = []
+    result = evaluate(
+        space.to_model(data.train_images[chosen]), data.train_labels[chosen], data, space,
+        protocol=get_protocol("digits", epochs=4), networks=3, evaluate_every=2, architecture={"width": 8, "depth": 2},
+        progress=False, world=world, on_network=lambda so_far: seen.append(3 - len(so_far.unfinished)),
+    )  # fmt: skip
+    assert seen == [1, 2, 3]
+    return result.curves
+
+
+def _refusals(world, folder):
+    found = {}
+    options = {"progress": False, "device": "cpu", "world": world}
+    for name, classes, settings in (
+        ("batch norm", 10, {"norm": "batch"}),
+        ("few classes", 3, {}),
+        ("NaN", 10, {"loss_scale": 1e30, "image_lr": 1e30, "augmentation": "none"}),
+    ):
+        try:
+            distill(small(**settings), make_data(classes=classes), folder / f"{world.size} {name}", **options)
+            found[name] = None
+        except (ValueError, NonFiniteError) as error:
+            found[name] = f"{type(error).__name__}: {error}".replace(f"{world.size} NaN", "NaN")
+    return found
+
+
+@pytest.fixture(scope="module")
+def shared(context, tmp_path_factory):
+    """What four processes, then two, then one found, and the folder that they wrote."""
+    folder = tmp_path_factory.mktemp("ranks")
+    return folder, {size: Launch(context, size, distil_all, folder).results() for size in (4, 2, 1)}
+
+
+def _raise_errors(results):
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_any_number_of_processes_gives_the_bits_of_one(shared, size):
+    folder, found = shared
+    (one,) = _raise_errors(found[1])
+    for rank, several in enumerate(_raise_errors(found[size])):
+        for name in CONFIGURATIONS:
+            assert (several[name] == one[name]).all(), f"{name}, rank {rank}"
+    for name in CONFIGURATIONS:
+        ends = [latest_checkpoint(folder / f"{number} {name}" / "checkpoints").tensors for number in (1, size)]
+        assert ends[0].keys() == ends[1].keys()
+        assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0]), name
+
+
+def test_the_folder_is_that_of_one_process(shared):
+    folder, found = shared
+    for name in CONFIGURATIONS:
+        one, four = (sorted(path.name for path in (folder / f"{size} {name}").iterdir()) for size in (1, 4))
+        assert one == four
+        records = [
+            [json.loads(line) for line in (folder / f"{size} {name}" / "log.jsonl").read_text().splitlines()]
+            for size in (1, 4)
+        ]
+        for ours, theirs in zip(*records, strict=True):
+            assert ours["iteration"] == theirs["iteration"]
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    starts = json.loads((folder / "4 chunks" / "environment.json").read_text())
+    assert [start["processes"] for start in starts] == [4]
+
+
+@pytest.mark.fault(
+    "More than one process",
+    "a run of four processes is resumed by two, then by one",
+    "the bits of a run of one process",
+)
+def test_a_run_of_four_goes_on_with_two_and_with_one(shared, tmp_path):
+    folder, found = shared
+    starts = json.loads((folder / "resumed" / "environment.json").read_text())
+    assert [start["processes"] for start in starts] == [4, 2, 1]
+    straight = distill(small(6), make_data(classes=10), tmp_path, progress=False, device="cpu")
+    assert torch.equal(torch.from_numpy(found[1][0]["resumed"]), straight.images)
+
+
+def test_an_evaluation_does_not_depend_on_the_number_of_processes(shared):
+    _, found = shared
+    for size in (2, 4):
+        for several in _raise_errors(found[size]):
+            assert several["evaluation"] == found[1][0]["evaluation"]
+    assert len({curve[4] for curve in found[1][0]["evaluation"]}) > 1, "all alike, this would mean little"
+
+
+@pytest.mark.fault(
+    "More than one process",
+    "a norm that couples the classes, in several processes",
+    "refused, with the reason",
+)
+def test_what_couples_the_classes_is_refused(shared):
+    _, found = shared
+    assert found[1][0]["batch norm"] is None
+    for size in (2, 4):
+        for several in _raise_errors(found[size]):
+            assert "norm 'batch' computes its statistics over all classes together" in several["batch norm"]
+            assert f"{size} processes" in several["batch norm"]
+
+
+@pytest.mark.fault(
+    "More than one process",
+    "more processes than classes",
+    "refused",
+)
+def test_more_processes_than_classes_are_refused(shared):
+    _, found = shared
+    assert found[2][0]["few classes"] is None
+    for several in found[4]:
+        assert "4 processes are more than the 3 classes" in several["few classes"]
+
+
+@pytest.mark.fault(
+    "More than one process",
+    "NaN or infinity, with several processes",
+    "every process ends with the iteration and the classes; the last good checkpoint is kept",
+)
+def test_a_nan_ends_the_run_in_every_process(shared):
+    _, found = shared
+    for size in (2, 4):
+        for several in found[size]:
+            assert "NonFiniteError: NaN or infinity" in several["NaN"]
+            assert several["NaN"].split("; the last good")[0] == found[1][0]["NaN"].split("; the last good")[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "shape"),
+    [
+        ({"ipc": 1}, {}),
+        ({"ipc": 1, "real_batch": 1}, {"channels": 1}),
+        ({"width": 128, "real_batch": 33}, {"per_class": 33}),  # 32 samples fill a piece of the first block
+        ({"norm": "none", "pooling": "avg3", "ipc": 1}, {"size": 16}),
+    ],
+)
+def test_an_image_on_a_cpu_does_not_depend_on_how_many_classes_run_at_once(settings, shape):
+    found = []
+    for chunk in (7, 4, 3, 1):
+        run, _ = make_run(make_data(classes=7, **shape), **{"depth": 2, "class_chunk": chunk, **settings})
+        run.step(1)
+        run.step(2)
+        found.append(run.images)
+    for chunked in found[1:]:
+        assert torch.equal(chunked, found[0])
+
+
+def fail_to_save(world, folder):
+    if world.rank == 0:
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        loop.save_checkpoint = full
+    distill(small(), make_data(), folder, progress=False, device="cpu", world=world)
+
+
+@pytest.mark.fault(
+    "More than one process",
+    "the disk of the first process fills up",
+    "every process ends, and says which failed and why",
+)
+def test_an_error_in_one_process_ends_all_with_its_message(context, tmp_path):
+    first, *others = Launch(context, 3, fail_to_save, tmp_path / "run").results()
+    assert isinstance(first, OSError)
+    for other in others:
+        assert isinstance(other, RankError)
+        assert "rank 0 of 3 failed" in str(other)
+        assert "No space left on device" in str(other)
+
+
+def differ(world, folder):
+    data = make_data(per_class=10 + world.rank)
+    distill(small(), data, folder, progress=False, device="cpu", world=world)
+
+
+@pytest.mark.fault(
+    "More than one process",
+    "processes are given different data",
+    "refused; the one that differs is named",
+)
+def test_processes_with_other_data_are_refused(context, tmp_path):
+    for error in Launch(context, 2, differ, tmp_path / "run").results():
+        assert "rank 1 of 2 has other data than rank 0" in str(error)
+
+
+def distil_slowly(world, folder):
+    step = Distillation.step
+
+    def slow_step(self, iteration):
+        step(self, iteration)
+        time.sleep(0.05)
+
+    Distillation.step = slow_step
+    config = small(100_000, checkpoint_every=5, image_every=10**6)
+    distill(config, make_data(), folder, progress=False, device="cpu", world=world, resume=True)
+
+
+@pytest.mark.fault(
+    "More than one process",
+    "SIGKILL to one of three processes",
+    "the others notice after 20 s (3 in the test), name it and stop; checkpoints stay",
+)
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_others(context, tmp_path, killed):
+    launch = Launch(context, 3, distil_slowly, tmp_path, silence=3.0)
+    _wait_for(tmp_path / "checkpoints" / "iteration-00000005.safetensors")
+    started = time.monotonic()
+    launch.processes[killed].kill()
+    errors = launch.results(ranks=[rank for rank in range(3) if rank != killed])
+    assert time.monotonic() - started < 30
+    for error in errors:
+        assert isinstance(error, RankError), error
+    if killed:  # it gave no sign of life, or its images did not come
+        assert "rank 1" in str(errors[0])
+    else:  # the first one held the store
+        assert all("rank 0, which connects them, is gone" in str(error) for error in errors)
+    assert latest_checkpoint(tmp_path / "checkpoints").iteration >= 5
+
+
+@pytest.mark.fault(
+    "More than one process",
+    "SIGTERM to one of two processes",
+    "both stop after the same step, which is saved",
+)
+def test_one_signalled_process_stops_all_at_the_same_step(context, tmp_path):
+    launch = Launch(context, 2, distil_slowly, tmp_path)
+    _wait_for(tmp_path / "checkpoints" / "iteration-00000005.safetensors")
+    os.kill(launch.processes[1].pid, signal.SIGTERM)
+    assert [stop.code for stop in launch.results()] == [143, 143]
+    stopped = latest_checkpoint(tmp_path / "checkpoints")
+    config = small(stopped.iteration)
+    again = distill(config, make_data(), tmp_path / "straight", progress=False, device="cpu")
+    assert torch.equal(stopped.tensors["images"], again.images)
+
+
+@pytest.mark.fault(
+    "More than one process",
+    "SIGTERM to torchrun",
+    "the step is saved; one process goes on to the same bits",
+)
+def test_torchrun_stops_and_goes_on(tmp_path):
+    settings = "--ipc 1 --real-batch 4 --width 8 --depth 2 --checkpoint-every 5 --log-every 5 --image-every 100000"
+    command = f"distill --device cpu --quiet --output run --resume {settings}".split()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "atom_fast", *command]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    options = {"cwd": tmp_path, "env": environment, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*launcher, "--iterations", "100000"], **options)
+    _wait_for(tmp_path / "run" / "checkpoints" / "iteration-00000005.safetensors", process)
+    process.send_signal(signal.SIGTERM)
+    messages = process.communicate(timeout=60)[1]
+    assert messages.count("SIGTERM: stopped after iteration") == 1, messages
+    stopped = latest_checkpoint(tmp_path / "run" / "checkpoints").iteration
+    assert f"stopped after iteration {stopped} of 100000" in messages
+    config = {"ipc": 1, "real_batch": 4, "width": 8, "depth": 2, "log_every": 5, "checkpoint_every": 5}
+    data, options = load_data("digits"), {"progress": False, "device": "cpu"}
+    config = preset(iterations=stopped + 3, **config)
+    resumed = distill(config, data, tmp_path / "run", resume=True, **options)
+    assert torch.equal(resumed.images, distill(config, data, tmp_path / "straight", **options).images)
+
+
+def _wait_for(path, process=None):
+    limit = time.monotonic() + 60
+    while not path.exists():
+        assert process is None or process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < limit, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+def test_one_process_needs_nobody(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert not launched()
+    with join() as world:
+        assert world is ALONE
+        assert (world.rank, world.size, world.label) == (0, 1, "")
+    assert world.exchange({"a": 1}) == [{"a": 1}]
+    images = torch.rand(6, 1, 2, 2)
+    assert world.collect(images, 3) is images
+    assert torch.equal(world.deal(images, torch.empty(6, 1, 2, 2), 3), images)
+    assert list(world.results([3, 5], lambda jobs: ((job, {1: job}) for job in jobs))) == [(3, {1: 3}), (5, {1: 5})]
+    assert world.after_first(lambda: 7) == 7
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_closed_connection_is_explained_by_who_closed_it():
+    world = object.__new__(ranks._Ranks)
+    world.rank, world.size, world._store = 0, 4, torch.distributed.HashStore()
+    lost = "rank 0 of 4 lost contact with the others while it sent: Connection closed"
+    with pytest.raises(RankError, match=lost), world._explained("while it sent"):
+        raise RuntimeError("Connection closed by peer\nand a long trace")
+    world._store.set("failed", json.dumps([2, "No space left on device"]))
+    failed = "rank 2 of 4 failed: No space left on device"
+    with pytest.raises(RankError, match=failed), world._explained("while it sent"):
+        raise RuntimeError("Connection closed by peer")
+
+
+def test_the_estimate_for_gpus_counts_images_and_momentum():
+    sizes = {"classes": 5, "ipc": 10}
+    cell = {"processes": 3, "bytes_sent": 2 * 2 * 4 * 5 * 10 * 3 * 32 * 32}  # two ranks, two tensors, float32
+    cifar10 = benchmark.estimate(cell, sizes)[0]
+    assert cifar10["bytes_received"] == 2 * 4 * 500 * 3 * 32 * 32 * 7 / 8
+    assert all(seconds > cifar10["bytes_received"] / 450e9 for seconds in cifar10["seconds"].values())
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+def test_every_class_and_every_network_has_one_owner(size):
+    worlds = [World() for _ in range(size)]
+    for rank, world in enumerate(worlds):
+        world.rank, world.size = rank, size
+    for count in range(size, 40):
+        shares = [world.share(count) for world in worlds]
+        assert [number for share in shares for number in share] == list(range(count))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        assert [worlds[0].share(count, rank) for rank in range(size)] == shares
+    jobs = [0, 2, 3, 7, 8]
+    assert sorted(job for world in worlds for job in world.own_jobs(jobs)) == jobs
+
+
+def test_ranks_compare_their_signals_about_once_a_second(monkeypatch):
+    class Two(World):
+        size = 2
+        meetings = 0
+
+        def exchange(self, value=None):
+            self.meetings += 1
+            return [value, [[], 0.01]]  # the other one takes 10 ms a step
+
+    now = [0.0]
+    monkeypatch.setattr(ranks.time, "monotonic", lambda: now[0])
+    world = Two()
+    sign = StopSign(world, 0)
+    for iteration in range(1, 2001):
+        now[0] += 0.001
+        assert sign.asked(iteration, []) is None
+    assert 20 <= world.meetings <= 40  # 20 s of steps, and a few meetings more in the beginning
+    assert sign.asked(2001, [15], at_once=True) == 15
+
+
+def test_a_device_for_each_process():
+    assert own_device("cpu") == torch.device("cpu")
+    world = World()
+    world.size, world.rank, world.local_rank = 99, 98, 98
+    assert own_device("cpu", world) == torch.device("cpu")
+    if torch.cuda.is_available():
+        with pytest.raises(ValueError, match="99.*on this machine finds"):
+            own_device(None, world)
+    else:
+        with pytest.raises(ValueError, match="PyTorch sees no GPU"):
+            own_device("cuda", world)
+
+
+def test_a_set_may_be_distilled_by_ranks_and_read_by_anyone(shared):
+    folder, found = shared
+    synthetic = SyntheticSet.load(folder / "4 augmented" / "synthetic.safetensors")
+    assert torch.equal(synthetic.labels, torch.arange(10).repeat_interleave(2))
+    assert (synthetic.images.numpy() == found[4][3]["augmented"]).all()

@@ -1,0 +1,516 @@
+"""One step of Algorithm 1 against a plain loop, and what it may not do: wait, use other randomness, or hide a NaN."""
+
+import collections
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import atom_fast as af
+from atom_fast import reference
+from atom_fast.data.augmentation import augment, draw_augmentation
+from atom_fast.data.dataset import ImageData
+from atom_fast.data.sampling import sample_class_indices
+from atom_fast.data.whitening import fit_preprocessing
+from atom_fast.distillation.config import preset
+from atom_fast.distillation.memory import fit_class_chunk
+from atom_fast.distillation.step import (
+    Distillation,
+    NonFiniteError,
+    _Chunk,
+    convolution_precision,
+    derive_seed,
+    initial_images,
+    make_network,
+)
+from atom_fast.evaluation import get_protocol, watch_training
+
+
+def make_data(classes=3, per_class=10, channels=3, size=8, device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(classes).repeat(per_class)
+    noise = torch.rand(len(labels), channels, size, size, generator=generator)
+    prototypes = torch.rand(classes, channels, size, size, generator=generator)
+    images = ((noise + prototypes[labels]) * 127).to(torch.uint8)
+    names = [f"class {k}" for k in range(classes)]
+    return ImageData.from_tensors("made", names, images, labels, images[:classes], labels[:classes]).to(device)
+
+
+def make_run(data=None, name="paper", **settings):
+    data = make_data() if data is None else data
+    settings = {"ipc": 2, "real_batch": 4, "width": 8, "depth": 3, "loss_scale": 1.0, **settings}
+    config = preset(name, **settings).resolve(data.image_shape, data.name, data.train_images.device)
+    preprocessing = fit_preprocessing(data.train_images, config.preprocessing, progress=False)
+    return Distillation(config, data, preprocessing, initial_images(config, data, preprocessing)), preprocessing
+
+
+def plain_loop(run, preprocessing, iterations):
+    """Algorithm 1 as the field writes it: a loop over classes, equations 1 to 4, torch.optim.SGD."""
+    config, data = run.config, run.data
+    images = run.images.detach().clone().requires_grad_()
+    optimizer = torch.optim.SGD([images], lr=config.image_lr, momentum=config.momentum)
+    for iteration in range(1, iterations + 1):
+        generator = torch.Generator(images.device).manual_seed(derive_seed(config.seed, iteration))
+        network = make_network(config, data).to(images.device)
+        network.reset_parameters(generator)
+        indices = sample_class_indices(data, config.real_batch, generator)
+        drawn = draw_augmentation(data.num_classes, generator, strategy=config.augmentation)
+        loss = 0
+        for k in range(data.num_classes):
+            real = preprocessing.to_model(data.train_images[indices[k]])
+            synthetic = images[k * config.ipc : (k + 1) * config.ipc]
+            own = type(drawn)(*(tensor[k : k + 1] for tensor in drawn))
+            real, synthetic = (augment(x, own, torch.zeros(len(x), dtype=torch.int64, device=x.device))
+                               for x in (real, synthetic))  # fmt: skip
+            real_embedding, real_features = network.features(real)
+            synthetic_embedding, synthetic_features = network.features(synthetic)
+            loss = loss + reference.atom_loss(
+                real_features[:-1], synthetic_features[:-1], real_embedding.detach(), synthetic_embedding,
+                spatial_power=config.spatial_power, channel_power=config.channel_power,
+                mmd_weight=config.mmd_weight, scale=config.loss_scale,
+            )  # fmt: skip
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return images.detach(), loss.item()
+
+
+@pytest.mark.parametrize("name", ["paper", "channel", "dm"])
+def test_steps_equal_the_plain_loop(name, device):
+    run, preprocessing = make_run(make_data(device=device), name, loss_scale=3.0, precision="float32")
+    expected, last_loss = plain_loop(run, preprocessing, 6)
+    start = run.images.detach().clone()
+    for iteration in range(1, 7):
+        if iteration == 6:
+            run.read_terms()
+        run.step(iteration)
+    terms = run.read_terms()
+    assert (expected - start).abs().max() > 1e-2, "the images must have moved for this to mean anything"
+    torch.testing.assert_close(run.images.detach(), expected, rtol=1e-5, atol=1e-5)
+    assert terms.loss == pytest.approx(last_loss, rel=1e-4)
+
+
+def test_the_loss_is_made_of_its_terms():
+    run, _ = make_run(mmd_weight=0.3, loss_scale=7.0)
+    run.step(1)
+    run.step(2)
+    terms = run.read_terms()
+    assert terms.attention_loss > 0
+    assert terms.mmd_loss > 0
+    assert terms.loss == pytest.approx(7 * (terms.attention_loss + 0.3 * terms.mmd_loss), rel=1e-6)
+    assert all(value != value for value in run.read_terms()), "no step, no mean"
+
+
+def test_steps_after_a_reading_began_do_not_change_it(device):
+    run, _ = make_run(make_data(device=device))
+    other, _ = make_run(make_data(device=device))
+    for iteration in (1, 2):
+        run.step(iteration)
+        other.step(iteration)
+    run.start_reading()
+    run.step(3)
+    expected = other.read_terms()
+    other.step(3)
+    assert run.finish_reading() == pytest.approx(expected, rel=1e-4)
+    assert run.read_terms() == pytest.approx(other.read_terms(), rel=1e-4), "the third step is in the next reading"
+
+
+def test_a_nan_is_noticed_as_of_when_the_reading_began():
+    run, _ = make_run()
+    run.step(1)
+    with torch.no_grad():
+        run.images[0, 0, 0, 0] = float("inf")
+    run.start_reading()
+    run.step(2)
+    with pytest.raises(NonFiniteError, match="in the images after iteration 1.*class 0"):
+        run.finish_reading()
+    with pytest.raises(NonFiniteError, match="at iteration 2"):
+        run.read_terms()
+
+
+def test_only_the_product_of_scale_and_learning_rate_counts():
+    one, _ = make_run(loss_scale=100.0, image_lr=0.25)
+    other, _ = make_run(loss_scale=1.0, image_lr=25.0)
+    for iteration in range(1, 4):
+        one.step(iteration)
+        other.step(iteration)
+    torch.testing.assert_close(one.images, other.images, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_backends_agree(backend):
+    one, _ = make_run()
+    other, _ = make_run()
+    one.step(1)
+    with af.backend(backend):
+        other.step(1)
+    torch.testing.assert_close(one.images, other.images, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"norm": "batch"}, {"pooling": "avg3"}, {"depth": 1, "mmd_weight": 1.0},
+                                      {"augmentation": "none"}, {"precision": "bfloat16"}, {"image_init": "noise"},
+                                      {"spatial_power": 1.0, "channel_power": 8.0}])  # fmt: skip
+def test_every_setting_moves_the_images(settings):
+    run, _ = make_run(loss_scale=10.0, **settings)
+    before = run.images.detach().clone()
+    for iteration in range(1, 4):
+        run.step(iteration)
+    run.read_terms()
+    moved = (run.images - before).flatten(1).norm(dim=1)
+    assert (moved > 0).all()
+    assert torch.isfinite(run.images).all()
+
+
+def test_an_iteration_depends_on_its_number_and_the_seed_alone():
+    one, _ = make_run(seed=5)
+    other, _ = make_run(seed=5)
+    torch.manual_seed(1)
+    one.step(3)
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    other.generator.manual_seed(99)
+    other.step(3)
+    assert torch.equal(one.images, other.images)
+    assert torch.equal(torch.get_rng_state(), before), "the global generator was used"
+    for changed in (make_run(seed=6)[0], make_run(seed=5)[0]):
+        changed.step(4)
+        assert not torch.equal(one.images, changed.images)
+
+
+def test_seeds_do_not_repeat():
+    seeds = [derive_seed(seed, index) for seed in range(100) for index in range(300)]
+    assert len(set(seeds)) == len(seeds)
+    assert derive_seed(1, 2) != derive_seed(2, 1)
+    ones = [sum(seed >> bit & 1 for seed in seeds) / len(seeds) for bit in range(64)]
+    assert all(0.45 < share < 0.55 for share in ones)
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that are dispatched."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_has_no_loop_over_classes_and_reads_nothing_back():
+    counts = []
+    for classes in (2, 20):
+        run, _ = make_run(make_data(classes=classes))
+        run.step(1)
+        with Operators() as operators:
+            run.step(2)
+        counts.append(operators.counts)
+    assert counts[0] == counts[1]
+    waiting = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "item", "is_nonzero", "equal"}
+    assert not waiting & counts[0].keys()
+
+
+def test_a_step_leaves_no_memory_behind():
+    run, _ = make_run()
+    run.step(1)
+    before = run.images.data_ptr(), run.momentum.data_ptr()
+    run.step(2)
+    assert before == (run.images.data_ptr(), run.momentum.data_ptr())
+    assert run.images.grad is None
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in run.network.parameters())
+
+
+def test_restoring_goes_on_with_the_same_bits():
+    straight, _ = make_run()
+    for iteration in range(1, 4):
+        straight.step(iteration)
+    state = straight.state()
+    resumed, _ = make_run(image_init="noise")
+    resumed.restore(state)
+    for run in (straight, resumed):
+        run.step(4)
+        run.step(5)
+    assert torch.equal(straight.images, resumed.images)
+    assert torch.equal(straight.momentum, resumed.momentum)
+    assert not torch.equal(state["images"], straight.images), "the state must be a copy"
+
+
+def test_the_average_weighs_step_t_by_the_third_power_of_t(device):
+    """Its weights are the binomials t (t + 1) (t + 2) / 6, whatever the number of steps; no step depends on it."""
+    data = make_data(device=device)
+    run, _ = make_run(data, image_average=True, loss_scale=100.0)
+    plain, _ = make_run(data, loss_scale=100.0)
+    assert plain.average is None
+    assert torch.equal(run.all_images(), run.images), "before the first step"
+    weighted, total = 0.0, 0
+    for t in range(1, 8):
+        run.step(t)
+        plain.step(t)
+        weight = t * (t + 1) * (t + 2) // 6
+        weighted, total = weighted + weight * run.images.double(), total + weight
+        torch.testing.assert_close(run.average.double(), weighted / total, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(run.images, plain.images, rtol=1e-6, atol=1e-6)
+    assert torch.equal(run.all_images(), run.average)
+    assert (run.average - run.images).norm() > 1e-3 * run.images.norm(), "images that move have another mean"
+
+
+def test_the_average_is_part_of_the_state():
+    straight, _ = make_run(image_average=True)
+    for iteration in range(1, 4):
+        straight.step(iteration)
+    resumed, _ = make_run(image_average=True, image_init="noise")
+    with pytest.raises(ValueError, match=r"average must be \[6, 3, 8, 8\]; got nothing"):
+        resumed.restore({"images": straight.images, "momentum": straight.momentum})
+    resumed.restore(straight.state())
+    for run in (straight, resumed):
+        run.step(4)
+    assert torch.equal(straight.average, resumed.average)
+    before = resumed.average.clone()
+    resumed.peak_memory(3)
+    assert torch.equal(resumed.average, before), "measuring must not move it"
+
+
+def test_a_state_that_does_not_fit_is_refused():
+    run, _ = make_run()
+    with pytest.raises(ValueError, match=r"momentum must be \[6, 3, 8, 8\]; got nothing"):
+        run.restore({"images": run.images})
+    with pytest.raises(ValueError, match=r"images must be \[6, 3, 8, 8\]; got \[5, 3, 8, 8\]"):
+        run.restore({"images": run.images[:5], "momentum": run.momentum})
+
+
+def test_images_start_as_distinct_real_images_of_their_class():
+    data = make_data(classes=4, per_class=6)
+    run, preprocessing = make_run(data, ipc=6)
+    real = preprocessing.to_model(data.train_images)
+    match = (run.images.detach()[:, None] == real[None]).flatten(2).all(dim=2)
+    assert (match.sum(dim=1) == 1).all()
+    assert (match.sum(dim=0) == 1).all()
+    assert torch.equal(data.train_labels[match.int().argmax(dim=1)], run.labels)
+    assert torch.equal(run.labels, torch.arange(4).repeat_interleave(6))
+
+
+def test_noise_has_unit_variance_and_the_seed_counts():
+    data = make_data(size=32)
+    runs = [make_run(data, image_init="noise", ipc=10, seed=seed)[0].images.detach() for seed in (0, 0, 1)]
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+    assert runs[0].std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_herding_starts_from_real_images_near_the_middle_of_their_class(device):
+    """In the features of a network trained for two epochs the first image of a class is the nearest to its mean."""
+    data = make_data(classes=4, per_class=12, device=device)
+    run, preprocessing = make_run(data, image_init="herding", ipc=3, seed=5, augmentation="crop")
+    real = preprocessing.to_model(data.train_images)
+    match = (run.images.unsqueeze(1) == real).flatten(2).all(2)
+    assert (match.sum(dim=1) == 1).all() and match.sum(dim=0).max() == 1
+    chosen = match.int().argmax(dim=1)
+    assert torch.equal(data.train_labels[chosen], run.labels)
+    protocol = get_protocol("paper", augmentation="crop")
+    features, _ = watch_training(data, preprocessing, protocol=protocol, epochs=2, seed=5, progress=False)
+    for k in range(4):
+        own = (data.train_labels == k).nonzero().flatten()
+        distances = (features[own].double() - features[own].double().mean(0)).norm(dim=1)
+        assert own[distances.argmin()] == chosen[3 * k]
+    again, _ = make_run(data, image_init="herding", ipc=3, seed=5, augmentation="crop")
+    assert torch.equal(again.images, run.images)
+
+
+def test_what_does_not_fit_the_data_is_refused():
+    with pytest.raises(ValueError, match="class 0.*10 training images.*12 different ones per class.*noise"):
+        make_run(ipc=12)
+    run, preprocessing = make_run()
+    with pytest.raises(ValueError, match=r"\[6, 3, 8, 8\]; got \[5, 3, 8, 8\]"):
+        Distillation(run.config, run.data, preprocessing, run.images[:5])
+    with pytest.raises(ValueError, match="given"):
+        make_run(image_init="given")
+
+
+def test_a_term_that_is_not_finite_is_named_with_its_iteration():
+    run, _ = make_run(augmentation="none")
+    run.step(1)
+    run.step(2)
+    with torch.no_grad():
+        run.images[2:4] = float("nan")
+    run.step(3)
+    run.step(4)
+    with pytest.raises(NonFiniteError, match="attention_loss at iteration 3.*1 of 3 classes: class 1"):
+        run.read_terms()
+
+
+def test_images_that_are_not_finite_are_noticed_before_a_loss_is():
+    run, _ = make_run()
+    run.step(1)
+    with torch.no_grad():
+        run.images[0, 0, 0, 0] = float("inf")
+    with pytest.raises(NonFiniteError, match="in the images.*class 0"):
+        run.read_terms()
+
+
+def test_precision_is_put_back():
+    before = torch.backends.cudnn.conv.fp32_precision
+    with convolution_precision("float32", torch.device("cpu")):
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+    with pytest.raises(KeyError), convolution_precision("bfloat16", torch.device("cpu")):
+        assert torch.is_autocast_enabled("cpu")
+        raise KeyError
+    assert torch.backends.cudnn.conv.fp32_precision == before
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_graph_needs_a_gpu():
+    run, _ = make_run()
+    with pytest.raises(RuntimeError, match="GPU.*cpu"):
+        run.capture()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "settings", [{}, {"precision": "bfloat16"}, {"spatial_power": None}, {"norm": "batch"}, {"image_average": True}]
+)
+def test_a_captured_step_gives_the_same_images(settings):
+    data = make_data(classes=5, size=32, device="cuda")
+    eager, _ = make_run(data, **settings)
+    captured, _ = make_run(data, **settings)
+    start = captured.images.detach().clone()
+    captured.capture()
+    assert torch.equal(captured.images, start), "capturing must not move the images"
+    for iteration in range(1, 6):
+        eager.step(iteration)
+        captured.step(iteration)
+    torch.testing.assert_close(captured.images, eager.images, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(captured.all_images(), eager.all_images(), rtol=1e-5, atol=1e-5)
+    for one, other in zip(captured.read_terms(), eager.read_terms(), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+    before = captured.images.detach().clone()
+    captured.step(6)
+    assert not torch.equal(captured.images, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_step_never_waits_for_the_device(graph):
+    run, _ = make_run(make_data(classes=5, size=32, device="cuda"))
+    run.step(1)
+    if graph:
+        run.capture()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run.step(2)
+        run.start_reading()
+        run.step(3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    run.finish_reading()
+
+
+@pytest.mark.parametrize("backend", ["torch", "native", "triton"])
+def test_chunks_of_classes_give_the_gradients_of_all_at_once(backend, place):
+    results = []
+    for chunk in (None, 1, 3):
+        run = make_run(make_data(4, device=place), class_chunk=chunk)[0]
+        with af.backend(backend):
+            run.step(1)
+        results.append(run.momentum.double())
+    for chunked in results[1:]:
+        assert (chunked - results[0]).norm() <= 1e-6 * results[0].norm()
+
+
+def test_chunks_are_refused_where_the_norm_couples_the_classes(device):
+    with pytest.raises(ValueError, match="class_chunk must be all 4 classes under norm 'batch'.*got 2"):
+        make_run(make_data(4, device=device), class_chunk=2, norm="batch")[0]
+    with pytest.raises(ValueError, match="class_chunk must be .*; got 0"):
+        make_run(make_data(4, device=device), class_chunk=0)[0]
+
+
+def test_running_out_of_memory_halves_the_chunk_and_goes_on_from_the_same_step(device, monkeypatch, capsys):
+    expected, run = make_run(make_data(4, device=device))[0], make_run(make_data(4, device=device))[0]
+    for iteration in (1, 2):
+        expected.step(iteration)
+    match = run._match
+
+    def limited(chunk, *rest):
+        if chunk.classes.stop - chunk.classes.start > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return match(chunk, *rest)
+
+    run.step(1)
+    monkeypatch.setattr(run, "_match", limited)
+    run.step(2)
+    assert run.class_chunk == 1
+    assert "out of memory with 4 classes at once: continuing with 2" in capsys.readouterr().err
+    assert (run.images - expected.images).norm() <= 1e-6 * expected.images.norm()
+    monkeypatch.setattr(run, "_match", lambda *_: limited(_Chunk(slice(0, 2), None, None, None, None)))
+    with pytest.raises(torch.OutOfMemoryError):
+        run.step(3)
+
+
+def test_an_error_that_is_not_about_memory_is_not_retried(device, monkeypatch):
+    run = make_run(make_data(4, device=device))[0]
+
+    def broken(*_):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(run, "_match", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        run.step(1)
+    assert run.class_chunk == 4
+
+
+def test_a_memory_budget_is_kept(device):
+    run = make_run(make_data(4, device=device))[0]
+    images = run.images.clone()
+    one, all_classes = run.peak_memory(1), run.peak_memory(4)
+    assert one < all_classes
+    assert fit_class_chunk(run, "fit") == 4
+    assert fit_class_chunk(run, str(one)) == run.class_chunk == 1
+    between = (one + all_classes) // 2
+    assert 1 <= fit_class_chunk(run, str(between)) < 4
+    assert run.peak_memory(run.class_chunk) <= between
+    with pytest.raises(ValueError, match=r"too small: 1000 bytes; the smallest that works here is \d+ bytes"):
+        fit_class_chunk(run, "1000")
+    assert torch.equal(run.images, images)
+
+
+@pytest.mark.parametrize("had", [1, 2, 3])
+def test_a_budget_above_what_the_device_has_takes_what_it_has(had, device, monkeypatch):
+    run = make_run(make_data(4, device=device))[0]
+    match = run._match
+
+    def limited(chunk, *rest):
+        if chunk.classes.stop - chunk.classes.start > had:
+            raise torch.OutOfMemoryError("out of memory")
+        return match(chunk, *rest)
+
+    monkeypatch.setattr(run, "_match", limited)
+    assert fit_class_chunk(run, "100 GB") == run.class_chunk == had
+
+
+def test_all_classes_must_fit_where_the_norm_couples_them(device):
+    run = make_run(make_data(4, device=device), norm="batch")[0]
+    needed = run.peak_memory(4)
+    assert fit_class_chunk(run, str(2 * needed)) == 4
+    with pytest.raises(ValueError, match="the smallest that works here"):
+        fit_class_chunk(run, str(needed // 2))
+
+
+class _CountOperators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_dispatches_as_many_operators_for_2_classes_as_for_100():
+    counts = []
+    for classes in (2, 100):
+        run = make_run(make_data(classes))[0]
+        run.step(1)
+        with _CountOperators() as counter:
+            run.step(2)
+        counts.append(counter.count)
+    assert counts[0] == counts[1] <= 250

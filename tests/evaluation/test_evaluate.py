@@ -1,0 +1,643 @@
+"""Evaluation: equal to a plain training loop, repeatable network by network, and honest about what it reports."""
+
+import contextlib
+import dataclasses
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import atom_fast as af
+from atom_fast.data.augmentation import augment, draw_augmentation
+from atom_fast.data.dataset import ImageData
+from atom_fast.data.whitening import Preprocessing, fit_preprocessing
+from atom_fast.evaluation import PROTOCOLS, EvaluationResult, evaluate, get_protocol, random_selection, training
+from atom_fast.evaluation.ensemble import _Ensemble, train_networks
+from atom_fast.evaluation.training import Trainer, accuracy, network_seed
+from atom_fast.networks import NETWORKS, ConvNet, make_network
+
+SMALL = {"width": 8, "depth": 2}
+
+
+def stripes(train=60, test=90, classes=3, size=8):
+    """Classes that differ in where a bright bar lies, under noise."""
+    generator = torch.Generator().manual_seed(0)
+
+    def split(count):
+        labels = torch.randint(classes, (count,), generator=generator)
+        labels[:classes] = torch.arange(classes)
+        images = torch.randint(0, 120, (count, 2, size, size), generator=generator)
+        bar = torch.arange(size) // (size // classes) == labels[:, None]
+        return (images + 130 * bar[:, None, :, None]).to(torch.uint8), labels
+
+    names = [f"class {k}" for k in range(classes)]
+    return ImageData.from_tensors("stripes", names, *split(train), *split(test))
+
+
+@pytest.fixture(scope="module")
+def data(device):
+    return stripes().to(device)
+
+
+@pytest.fixture(scope="module")
+def preprocessing(data):
+    return fit_preprocessing(data.train_images, "standard", progress=False)
+
+
+@pytest.fixture(scope="module")
+def small_set(data, preprocessing):
+    """23 images in model space and their labels: two batches of 10 and one of 3."""
+    return preprocessing.to_model(data.train_images[:23]), data.train_labels[:23]
+
+
+# Learning rates that float32 holds exactly, so that float64 networks can be compared closely.
+PROTOCOL = get_protocol("paper", epochs=6, batch_size=10, learning_rate=1 / 16, decay_every=2, decay_factor=0.5)
+
+
+def plain_loop(images, labels, protocol, seed, network):
+    """One network trained as anyone would write it, from the same draws."""
+    generator = torch.Generator(images.device).manual_seed(seed)
+    network.reset_parameters(generator)
+    network.train()
+    velocity = [torch.zeros_like(p) for p in network.parameters()]
+    for epoch in range(protocol.epochs):
+        order = torch.randperm(len(images), generator=generator, device=images.device)
+        for start in range(0, len(images), protocol.batch_size):
+            index = order[start : start + protocol.batch_size]
+            batch = images[index]
+            if protocol.augmentation != "none":
+                parameters = draw_augmentation(
+                    len(index),
+                    generator,
+                    strategy=protocol.augmentation,
+                    shared_operation=True,
+                    device=images.device,
+                )
+                batch = augment(batch, parameters, torch.arange(len(index), device=images.device))
+            loss = F.cross_entropy(network(batch), labels[index])
+            gradients = torch.autograd.grad(loss, list(network.parameters()))
+            with torch.no_grad():
+                for p, v, g in zip(network.parameters(), velocity, gradients, strict=True):
+                    v.mul_(protocol.momentum).add_(g + protocol.weight_decay * p)
+                    p.sub_(protocol.learning_rate_at(epoch) * v)
+    return network
+
+
+def train(trainer, seed):
+    trainer.restart(seed)
+    for epoch in range(trainer.protocol.epochs):
+        trainer.train_epoch(epoch)
+    return {name: tensor.clone() for name, tensor in trainer.network.state_dict().items()}
+
+
+def assert_same_network(got, network, tolerance=1e-9):
+    """The same weights, but for biases that InstanceNorm takes away: a plain loop lets them decay."""
+    instance = {f"{name}.convolution.bias" for name, m in network.named_modules() if _has_instance_norm(m)}
+    for name, tensor in network.state_dict().items():
+        if name not in instance:
+            torch.testing.assert_close(
+                got[name], tensor, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: name + text
+            )
+
+
+def _has_instance_norm(module):
+    norm = getattr(module, "norm", None)
+    return isinstance(norm, nn.GroupNorm) and norm.num_groups == norm.num_channels
+
+
+@pytest.mark.parametrize("own_sets", [False, True])
+def test_whitened_images_are_trained_and_tested_on_at_unit_variance(own_sets, data, device):
+    pytest.importorskip("kornia", reason="ZCA is fitted by kornia")
+    whitening = fit_preprocessing(data.train_images, "zca", progress=False)
+    images, labels = whitening.to_model(data.train_images[:23]), data.train_labels[:23]
+    protocol = dataclasses.replace(PROTOCOL, augmentation="color")
+    options = {"networks": 2, "architecture": {**SMALL, "norm": "batch"}, "progress": False, "device": device}
+
+    def tested(images, preprocessing, **changes):
+        sets = (lambda index: (images, labels), None) if own_sets else (images, labels)
+        return evaluate(*sets, data, preprocessing, protocol=dataclasses.replace(protocol, **changes), **options).curves
+
+    class Divided(Preprocessing):
+        def to(self, device):
+            return self
+
+        def to_model(self, pixels):
+            return super().to_model(pixels) * (1 / whitening.deviation)
+
+    divided = Divided(**whitening.tensors())
+    got = tested(images, whitening)
+    assert whitening.deviation < 0.9
+    assert got == tested(images * (1 / whitening.deviation), divided, unit_variance=False)
+    assert got != tested(images, whitening, unit_variance=False)
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch", "group"])
+@pytest.mark.parametrize("augmentation", ["none", "color_crop_cutout_flip_scale_rotate"])
+def test_training_equals_a_plain_loop(augmentation, norm, small_set, device):
+    images, labels = (small_set[0].double(), small_set[1])
+    protocol = dataclasses.replace(PROTOCOL, epochs=7, augmentation=augmentation)
+
+    def network():
+        return ConvNet(2, 3, 8, norm=norm, **SMALL).to(device, torch.float64)
+
+    expected = plain_loop(images, labels, protocol, 4, network())  # 21 steps
+    channels_last = images.contiguous(memory_format=torch.channels_last)
+    trainer = Trainer(network().to(memory_format=torch.channels_last), channels_last, labels, protocol)
+    assert_same_network(train(trainer, 4), expected)
+
+
+def test_batches_keep_the_layout_of_the_set(device, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training, "logits", lambda network, batch: seen.append(batch) or network(batch))
+    images = torch.randn(6, 3, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(6, device=device) % 2
+    trainer = Trainer(ConvNet(3, 2, 8, **SMALL).to(device), images, labels, PROTOCOL)
+    trainer.step(torch.tensor([4, 1, 2], device=device))
+    assert [batch.is_contiguous(memory_format=torch.channels_last) for batch in seen] == [True]
+
+
+@pytest.mark.parametrize("name, size", [("alexnet", 8), ("vgg11", 32), ("resnet18", 16), ("vit", 8)])
+def test_training_of_other_networks_equals_a_plain_loop(name, size, device):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(3, 3, size, size, generator=generator, dtype=torch.float64).to(device)
+    labels = torch.tensor([0, 1, 1], device=device)
+    protocol = dataclasses.replace(PROTOCOL, epochs=10, batch_size=2, learning_rate=1 / 64)
+
+    def network():
+        return make_network(name, 3, 2, size).to(device, torch.float64)
+
+    with af.backend("reference"):
+        expected = plain_loop(images, labels, protocol, 4, network())  # 20 steps
+    channels_last = images.contiguous(memory_format=torch.channels_last)
+    trainer = Trainer(network().to(memory_format=torch.channels_last), channels_last, labels, protocol)
+    got = train(trainer, 4)
+    expected.eval()
+    trainer.network.eval()
+    with torch.no_grad():  # not the weights: a bias before InstanceNorm may be anything
+        torch.testing.assert_close(trainer.network(images), expected(images), rtol=1e-7, atol=1e-9)
+    assert not any(tensor.isnan().any() for tensor in got.values())
+
+
+def test_evaluation_is_training_and_testing(small_set, data, preprocessing, device):
+    """The public function adds the seeds and the test, and nothing else, to the loop above."""
+    result = evaluate(
+        *small_set, data, preprocessing, protocol=PROTOCOL, networks=2, seed=9, architecture=SMALL, progress=False
+    )
+    for index, got in enumerate(result.accuracies):
+        network = ConvNet(2, 3, 8, **SMALL).to(device)
+        plain_loop(*small_set, PROTOCOL, network_seed(9, index), network)
+        with torch.no_grad():
+            correct = (network(preprocessing.to_model(data.test_images)).argmax(1) == data.test_labels).sum().item()
+        assert got == pytest.approx(100 * correct / len(data.test_images), abs=100 / len(data.test_images))
+
+
+@pytest.fixture(scope="module")
+def double_trainer(small_set, device):
+    """Makes trainers in float64."""
+    images = small_set[0].double().contiguous(memory_format=torch.channels_last)
+
+    def make():
+        network = ConvNet(2, 3, 8, norm="batch", **SMALL).to(device, torch.float64)
+        return Trainer(network.to(memory_format=torch.channels_last), images, small_set[1], PROTOCOL)
+
+    return make
+
+
+def trained_together(make_trainer, jobs, together):
+    """The weights of each network at its end."""
+    numbers, found = {}, {}
+
+    def start(trainer, job):
+        numbers[id(trainer)] = job
+        trainer.restart(network_seed(0, job))
+
+    def test(trainer):
+        state = trainer.network.state_dict()
+        found[numbers[id(trainer)]] = {name: tensor.clone() for name, tensor in state.items()}
+        return 1.0
+
+    options = {"evaluate_every": 0, "together": together, "advance": lambda: None}
+    curves = dict(train_networks(make_trainer, jobs, start, test, **options))
+    assert curves == {job: {PROTOCOL.epochs: 1.0} for job in jobs}
+    return found
+
+
+def test_a_network_is_the_same_alone_or_among_others(double_trainer):
+    threads = torch.get_num_threads()
+    among = trained_together(double_trainer, range(5), 3)
+    assert torch.get_num_threads() == threads
+    for job in (4, 0):
+        (alone,) = trained_together(double_trainer, [job], None).values()
+        by_itself = train(double_trainer(), network_seed(0, job))
+        for name, tensor in among[job].items():
+            torch.testing.assert_close(alone[name], tensor, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(by_itself[name], tensor, rtol=1e-9, atol=1e-9)
+    assert not torch.equal(among[0]["classifier.weight"], among[1]["classifier.weight"])
+
+
+def test_every_stream_is_joined_where_memory_runs_out(monkeypatch):
+    """A capture that ends with a stream apart raises an error of its own, and would hide that memory ran out."""
+
+    class Stream:
+        def __init__(self):
+            self.waited_for = []
+
+        def wait_stream(self, other):
+            self.waited_for.append(other)
+
+    def run_out(indices):
+        raise torch.OutOfMemoryError("out of memory")
+
+    current, ensemble = Stream(), object.__new__(_Ensemble)
+    ensemble._device, ensemble._streams = None, [Stream(), Stream(), Stream()]
+    ensemble.trainers = [SimpleNamespace(step=step) for step in (lambda indices: None, run_out, run_out)]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    with pytest.raises(torch.OutOfMemoryError):
+        ensemble._steps(torch.zeros(3, 1))
+    assert current.waited_for == ensemble._streams
+    assert all(stream.waited_for == [current] for stream in ensemble._streams)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_trains_in_graphs_as_it_does_step_by_step(name, precision):
+    data = stripes(classes=2, size=32).to("cuda")
+    space = fit_preprocessing(data.train_images, "standard", progress=False)
+    images, labels = space.to_model(data.train_images), data.train_labels
+    protocol = dataclasses.replace(PROTOCOL, epochs=2, batch_size=25, learning_rate=1 / 256)
+    settings = {"protocol": protocol, "network": name, "precision": precision, "progress": False}
+    result = evaluate(images, labels, data, space, networks=5, together=2, **settings)
+    network = make_network(name, 2, 2, 32).to("cuda", memory_format=torch.channels_last)
+    layout = {"memory_format": torch.channels_last}
+    trainer = Trainer(network, images.contiguous(**layout), labels, protocol, precision=precision)
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=True):
+        for index in (0, 4):
+            train(trainer, network_seed(0, index))
+            alone = accuracy(network, space.to_model(data.test_images).contiguous(**layout), data.test_labels)
+            assert result.accuracies[index] == pytest.approx(alone, abs=3)
+
+
+def test_a_failure_in_one_network_ends_the_others(double_trainer):
+    def start(trainer, job):
+        trainer.restart(job)
+        if job == 2:
+            raise ValueError("no set for network 2")
+
+    options = {"evaluate_every": 0, "together": 2, "advance": lambda: None}
+    with pytest.raises(ValueError, match="no set for network 2"):
+        list(train_networks(double_trainer, range(4), start, lambda trainer: 1.0, **options))
+
+
+def test_results_are_repeatable_and_depend_on_the_seed(small_set, data, preprocessing):
+    def curves(seed, networks):
+        settings = {"protocol": PROTOCOL, "architecture": SMALL, "evaluate_every": 1, "progress": False}
+        return evaluate(*small_set, data, preprocessing, networks=networks, seed=seed, **settings).curves
+
+    three = curves(1, 3)
+    assert curves(1, 3) == three
+    assert curves(1, 2) == three[:2]
+    assert len({tuple(curve.values()) for curve in three}) == 3
+    assert curves(2, 3) != three
+
+
+def test_the_default_generator_and_the_inputs_are_left_alone(small_set, data, preprocessing):
+    images, labels = (tensor.clone() for tensor in small_set)
+    state = torch.get_rng_state()
+    evaluate(*small_set, data, preprocessing, protocol=PROTOCOL, networks=1, architecture=SMALL, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(small_set[0], images) and torch.equal(small_set[1], labels)
+
+
+def test_momentum_is_forgotten_between_networks_and_may_be_zero(small_set, device):
+    for momentum in (0.0, 0.9):
+        protocol = dataclasses.replace(PROTOCOL, momentum=momentum)
+        trainer = Trainer(ConvNet(2, 3, 8, **SMALL).to(device), *small_set, protocol)
+        first, again = train(trainer, 0), train(trainer, 0)
+        for name, tensor in first.items():
+            torch.testing.assert_close(again[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_network_seeds_differ():
+    seeds = {network_seed(seed, index) for seed in range(20) for index in range(20)}
+    assert len(seeds) == 400
+    assert len({seed % 2**32 for seed in seeds}) == 400  # the CPU's generator takes 32 bits of a seed
+
+
+class Recorder(nn.Module):
+    """Remembers the images it is trained on, each of which holds its own number."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.batches = []
+
+    def reset_parameters(self, generator):
+        pass
+
+    def forward(self, x):
+        self.batches.append(x[:, 0, 0, 0].long().tolist())
+        return torch.stack([x[:, 0, 0, 0] * self.weight] * 2, 1)
+
+
+@pytest.mark.parametrize("batch, sizes", [(10, [10, 10, 3]), (23, [23]), (256, [23]), (1, [1] * 23)])
+def test_an_epoch_shows_every_image_once_in_random_order(batch, sizes):
+    numbered = torch.arange(23.0)[:, None, None, None].expand(23, 1, 2, 2).contiguous()
+    recorder = Recorder()
+    protocol = get_protocol("paper", batch_size=batch, augmentation="none")
+    trainer = Trainer(recorder, numbered, torch.zeros(23, dtype=torch.int64), protocol)
+    trainer.restart(0)
+    orders = []
+    for epoch in range(3):
+        recorder.batches.clear()
+        trainer.train_epoch(epoch)
+        assert [len(seen) for seen in recorder.batches] == sizes
+        orders.append([number for seen in recorder.batches for number in seen])
+        assert sorted(orders[-1]) == list(range(23))
+    assert orders[0] != orders[1] != orders[2] and orders[0] != list(range(23))
+
+
+def test_the_whole_test_set_is_counted_once(data, preprocessing, device, monkeypatch):
+    network = ConvNet(2, 3, 8, **SMALL).to(device)
+    with torch.no_grad():
+        images = preprocessing.to_model(data.test_images)
+        correct = (network(images).argmax(1) == data.test_labels).sum().item()
+    monkeypatch.setitem(training.TEST_PIXELS, device.type, 7 * 64)  # 90 test images in batches of 7
+    assert accuracy(network, images, data.test_labels) == pytest.approx(100 * correct / 90)
+
+
+def test_networks_are_tested_in_evaluation_mode(data, preprocessing, device):
+    network = ConvNet(2, 3, 8, norm="batch", **SMALL).to(device)
+    with torch.no_grad():
+        network.blocks[0].norm.running_mean.fill_(0.3)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    accuracy(network, preprocessing.to_model(data.test_images), data.test_labels)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_learns_digits(device):
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.from_numpy(pixels).mul(15.9).byte().view(-1, 1, 8, 8)
+    labels = torch.from_numpy(labels).long()
+    data = ImageData.from_tensors(
+        "digits", list("0123456789"), images[:1000], labels[:1000], images[1000:], labels[1000:]
+    ).to(device)
+    preprocessing = fit_preprocessing(data.train_images, "standard", progress=False)
+    chosen = random_selection(data, 10, seed=0)
+    result = evaluate(
+        preprocessing.to_model(data.train_images[chosen]),
+        data.train_labels[chosen],
+        data,
+        preprocessing,
+        protocol=get_protocol("digits", epochs=40, batch_size=25),
+        networks=2,
+        architecture={"width": 32, "depth": 2},
+        progress=False,
+    )
+    assert min(result.accuracies) > 60
+
+
+def test_best_accuracy_is_told_only_when_asked_for(small_set, data, preprocessing):
+    settings = {"protocol": PROTOCOL, "networks": 2, "architecture": SMALL, "progress": False}
+    last = evaluate(*small_set, data, preprocessing, **settings)
+    assert last.best_accuracies is None
+    assert [list(curve) for curve in last.curves] == [[6], [6]]
+    every = evaluate(*small_set, data, preprocessing, evaluate_every=4, **settings)
+    assert [list(curve) for curve in every.curves] == [[4, 6], [4, 6]]
+    assert every.accuracies == last.accuracies == tuple(curve[6] for curve in every.curves)
+    assert every.best_accuracies == tuple(max(curve.values()) for curve in every.curves)
+
+
+def result_of(*accuracies):
+    curves = tuple({6: accuracy} for accuracy in accuracies)
+    return EvaluationResult(curves, PROTOCOL, "convnet", SMALL, "float32", seed=0, seconds=1.0, device="cpu")
+
+
+def test_mean_and_population_deviation():
+    result = result_of(90.0, 93.0, 96.0)
+    assert result.mean == pytest.approx(93)
+    assert result.std == pytest.approx(math.sqrt(6))
+    assert str(result) == "93.0 ± 2.4 % (3 networks, last epoch)"
+    assert str(result_of(90.0)) == "90.0 ± 0.0 % (1 network, last epoch)"
+    unfinished = dataclasses.replace(result, curves=(*result.curves[:2], {}))
+    assert unfinished.unfinished == (2,) and unfinished.mean == pytest.approx(91.5) and not unfinished.diverged
+    assert str(unfinished) == "91.5 ± 1.5 % (3 networks, last epoch), unfinished: 2"
+
+
+def test_a_diverged_network_is_reported_and_the_others_finish(small_set, data, preprocessing, monkeypatch):
+    settings = {"protocol": PROTOCOL, "networks": 3, "architecture": SMALL, "progress": False}
+    expected = evaluate(*small_set, data, preprocessing, **settings)
+    restart = Trainer.restart
+
+    def poisoned(trainer, seed):
+        restart(trainer, seed)
+        if seed == network_seed(0, 1):
+            with torch.no_grad():
+                trainer.network.classifier.bias.fill_(torch.nan)
+
+    monkeypatch.setattr(Trainer, "restart", poisoned)
+    result = evaluate(*small_set, data, preprocessing, **settings)
+    assert result.diverged == (1,)
+    assert result.accuracies == (expected.accuracies[0], None, expected.accuracies[2])
+    assert result.mean == pytest.approx((expected.accuracies[0] + expected.accuracies[2]) / 2)
+    assert str(result).endswith("diverged: 1")
+    written = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert written["diverged"] == [1] and written["accuracies"][1] is None
+
+
+def test_no_result_is_invented_where_all_networks_diverge(small_set, data, preprocessing):
+    protocol = dataclasses.replace(PROTOCOL, learning_rate=1e30)
+    result = evaluate(
+        *small_set,
+        data,
+        preprocessing,
+        protocol=protocol,
+        networks=2,
+        evaluate_every=5,
+        architecture={**SMALL, "norm": "none"},
+        progress=False,
+    )
+    assert result.diverged == (0, 1)
+    assert math.isnan(result.mean) and math.isnan(result.std)
+    assert result.best_accuracies == (None, None)
+    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["accuracy_mean"] is None
+
+
+def test_finished_networks_are_told_at_once_and_not_trained_again(small_set, data, preprocessing):
+    settings = {"protocol": PROTOCOL, "networks": 4, "architecture": SMALL, "evaluate_every": 3, "progress": False}
+    expected = evaluate(*small_set, data, preprocessing, **settings)
+    told = []
+
+    def interrupt(result):
+        told.append(result)
+        if len(result.unfinished) <= 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(*small_set, data, preprocessing, together=1, on_network=interrupt, **settings)
+    assert [result.unfinished for result in told] == [(1, 2, 3), (2, 3)]
+    assert json.loads(json.dumps(told[-1].to_dict(), allow_nan=False))["unfinished"] == [2, 3]
+    trained = []
+    result = evaluate(
+        *small_set, data, preprocessing, earlier=told[-1].curves, on_network=trained.append, together=1, **settings
+    )
+    assert [partial.unfinished for partial in trained] == [(3,), ()]
+    assert result.accuracies == pytest.approx(expected.accuracies) and result.curves[:2] == told[-1].curves[:2]
+
+
+def test_each_network_can_have_a_set_of_its_own(data, preprocessing):
+    def choose(index):
+        chosen = random_selection(data, 3, seed=index)
+        return preprocessing.to_model(data.train_images[chosen]), data.train_labels[chosen]
+
+    settings = {"protocol": PROTOCOL, "architecture": SMALL, "evaluate_every": 1, "progress": False}
+    own = evaluate(choose, None, data, preprocessing, networks=3, **settings)
+    for index in (0, 2):
+        shared = evaluate(*choose(index), data, preprocessing, networks=3, **settings)
+        assert own.curves[index] == shared.curves[index]
+    with pytest.raises(ValueError, match="sets must be of one size; got one of 2 images beside 9"):
+        uneven = [choose(0), tuple(part[:2] for part in choose(0))]
+        evaluate(uneven.__getitem__, None, data, preprocessing, networks=2, **settings)
+
+
+def test_bfloat16_trains_nearly_as_well_and_keeps_float32_weights(data, preprocessing, device):
+    protocol = get_protocol("paper", epochs=40, batch_size=20, learning_rate=0.02, augmentation="none")
+    images, labels = preprocessing.to_model(data.train_images), data.train_labels
+    settings = {"protocol": protocol, "networks": 2, "architecture": SMALL | {"norm": "none"}, "progress": False}
+    result = evaluate(images, labels, data, preprocessing, precision="bfloat16", **settings)
+    assert result.mean > 85 and result.precision == "bfloat16"
+    trainer = Trainer(ConvNet(2, 3, 8, **SMALL).to(device), images, labels, protocol, precision="bfloat16")
+    assert trainer.step(torch.arange(20, device=device)).dtype == torch.bfloat16
+    assert all(p.dtype == torch.float32 for p in trainer.network.parameters())
+
+
+def test_result_records_what_ran(small_set, data, preprocessing):
+    result = evaluate(
+        *small_set, data, preprocessing, protocol=PROTOCOL, networks=1, seed=5, architecture=SMALL, progress=False
+    )
+    written = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert written["protocol"] == dataclasses.asdict(PROTOCOL)
+    assert written["architecture"] == SMALL and written["network"] == "convnet" and written["precision"] == "float32"
+    assert written["seed"] == 5 and written["networks"] == 1 and written["seconds"] > 0
+    assert written["accuracy_mean"] == result.accuracies[0] == written["curves"][0]["6"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"images": lambda x: x.byte()}, r"images must be floating point in model space; got torch.uint8"),
+        ({"images": lambda x: x[:, :1]}, r"images must be \[N, 2, 8, 8\] .* stripes; got \[23, 1, 8, 8\]"),
+        ({"images": lambda x: x[..., :4]}, r"got \[23, 2, 8, 4\]"),
+        ({"images": lambda x: x[0]}, r"got \[2, 8, 8\]"),
+        ({"images": lambda x: x[:0]}, r"got \[0, 2, 8, 8\]"),
+        ({"images": lambda x: x / 0}, r"images must be finite"),
+        ({"labels": lambda y: y[:5]}, r"labels must be integers \[23\], one per image; got torch.int64 \[5\]"),
+        ({"labels": lambda y: y.float()}, r"got torch.float32 \[23\]"),
+        ({"labels": lambda y: y + 1}, r"labels must be 0 to 2, the 3 classes of stripes; got 1 to 3"),
+        ({"labels": lambda y: y - 1}, r"got -1 to 1"),
+        ({"protocol": "papr"}, r"protocol must be one of paper, .*; got 'papr'"),
+        ({"networks": 0}, r"networks must be at least 1; got 0"),
+        ({"evaluate_every": -1}, r"evaluate_every must be .*; got -1"),
+        ({"network": "resnet"}, r"network must be one of convnet, .*; got 'resnet'"),
+        ({"network": "resnet18", "architecture": {}}, r"ResNet-18 needs images of 16x16 or larger; got 8x8"),
+        ({"network": "vgg11", "architecture": {}}, r"VGG-11 needs images whose sides are multiples of 32; got 8x8"),
+        ({"network": "vit"}, r"vit has no setting 'width'; it has no settings"),
+        ({"precision": "half"}, r"precision must be one of float32, bfloat16; got 'half'"),
+        ({"together": 0}, r"together must be at least 1, or None; got 0"),
+        ({"earlier": [{6: 50.0}]}, r"a curve for each of the 5 networks; got 1"),
+        ({"architecture": {"norm": "bach"}}, r"norm must be one of .*; got 'bach'"),
+        ({"architecture": {"depth": 4}}, r"too small for depth 4"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message, small_set, data, preprocessing):
+    arguments = {"images": small_set[0], "labels": small_set[1], "architecture": SMALL, "progress": False}
+    for name, value in change.items():
+        arguments[name] = value(arguments[name]) if callable(value) else value
+    with pytest.raises(ValueError, match=message):
+        evaluate(data=data, preprocessing=preprocessing, **arguments)
+
+
+def test_learning_rates_of_the_protocols():
+    def rates(name):
+        protocol = PROTOCOLS[name]
+        return [protocol.learning_rate_at(epoch) for epoch in (0, 14, 15, 30, 499, 500, protocol.epochs - 1)]
+
+    assert rates("paper") == pytest.approx([0.01] * 5 + [0.001] * 2)
+    assert rates("dm") == rates("paper")
+    assert rates("paper-fixed") == [0.01] * 7
+    assert rates("paper-table7") == pytest.approx([0.01, 0.01, 0.005, 0.0025, 0.01 / 2**33, 0.01 / 2**33, 0.01 / 2**66])
+    assert PROTOCOLS["dc"].learning_rate_at(149) == 0.01
+    assert PROTOCOLS["dc"].learning_rate_at(150) == pytest.approx(0.001)
+    assert (PROTOCOLS["datadam-code"].epochs, PROTOCOLS["datadam-code"].batch_size) == (1800, 64)
+    assert all(name == protocol.name for name, protocol in PROTOCOLS.items())
+
+
+def test_an_overridden_protocol_says_so():
+    assert get_protocol("paper") is PROTOCOLS["paper"]
+    assert get_protocol("paper", epochs=1000) is PROTOCOLS["paper"]
+    shorter = get_protocol("paper", epochs=30, batch_size=8)
+    assert shorter.name == "paper (epochs=30, batch_size=8)"
+    assert dataclasses.replace(shorter, name="paper", epochs=1000, batch_size=256) == PROTOCOLS["paper"]
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"epochs": 0}, "epochs must be a whole number, at least 1; got 0"),
+        ({"batch_size": 2.5}, "batch_size must be a whole number, at least 1; got 2.5"),
+        ({"learning_rate": -0.1}, "learning_rate must be above 0; got -0.1"),
+        ({"learning_rate": math.nan}, "learning_rate must be above 0; got nan"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\); got 1.0"),
+        ({"weight_decay": -1}, "weight_decay must be 0 or above; got -1"),
+        ({"decay_every": 0}, "decay_every must be a whole number, at least 1; got 0"),
+        ({"augmentation": "flip_flap"}, "no operation 'flap'"),
+        ({"epoch": 3}, "settings are epochs, .*; got 'epoch'"),
+    ],
+)
+def test_protocol_settings_that_are_not_accepted(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        get_protocol("paper", **overrides)
+
+
+def test_random_selection_is_ordered_by_class_and_without_replacement(data):
+    ipc = min(data.class_sizes)
+    chosen = random_selection(data, ipc, seed=1)
+    assert chosen.shape == (3 * ipc,) and chosen.dtype == torch.int64 and chosen.device == data.train_labels.device
+    assert torch.equal(data.train_labels[chosen], torch.arange(3, device=chosen.device).repeat_interleave(ipc))
+    assert len(set(chosen.tolist())) == 3 * ipc
+
+
+def test_random_selection_depends_on_the_seed_alone(data):
+    assert torch.equal(random_selection(data, 4, seed=1), random_selection(data, 4, seed=1))
+    assert torch.equal(random_selection(data, 4, seed=1).cpu(), random_selection(data.to("cpu"), 4, seed=1))
+    counts = torch.zeros(len(data.train_labels))
+    for seed in range(600):
+        counts[random_selection(data, 4, seed).cpu()] += 1
+    expected = 600 * 4 / torch.tensor(data.class_sizes)[data.train_labels.cpu()]
+    assert ((counts - expected).abs() < 5 * expected.sqrt()).all()
+
+
+def test_random_selection_of_more_than_a_class_has(data):
+    with pytest.raises(ValueError, match="asked for"):
+        random_selection(data, 61, seed=0)
+    with pytest.raises(ValueError, match="got 0"):
+        random_selection(data, 0, seed=0)
+
+
+def test_preprocessing_is_applied_to_the_test_set(small_set, data, preprocessing):
+    """A set in another model space is no use where the test images are brought to this one."""
+    shifted = Preprocessing(mean=preprocessing.mean - 3, std=preprocessing.std / 9)
+    protocol = get_protocol("paper", epochs=60, batch_size=20, learning_rate=0.02, augmentation="none")
+    settings = {"protocol": protocol, "networks": 1, "architecture": SMALL | {"norm": "none"}, "progress": False}
+    images = preprocessing.to_model(data.train_images)
+    right = evaluate(images, data.train_labels, data, preprocessing, **settings)
+    wrong = evaluate(images, data.train_labels, data, shifted, **settings)
+    assert right.mean > 90 > wrong.mean + 20

@@ -1,0 +1,284 @@
+"""FusedConvNet has the weights and the results of its ConvNet, and refuses networks it would compute differently."""
+
+import pytest
+import torch
+import torch.nn as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import atom_fast as af
+from atom_fast import reference
+from atom_fast.distillation.config import preset
+from atom_fast.distillation.live_bytes import LiveBytes
+from atom_fast.distillation.matching import fused_if_possible
+from atom_fast.networks.convnet import ConvNet
+from atom_fast.networks.fused_convnet import FusedConvNet
+from atom_fast.ops.norm_block import NORMS
+from atom_fast.ops.norm_block_torch import PIECE_BYTES
+
+BACKENDS = ("reference", "torch", "triton")
+
+
+def frozen(channels, size, *, width, depth, device, dtype=torch.float64, seed=0, **settings):
+    """A network of constants with biases, scales and shifts unlike their initial ones."""
+    network = ConvNet(channels, 5, size, width=width, depth=depth, **settings).to(device, dtype)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        with torch.no_grad():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter))
+    return network.requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def images_of(batch, channels, height, width, device, dtype=torch.float64, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((batch, channels, height, width), generator=generator, dtype=torch.float64).to(device, dtype)
+
+
+def matching(real, synthetic, classes):
+    """Equation 4 from embeddings and maps, as the distillation step computes it."""
+    labels = {"real_labels": classes[0], "synthetic_labels": classes[1]}
+    loss = 0.01 * af.mean_matching_loss(real[0], synthetic[0], **labels)
+    for pair in zip(real[1], synthetic[1], strict=True):
+        loss = loss + af.attention_matching_from_maps(*pair, **labels)
+    return loss
+
+
+@given(
+    channels=st.integers(1, 4),
+    size=st.tuples(st.integers(8, 13), st.integers(8, 12)),
+    depth=st.integers(1, 3),
+    powers=st.sampled_from([(4.0, 4.0), (1.0, 8.0), (None, 4.0), (2.5, None)]),
+    norm=st.sampled_from(NORMS),
+)
+@settings(max_examples=6)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_loss_and_image_gradient_equal_the_plain_network(backend, channels, size, depth, powers, norm, device):
+    network = frozen(channels, size, width=8, depth=depth, norm=norm, device=device)
+    real, synthetic = (images_of(batch, channels, *size, device, seed=seed) for batch, seed in ((4, 1), (3, 2)))
+    classes = torch.tensor([1, 0, 1, 0], device=device), torch.tensor([0, 1, 1], device=device)
+
+    plain = synthetic.clone().requires_grad_()
+    (real_embedding, real_features), (embedding, features) = network.features(real), network.features(plain)
+    expected = reference.atom_loss(
+        real_features[:-1] or real_features, features[:-1] or features, real_embedding, embedding, *classes,
+        spatial_power=powers[0] if depth > 1 else None, channel_power=powers[1] if depth > 1 else None,
+    )  # fmt: skip
+    (expected_gradient,) = torch.autograd.grad(expected, plain)
+
+    fused, leaf = network.fused(*powers), synthetic.clone().requires_grad_()
+    with af.backend(backend):
+        with torch.no_grad():
+            constant = fused.features(real)
+        loss = matching(constant, fused.features(leaf), classes)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
+    assert (gradient - expected_gradient).norm() <= 1e-8 * expected_gradient.norm() + 1e-14
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_embedding_and_logits_are_those_of_the_network(backend, norm, device):
+    network = frozen(3, 16, width=16, depth=2, norm=norm, device=device)
+    images = images_of(2, 3, 16, 16, device)
+    with af.backend(backend):
+        embedding, maps = network.fused().features(images)
+        logits = network.fused()(images)
+    torch.testing.assert_close(embedding, network.features(images)[0])
+    torch.testing.assert_close(logits, network(images))
+    assert [tuple(m.shape) for m in maps] == [(2, 16 * 16 + 16)]
+    for attention in maps[0].split((16 * 16, 16), dim=1):
+        torch.testing.assert_close(attention.norm(dim=1), torch.ones_like(attention[:, 0]))
+
+
+def test_weights_are_shared_and_lead_back(device):
+    network = frozen(3, 8, width=8, depth=2, device=device)
+    fused = network.fused()
+    assert fused.network is network
+    assert {p.data_ptr() for p in fused.parameters()} == {p.data_ptr() for p in network.parameters()}
+    images = images_of(1, 3, 8, 8, device)
+    before = fused.features(images)[0]
+    network.reset_parameters(torch.Generator(device).manual_seed(3))
+    after = fused.features(images)[0]
+    torch.testing.assert_close(after, network.features(images)[0])
+    assert not torch.allclose(before, after)
+
+
+def test_batch_norm_without_scale_and_shift_and_with_one_sample(device):
+    network = frozen(3, 8, width=8, depth=2, norm="batch", device=device)
+    for block in network.blocks:
+        block.norm = nn.BatchNorm2d(8, affine=False, device=device, dtype=torch.float64)
+    images = images_of(1, 3, 8, 8, device)
+    with af.backend("triton"):
+        embedding, _ = network.fused().features(images)
+    torch.testing.assert_close(embedding, network.features(images)[0])
+
+
+def test_running_statistics_are_neither_taken_nor_changed(device):
+    network = frozen(3, 8, width=8, depth=2, norm="batch", device=device)
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    fused = network.fused()
+    images = images_of(2, 3, 8, 8, device)
+    fused.features(images)
+    assert before and all(torch.equal(buffer, before[name]) for name, buffer in network.named_buffers())
+    network.eval()
+    for refused in (network.fused, lambda: fused.features(images)):
+        with pytest.raises(ValueError, match="block 1 cannot be fused: its BatchNorm is in evaluation mode"):
+            refused()
+
+
+@pytest.mark.parametrize(
+    ("backend", "norm", "steps"), [("torch", "instance", 20), ("triton", "instance", 20), ("triton", "batch", 6)]
+)
+def test_steps_give_the_images_of_the_plain_network(backend, norm, steps, device):
+    network = frozen(1, 8, width=8, depth=2, norm=norm, device=device, dtype=torch.float32)
+    real = images_of(6, 1, 8, 8, device, torch.float32)
+    start = images_of(2, 1, 8, 8, device, torch.float32, seed=2)
+    classes = torch.tensor([0, 1], device=device).repeat_interleave(3), torch.tensor([0, 1], device=device)
+
+    def distil(loss_of):
+        images = start.clone().requires_grad_()
+        for _ in range(steps):
+            (gradient,) = torch.autograd.grad(loss_of(images), images)
+            with torch.no_grad():
+                images -= gradient
+        return images.detach()
+
+    def plain_loss(images):
+        (real_embedding, real_features), (embedding, features) = network.features(real), network.features(images)
+        return reference.atom_loss(real_features[:-1], features[:-1], real_embedding, embedding, *classes)
+
+    def fused_loss(images):
+        with af.backend(backend):
+            with torch.no_grad():
+                constant = network.fused().features(real)
+            return matching(constant, network.fused().features(images), classes)
+
+    torch.testing.assert_close(distil(fused_loss), distil(plain_loss), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"norm": "group"}, r"block 1 cannot be fused: its norm is not InstanceNorm .* GroupNorm\(4, 8"),
+        ({"norm": "none"}, "its norm is not InstanceNorm"),
+        ({"activation": "leakyrelu"}, "its activation is not ReLU, but LeakyReLU"),
+        ({"pooling": "avg3"}, "its pooling is not 2x2 average pooling"),
+        ({"pooling": "max2"}, "its pooling is not 2x2 average pooling"),
+        ({"pooling": "none"}, "its pooling is not 2x2 average pooling"),
+    ],
+)
+def test_other_networks_are_refused_with_the_reason(change, reason):
+    network = ConvNet(3, 5, 16, width=8, depth=2, **change)
+    with pytest.raises(ValueError, match=reason):
+        network.fused()
+
+
+def test_a_changed_block_is_refused():
+    network = ConvNet(3, 5, 16, width=8, depth=2)
+    network.blocks[1].convolution = nn.Conv2d(8, 8, kernel_size=5, padding=2)
+    with pytest.raises(ValueError, match="block 2 cannot be fused: its convolution is not 3x3"):
+        network.fused()
+    network.blocks[1].convolution = nn.Conv2d(8, 8, kernel_size=3, padding=1)
+    network.blocks[1].pool = nn.AvgPool2d(2, ceil_mode=True)
+    with pytest.raises(ValueError, match="block 2 cannot be fused: its pooling"):
+        network.fused()
+
+
+def test_a_power_and_trainable_parameters_are_refused():
+    with pytest.raises(ValueError, match="spatial_power must be in"):
+        ConvNet(3, 5, 16, width=8).fused(spatial_power=0.5)
+    fused = FusedConvNet(ConvNet(3, 5, 16, width=8))
+    images = torch.zeros(1, 3, 16, 16)
+    with pytest.raises(ValueError, match="requires a gradient"):
+        fused.features(images)
+    with torch.no_grad():
+        fused.features(images)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_real_side_keeps_nothing(backend, norm, device):
+    fused = frozen(3, 8, width=8, depth=2, norm=norm, device=device, dtype=torch.float32).fused()
+    kept = []
+    record = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with af.backend(backend), torch.no_grad(), record:
+        fused.features(images_of(2, 3, 8, 8, device, torch.float32).requires_grad_())
+    assert not kept
+
+
+def test_a_step_lives_in_a_fifth_of_the_memory(monkeypatch):
+    for module in ("norm_block", "conv_block"):  # as on one core: pieces are a cache's worth for each
+        monkeypatch.setattr(f"atom_fast.ops.{module}.piece_bytes", lambda device: PIECE_BYTES)
+    network = frozen(3, 32, width=128, depth=3, device="cpu", dtype=torch.float32)
+    real = images_of(32, 3, 32, 32, "cpu", torch.float32)
+    synthetic = images_of(12, 3, 32, 32, "cpu", torch.float32, seed=2).requires_grad_()
+    classes = torch.arange(2).repeat_interleave(16), torch.arange(2).repeat_interleave(6)
+
+    def plain():
+        with torch.no_grad():
+            real_embedding, real_features = network.features(real)
+        embedding, features = network.features(synthetic)
+        return reference.atom_loss(real_features[:-1], features[:-1], real_embedding, embedding, *classes)
+
+    def fused():
+        with torch.no_grad():
+            constant = network.fused().features(real)
+        return matching(constant, network.fused().features(synthetic), classes)
+
+    peaks = []
+    for loss in (plain, fused):
+        with af.backend("torch"), LiveBytes() as memory:
+            torch.autograd.grad(loss(), synthetic)
+        peaks.append(memory.peak)
+    assert peaks[1] <= peaks[0] / 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", NORMS)
+def test_features_and_gradient_never_wait_for_the_device(norm, device):
+    fused = frozen(3, 32, width=128, depth=3, norm=norm, device=device, dtype=torch.float32).fused()
+    images = images_of(4, 3, 32, 32, device, torch.float32).requires_grad_()
+
+    def gradient():
+        embedding, maps = fused.features(images)
+        return torch.autograd.grad(embedding.square().sum() + sum(m.cumsum(1).sum() for m in maps), images)
+
+    gradient()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradient()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_distillation_runs_batch_norm_with_fused_blocks():
+    config = preset("paper", norm="batch", depth=2, width=8)
+    network = frozen(3, 8, width=8, depth=2, norm="batch", device="cpu")
+    extractor, how = fused_if_possible(network, config, torch.zeros(1, 3, 8, 8))
+    assert (type(extractor), how) == (FusedConvNet, "with fused blocks")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "bfloat16"])
+def test_a_whole_step_on_a_gpu(precision, norm, device):
+    network = frozen(3, 32, width=128, depth=3, norm=norm, device=device, dtype=torch.float32)
+    images = images_of(32, 3, 32, 32, device, torch.float32)
+    gradients = []
+    for run, dtype in ((network.fused(), torch.float32), (network.double().fused(), torch.float64)):
+        network.to(dtype)
+        leaf = images.to(dtype).detach().requires_grad_()
+        before = torch.backends.cudnn.conv.fp32_precision
+        torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        with (
+            af.backend("triton" if dtype == torch.float32 else "reference"),
+            torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16" and dtype == torch.float32),
+        ):
+            embedding, maps = run.features(leaf)
+            loss = embedding.double().square().sum() + sum(m.double().cumsum(1).square().sum() for m in maps)
+            gradients.append(torch.autograd.grad(loss, leaf)[0].double())
+        torch.backends.cudnn.conv.fp32_precision = before
+    actual, expected = gradients
+    tolerance = {"ieee": 1e-3, "tf32": 1e-1, "bfloat16": 3e-1}[precision]
+    assert (actual - expected).norm() <= tolerance * expected.norm()

@@ -1,0 +1,130 @@
+"""Attention and matching kernels as the compiler sees them: no spill, 128-bit access where the layout allows."""
+
+import pytest
+
+from atom_fast.kernels import attention, matching
+from tests.cubin import CAPABILITIES, compile_kernel
+
+FEATURES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "float64": "*fp64"}
+
+
+def streaming(kernel, dtype, channels_last, capability, spatial=4, channel=4, channels=128, positions=1024):
+    """Compile the forward or backward kernel for dense features [B, channels, positions]."""
+    wide = "*fp64" if dtype == "float64" else "*fp32"
+    strides = ["stride_b", "stride_c", "stride_h", "stride_w"]
+    flags = {"SPATIAL": spatial, "CHANNEL": channel, "FLAT": True}
+    if kernel == "attention_forward_kernel":
+        pointers = {"p_features": FEATURES[dtype], "p_spatial": wide, "p_channel": wide, "p_peak": wide}
+    else:
+        pointers = {"p_features": FEATURES[dtype]}
+        pointers |= dict.fromkeys(("p_gradient", "p_maps", "p_statistics", "p_projection"), wide)
+        pointers["p_output"] = FEATURES[dtype]
+        strides += [f"output_{stride}" for stride in strides]
+        flags |= {"NORMALIZE": True, "OUTPUT_FLAT": True}
+    if kernel == "attention_forward_kernel":
+        launch = attention.forward_launch(channels, positions, {"float64": 8, "float32": 4}.get(dtype, 2))
+    else:
+        launch = attention.backward_launch(channels, positions, channels_last)
+    warps = launch.pop("num_warps")
+    constants = flags | {"ACCUMULATE": "tl.float64" if dtype == "float64" else "tl.float32"} | launch
+    names = {"C": "i32", "P": "i32", "W": "i32"} | dict.fromkeys(strides, "i32")
+    order = ("SPATIAL", "CHANNEL", "NORMALIZE", "FLAT", "OUTPUT_FLAT", "ACCUMULATE", "BLOCK_C", "BLOCK_P")
+    signature = pointers | names | {name: "constexpr" for name in order if name in constants}
+    for stride in strides:
+        if stride.endswith("stride_c" if channels_last else "stride_w"):
+            signature[stride], constants[stride] = "constexpr", 1
+    aligned = tuple(name for name, kind in signature.items() if kind != "constexpr")
+    return compile_kernel(
+        "attention", kernel, signature=signature, constants=constants, capability=capability, num_warps=warps,
+        aligned=aligned,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("kernel", ["attention_forward_kernel", "attention_backward_kernel"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_streaming_kernels_read_and_write_128_bits(kernel, dtype, channels_last, capability):
+    report = streaming(kernel, dtype, channels_last, capability)
+    assert report.spills == 0
+    assert report.widest_load == 128
+    if kernel == "attention_backward_kernel":
+        assert report.widest_store == 128
+    assert report.shared <= 16 * 1024
+    # Three programs a multiprocessor of 65,536 registers at least for 128 threads, so that the loads of one hide the
+    # arithmetic of another.
+    assert report.registers <= 168
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("kernel", ["attention_forward_kernel", "attention_backward_kernel"])
+@pytest.mark.parametrize(
+    ("dtype", "powers"), [("float64", (4, 4)), ("float16", (8, 1)), ("float32", (2.5, 3)), ("float32", (0, 4))]
+)
+def test_streaming_kernels_do_not_spill(kernel, dtype, powers, capability):
+    report = streaming(kernel, dtype, False, capability, *powers)
+    assert report.spills == 0
+    assert report.widest_load == 128
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_small_kernels_do_not_spill(capability):
+    launch = attention.normalize_launch(128, 1024, 32)
+    warps = launch.pop("num_warps")
+    signature = dict.fromkeys(("p_spatial", "p_channel", "p_peak", "p_maps", "p_statistics"), "*fp32")
+    signature |= dict.fromkeys(("C", "P", "n_t", "n_c"), "i32")
+    constants = {"SPATIAL": 4, "CHANNEL": 4, "NORMALIZE": True, "TILE_P": 32} | launch
+    signature |= dict.fromkeys(constants, "constexpr")
+    report = compile_kernel(
+        "attention", "attention_normalize_kernel", signature=signature, constants=constants, capability=capability,
+        num_warps=warps, aligned=tuple(n for n, kind in signature.items() if kind.startswith("*")),
+    )  # fmt: skip
+    assert report.spills == 0
+
+    signature = dict.fromkeys(("p_gradient", "p_maps", "p_projection"), "*fp32") | {"C": "i32", "P": "i32"}
+    constants = {"SPATIAL": 4, "CHANNEL": 4, "BLOCK_C": 128, "BLOCK_P": 1024}
+    signature |= dict.fromkeys(constants, "constexpr")
+    report = compile_kernel(
+        "attention", "attention_projection_kernel", signature=signature, constants=constants, capability=capability,
+        aligned=("p_gradient", "p_maps", "p_projection", "P", "C"),
+    )  # fmt: skip
+    assert report.spills == 0 and report.widest_load == 128
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_matching_kernel_does_not_spill(grouped, capability):
+    launch = matching.matching_launch(2048)
+    warps = launch.pop("num_warps")
+    signature = {"p_real": "*fp32", "p_synthetic": "*fp32"}
+    signature |= dict.fromkeys(
+        ("p_real_order", "p_real_offsets", "p_synthetic_order", "p_synthetic_offsets"),
+        "*i64" if grouped else "constexpr",
+    )
+    signature |= {"p_partial": "*fp32", "p_gradient": "*fp32"}
+    signature |= dict.fromkeys(("n_real", "n_synthetic", "D", "real_stride", "synthetic_stride"), "i32")
+    constants = {
+        "GROUPED": grouped,
+        "ACCUMULATE": "tl.float32",
+        "BLOCK_N": launch["BLOCK_N"],
+        "BLOCK_D": launch["BLOCK_D"],
+    }
+    signature |= dict.fromkeys(constants, "constexpr")
+    constants |= {name: None for name, kind in signature.items() if kind == "constexpr" and name.startswith("p_")}
+    report = compile_kernel(
+        "matching", "class_mean_distance_kernel", signature=signature, constants=constants, capability=capability,
+        num_warps=warps, aligned=("p_real", "p_synthetic", "p_gradient", "D", "real_stride", "synthetic_stride"),
+    )  # fmt: skip
+    assert report.spills == 0
+    assert report.widest_load == 128
+
+
+def test_launch_tables_never_ask_for_more_than_a_tile():
+    for channels in (1, 3, 16, 128, 200, 2048):
+        for positions in (1, 5, 64, 1024, 128 * 128):
+            for launch in (
+                *(attention.forward_launch(channels, positions, size) for size in (2, 4, 8)),
+                *(attention.backward_launch(channels, positions, last) for last in (False, True)),
+            ):
+                assert 1 <= launch["BLOCK_C"] * launch["BLOCK_P"] <= 16384
+                assert launch["num_warps"] in (1, 2, 4, 8)
