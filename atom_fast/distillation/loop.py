@@ -20,10 +20,10 @@ from atom_fast.data.whitening import Preprocessing, fit_preprocessing
 from atom_fast.distillation.checkpoint import Checkpoint, latest_checkpoint, remove_unfinished, save_checkpoint
 from atom_fast.distillation.config import ADDED, DistillConfig, affects_result, write_config
 from atom_fast.distillation.logs import RunLog, append_environment, environment, peak_memory, say, versions
+from atom_fast.distillation.matching import FUSED
 from atom_fast.distillation.memory import fit_class_chunk
 from atom_fast.distillation.ranks import ALONE, StopSign, World, own_device
 from atom_fast.distillation.step import (
-    FUSED,
     Distillation,
     NonFiniteError,
     check_ranks,

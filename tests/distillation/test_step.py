@@ -8,6 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import atom_fast as af
 from atom_fast import reference
+from atom_fast._device import convolution_precision
+from atom_fast._seeds import derive_seed
 from atom_fast.data.augmentation import augment, draw_augmentation
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.sampling import sample_class_indices
@@ -18,8 +20,6 @@ from atom_fast.distillation.step import (
     Distillation,
     NonFiniteError,
     _Chunk,
-    convolution_precision,
-    derive_seed,
     initial_images,
     make_network,
 )
