@@ -254,8 +254,8 @@ def distill(
     options = {"resolution": resolution, "progress": not quiet and world.rank == 0}
     data = world.after_first(lambda: load_data(dataset, data_dir, download=download, **options))
     synthetic = run(
-        config, data, output, resume=resume, progress=not quiet, synthetic_init=start, device=_device(device),
-        how_to_go_on="run the same command with --resume", world=world,
+        data, config, output, resume=resume, progress=not quiet, start=start, device=_device(device),
+        how_to_go_on="run the same command with --resume",
     )  # fmt: skip
     if world.rank > 0:
         return

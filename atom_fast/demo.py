@@ -80,7 +80,7 @@ def _part(output: Path, data: ImageData, config: DistillConfig, device, progress
             print(f"kept from an earlier demo: {folder} (remove the folder to repeat it)", file=sys.stderr)
             return result
     synthetic = distill(
-        config, data, folder, resume=resume, progress=progress, device=device, how_to_go_on="run the same command again"
+        data, config, folder, resume=resume, progress=progress, device=device, how_to_go_on="run the same command again"
     )
     save_run_pictures(folder, synthetic)
     result = compare(

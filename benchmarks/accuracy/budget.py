@@ -9,7 +9,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from atom_fast.data.whitening import fit_preprocessing
-from atom_fast.distillation.step import Distillation, initial_images
+from atom_fast.distillation.start import initial_images
+from atom_fast.distillation.step import Distillation
 from atom_fast.evaluation import evaluate, get_protocol, random_selection
 from benchmarks.accuracy.cells import Cell, Evaluation, architecture, networks_left, read_evaluation
 from benchmarks.accuracy.methods import get_method

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from atom_fast._files import write_atomically
 from atom_fast.distillation.config import DistillConfig
-from atom_fast.distillation.logs import say
+from atom_fast.distillation.logs import log as say
 from atom_fast.evaluation.protocols import Protocol
 from benchmarks.accuracy.datasets import DATASETS
 from benchmarks.accuracy.methods import configuration, get_method

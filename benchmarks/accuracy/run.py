@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from atom_fast._files import write_atomically
-from atom_fast.distillation.logs import say
+from atom_fast.distillation.logs import log as say
 from atom_fast.distillation.ranks import ALONE, World, own_device
 from benchmarks.accuracy.budget import Estimator, Unit, choose, common_settings, describe, duration
 from benchmarks.accuracy.cells import check_same_images

@@ -125,8 +125,8 @@ def make_set(folder: Path, cell: Cell, shelf: Shelf) -> None:
         if _set_file(folder, iterations).is_file():
             continue
         synthetic = distill(
-            dataclasses.replace(config, iterations=iterations),
             data,
+            dataclasses.replace(config, iterations=iterations),
             folder / RUN_FOLDER,
             resume=(folder / RUN_FOLDER).exists(),
             progress=shelf.progress,
