@@ -60,9 +60,7 @@ def _explained(cls: type) -> type:
 
 
 @_explained
-@pydantic.dataclasses.dataclass(
-    frozen=True, kw_only=True, config=pydantic.ConfigDict(strict=True, allow_inf_nan=False)
-)
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=pydantic.ConfigDict(strict=True, allow_inf_nan=False))
 class DistillConfig:
     """Settings of Algorithm 1 of the ATOM paper; the defaults are the preset ``"paper"``.
 
