@@ -10,6 +10,4 @@ if _typing.TYPE_CHECKING:
 
 __all__ = ["PRESETS", "DistillConfig", "distill", "preset", "read_config", "write_config"]
 
-__getattr__, __dir__ = _lazy_names(
-    __name__, {name: "loop" if name == "distill" else "config" for name in __all__}
-)
+__getattr__, __dir__ = _lazy_names(__name__, {name: "loop" if name == "distill" else "config" for name in __all__})

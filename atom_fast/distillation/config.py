@@ -25,7 +25,7 @@ _WHITENED = ("cifar10", "cifar100")
 
 _SIZE = {"ge": 1, "lt": 2**31}  # larger sizes overflow 32-bit indices
 
-# Settings that earlier versions wrote and that are gone: the one value that this version honours, and what to do instead.
+# Settings that earlier versions wrote and that are gone: the value that still means the same, and what to do instead.
 _REMOVED = {
     "memory_budget": (None, "use class_chunk"),
 }
@@ -60,9 +60,7 @@ def _explained(cls: type) -> type:
 
 
 @_explained
-@pydantic.dataclasses.dataclass(
-    frozen=True, kw_only=True, config=pydantic.ConfigDict(strict=True, allow_inf_nan=False)
-)
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=pydantic.ConfigDict(strict=True, allow_inf_nan=False))
 class DistillConfig:
     """Settings of Algorithm 1 of the ATOM paper; the defaults are the preset ``"paper"``.
 
