@@ -21,7 +21,7 @@ import torch
 from atom_fast._device import is_out_of_memory
 from atom_fast._files import write_atomically
 from atom_fast._malloc import keep_freed_memory
-from atom_fast.distillation.live_bytes import LiveBytes
+from benchmarks.live_bytes import LiveBytes
 
 from .methods import Workload, build_step
 

@@ -16,8 +16,8 @@ from atom_fast.data.archives import download_file, unpack_zip
 from atom_fast.data.cifar import read_cifar
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.decoding import IMAGE_SUFFIXES, decode_images, resize_images
+from atom_fast.names import SOURCES
 
-SOURCES = ("digits", "cifar10", "cifar100", "tiny", "folder")
 DEFAULT_DATA_DIR = Path("data")
 
 _DIGITS_TRAIN = 1400  # of 1,797; the other 397 are the test set

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from atom_fast.data.dataset import ImageData
+from atom_fast.names import PREPROCESSINGS as KINDS
 
-KINDS = ("standard", "zca", "zca_standardized")
 ZCA_EPS = 0.1  # added to every eigenvalue of the covariance: the value MTT and DataDAM whiten CIFAR with
 _CHUNK = 4096  # images whitened at once: 50 MB of CIFAR in float32
 _OVERSHOOT = 0.25  # by which cubic interpolation may leave [0, 1] at an edge

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import atom_fast as af
 from atom_fast import reference
-from atom_fast.distillation.live_bytes import LiveBytes, count_peak
+from benchmarks.live_bytes import LiveBytes, count_peak
 from benchmarks import (
     cells,
     compare,

@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 
-from atom_fast.distillation.live_bytes import count_peak
+from benchmarks.live_bytes import count_peak
 from benchmarks import scaling
 from benchmarks.methods import Workload, build_step
 
