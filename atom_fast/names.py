@@ -21,6 +21,8 @@ SOURCES = ("digits", "cifar10", "cifar100", "tiny", "folder")
 SELECTIONS = ("random", "herding", "k-center", "forgetting", "least-forgetting", "full")
 FEATURES = ("embedding", "pixels")
 EXPORT_FORMATS = ("folder", "pt")
+# Epochs of the network that is watched to select images: they separate long before it has learned them all.
+WATCHED_EPOCHS = 20
 SYNTHETIC_FILE = "synthetic.safetensors"  # in a run's folder
 
 OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")  # of siamese augmentation, by code

@@ -25,7 +25,7 @@ _WHITENED = ("cifar10", "cifar100")
 
 _SIZE = {"ge": 1, "lt": 2**31}  # larger sizes overflow 32-bit indices
 
-# Settings that earlier versions wrote and that are gone: the one value that this version honours, and what to do instead.
+# Settings that earlier versions wrote and that are gone: the value that still means the same, and what to do instead.
 _REMOVED = {
     "memory_budget": (None, "use class_chunk"),
 }
