@@ -17,10 +17,10 @@ from atom_fast._files import write_atomically
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.distillation.config import DistillConfig
-from atom_fast.distillation.memory import fit_class_chunk
 from atom_fast.distillation.ranks import own_device
 from atom_fast.distillation.stages import PREFIX, STAGES
-from atom_fast.distillation.step import Distillation, initial_images
+from atom_fast.distillation.start import initial_images
+from atom_fast.distillation.step import Distillation
 from benchmarks import bounds
 
 STEP = "step"  # the range of a whole step in the trace
@@ -170,10 +170,7 @@ def _prepare(config: DistillConfig, data: ImageData, device: torch.device, progr
     data = data.to(device)
     preprocessing = fit_preprocessing(data.train_images, config.preprocessing, progress=progress)
     images = initial_images(config, data, preprocessing)
-    run = Distillation(config, data, preprocessing, images, progress=progress)
-    if config.memory_budget is not None:
-        fit_class_chunk(run, config.memory_budget)
-    return run
+    return Distillation(config, data, preprocessing, images, progress=progress)
 
 
 def _seconds_a_step(step: Callable[[], None], steps: int, device: torch.device) -> float:

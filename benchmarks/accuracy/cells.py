@@ -18,7 +18,7 @@ from pathlib import Path
 
 from atom_fast._files import write_atomically
 from atom_fast.distillation.config import DistillConfig
-from atom_fast.distillation.logs import say
+from atom_fast.distillation.logs import log
 from atom_fast.evaluation.protocols import Protocol
 from benchmarks.accuracy.datasets import DATASETS
 from benchmarks.methods import configuration, get_method
@@ -148,14 +148,14 @@ def claimed(folder: Path) -> Iterator[bool]:
             yield False
             return
         except OSError as error:  # some network file systems
-            _say_once(
+            _log_once(
                 f"{folder.parent} cannot be locked ({error.strerror}): make sure yourself that no other process works "
                 "on its cells"
             )
         yield True
 
 
-_say_once = functools.cache(say)
+_log_once = functools.cache(log)
 
 
 def open_cell(folder: Path, cell: Cell, data_name: str, fingerprint: str) -> None:
