@@ -24,6 +24,7 @@ from atom_fast.distillation.logs import RunLog
 from atom_fast.distillation.loop import distill
 from atom_fast.distillation.run_folder import _locked
 from atom_fast.distillation.step import Distillation
+from atom_fast.evaluation.results import read_records
 from atom_fast.synthetic import SyntheticSet
 from tests.distillation.test_step import make_data
 from tests.processes import ROOT, Server
@@ -274,14 +275,15 @@ def test_a_full_disk_keeps_what_an_evaluation_had_found(server, finished, tmp_pa
                "--quiet", "--json", result]  # fmt: skip
     assert server.run(*command, printed=printed, kill="replace", call=1, when="after") == -signal.SIGKILL
     first = result.read_text()
-    assert json.loads(first)["evaluation"]["unfinished"] == [1]
+    (record,) = read_records(result)
+    assert record["unfinished"] == [1]
     assert server.run(*command, printed=printed, full="result.json") == 2
     message = printed.read_text().splitlines()[-1]
     assert message == f"Error: cannot write {result}: File too large; the earlier file is unchanged"
     assert result.read_text() == first
     assert server.run(*command, printed=printed) == 0
-    whole = json.loads(result.read_text())["evaluation"]
-    assert whole["unfinished"] == [] and whole["accuracies"][0] == json.loads(first)["evaluation"]["accuracies"][0]
+    (whole,) = read_records(result)
+    assert whole["unfinished"] == [] and whole["accuracies"][0] == record["accuracies"][0]
 
 
 @pytest.fixture(scope="module")
@@ -537,7 +539,7 @@ def test_a_file_that_is_no_result_is_not_replaced(content, finished, tmp_path):
     file = tmp_path / "notes.json"
     file.write_text(content)
     result = CliRunner().invoke(main, ["evaluate", str(finished), "--json", str(file)])
-    assert result.exit_code == 2 and f"{file} is not a result of this command" in result.stderr
+    assert result.exit_code == 2 and f"{file} is not a record of evaluations" in result.stderr
     assert file.read_text() == content
 
 
@@ -548,7 +550,8 @@ def test_a_damaged_result_of_the_demo_is_measured_again(tmp_path, monkeypatch, c
     from atom_fast import demo
 
     made = {"dataset": "digits", "ipc": 1, "method": "atom", "accuracy_mean": 50.0, "accuracy_std": 1.0}
-    monkeypatch.setattr(demo, "compare", lambda *arguments, **settings: {**made, "seconds": 1.0})
+    monkeypatch.setattr(demo, "evaluate", lambda *arguments, **settings: None)
+    monkeypatch.setattr(demo, "summary", lambda *arguments: {**made, "seconds": 1.0})
     overrides = {"iterations": 1, "real_batch": 4, "width": 4, "depth": 1}
     demo.run_demo(tmp_path, device="cpu", progress=False, ipcs=(1,), overrides=overrides)
     result = tmp_path / "digits-ipc1" / "result.json"
