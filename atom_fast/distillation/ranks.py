@@ -248,8 +248,7 @@ def _agent_holds_store() -> bool:
 class StopSign:
     """Whether to stop, on which all ranks agree: they compare their signals about once a second, at the same steps."""
 
-    def __init__(self, world: World, iteration: int):
-        self._world = world
+    def __init__(self, iteration: int):
         self._next = self._last = iteration
         self._then = time.monotonic()
 
@@ -261,12 +260,12 @@ class StopSign:
             received: signals that came to this process.
             at_once: wait for all ranks now.
         """
-        if self._world.size == 1:
+        if _current.size == 1:
             return received[0] if received else None
         if iteration < self._next and not at_once:
             return None
         steps, now = max(iteration - self._last, 1), time.monotonic()
-        notes = self._world.exchange([list(received[:1]), (now - self._then) / steps])
+        notes = _current.exchange([list(received[:1]), (now - self._then) / steps])
         slowest = max(seconds for _, seconds in notes)
         # At most twice as many as before: a GPU's first steps seem to take no time, since nobody waits for them.
         self._last, self._then = iteration, now
