@@ -53,8 +53,7 @@ def test_shares_of_bandwidth_are_drawn_and_their_picture_is_checked(measured):
     folder, picture = measured / "results", measured / "docs" / "figures" / "bandwidth.png"
     same = {"layout": "nchw", "shape": [1280, 128, 32, 32], "milliseconds": 0.3}
     cases = [
-        same
-        | {"operator": name, "direction": way, "dtype": dtype, "implementation": by, "share_of_copy": share}
+        same | {"operator": name, "direction": way, "dtype": dtype, "implementation": by, "share_of_copy": share}
         for name in operators.OPERATORS
         for way in ("forward", "backward")
         for dtype in ("float32", "bfloat16")
