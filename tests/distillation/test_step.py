@@ -12,16 +12,14 @@ import atom_fast as af
 from atom_fast import _native
 from atom_fast._device import convolution_precision
 from atom_fast._seeds import derive_seed
-from atom_fast.data.augmentation import AugmentationParameters, augment, draw_augmentation
 from atom_fast.data.dataset import ImageData
-from atom_fast.data.sampling import sample_class_indices
 from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.distillation import step
 from atom_fast.distillation.config import preset
 from atom_fast.distillation.loop import distill
 from atom_fast.distillation.start import initial_images
-from atom_fast.distillation.step import Distillation, DivergenceError, make_network
-from examples import plain_atom
+from atom_fast.distillation.step import Distillation, DivergenceError
+from benchmarks.digits import plain_loop
 
 
 def make_data(classes=3, per_class=10, channels=3, size=8, device="cpu"):
@@ -42,35 +40,13 @@ def make_run(data=None, name="paper", **settings):
     return Distillation(config, data, preprocessing, initial_images(config, data, preprocessing)), preprocessing
 
 
-def plain_loop(run, preprocessing, iterations):
-    """The images and the last loss of Algorithm 1 class after class, with the draws of `Distillation`."""
-    config, data = run.config, run.data
-
-    def draw(iteration):
-        generator = torch.Generator(run.images.device).manual_seed(derive_seed(config.seed, iteration))
-        network = make_network(config, data).to(run.images.device)
-        network.reset_parameters(generator)
-        indices = sample_class_indices(data, config.real_batch, generator)
-        drawn = draw_augmentation(data.num_classes, generator, strategy=config.augmentation)
-
-        def augment_class(images, k):
-            own = AugmentationParameters(*(parameter[k : k + 1] for parameter in drawn))
-            return augment(images, own, torch.zeros(len(images), dtype=torch.int64, device=images.device))
-
-        return network, [preprocessing.to_model(data.train_images[own]) for own in indices], augment_class
-
-    names = ("image_lr", "momentum", "loss_scale", "spatial_power", "channel_power", "mmd_weight")
-    images = run.images.detach().clone()
-    loop = plain_atom.distill(images, draw, **{name: getattr(config, name) for name in names})
-    losses = [next(loop).item() for _ in range(iterations)]
-    return images.detach(), losses[-1]
-
-
 @pytest.mark.parametrize("name", ["paper", "channel", "dm"])
 def test_steps_equal_the_plain_loop(name, device):
     run, preprocessing = make_run(make_data(device=device), name, loss_scale=3.0, precision="float32")
-    expected, last_loss = plain_loop(run, preprocessing, 6)
-    start = run.images.detach().clone()
+    start, expected = run.images.clone(), run.images.clone()
+    loop = plain_loop(run, preprocessing, expected)
+    *_, last_loss = (next(loop).item() for _ in range(6))
+    expected = expected.detach()
     for iteration in range(1, 7):
         if iteration == 6:
             run.read_terms()
