@@ -1,7 +1,8 @@
 """Fast dataset distillation by attention matching (ATOM)."""
 
-import importlib as _importlib
 import typing as _typing
+
+from ._lazy import lazy_names as _lazy_names
 
 __version__ = "0.1.0"
 
@@ -23,23 +24,6 @@ if _typing.TYPE_CHECKING:
     from .losses import ATOMLoss
     from .synthetic import SyntheticSet
 
-# Where each public name is defined.
-_HOMES = {
-    "ATOMLoss": "losses",
-    "SyntheticSet": "synthetic",
-    "attention_matching_from_maps": "functional",
-    "attention_matching_loss": "functional",
-    "backend": "_backend",
-    "channel_attention": "functional",
-    "class_groups": "functional",
-    "distill": "distillation.loop",
-    "evaluate": "evaluation.evaluate",
-    "load_data": "data.sources",
-    "mean_matching_loss": "functional",
-    "preset": "distillation.config",
-    "select": "evaluation.sets",
-    "spatial_attention": "functional",
-}
 __all__ = [
     "ATOMLoss",
     "SyntheticSet",
@@ -57,18 +41,22 @@ __all__ = [
     "spatial_attention",
 ]
 
-
-def __getattr__(name: str):
-    """Import a public name when it is first used.
-
-    PyTorch takes seconds to import; the command line must be able to answer ``--help`` without it, and to handle Ctrl-C
-    before it.
-    """
-    if name in _HOMES:
-        globals()[name] = getattr(_importlib.import_module(f".{_HOMES[name]}", __name__), name)
-        return globals()[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = _lazy_names(
+    __name__,
+    {
+        "ATOMLoss": "losses",
+        "SyntheticSet": "synthetic",
+        "attention_matching_from_maps": "functional",
+        "attention_matching_loss": "functional",
+        "backend": "_backend",
+        "channel_attention": "functional",
+        "class_groups": "functional",
+        "distill": "distillation.loop",
+        "evaluate": "evaluation.evaluate",
+        "load_data": "data.sources",
+        "mean_matching_loss": "functional",
+        "preset": "distillation.config",
+        "select": "evaluation.sets",
+        "spatial_attention": "functional",
+    },
+)

@@ -13,8 +13,11 @@ from atom_fast import __version__
 from atom_fast._files import write_atomically
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.sources import load_data
-from atom_fast.distillation import DistillConfig, distill, preset
-from atom_fast.evaluation.comparison import compare, default_protocol
+from atom_fast.distillation.config import DistillConfig, drop_removed_settings, preset
+from atom_fast.distillation.loop import distill
+from atom_fast.evaluation.evaluate import architecture_of, evaluate
+from atom_fast.evaluation.results import summary
+from atom_fast.evaluation.sets import random_sets
 from atom_fast.pictures import comparison_table, result_line, save_run_pictures
 
 IPCS = (1, 10)
@@ -80,18 +83,13 @@ def _part(output: Path, data: ImageData, config: DistillConfig, device, progress
             print(f"kept from an earlier demo: {folder} (remove the folder to repeat it)", file=sys.stderr)
             return result
     synthetic = distill(
-        config, data, folder, resume=resume, progress=progress, device=device, how_to_go_on="run the same command again"
+        data, config, folder, resume=resume, progress=progress, device=device, how_to_go_on="run the same command again"
     )
     save_run_pictures(folder, synthetic)
-    result = compare(
-        synthetic,
-        data,
-        protocol=default_protocol(data.name),
-        networks=NETWORKS,
-        seed=config.seed,
-        device=device,
-        progress=progress,
-    )
+    options = {"networks": NETWORKS, "seed": config.seed, "device": device, "progress": progress}
+    options |= {"architecture": architecture_of(synthetic, data.name), "record": folder / "evaluation.json"}
+    random = random_sets(data, synthetic, seed=config.seed)
+    result = summary(evaluate(synthetic, data, **options), evaluate(random, data, **options))
     write_atomically(result_file, json.dumps(result, indent=2) + "\n")
     return result
 
@@ -103,7 +101,7 @@ def _prepare(output: Path, folder: Path, settings: dict) -> bool:
     started = folder.is_dir() and any(folder.iterdir())
     if started and known is None:
         raise FileExistsError(f"{folder} was not made by the demo; move it, or give the demo another --output")
-    if started and known != settings:
+    if started and _as_of_this_version(known) != settings:
         print(f"repeated, because the demo's settings changed: {folder}", file=sys.stderr)
         shutil.rmtree(folder)
         started = False
@@ -118,3 +116,11 @@ def _read_record(path: Path) -> dict:
         return {}
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is not what the demo wrote; move it, or give the demo another --output") from error
+
+
+def _as_of_this_version(settings: dict) -> dict:
+    """A part's settings without what an earlier version wrote and that changes nothing."""
+    try:
+        return {**settings, "config": drop_removed_settings(settings["config"])}
+    except (LookupError, TypeError, ValueError):
+        return settings

@@ -1,4 +1,4 @@
-"""The distilled data set: one file that explains itself, and its export to what other programs read."""
+"""The synthetic set: one file that describes itself, and its export to formats of other programs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ import torch
 
 from atom_fast._files import write_atomically
 from atom_fast.data.whitening import Preprocessing
+from atom_fast.names import EXPORT_FORMATS, SYNTHETIC_FILE
 
 FORMAT = "atom_fast.synthetic_set"
 FORMAT_VERSION = 1
-SYNTHETIC_FILE = "synthetic.safetensors"  # in a run's folder
-EXPORT_FORMATS = ("folder", "pt")
 
-# Mean and standard deviation by which the public DC, DM and DataDAM programs normalise their test images. CIFAR-10's
-# are not those of its pixels (0.247, 0.243, 0.262): a set normalised by its pixels would have another contrast there.
+# Mean and standard deviation with which the public DC, DM and DataDAM programs normalise test images. CIFAR-10's differ
+# from its pixels' (0.247, 0.243, 0.262): a set normalised by its pixels would have another contrast there.
 PUBLIC_NORMALIZATION = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -38,11 +37,11 @@ class SyntheticSet(torch.utils.data.Dataset):
     As a ``torch.utils.data.Dataset`` it yields ``(image, label)``: float32 ``[C, H, W]`` in model space and an int.
 
     Attributes:
-        images: float32 ``[N, C, H, W]`` in model space, that is normalised, and whitened where the preprocessing is.
+        images: float32 ``[N, C, H, W]`` in model space: normalised, and whitened if the preprocessing whitens.
         labels: int64 ``[N]``, each in ``[0, len(class_names))``.
         class_names: one name per class.
         preprocessing: :class:`~atom_fast.data.whitening.Preprocessing` between pixels and model space.
-        metadata: what made the set; anything JSON can hold. ``distill`` writes ``config``, ``config_hash``, ``seed``,
+        metadata: the set's origin, as JSON values. ``distill`` writes ``config``, ``config_hash``, ``seed``,
             ``dataset``, ``dataset_fingerprint`` and ``versions``.
     """
 
@@ -57,18 +56,26 @@ class SyntheticSet(torch.utils.data.Dataset):
         """Check and keep the parts; nothing is copied.
 
         Raises:
-            ValueError: a wrong shape or dtype, a value that is not finite, a label without a class name, or metadata of
-                ``distill`` of another type.
+            ValueError: as `check`.
         """
-        class_names = tuple(class_names)
-        _check_parts(images, labels, class_names)
-        metadata = dict(metadata or {})
-        _check_metadata(metadata)
         self.images = images.detach()
         self.labels = labels
-        self.class_names = class_names
+        self.class_names = tuple(class_names)
         self.preprocessing = preprocessing
-        self.metadata = metadata
+        self.metadata = dict(metadata or {})
+        self.check()
+
+    def check(self) -> None:
+        """Check that the set is valid, for example after its attributes were changed.
+
+        Raises:
+            ValueError: a wrong shape or dtype, a value that is not finite, a label without a class name, or an entry of
+                the metadata of another type than ``distill`` writes.
+        """
+        _check_parts(self.images, self.labels, self.class_names)
+        if not all(tensor.isfinite().all() for tensor in self.preprocessing.tensors().values()):
+            raise ValueError("the preprocessing must be finite; got NaN or infinity")
+        _check_metadata(self.metadata)
 
     def __repr__(self) -> str:
         of = f" of {self.metadata['dataset']!r}" if self.metadata.get("dataset") else ""
@@ -81,7 +88,7 @@ class SyntheticSet(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int | slice | Sequence[int]) -> tuple[torch.Tensor, int | torch.Tensor]:
-        """An image and its label, or several of each, as indexing the tensors gives them."""
+        """Return an image and its label, or several of each, indexed like the tensors."""
         label = self.labels[index]
         return self.images[index], label if label.dim() else int(label)
 
@@ -97,11 +104,11 @@ class SyntheticSet(torch.utils.data.Dataset):
         return sizes.pop() if len(sizes) == 1 else None
 
     def pixels(self) -> torch.Tensor:
-        """The images as they are looked at: float32 ``[N, C, H, W]`` in [0, 1], clamped."""
+        """Return the images as pixels: float32 ``[N, C, H, W]`` in [0, 1], clamped."""
         return self.preprocessing.to_pixels(self.images)
 
     def to(self, device: torch.device | str) -> SyntheticSet:
-        """The same set with its tensors on ``device``."""
+        """Return the set with its tensors on ``device``."""
         return SyntheticSet(
             self.images.to(device),
             self.labels.to(device),
@@ -114,16 +121,18 @@ class SyntheticSet(torch.utils.data.Dataset):
         """Write the set to one ``.safetensors`` file, completely or not at all.
 
         The tensors are ``images``, ``labels`` and ``preprocessing.*``; the header holds the class names and the
-        metadata as JSON, and a SHA-256 of everything, so that damage is noticed when the file is read.
+        metadata as JSON, and a SHA-256 of everything, so that `load` notices damage.
 
         Returns:
             The path written.
 
         Raises:
             OSError: the file could not be written (a full disk); an earlier file at the path is unchanged.
-            ValueError: the metadata cannot be written as JSON.
+            ValueError: the set is not valid (`check`), or its metadata cannot be written as JSON; nothing is written.
         """
         from safetensors.torch import save
+
+        self.check()
 
         tensors = {"images": self.images, "labels": self.labels}
         tensors |= {f"preprocessing.{name}": tensor for name, tensor in self.preprocessing.tensors().items()}
@@ -136,7 +145,7 @@ class SyntheticSet(torch.utils.data.Dataset):
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> SyntheticSet:
-        """Read a set that :meth:`save` wrote, or the one in a run's folder, on the CPU. Nothing in it is executed.
+        """Read a set that :meth:`save` wrote, or the one in a run's folder, to the CPU. Nothing in it is executed.
 
         Raises:
             FileNotFoundError: there is no such file, or no set in the folder.
@@ -149,8 +158,6 @@ class SyntheticSet(torch.utils.data.Dataset):
                 for name, tensor in tensors.items()
                 if name.startswith("preprocessing.")
             }
-            if not all(tensor.isfinite().all() for tensor in parts.values()):
-                raise ValueError("its preprocessing must be finite; got NaN or infinity")
             preprocessing = Preprocessing.from_tensors(parts)
             if not isinstance(description["class_names"], list):
                 raise ValueError(f"class_names must be a list; got a {type(description['class_names']).__name__}")
@@ -166,28 +173,29 @@ class SyntheticSet(torch.utils.data.Dataset):
         """Write the set in a format that other programs read.
 
         Args:
-            path: the folder or file to write. A folder must not exist or be empty; a file is replaced.
-            format: None: ``"pt"`` where the path ends in ``.pt``, otherwise ``"folder"``. ``"folder"`` writes
-                ``train/<class>/0000.png`` as torchvision's ``ImageFolder`` reads it, in 8-bit pixels (values outside
-                [0, 1] are clamped), and ``metadata.json`` with the class names, the metadata, and the preprocessing's
-                kind, mean and standard deviation. Folder names are the class names where these are safe as
-                file names and sort in the order of the labels; otherwise each gets the label in front, so that
+            path: the folder or file to write. A folder must be empty or not exist; a file is replaced.
+            format: None: ``"pt"`` if the path ends in ``.pt``, otherwise ``"folder"``.
+                ``"folder"`` writes ``train/<class>/0000.png`` for torchvision's ``ImageFolder``, in 8-bit pixels
+                (values outside [0, 1] are clamped), and ``metadata.json`` with the class names, the metadata, and the
+                preprocessing's kind, mean and standard deviation. Folders have the class names if these are safe as
+                file names and sort in the order of the labels; otherwise the label is put in front, so that
                 ``ImageFolder`` always numbers the classes as this set does.
-                ``"pt"`` writes what the public DC, DM and DataDAM programs save, ``{"data": [[images, labels]],
-                "accs_all_exps": {}}``, float32 on the CPU, and beside it what those programs do not read:
-                ``"preprocessing"``, kind, mean and standard deviation of the saved images' space. Images are normalised
-                as those programs normalise the data set (CIFAR-10, CIFAR-100 and Tiny ImageNet by the constants in
-                their code, others by this set's own mean and standard deviation); a whitened set is saved in its
-                whitened space.
+                ``"pt"`` writes the format of the public DC, DM and DataDAM programs, ``{"data": [[images, labels]],
+                "accs_all_exps": {}}``, float32 on the CPU, and an entry that these programs ignore,
+                ``"preprocessing"``: kind, mean and standard deviation of the saved images' space. Images are normalised
+                as these programs do it (CIFAR-10, CIFAR-100 and Tiny ImageNet with the constants in their code, other
+                data sets with this set's mean and standard deviation); a whitened set stays whitened.
 
         Returns:
             The path written.
 
         Raises:
-            ValueError: an unknown format, or images that are neither grey nor RGB for ``"folder"``.
+            ValueError: an unknown format, a set that is not valid (`check`), or images that are neither grey nor RGB
+                for ``"folder"``.
             FileExistsError: the folder exists and is not empty.
             OSError: the files could not be written.
         """
+        self.check()
         path = Path(path)
         if format is None:
             format = "pt" if path.suffix == ".pt" else "folder"
@@ -199,7 +207,7 @@ class SyntheticSet(torch.utils.data.Dataset):
 
 
 def load_public(path: str | os.PathLike) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Read a ``.pt`` that the public DC, DSA, DM or DataDAM program saved, on the CPU. Nothing in it is executed.
+    """Read a ``.pt`` that the public DC, DSA, DM or DataDAM program saved, to the CPU. Nothing in it is executed.
 
     Returns:
         ``(images, labels)`` of every experiment in the file: float32 ``[N, C, H, W]`` in the model space of the program
@@ -246,7 +254,7 @@ def _check_stored(tensors: Sequence[torch.Tensor]) -> None:
 
 
 def _check_metadata(metadata: dict) -> None:
-    """Refuse entries that readers of a set rely on and that are not what they are taken for."""
+    """Refuse entries of another type than readers of a set rely on."""
     unknown = type(None)
     kinds = {"dataset": (str, unknown), "method": (str, unknown), "config": dict, "seconds": (int, float, unknown)}
     for name, kind in kinds.items():
@@ -333,10 +341,10 @@ def _read_file(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def folder_names(class_names: Sequence[str]) -> list[str]:
-    """Names safe in every file system, distinct, and sorted in the order of ``class_names``.
+    """Return distinct names that are safe in every file system and sort in the order of ``class_names``.
 
-    Letters, digits, ``.``, ``-`` and ``_`` stay, all else becomes ``_``; where the result would not be distinct and in
-    order, or could be hidden, reserved or too long, every name gets its position in front.
+    Letters, digits, ``.``, ``-`` and ``_`` stay, other characters become ``_``. If the result is not distinct and in
+    order, or a name could be hidden, reserved or too long, every name gets its position in front.
     """
     safe = [re.sub(r"[^\w.-]", "_", name)[:60] for name in class_names]
     folded = [name.casefold() for name in safe]
@@ -359,7 +367,7 @@ def _export_folder(synthetic: SyntheticSet, path: Path) -> Path:
         raise FileExistsError(f"{path} exists and is not an empty folder; give a new one")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    content = temporary / "content"  # made by mkdir, with everyone's permissions; mkdtemp's own folder is private
+    content = temporary / "content"  # mkdir gives the usual permissions; the folder from mkdtemp is private
     try:
         pixels = (synthetic.pixels() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         labels = synthetic.labels.cpu()
@@ -386,13 +394,13 @@ def _export_folder(synthetic: SyntheticSet, path: Path) -> Path:
 
 
 def _public_model_space(synthetic: SyntheticSet) -> tuple[torch.Tensor, dict[str, object]]:
-    """The images in the space of the public programs, and that space as `Preprocessing.describe` says it."""
+    """The images in the space of the public programs, and that space as `Preprocessing.describe` describes it."""
     preprocessing = synthetic.preprocessing
     constants = PUBLIC_NORMALIZATION.get(synthetic.metadata.get("dataset"))
     if preprocessing.kind != "standard" or constants is None:
         return synthetic.images, preprocessing.describe()
     mean, std = (synthetic.images.new_tensor(values)[:, None, None] for values in constants)
-    # Not by way of to_pixels: that clamps, and distilled images reach outside [0, 1].
+    # Not to_pixels, which clamps: distilled images reach outside [0, 1].
     pixels = synthetic.images * preprocessing.std[:, None, None] + preprocessing.mean[:, None, None]
     return (pixels - mean) / std, Preprocessing(mean.flatten(), std.flatten()).describe()
 

@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--edition", default="cpu", help=f"one of {', '.join(table3.EDITIONS)}")
     measure.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of the results file")
     measure.add_argument("--method", action="append", help="only this method; may be repeated")
-    measure.add_argument("--provider", action="append", help="only this provider; may be repeated")
+    measure.add_argument("--implementation", action="append", help="only this implementation; may be repeated")
     measure.add_argument("--ipc", action="append", type=int, help="only this many images per class; may be repeated")
     measure.add_argument("--iterations", type=int, help="timed iterations per cell (default: the edition's)")
     measure.add_argument("--seconds", type=float, help="seconds of timing per cell (default: the edition's)")
@@ -73,7 +73,7 @@ def _table3(options: argparse.Namespace) -> int:
         options.edition,
         options.out,
         methods=options.method,
-        providers=options.provider,
+        implementations=options.implementation,
         ipcs=options.ipc,
         plan=dataclasses.replace(plan, **changes),
     )

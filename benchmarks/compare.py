@@ -1,4 +1,4 @@
-"""What got slower between two runs, by each run's own ratio to its eager provider: the machine does not matter."""
+"""Compare two runs by each run's ratio to its own eager step, so that the machine does not matter."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ import re
 from pathlib import Path
 
 from .harness import load_results
-from .merging import given
-from .methods import Setting
+from .methods import Workload
+from .timings import given
 
-Case = tuple  # what is measured, without its provider
+Case = tuple  # a measured step or call, without its implementation
 
 
 def compare(old: Path, new: Path, tolerance: float) -> list[str]:
-    """Name every case whose time relative to eager grew by more than ``tolerance``.
+    """Return a sentence for every case whose time relative to eager grew by more than ``tolerance``.
 
     Args:
-        old, new: results of Table 3, of the kernels or of pytest-benchmark; two files of a kind, or two folders, of
-            which the files of the same name are compared.
-        tolerance: 0.15 passes over up to 15 % more.
+        old, new: results of Table 3, of the kernels or of pytest-benchmark: two files of a kind, or two folders whose
+            files of the same name are compared.
+        tolerance: accepted growth; 0.15 accepts 15 %.
 
     Raises:
-        FileNotFoundError: a path is not there.
+        FileNotFoundError: a path does not exist.
         ValueError: a file is corrupt, or there is nothing to compare.
     """
     return [_message(*change) for change in _changes(old, new) if change[-1] > change[-2] * (1 + tolerance)]
 
 
 def compare_repeated(old: Path, new: Path, tolerance: float) -> tuple[str, list[str]]:
-    """How well one run repeats another: what differs most, and every case whose ratio differs by more than allowed.
+    """Compare two runs of the same code: find the largest difference, and every case beyond the tolerance.
 
     Args:
         old, new: as for :func:`compare`.
-        tolerance: 0.15 passes over ratios up to 15 % above or below.
+        tolerance: accepted difference in either direction; 0.15 accepts 15 %.
 
     Returns:
-        A sentence, and the cases that differ by more, the worst first.
+        A sentence about the largest difference, and one for each case beyond the tolerance, the largest first.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`compare`.
@@ -48,25 +48,25 @@ def compare_repeated(old: Path, new: Path, tolerance: float) -> tuple[str, list[
 
 
 def _changes(old: Path, new: Path) -> list[tuple[Case, str, float, float]]:
-    """Case, provider, and its share of eager's time before and after, of everything that both have."""
+    """Return case, implementation, and share of eager's time before and after, of everything that both runs have."""
     changes = []
     for old_file, new_file in _pairs(old, new):
         before, after = ratios(old_file), ratios(new_file)
-        for case, provider in sorted(before.keys() & after.keys(), key=str):
-            changes.append((case, provider, before[case, provider], after[case, provider]))
+        for case, implementation in sorted(before.keys() & after.keys(), key=str):
+            changes.append((case, implementation, before[case, implementation], after[case, implementation]))
     if not changes:
         raise ValueError(f"{old} and {new} have no case in common that was measured beside eager")
     return changes
 
 
 def _deviation(change: tuple[Case, str, float, float]) -> float:
-    """How much the larger ratio is above the smaller: the same whichever run came first."""
+    """Return the excess of the larger ratio over the smaller, whichever run came first."""
     *_, was, now = change
     return max(was, now) / min(was, now) - 1
 
 
-def _message(case: Case, provider: str, was: float, now: float) -> str:
-    return f"{' '.join(map(str, case))} {provider}: {was:.3g} of eager's time before, {now:.3g} now"
+def _message(case: Case, implementation: str, was: float, now: float) -> str:
+    return f"{' '.join(map(str, case))} {implementation}: {was:.3g} of eager's time before, {now:.3g} now"
 
 
 def _pairs(old: Path, new: Path) -> list[tuple[Path, Path]]:
@@ -81,10 +81,10 @@ def _pairs(old: Path, new: Path) -> list[tuple[Path, Path]]:
 
 
 def ratios(path: Path) -> dict[tuple[Case, str], float]:
-    """Median time over eager's in the same file, by case and provider; the cell's own share where it has one.
+    """Return the median time over eager's in the same file, or the cell's own share, by case and implementation.
 
     Raises:
-        ValueError: the file is neither of the two kinds.
+        ValueError: the file is of no known kind.
     """
     try:
         content = json.loads(path.read_text())
@@ -100,34 +100,34 @@ def ratios(path: Path) -> dict[tuple[Case, str], float]:
         medians = dict(_table3_case(cell) for cell in measured)
         shares = {_table3_case(cell)[0]: cell["share_of_eager"] for cell in measured if "share_of_eager" in cell}
     found = {
-        (case, provider): median / medians[case, "eager"]
-        for (case, provider), median in medians.items()
-        if provider != "eager" and (case, "eager") in medians
+        (case, implementation): median / medians[case, "eager"]
+        for (case, implementation), median in medians.items()
+        if implementation != "eager" and (case, "eager") in medians
     }
     return {**found, **shares}
 
 
 def _pytest_case(benchmark: dict) -> tuple[tuple[Case, str], float]:
-    if "provider" in benchmark["extra_info"]:  # benchmarks/test_operators.py: the group is all but the provider
-        return ((benchmark["group"],), benchmark["extra_info"]["provider"]), benchmark["stats"]["median"]
+    if "implementation" in benchmark["extra_info"]:  # test_operators.py: the group is the case
+        return ((benchmark["group"],), benchmark["extra_info"]["implementation"]), benchmark["stats"]["median"]
     parameters = dict(benchmark["params"] or {})
-    provider = str(parameters.pop("provider", ""))
+    implementation = str(parameters.pop("implementation", ""))
     # pytest-benchmark writes a function as "UNSERIALIZABLE[<function eager at 0x...>]".
-    named = re.search(r"<function (\w+)", provider)
+    named = re.search(r"<function (\w+)", implementation)
     case = benchmark["fullname"].split("[")[0], *(f"{name}={value}" for name, value in sorted(parameters.items()))
-    return (case, named[1] if named else provider), benchmark["stats"]["median"]
+    return (case, named[1] if named else implementation), benchmark["stats"]["median"]
 
 
 def _kernel_case(case: dict) -> tuple[tuple[Case, str], float]:
     fields = tuple(str(case[field]) for field in ("operator", "direction", "shape", "dtype", "layout"))
-    return (fields, case["provider"]), case["milliseconds"]
+    return (fields, case["implementation"]), case["milliseconds"]
 
 
 def _table3_case(cell: dict) -> tuple[tuple[Case, str], float]:
-    setting = given(Setting(**cell["setting"]))
-    provider, precision = setting.pop("provider"), setting.pop("precision")
-    # bfloat16 is another way to the same step: eager, which has one precision, is what it is compared with too.
-    label = f"{provider} bfloat16" if precision == "bfloat16" else provider
-    if chunk := setting.pop("class_chunk", None):
+    workload = given(Workload(**cell["workload"]))
+    implementation, precision = workload.pop("implementation"), workload.pop("precision")
+    # bfloat16 is compared with eager too, which has one precision.
+    label = f"{implementation} bfloat16" if precision == "bfloat16" else implementation
+    if chunk := workload.pop("class_chunk", None):
         label += f" {chunk} classes at once"
-    return (tuple(f"{name}={value}" for name, value in setting.items()), label), cell["time"]["median"]
+    return (tuple(f"{name}={value}" for name, value in workload.items()), label), cell["time"]["median"]

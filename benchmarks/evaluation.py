@@ -28,7 +28,7 @@ from atom_fast.evaluation import evaluate, get_protocol, random_selection
 
 from .harness import environment, save_results
 from .methods.published import ConvNet, augment
-from .methods.setting import Setting
+from .methods.workload import Workload
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -121,7 +121,7 @@ def loop(data: ImageData, networks: int, epochs: int) -> Callable[[], None]:
     """The public code: network after network, a DataLoader that indexes an image at a time, loss and accuracy read."""
     device = data.train_images.device.type
     channels, height, _ = data.image_shape
-    setting = Setting("evaluation", "eager", 10, channels=channels, resolution=height, device=device)
+    workload = Workload("evaluation", "eager", 10, channels=channels, resolution=height, device=device)
     space = fit_preprocessing(data.train_images, "standard", progress=False)
     training_set = TensorDataset(space.to_model(data.train_images), data.train_labels)
     test_set = TensorDataset(space.to_model(data.test_images), data.test_labels)
@@ -141,7 +141,7 @@ def loop(data: ImageData, networks: int, epochs: int) -> Callable[[], None]:
 
     def train() -> None:
         for _ in range(networks):
-            network = ConvNet(setting).to(device)
+            network = ConvNet(workload).to(device)
             optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
             for number in range(epochs):
                 run_epoch(DataLoader(training_set, batch_size=256, shuffle=True), network, optimizer, number)

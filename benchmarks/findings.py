@@ -1,27 +1,24 @@
-"""Pictures of accuracies: the paper's methods and this project's against seconds, findings, and a row per class."""
+"""Pictures of accuracies: the paper's methods and this project's against seconds, one per finding, and the images."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.accuracy.paper import TABLE1 as ACCURACIES
-from benchmarks.accuracy.paper import TABLE4
-
 from . import paper
+from .accuracy.render import Record, Row, read
 from .methods import METHODS
 from .plots import files_digest, panels, save, styled
-from .reproduction import Record, Row, read
 
 OURS, PAPER = "tab:red", "0.45"
-# Where the tiles of docs/figures/cifar10-ipc10.png lie: the first one, their side, and the way from one to the next.
+# Tiles of docs/figures/cifar10-ipc10.png in pixels: place of the first, side, and distance from one to the next.
 FIRST_TILE, TILE, PITCH = (85, 8), 64, 66
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # DAM and ATOM overlap at 50 images per class.
 MARKS = {"DM": ("o", OURS), "DAM": ("D", "white"), "ATOM": ("o", OURS)}
 NAME, MARGIN, GAP = 150, 16, 28  # pixels for a name, around the picture, and between its two halves
 PROTOCOLS = {
-    "preset paper": "InstanceNorm, preset's schedule",
+    "baseline": "InstanceNorm, preset's schedule",
     "evaluation_norm batch": "tested with BatchNorm",
     "norm batch": "distilled and tested with BatchNorm",
     "evaluation paper-fixed": "fixed learning rate",
@@ -33,13 +30,13 @@ PROTOCOLS = {
 
 @styled
 def plot_accuracy(path: Path, table1: Path) -> None:
-    """Draw accuracy against the seconds of one distilled set: the paper's methods on its A100, and this project's."""
+    """Draw accuracy against seconds per distilled set: the paper's methods on its A100, and this project's."""
     record = read(table1)
-    figure, axes = panels(1, len(paper.IPCS), 3.9)
-    for column, ipc in enumerate(paper.IPCS):
+    figure, axes = panels(1, len(paper.TABLE3_IPCS), 3.9)
+    for column, ipc in enumerate(paper.TABLE3_IPCS):
         axis = axes[0][column]
         for method, (seconds, accuracy) in _printed(ipc).items():
-            label = f"paper, {paper.DEVICE}: time per step × steps"
+            label = f"paper, {paper.TABLE3_DEVICE}: time per step × steps"
             axis.plot(seconds, accuracy, "o", mfc="white", mec=PAPER, color=PAPER, label=label)
             _label(axis, METHODS[method].title, seconds, accuracy, PAPER, above=method == "atom")
         for row in record.rows(f"cifar10:{ipc}"):
@@ -59,20 +56,20 @@ def plot_accuracy(path: Path, table1: Path) -> None:
 
 
 def _printed(ipc: int) -> dict[str, tuple[float, float]]:
-    """By method, seconds of a whole distillation and accuracy as the paper has them."""
+    """Return the paper's seconds of a whole distillation and accuracy, by method."""
     found = {}
-    for method, seconds in paper.SECONDS.items():
-        step = seconds[paper.IPCS.index(ipc)]
-        accuracy = ACCURACIES.get(METHODS[method].title, {}).get(("cifar10", ipc))
+    for method, seconds in paper.TABLE3_SECONDS.items():
+        step = seconds[paper.TABLE3_IPCS.index(ipc)]
+        accuracy = paper.TABLE1.get(METHODS[method].title, {}).get(("cifar10", ipc))
         if method == "atom-channel" and ipc == 50:
-            accuracy = TABLE4[method]
+            accuracy = paper.TABLE4[method]
         if accuracy and method in paper.ITERATIONS and not isinstance(step, str):
             found[method] = step[0] * paper.ITERATIONS[method], accuracy[0]
     return found
 
 
 def _label(axis, text: str, x: float, y: float, colour: str, above: bool) -> None:
-    """A name beside a point, a little above or below it, since DAM and ATOM lie close to each other."""
+    """Write a name beside a point, slightly above or below it, since DAM and ATOM lie close to each other."""
     axis.annotate(
         text, (x, y), xytext=(6, 5 if above else -4), textcoords="offset points", color=colour, fontsize=8, va="center"
     )
@@ -80,7 +77,7 @@ def _label(axis, text: str, x: float, y: float, colour: str, above: bool) -> Non
 
 @styled
 def plot_norm_and_schedule(path: Path, studies: Sequence[Path]) -> None:
-    """Draw the accuracy of one and the same preset under other norms and other schedules of the test."""
+    """Draw the accuracy of one preset under other norms and other schedules of the test."""
     figure, axes = panels(1, len(studies), 2.6, sharey=True)
     for axis, study in zip(axes[0], studies, strict=True):
         rows = {row.title: row for row in read(study).rows("accuracy")}
@@ -98,12 +95,12 @@ def plot_norm_and_schedule(path: Path, studies: Sequence[Path]) -> None:
 
 
 def _images(record: Record) -> str:
-    """The numbers of images per class of a record, without the data set's name."""
+    """Return the images per class of a record, without the data set."""
     return record.where.rpartition(", ")[2]
 
 
 def _colour(name: str) -> str:
-    return "0.35" if name == "preset paper" else "#6a51a3" if "norm" in name else "#2b7bba"
+    return "0.35" if name == "baseline" else "#6a51a3" if "norm" in name else "#2b7bba"
 
 
 @styled
@@ -125,7 +122,7 @@ def plot_loss_scale(path: Path, batch: Path, instance: Sequence[Path]) -> None:
 
 def _draw_scales(axis, record: Record, norm: str, colour: str) -> None:
     rows = {row.title: row for row in record.rows("accuracy")}
-    points = {record.preset["loss_scale"]: rows["preset paper"]}
+    points = {record.preset["loss_scale"]: rows["baseline"]}
     points |= {float(title.split()[1]): row for title, row in rows.items() if title.startswith("loss_scale ")}
     scales = sorted(points)
     means, stds = [points[scale].mean for scale in scales], [points[scale].std for scale in scales]
@@ -141,10 +138,10 @@ def plot_settings(path: Path, compared: Mapping[str, Mapping[str, Row]], source:
     """Draw a dot per setting, with its standard deviation and its figure beside it.
 
     Args:
-        path: of the picture.
-        compared: by panel, the row of each setting; all panels have the same settings.
-        source: names the figures.
-        title: what was measured, and on how many sets and networks.
+        path: file of the picture.
+        compared: row of each setting by panel; all panels have the same settings.
+        source: digest of the results, for the metadata.
+        title: data set, sets and networks.
     """
     figure, axes = panels(1, len(compared), 2.2, sharex=True, sharey=True)
     for axis, (name, rows) in zip(axes[0], compared.items(), strict=True):
@@ -170,7 +167,7 @@ def plot_running_mean(path: Path, average: Path) -> None:
     """Draw the accuracy of the last iterate and of the running average of the same runs."""
     record = read(average)
     rows = {row.title: row for row in record.rows("accuracy")}
-    settings = {"last iterate": rows["preset paper"], "running average": rows["image_average True"]}
+    settings = {"last iterate": rows["baseline"], "running average": rows["image_average True"]}
     compared = {_images(record): settings}
     plot_settings(path, compared, files_digest([average]), _measured(record, settings["running average"]))
 
@@ -190,13 +187,13 @@ def plot_unit_variance(path: Path, without: Path, divided: Path) -> None:
 
 
 def _measured(record: Record, row: Row) -> str:
-    """Data set, sets and networks of a row, and the steps of its runs."""
+    """Return data set, sets and networks of a row, and the steps of its runs."""
     sets = f"{row.sets} set{'s' if row.sets > 1 else ''} × {row.networks} networks"
     return f"{record.where.rpartition(', ')[0]}: {sets} per row, {record.iterations:,} steps"
 
 
 def draw_classes(path: Path, picture: Path) -> None:
-    """Draw the ten images of every class beside its name, two classes a line, from the picture that a run left."""
+    """Draw the ten images of each class beside its name, two classes per line, from the picture of a run."""
     from PIL import Image, ImageDraw, ImageFont
     from PIL.PngImagePlugin import PngInfo
 

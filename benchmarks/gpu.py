@@ -110,7 +110,7 @@ def kernel_benchmarks(run: GpuRun, limit: float) -> str:
 
 
 def headline(run: GpuRun, limit: float) -> str:
-    """ATOM at 50 images a class, every provider."""
+    """ATOM at 50 images a class, every implementation."""
     return _table3(run, limit, methods=["atom"], ipcs=[50], seconds=10)
 
 

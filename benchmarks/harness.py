@@ -1,4 +1,4 @@
-"""How anything here is measured: a step in a process of its own, timed call by call, with the memory it took."""
+"""Measurement of a step in its own process: time call by call, peak memory, and the environment."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ import torch
 from atom_fast._device import is_out_of_memory
 from atom_fast._files import write_atomically
 from atom_fast._malloc import keep_freed_memory
-from atom_fast.distillation.live_bytes import LiveBytes
+from benchmarks.live_bytes import LiveBytes
 
-from .methods import Setting, build_step
+from .methods import Workload, build_step
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMAT = 1  # of the JSON files; raised when their meaning changes
 WARMUP, FEWEST = 3, 3
-TURN = 0.2  # seconds that a process has at least before its neighbour's turn
-Step = Callable[[], object]  # runs one step; returns its loss on the device, or a function that reads it
+TURN = 0.2  # least seconds of a process's turn before its neighbour's
+Step = Callable[[], object]  # runs one step; returns its loss on the device or a function that reads it
 MEASURED = ("atom_fast", "kernels", "benchmarks/methods", "benchmarks/harness.py")
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How long a cell is measured.
+    """Duration and conditions of a measurement.
 
     Attributes:
-        iterations: timed calls, at most.
-        seconds: after this time no further call is timed, once there are three; warm-up has as long again.
+        iterations: largest number of timed calls.
+        seconds: time after which no further call is timed, once there are three; the same limit holds for warm-up.
         limit: seconds after which the cell's process is ended.
-        keep_memory: on a CPU, have the C library keep what is freed (`atom_fast._malloc`).
-        threads: on a CPU, of each process; None for PyTorch's own choice, a thread a core.
-        beside_eager: on a CPU, let a process that runs ``eager`` take turns with the cell's. Their ratio is then one of
-            neighbours in time: a machine that is faster in one minute than in the next is so for both.
+        keep_memory: on a CPU, make the C library keep freed memory (`atom_fast._malloc`).
+        threads: threads of each process on a CPU; None: PyTorch's default.
+        beside_eager: on a CPU, take turns with a process that runs ``eager``, so that their ratio does not depend on how
+            the machine's speed changes with time.
     """
 
     iterations: int = 100
@@ -55,26 +55,26 @@ class Plan:
     beside_eager: bool = False
 
 
-def run_cell(setting: Setting, plan: Plan) -> dict:
-    """Measure one cell in a process of its own, so that it starts with clean memory and may crash.
+def run_cell(workload: Workload, plan: Plan) -> dict:
+    """Measure one workload in its own process, so that it starts with clean memory and may crash.
 
     Returns:
         A record for JSON: ``status`` ("ok", "OOM", "timeout" or "failed"), and the figures of :func:`measure` when ok,
         or a ``message``.
     """
     started = time.time()
-    # Imported once by a server and inherited by every cell's process; it never touches the GPU. A cell that is measured
-    # as PyTorch comes is started afresh, as a user's process is.
-    afresh = setting.device == "cpu" and not plan.keep_memory
+    # A server imports the modules once and never touches the GPU; each process inherits them. A process with PyTorch's
+    # default memory behaviour is started afresh, like a user's.
+    afresh = workload.device == "cpu" and not plan.keep_memory
     context = multiprocessing.get_context("spawn" if afresh else "forkserver")
     context.set_forkserver_preload(["benchmarks.harness", "benchmarks.methods.atom"])
     receiver, sender = context.Pipe(duplex=False)
     processes, neighbour = [], None
-    if plan.beside_eager and setting.device == "cpu" and setting.provider != "eager":
+    if plan.beside_eager and workload.device == "cpu" and workload.implementation != "eager":
         neighbour, there = context.Pipe()
-        eager = dataclasses.replace(setting, provider="eager", class_chunk=None)
+        eager = dataclasses.replace(workload, implementation="eager", class_chunk=None)
         processes.append(context.Process(target=_take_turns, args=(eager, plan, there)))
-    process = context.Process(target=_measure_and_send, args=(setting, plan, sender, neighbour))
+    process = context.Process(target=_measure_and_send, args=(workload, plan, sender, neighbour))
     processes.append(process)
     for each in processes:
         each.start()
@@ -85,7 +85,7 @@ def run_cell(setting: Setting, plan: Plan) -> dict:
     try:
         if receiver.poll(plan.limit):
             record = receiver.recv()
-            process.join(10)  # its figures are here; what it still has to close may take a while, but not for ever
+            process.join(10)  # its result has arrived; closing may take a while
         else:
             record = _ended("timeout", f"not done in {plan.limit:.0f} s")
     except EOFError:
@@ -99,11 +99,11 @@ def run_cell(setting: Setting, plan: Plan) -> dict:
     return record
 
 
-def _measure_and_send(setting: Setting, plan: Plan, sender, neighbour) -> None:
+def _measure_and_send(workload: Workload, plan: Plan, sender, neighbour) -> None:
     try:
-        if plan.keep_memory and setting.device == "cpu":
+        if plan.keep_memory and workload.device == "cpu":
             keep_freed_memory()
-        record = {"status": "ok", **measure(setting, plan, neighbour)}
+        record = {"status": "ok", **measure(workload, plan, neighbour)}
     except Exception as error:
         if is_out_of_memory(error):
             record = _ended("OOM", str(error))
@@ -117,12 +117,12 @@ def _ended(status: str, message: str) -> dict:
     return {"status": status, "message": message[:1000]}
 
 
-def _take_turns(setting: Setting, plan: Plan, connection) -> None:
-    """Run a setting's step for a turn whenever the other end asks, and send back the seconds of each step."""
+def _take_turns(workload: Workload, plan: Plan, connection) -> None:
+    """Run a turn of a workload's step whenever the other end asks, and send the seconds of each step."""
     if plan.keep_memory:
         keep_freed_memory()
     connection.recv()  # not before the other process is ready: neither disturbs the other
-    step = _prepared_step(setting, plan)
+    step = _prepared_step(workload, plan)
     for _ in range(WARMUP):
         step()
     connection.send("ready")
@@ -131,7 +131,7 @@ def _take_turns(setting: Setting, plan: Plan, connection) -> None:
 
 
 def _turn(step: Step) -> tuple[list[float], object]:
-    """Seconds of each step of a turn, and the last loss."""
+    """Run a turn; return the seconds of each step and the last loss."""
     step()  # not timed: the neighbour's threads look for work for some 10 ms more before they sleep
     seconds = []
     while sum(seconds) < TURN:
@@ -140,42 +140,42 @@ def _turn(step: Step) -> tuple[list[float], object]:
     return seconds, loss
 
 
-def _prepared_step(setting: Setting, plan: Plan) -> Step:
-    if plan.threads and setting.device == "cpu":
+def _prepared_step(workload: Workload, plan: Plan) -> Step:
+    if plan.threads and workload.device == "cpu":
         torch.set_num_threads(plan.threads)
-    set_precision(setting)
-    torch.manual_seed(setting.seed)
-    return build_step(setting)
+    set_precision(workload)
+    torch.manual_seed(workload.seed)
+    return build_step(workload)
 
 
-def measure(setting: Setting, plan: Plan, neighbour=None) -> dict:
-    """Build a setting's step and measure it in this process.
+def measure(workload: Workload, plan: Plan, neighbour=None) -> dict:
+    """Build a workload's step and measure it in this process.
 
     Args:
-        setting, plan: what is measured, and for how long.
-        neighbour: connection to a process in `_take_turns`; None to run without one.
+        workload, plan: step to measure, and duration.
+        neighbour: connection to a process in `_take_turns`, or None.
 
     Returns:
-        ``seconds``: one figure an iteration; on a GPU between device events, so that nothing waits for the device in
-        between. ``time``: their summary. ``memory``: see :func:`_cuda_memory` and :func:`_cpu_memory`; ``loss``: of the
-        last step; ``setup_seconds``: data, compilation or capture, and the first step. With a neighbour also
-        ``eager_seconds``, those of its steps, and ``share_of_eager``: the median over all turns of a step's time over
-        that in the neighbour's turn that followed.
+        ``seconds``: one per iteration; on a GPU between device events, so that nothing waits for the device. ``time``:
+        their summary. ``memory``: see :func:`_cuda_memory` and :func:`_cpu_memory`. ``loss``: loss of the last step.
+        ``setup_seconds``: data, compilation or capture, and the first step. With a neighbour also ``eager_seconds``,
+        the seconds of its steps, and ``share_of_eager``: the median over turns of a step's time over that in the
+        neighbour's next turn.
     """
     started = time.perf_counter()
-    step = _prepared_step(setting, plan)
+    step = _prepared_step(workload, plan)
     loss = step()
-    synchronize(setting.device)
+    synchronize(workload.device)
     setup = time.perf_counter() - started
 
-    on_gpu, beside = setting.device == "cuda", {}
+    on_gpu, beside = workload.device == "cuda", {}
     if on_gpu:
-        torch.cuda.empty_cache()  # what only the first step needed: trials of convolutions, compilation
+        torch.cuda.empty_cache()  # memory that only the first step needed: trials of convolutions, compilation
     for _ in range(WARMUP - 1):
         if time.perf_counter() - started > plan.seconds:
             break
         step()
-        synchronize(setting.device)
+        synchronize(workload.device)
 
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -187,7 +187,7 @@ def measure(setting: Setting, plan: Plan, neighbour=None) -> dict:
             seconds, loss = _time_with_clock(step, plan)
         else:
             seconds, beside, loss = _time_in_turns(step, neighbour, plan)
-        memory = _cpu_memory(step, setting)
+        memory = _cpu_memory(step, workload)
     return {
         **beside,
         "time": summary(seconds),
@@ -198,19 +198,19 @@ def measure(setting: Setting, plan: Plan, neighbour=None) -> dict:
     }
 
 
-def set_precision(setting: Setting) -> None:
-    """PyTorch's switches for the baselines; this project's step sets its own from its configuration.
+def set_precision(workload: Workload) -> None:
+    """Set PyTorch's switches for the baselines; this project's step sets its own from its configuration.
 
     TF32 convolutions are PyTorch's default, which the public code leaves alone. cuDNN's search for the fastest
-    algorithm is off for ``eager``, as there, and on for what a careful author writes, as fixed shapes allow.
+    algorithm is off for ``eager``, as there, and on for batched code, whose shapes are fixed.
     """
-    if setting.precision == "float32":
+    if workload.precision == "float32":
         torch.backends.cudnn.conv.fp32_precision = "ieee"
-    torch.backends.cudnn.benchmark = setting.provider in ("eager-batched", "compile")
+    torch.backends.cudnn.benchmark = workload.implementation in ("eager-batched", "compile")
 
 
 def synchronize(device: str) -> None:
-    """Wait for a GPU; nothing on the CPU."""
+    """Wait for a GPU; do nothing on a CPU."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -250,7 +250,7 @@ def _clocked(step: Step) -> tuple[float, object]:
 
 
 def _time_in_turns(step: Step, neighbour, plan: Plan) -> tuple[list[float], dict, object]:
-    """Seconds of the step, what `measure` adds of the neighbour's, and the loss."""
+    """Return the seconds of the step, the neighbour's fields of `measure`, and the loss."""
     neighbour.send("prepare")
     neighbour.recv()
     seconds, eager_seconds, shares = [], [], []
@@ -267,7 +267,7 @@ def _time_in_turns(step: Step, neighbour, plan: Plan) -> tuple[list[float], dict
 
 
 def summary(seconds: list[float]) -> dict:
-    """Median, 20 % and 80 % quantiles, mean and standard deviation in seconds, and how many there were."""
+    """Return median, 20 % and 80 % quantiles, mean and standard deviation in seconds, and the number of samples."""
     quantiles = statistics.quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 4
     return {
         "iterations": len(seconds),
@@ -280,9 +280,9 @@ def summary(seconds: list[float]) -> dict:
 
 
 def _cuda_memory(resident: int) -> dict:
-    """Bytes at the peak of the timed steps; the process started with none, so the data set and all state count.
+    """Return bytes at the peak of the timed steps, including the data set and all state.
 
-    A captured graph keeps its memory in a pool of its own that replays do not report: the whole pool counts.
+    A captured graph keeps its memory in a separate pool that replays do not report: the whole pool counts.
     """
     held = 0
     for segment in torch.cuda.memory_snapshot():
@@ -296,9 +296,9 @@ def _cuda_memory(resident: int) -> dict:
     }
 
 
-def _cpu_memory(step: Step, setting: Setting) -> dict:
-    """Bytes of the tensors one more step makes, at their peak; the data set and state between steps do not count."""
-    if setting.provider == "compile":
+def _cpu_memory(step: Step, workload: Workload) -> dict:
+    """Return the peak bytes of tensors made by one more step; data set and state between steps do not count."""
+    if workload.implementation == "compile":
         return {"counted": "no: compiled code makes its tensors where they cannot be counted", "peak_allocated": None}
     with LiveBytes() as counter:
         step()
@@ -307,7 +307,7 @@ def _cpu_memory(step: Step, setting: Setting) -> dict:
 
 @functools.lru_cache(maxsize=2)
 def environment(device: str, threads: int | None = None) -> dict:
-    """Where and with what figures are measured; ``threads`` as in `Plan`.
+    """Return device, versions, commit and a hash of the measured code; ``threads`` as in `Plan`.
 
     Raises:
         RuntimeError: there is no such device.
@@ -330,7 +330,7 @@ def environment(device: str, threads: int | None = None) -> dict:
 
 
 def _gpu_name() -> str:
-    # Asked of the driver's tool: asking PyTorch would open a context in this process and take memory from the cells.
+    # The driver's tool answers: asking PyTorch would open a context in this process and take memory from the cells.
     return _run("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or torch.cuda.get_device_name()
 
 
@@ -359,7 +359,7 @@ def _commit() -> dict:
 
 
 def _run(*command: str) -> str | None:
-    """First line a command prints; None when it prints nothing, fails or is not there."""
+    """Return the first line that a command prints; None if it prints nothing, fails or is missing."""
     try:
         output = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
@@ -368,7 +368,7 @@ def _run(*command: str) -> str | None:
 
 
 def source_identity() -> str:
-    """Hash of the code that is measured; it names a version where there is no git, and a changed tree too."""
+    """Return a hash of the measured code: it names a version without git, and a modified tree."""
     digest = hashlib.sha256()
     for place in MEASURED:
         inside = (file for file in (ROOT / place).rglob("*") if file.suffix in (".py", ".c", ".h"))
@@ -395,7 +395,7 @@ def load_results(path: Path) -> dict:
 
 
 def save_results(path: Path, results: dict) -> None:
-    """Write a results file whole or not at all: one line a cell or part, so that a change shows as that line."""
+    """Write a results file atomically, one line per cell or part, so that a change shows as that line."""
     fields = []
     for name, value in results.items():
         if isinstance(value, list) and value:

@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
         record["cases"].append(result)
         save_results(options.out, record)
         print(
-            f"{case.operator:13} {case.direction:8} {case.provider:6} {case.shape!s:22} {case.dtype:9} "
+            f"{case.operator:13} {case.direction:8} {case.implementation:6} {case.shape!s:22} {case.dtype:9} "
             f"{case.layout:13} {result['milliseconds'] * 1e3:9.1f} us {100 * result['share_of_copy']:5.1f} % of copy"
         )
 

@@ -1,4 +1,4 @@
-"""Every fused operator as a benchmark: its sizes, the providers that compute it, and the fewest bytes it must move.
+"""Every fused operator as a benchmark: its sizes, its implementations, and the fewest bytes it must move.
 
 The fewest bytes are each input read once and each output written once. What a call moves beyond them costs time without
 counting, so the bytes a second of a case, beside those of a copy, tell how close to the memory's limit it is.
@@ -29,7 +29,7 @@ from .methods.batched_augmentation import augment as batched_augmentation
 CLASSES = 10
 WIDTH = 128
 DIRECTIONS = ("forward", "backward", "both")
-PROVIDERS = ("eager", "compile", "fused")
+IMPLEMENTATIONS = ("eager", "compile", "fused")
 LAYOUTS = ("nchw", "channels_last")
 
 
@@ -42,7 +42,7 @@ class Case:
         shape: of its largest input.
         dtype: "float32" or "bfloat16".
         layout: of the input, "nchw" or "channels_last"; "rows" for what has no planes.
-        provider: "eager" (the equations in PyTorch), "compile" (torch.compile of it) or "fused" (this project).
+        implementation: "eager" (the equations in PyTorch), "compile" (torch.compile of it) or "fused" (this project).
         direction: "forward", "backward" (without the forward that made its graph), or "both".
     """
 
@@ -50,12 +50,12 @@ class Case:
     shape: tuple[int, ...]
     dtype: str
     layout: str
-    provider: str
+    implementation: str
     direction: str
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.shape))
-        return "-".join((self.operator, self.direction, size, self.dtype, self.layout, self.provider))
+        return "-".join((self.operator, self.direction, size, self.dtype, self.layout, self.implementation))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,9 @@ class Operator:
     parameters: int = 0
 
 
-def cases(device: str, operators: Sequence[str] | None = None, providers: Sequence[str] = PROVIDERS) -> list[Case]:
+def cases(
+    device: str, operators: Sequence[str] | None = None, implementations: Sequence[str] = IMPLEMENTATIONS
+) -> list[Case]:
     """Every case for a device: layers of the ConvNet on CIFAR-10 and Tiny ImageNet, images, and class means.
 
     On a GPU, 1,280 real and 500 synthetic images a step, in float32 and bfloat16; on a CPU 40 of the real ones.
@@ -103,13 +105,13 @@ def cases(device: str, operators: Sequence[str] | None = None, providers: Sequen
         "matching": [(batch, columns) for columns in (32 * 32 + WIDTH, 16 * 16 + WIDTH, 2048) for batch in batches],
     }
     return [
-        Case(operator, shape, dtype, layout, provider, direction)
+        Case(operator, shape, dtype, layout, implementation, direction)
         for operator in operators or OPERATORS
         for shape in sizes[operator]
         for dtype in (dtypes if operator not in ("augment", "matching") else ("float32",))
         for layout in (LAYOUTS if len(shape) == 4 else ("rows",))
         for direction in DIRECTIONS
-        for provider in providers
+        for implementation in implementations
     ]
 
 
@@ -119,8 +121,8 @@ def prepare(case: Case, device: str) -> Work:
     if case.layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
     operator = OPERATORS[case.operator](x)
-    function = operator.fused if case.provider == "fused" else operator.eager
-    if case.provider == "compile":
+    function = operator.fused if case.implementation == "fused" else operator.eager
+    if case.implementation == "compile":
         function = torch.compile(function)
     leaf = x.clone().requires_grad_()
     with torch.no_grad():

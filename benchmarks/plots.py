@@ -1,4 +1,4 @@
-"""Pictures of measured times, memory and bandwidth; each names in its metadata the figures it was drawn from.
+"""Pictures of measured times, memory and bandwidth; each has the digest of its results in its metadata.
 
 All pictures are white cards 8 inches wide at 200 dots per inch: sharp at the 800 pixels of a README column, and
 readable on a light and on a dark page.
@@ -14,8 +14,8 @@ from pathlib import Path
 
 from . import paper, scaling, table3
 from .harness import load_results
-from .merging import digest, merge
-from .methods import METHODS
+from .methods import TIMED
+from .timings import digest, merge
 
 WIDTH, DPI = 8.0, 200
 STYLE = {
@@ -29,7 +29,7 @@ STYLE = {
     "legend.fontsize": 8.5,
 }
 PRECISION_NAMES = {"float32": "", "tf32": "", "bfloat16": ", bfloat16"}
-PROVIDER_NAMES = {
+IMPLEMENTATION_NAMES = {
     "eager": "eager, class by class",
     "eager-batched": "eager, all classes at once",
     "compile": "torch.compile",
@@ -54,7 +54,7 @@ OPERATOR_NAMES = {
     "matching": "class means",
 }
 LAYOUT_NAMES = {"nchw": ", NCHW", "channels_last": ",\nchannels_last", "rows": ""}
-# Too small on a GPU for their bandwidth to count: the time of a call is that of its launch.
+# Bound by their launch on a GPU, so that their bandwidth says nothing.
 LAUNCH_BOUND = ("augment", "matching")
 # Real images of a CIFAR-10 step: the largest tensors.
 SHAPES = ([1280, 128, 32, 32], [1280, 3, 32, 32], [1280, 1152])
@@ -67,7 +67,7 @@ BARS = {
 
 
 def styled(draw: Callable) -> Callable:
-    """Call a drawing function under this module's style, and leave matplotlib's own as it is."""
+    """Call a drawing function under this module's style; matplotlib's global style is unchanged."""
 
     @functools.wraps(draw)
     def wrapper(*arguments, **options):
@@ -80,7 +80,7 @@ def styled(draw: Callable) -> Callable:
 
 
 def panels(rows: int, columns: int, height: float, **options) -> tuple:
-    """A figure of panels [rows][columns], without matplotlib's global state."""
+    """Return a figure and its panels [rows][columns], without matplotlib's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -90,7 +90,7 @@ def panels(rows: int, columns: int, height: float, **options) -> tuple:
 
 
 def save(figure, path: Path, source: str, title: str = "", columns: int = 4) -> None:
-    """Add a legend below and a title, and write the picture with the name of the figures it was drawn from."""
+    """Add a legend below and a title, and write the picture with the digest of its results."""
     named = {
         name: handle for axis in figure.axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)
     }
@@ -103,7 +103,7 @@ def save(figure, path: Path, source: str, title: str = "", columns: int = 4) -> 
 
 
 def files_digest(paths: Sequence[Path]) -> str:
-    """Names the contents of files."""
+    """Return a digest of the contents of files."""
     content = hashlib.sha256()
     for path in paths:
         content.update(path.read_bytes())
@@ -117,8 +117,8 @@ def files_digest(paths: Sequence[Path]) -> str:
 def plot_table3(path: Path, edition: str, results: Sequence[Path]) -> None:
     """Draw time and peak memory of every method that was measured, a line of dots per implementation."""
     merged = merge(results)
-    measured = [ipc for ipc in table3.EDITIONS[edition].ipcs if any(setting.ipc == ipc for setting in merged)]
-    chosen = {ipc: [cell for setting, cell in merged.items() if setting.ipc == ipc] for ipc in measured}
+    measured = [ipc for ipc in table3.EDITIONS[edition].ipcs if any(workload.ipc == ipc for workload in merged)]
+    chosen = {ipc: [cell for workload, cell in merged.items() if workload.ipc == ipc] for ipc in measured}
     rows = {ipc: _dot_rows(cells, ipc, table3.EDITIONS[edition].device == "cuda") for ipc, cells in chosen.items()}
     heights = [1.0 + 0.2 * len(own) for own in rows.values()]
     figure, axes = panels(len(measured), 2, 0.3 + sum(heights), sharey="row", height_ratios=heights)
@@ -132,40 +132,40 @@ def plot_table3(path: Path, edition: str, results: Sequence[Path]) -> None:
     save(figure, path, digest(results), where)
 
 
-# A line of the picture: its name, its colour, and what it shows of time and memory (a status where there is none).
+# A line of the picture: name, colour, and time and memory (a status if it was not measured).
 Dots = tuple[str, str, tuple[float | str | None, float | str | None]]
 
 
 def _dot_rows(cells: list[dict], ipc: int, with_paper: bool) -> list[Dots]:
     rows = []
     printed = (_paper_milliseconds(ipc), _paper_megabytes(ipc)) if with_paper else ({}, {})
-    for method, described in METHODS.items():
+    for method, described in TIMED.items():
         own = _own(cells, method)
         if own and method in printed[0]:
             shown = printed[0][method], printed[1].get(method)
-            rows.append((f"{described.title}: paper, {paper.DEVICE}", "black", shown))
+            rows.append((f"{described.title}: paper, {paper.TABLE3_DEVICE}", "black", shown))
         for cell in own:
-            provider, precision = cell["setting"]["provider"], cell["setting"]["precision"]
-            name = f"{described.title}: {PROVIDER_NAMES[provider]}{PRECISION_NAMES[precision]}"
+            implementation, precision = cell["workload"]["implementation"], cell["workload"]["precision"]
+            name = f"{described.title}: {IMPLEMENTATION_NAMES[implementation]}{PRECISION_NAMES[precision]}"
             ended = cell["status"] == "ok"
             shown = (_milliseconds(cell), _megabytes(cell)) if ended else (cell["status"],) * 2
-            rows.append((name, COLOURS[provider], shown))
+            rows.append((name, COLOURS[implementation], shown))
     return rows
 
 
 def _own(cells: list[dict], method: str) -> list[dict]:
-    """A method's cells in the order of the table; what is no longer a provider is left out."""
-    known = [(provider, precision) for provider in METHODS[method].providers for precision in PRECISION_NAMES]
+    """Return a method's cells in the order of the table, without former implementations."""
+    known = [(implementation, precision) for implementation in TIMED[method].implementations for precision in PRECISION_NAMES]
     own = {
-        (cell["setting"]["provider"], cell["setting"]["precision"]): cell
+        (cell["workload"]["implementation"], cell["workload"]["precision"]): cell
         for cell in cells
-        if cell["setting"]["method"] == method
+        if cell["workload"]["method"] == method
     }
     return [own[key] for key in known if key in own]
 
 
 def _draw_dots(axis, rows: list[Dots], column: int) -> None:
-    """A dot per row on a logarithmic axis, its figure at its right; a hollow one is the paper's."""
+    """Draw a dot per row on a logarithmic axis with its figure at its right; the paper's is hollow."""
     for place, (_, colour, values) in enumerate(rows):
         value = values[column]
         if isinstance(value, str):
@@ -188,14 +188,14 @@ def _draw_dots(axis, rows: list[Dots], column: int) -> None:
 
 
 def _paper_milliseconds(ipc: int) -> dict[str, float]:
-    column = paper.IPCS.index(ipc)
-    found = {method: values[column] for method, values in paper.SECONDS.items()}
+    column = paper.TABLE3_IPCS.index(ipc)
+    found = {method: values[column] for method, values in paper.TABLE3_SECONDS.items()}
     return {method: value[0] * 1e3 for method, value in found.items() if not isinstance(value, str)}
 
 
 def _paper_megabytes(ipc: int) -> dict[str, float]:
-    column = paper.IPCS.index(ipc)
-    found = {method: values[column] for method, values in paper.MEGABYTES.items()}
+    column = paper.TABLE3_IPCS.index(ipc)
+    found = {method: values[column] for method, values in paper.TABLE3_MEGABYTES.items()}
     return {method: value for method, value in found.items() if not isinstance(value, str)}
 
 
@@ -204,9 +204,9 @@ def _paper_megabytes(ipc: int) -> dict[str, float]:
 
 @styled
 def plot_scaling(path: Path, edition: str, results: Sequence[Path]) -> None:
-    """Draw time and peak memory of a step against each of the sizes that were varied.
+    """Draw time and peak memory of a step against each varied size.
 
-    On a GPU, memory is that beyond what is held between steps: the data set grows with classes and resolution too.
+    Memory on a GPU excludes what is held between steps, since the data set grows with classes and resolution too.
     """
     described = scaling.EDITIONS[edition]
     merged = merge(results)
@@ -214,12 +214,12 @@ def plot_scaling(path: Path, edition: str, results: Sequence[Path]) -> None:
     for column, (field, values) in enumerate(described.values.items()):
         for row, value in enumerate((_milliseconds, _megabytes_of_a_step)):
             for label, line in scaling.lines(described, field).items():
-                cells = {size: merged.get(setting) for size, setting in line.items()}
+                cells = {size: merged.get(workload) for size, workload in line.items()}
                 points = {size: value(cell) for size, cell in cells.items() if cell and cell["status"] == "ok"}
-                provider, _, chunk = label.partition(",")
+                implementation, _, chunk = label.partition(",")
                 axes[row][column].plot(
-                    points.keys(), points.values(), color=COLOURS[provider], linestyle="--" if chunk else "-",
-                    marker="s" if chunk else "o", markersize=4, label=f"{PROVIDER_NAMES[provider]}{_chunked(chunk)}",
+                    points.keys(), points.values(), color=COLOURS[implementation], linestyle="--" if chunk else "-",
+                    marker="s" if chunk else "o", markersize=4, label=f"{IMPLEMENTATION_NAMES[implementation]}{_chunked(chunk)}",
                 )  # fmt: skip
             _logarithmic(axes[row][column], "y")
         axes[0][column].set_xscale("log", base=2)
@@ -250,8 +250,8 @@ def plot_bandwidth(path: Path, results: Sequence[Path]) -> None:
     """
     cases = bandwidth_cases(results)
     groups: dict[tuple[str, str], list] = {}
-    for (operator, layout, dtype, direction, provider), case in cases.items():
-        if provider == "fused" and operator not in LAUNCH_BOUND:
+    for (operator, layout, dtype, direction, implementation), case in cases.items():
+        if implementation == "fused" and operator not in LAUNCH_BOUND:
             groups.setdefault((operator, layout), []).append(((dtype, direction), case))
     figure, axes = panels(1, 1, 1.2 + sum(0.12 + 0.155 * len(group) for group in groups.values()))
     axis, place, ticks = axes[0][0], 0.0, {}
@@ -281,9 +281,10 @@ def _draw_share(axis, place: float, kind: tuple[str, str], share: float, eager: 
 
 
 def bandwidth_cases(results: Sequence[Path]) -> dict[tuple, dict]:
-    """By operator, layout, data type, direction and provider, the case at the real images' size of a CIFAR-10 step.
+    """Return the cases at the size of a CIFAR-10 step's real images.
 
-    A file of one operator (``kernels-gpu-block.json``) is newer than the file of all operators, and replaces its cases.
+    Keys are operator, layout, data type, direction and implementation. A file of one operator
+    (``kernels-gpu-block.json``) is newer than the file of all operators, and replaces its cases.
 
     Raises:
         ValueError: a file is not one of `benchmarks.kernels`.
@@ -293,7 +294,7 @@ def bandwidth_cases(results: Sequence[Path]) -> dict[tuple, dict]:
         try:
             for case in json.loads(path.read_text())["cases"]:
                 if case["shape"] in SHAPES and "share_of_copy" in case:
-                    key = case["operator"], case["layout"], case["dtype"], case["direction"], case["provider"]
+                    key = case["operator"], case["layout"], case["dtype"], case["direction"], case["implementation"]
                     found[key] = case
         except (ValueError, KeyError, TypeError) as error:
             message = f"{path} is not a file of `benchmarks.kernels` ({error!r}); it is left as it is"
@@ -303,7 +304,7 @@ def bandwidth_cases(results: Sequence[Path]) -> dict[tuple, dict]:
 
 
 def kernels_digest(paths: Sequence[Path]) -> str:
-    """Names the figures in files of kernels.
+    """Return a digest of the shares in files of kernels.
 
     Raises:
         ValueError: as `bandwidth_cases`.
@@ -327,7 +328,7 @@ def _megabytes_of_a_step(cell: dict) -> float | None:
 
 
 def _logarithmic(axis, which: str) -> None:
-    """A logarithmic axis "x" or "y" with plain numbers, and a grid across it."""
+    """Make an axis, "x" or "y", logarithmic with plain numbers and a grid."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set(**{f"{which}scale": "log"})

@@ -1,8 +1,8 @@
-"""One ATOM step, every provider side by side: ``python -m benchmarks.step --classes 2 --ipc 50``.
+"""One ATOM step, every implementation side by side: ``python -m benchmarks.step --classes 2 --ipc 50``.
 
 Prints the time of a step, its ratio to the eager step of the same run (all classes at once, equations 1 to 4 in plain
 PyTorch), and the memory of the tensors it makes. On a CPU the bytes are counted operation by operation and do not
-depend on the machine. Each provider runs in a process of its own, on a CPU twice: with the C library as it is, which
+depend on the machine. Each implementation runs in its own process, on a CPU twice: with the C library as it is, which
 gives freed memory back to the system and pays for having it cleared again, and with one that keeps it, as PyTorch's
 allocator does on a GPU.
 """
@@ -15,7 +15,7 @@ import itertools
 from pathlib import Path
 
 from .harness import Plan, environment, run_cell, save_results
-from .methods import Setting
+from .methods import Workload
 
 EAGER = "eager-batched"
 
@@ -32,28 +32,30 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--precision", action="append", help="float32, tf32 or bfloat16 (default float32); may be repeated"
     )
-    parser.add_argument("--provider", action="append", help="only this one; may be repeated")
+    parser.add_argument("--implementation", action="append", help="only this one; may be repeated")
     parser.add_argument("--iterations", type=int, default=5, help="timed steps (default 5)")
     parser.add_argument("--out", type=Path, help="JSON file of the records")
     options = parser.parse_args(arguments)
-    setting = Setting(
-        method="atom", provider=EAGER, ipc=options.ipc, classes=options.classes, resolution=options.resolution,
+    workload = Workload(
+        method="atom", implementation=EAGER, ipc=options.ipc, classes=options.classes, resolution=options.resolution,
         real_batch=options.real_batch, class_images=max(200, options.real_batch), width=options.width,
         device=options.device,
     )  # fmt: skip
     ours = ["fused", "fused-graph"] if options.device == "cuda" else ["fused"]
-    providers = options.provider or [EAGER, "compile", *ours]
-    record = {"environment": environment(options.device), "setting": dataclasses.asdict(setting), "cells": []}
+    implementations = options.implementation or [EAGER, "compile", *ours]
+    record = {"environment": environment(options.device), "workload": dataclasses.asdict(workload), "cells": []}
     for keep_memory in (True,) if options.device == "cuda" else (False, True):
         if options.device == "cpu":
             print(f"freed memory is {'kept' if keep_memory else 'given back'}:")
         plan, eager = Plan(options.iterations, 120, 900, keep_memory), None
-        for provider, precision in itertools.product(providers, options.precision or ["float32"]):
-            cell = run_cell(dataclasses.replace(setting, provider=provider, precision=precision), plan)
-            record["cells"].append({"provider": provider, "precision": precision, "keep_memory": keep_memory, **cell})
-            if cell["status"] == "ok" and provider == EAGER and eager is None:
+        for implementation, precision in itertools.product(implementations, options.precision or ["float32"]):
+            cell = run_cell(dataclasses.replace(workload, implementation=implementation, precision=precision), plan)
+            record["cells"].append(
+                {"implementation": implementation, "precision": precision, "keep_memory": keep_memory, **cell}
+            )
+            if cell["status"] == "ok" and implementation == EAGER and eager is None:
                 eager = cell
-            print(_line(f"{provider} {precision}", cell, eager), flush=True)
+            print(_line(f"{implementation} {precision}", cell, eager), flush=True)
             if options.out:
                 save_results(options.out, record)
 

@@ -1,4 +1,4 @@
-"""Table 3 of the ATOM paper: time and peak memory of a step of every method; each cell is kept as it ends."""
+"""Table 3 of the paper: time and peak memory of a step of every method; each cell is kept as it ends."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cells import check_known, measure_cells, measure_slow_again
 from .harness import Plan
-from .methods import METHODS, Setting
+from .methods import TIMED, Workload
+from .timings import check_known, measure_cells, measure_slow_again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,12 +19,12 @@ class Edition:
     Attributes:
         title: heading in reports.
         device: ``"cuda"`` or ``"cpu"``.
-        ipcs: images a class.
-        sizes: fields of :class:`Setting` that are the same for every method.
-        real_divisor: by what the methods' real batches are divided.
-        precision: of every provider.
-        bfloat16: methods and providers that are measured in bfloat16 as well.
-        plan: how long a cell is measured.
+        ipcs: images per class.
+        sizes: fields of :class:`Workload` that all methods share.
+        real_divisor: divisor of the methods' real batches.
+        precision: precision of every implementation.
+        bfloat16: methods and implementations that are measured in bfloat16 too.
+        plan: duration of each measurement.
     """
 
     title: str
@@ -56,60 +56,60 @@ EDITIONS = {
         real_divisor=8,
         precision="float32",
         bfloat16=(),
-        # One thread: two on a shared machine's two cores wait for each other, now more, now less.
+        # One thread: two on the two cores of a shared machine wait for each other, by varying amounts.
         plan=Plan(iterations=100, seconds=3, limit=180, threads=1, beside_eager=True),
     ),
 }
-AGAIN_UNTIL = 560.0  # seconds after the start: no cell is measured again beyond these
-# What a short run should have measured: this project's method at its largest, then its like, then the bi-level methods.
-WORTH = ("atom", "dam", "atom-channel", "dm", "mtt", "dsa", "dc")
+AGAIN_UNTIL = 560.0  # seconds after the start until which cells are measured again
+# The order of a run that may be cut short: this project's method, its relatives, then the bi-level methods.
+ORDER = ("atom", "dam", "atom-channel", "dm", "mtt", "dsa", "dc")
 FIRST = (("atom", "tf32"), ("atom", "float32"))
 
 
-def settings(
+def workloads(
     edition: Edition,
     methods: Sequence[str] | None = None,
-    providers: Sequence[str] | None = None,
+    implementations: Sequence[str] | None = None,
     ipcs: Sequence[int] | None = None,
-) -> list[Setting]:
-    """The cells of an edition, or a choice of them, the ones of most worth first.
+) -> list[Workload]:
+    """Return the cells of an edition, or some of them, the most important first.
 
     Raises:
         ValueError: a name or number that is not in the edition.
     """
-    known_providers = {provider for method in METHODS.values() for provider in method.providers}
-    check_known("method", methods, METHODS)
-    check_known("provider", providers, sorted(known_providers))
+    known = {implementation for method in TIMED.values() for implementation in method.implementations}
+    check_known("method", methods, TIMED)
+    check_known("implementation", implementations, sorted(known))
     check_known("ipc", ipcs, edition.ipcs)
     cells = []
-    for name in WORTH:
+    for name in ORDER:
         for ipc in reversed(edition.ipcs):
-            for provider in METHODS[name].providers:
-                if provider == "fused-graph" and edition.device == "cpu":
+            for implementation in TIMED[name].implementations:
+                if implementation == "fused-graph" and edition.device == "cpu":
                     continue
                 chosen = (not methods or name in methods) and (not ipcs or ipc in ipcs)
-                if chosen and (not providers or provider in providers):
-                    cells += _with_precisions(edition, name, provider, ipc)
-    # Compilation takes most of the time there is: but for ATOM itself, it comes last.
-    return sorted(cells, key=lambda cell: cell.provider == "compile" and (cell.method, cell.precision) not in FIRST)
+                if chosen and (not implementations or implementation in implementations):
+                    cells += _with_precisions(edition, name, implementation, ipc)
+    # Compilation takes most of the time: except for ATOM, it comes last.
+    return sorted(cells, key=lambda cell: cell.implementation == "compile" and (cell.method, cell.precision) not in FIRST)
 
 
-def _with_precisions(edition: Edition, method: str, provider: str, ipc: int) -> list[Setting]:
-    setting = Setting(
+def _with_precisions(edition: Edition, method: str, implementation: str, ipc: int) -> list[Workload]:
+    workload = Workload(
         method=method,
-        provider=provider,
+        implementation=implementation,
         ipc=ipc,
-        real_batch=METHODS[method].real_batch // edition.real_divisor,
+        real_batch=TIMED[method].real_batch // edition.real_divisor,
         device=edition.device,
         precision=edition.precision,
         **edition.sizes,
     )
-    low = (method, provider) in edition.bfloat16
-    return [setting, dataclasses.replace(setting, precision="bfloat16")] if low else [setting]
+    low = (method, implementation) in edition.bfloat16
+    return [workload, dataclasses.replace(workload, precision="bfloat16")] if low else [workload]
 
 
 def results_path(out: Path, edition: str) -> Path:
-    """Where an edition's figures are kept in a folder."""
+    """Return the results file of an edition in a folder."""
     return out / f"table3-{edition}.json"
 
 
@@ -118,19 +118,19 @@ def run(
     out: Path,
     *,
     methods: Sequence[str] | None = None,
-    providers: Sequence[str] | None = None,
+    implementations: Sequence[str] | None = None,
     ipcs: Sequence[int] | None = None,
     plan: Plan | None = None,
     deadline: float | None = None,
 ) -> Path:
-    """Measure the cells of an edition that the results file does not hold yet; each is written as it ends.
+    """Measure the cells of an edition that the results file does not hold yet; write each as it ends.
 
     Args:
         edition_name: key of :data:`EDITIONS`.
         out: folder of the results file.
-        methods, providers, ipcs: a choice; None for all.
-        plan: in place of the edition's.
-        deadline: on ``time.monotonic()``'s clock; no cell is begun after it, and none runs beyond it.
+        methods, implementations, ipcs: cells to measure; None: all.
+        plan: replaces the edition's plan.
+        deadline: on ``time.monotonic()``'s clock; no cell begins after it or runs beyond it.
 
     Returns:
         The results file.
@@ -142,7 +142,7 @@ def run(
     check_known("edition", [edition_name], EDITIONS)
     edition = EDITIONS[edition_name]
     path, started = results_path(out, edition_name), time.monotonic()
-    chosen = settings(edition, methods, providers, ipcs)
+    chosen = workloads(edition, methods, implementations, ipcs)
     plan = plan or edition.plan
     measure_cells(path, "table3", edition_name, chosen, plan, deadline)
     if plan.beside_eager:

@@ -46,17 +46,17 @@ def synchronized(function):
     return run
 
 
-@pytest.mark.parametrize("provider", [eager, compiled, atom_fast], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("implementation", [eager, compiled, atom_fast], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("direction", ["forward", "backward", "both"])
-def test_attention_matching_loss(benchmark, direction, batch, dtype, channels_last, provider):
+def test_attention_matching_loss(benchmark, direction, batch, dtype, channels_last, implementation):
     benchmark.group = f"{direction} [{batch}, 128, 32, 32] {dtype} {'channels_last' if channels_last else 'nchw'}"
     real, synthetic = features(batch, dtype, channels_last), features(batch, dtype, channels_last).requires_grad_()
 
     def forward():
-        return provider(real, synthetic)
+        return implementation(real, synthetic)
 
     def backward(loss):
         return torch.autograd.grad(loss, synthetic, retain_graph=True)

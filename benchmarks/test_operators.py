@@ -35,7 +35,7 @@ def test_operator(benchmark, case):
     benchmark.group = f"{case.operator} {case.direction} {shape} {case.dtype} {case.layout}"
     benchmark.pedantic(run, rounds=20 if CUDA else 5, warmup_rounds=3)
     rate = work.bytes / benchmark.stats.stats.median
-    benchmark.extra_info["provider"] = case.provider
+    benchmark.extra_info["implementation"] = case.implementation
     benchmark.extra_info["bytes"] = work.bytes
     benchmark.extra_info["bytes_per_second"] = rate
     benchmark.extra_info["share_of_copy"] = rate / copy_bandwidth(DEVICE)

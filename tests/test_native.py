@@ -12,7 +12,7 @@ import torch.fx.experimental.proxy_tensor
 
 import atom_fast as af
 from atom_fast import _native
-from atom_fast.distillation.live_bytes import count_peak
+from benchmarks.live_bytes import count_peak
 from atom_fast.ops.batch_norm import batch_norm
 from atom_fast.ops.conv_block import conv_block
 from atom_fast.ops.instance_norm import instance_norm

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from atom_fast._backend import resolve_backend
-from atom_fast.ops.augmentation import OPERATIONS, augment_op
+from atom_fast.names import OPERATIONS, STRATEGY, split_strategy
+from atom_fast.ops.augmentation import augment_op
 
-STRATEGY = "_".join(OPERATIONS)
 _BITS = 4  # enough for every operation
 
 
@@ -84,15 +84,7 @@ def draw_augmentation(
 @functools.cache
 def _codes(strategy: str) -> tuple[int, ...]:
     """The operations that a strategy names."""
-    names = [] if strategy.lower() in ("", "none") else strategy.lower().split("_")
-    if unknown := [name for name in names if name not in OPERATIONS]:
-        raise ValueError(
-            f"augmentation strategy {strategy!r} has no operation {unknown[0]!r}; "
-            f"join any of {', '.join(OPERATIONS)} by underscores, or use 'none'"
-        )
-    if len(set(names)) < len(names):
-        raise ValueError(f"augmentation strategy {strategy!r} names an operation twice")
-    return tuple(OPERATIONS.index(name) for name in names)
+    return tuple(OPERATIONS.index(name) for name in split_strategy(strategy))
 
 
 def augment(images: Tensor, parameters: AugmentationParameters, groups: Tensor | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from atom_fast.data.archives import download_file, unpack_zip
 from atom_fast.data.cifar import read_cifar
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.decoding import IMAGE_SUFFIXES, decode_images, resize_images
+from atom_fast.names import SOURCES
 
 if TYPE_CHECKING:
     from torchvision.datasets import CIFAR10
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 Split = tuple[np.ndarray, Sequence[int]]  # images uint8 [N, C, H, W], labels [N]
 LabelledFiles = Sequence[tuple[Path, int]]
 
-SOURCES = ("digits", "cifar10", "cifar100", "tiny", "folder")
 DEFAULT_DATA_DIR = Path("data")
 
 _DIGITS_TRAIN = 1400  # of 1,797; the other 397 are the test set

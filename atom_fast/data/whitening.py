@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from atom_fast.data.dataset import ImageData
+from atom_fast.names import PREPROCESSINGS as KINDS
 
-KINDS = ("standard", "zca", "zca_standardized")
 ZCA_EPS = 0.1  # added to every eigenvalue of the covariance, as MTT and DataDAM do for CIFAR
 _CHUNK = 4096  # images per matrix product: 50 MB of CIFAR in float32
 _OVERSHOOT = 0.25  # cubic interpolation leaves [0, 1] by up to this much at an edge

@@ -122,7 +122,7 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def say(message: str) -> None:
+def log(message: str) -> None:
     """Print to standard error."""
     print(message, file=sys.stderr, flush=True)
 
@@ -143,7 +143,7 @@ def _open_tensorboard(folder: Path, iteration: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        say("TensorBoard cannot be imported: no logs for it are written (`pip install tensorboard`)")
+        log("TensorBoard cannot be imported: no logs for it are written (`pip install tensorboard`)")
         return None
     return SummaryWriter(os.fspath(folder), purge_step=iteration + 1)
 

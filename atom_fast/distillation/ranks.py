@@ -96,41 +96,121 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE") or 1) > 1
 
 
+_current = ALONE  # the group of this process, which the functions below act on; set by `join`
+
+
 @contextlib.contextmanager
 def join(device: torch.device | str | None = None) -> Iterator[World]:
-    """The processes that this one was started with; leaves them at the end, with the reason where it failed.
+    """Make the processes started beside this one its group; leave them at the end, with the reason on failure.
 
-    It is `ALONE`, and costs nothing, unless several were `launched`.
+    The functions of this module act on that group. Without `launched` the process stays alone, at no cost.
 
     Args:
         device: where ranks compute; None: GPUs, if there are any.
 
     Raises:
-        RankError: one did not come, or is lost.
+        RankError: a rank did not start, or is lost.
     """
+    global _current
     if not launched():
         yield ALONE
         return
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    world = _Ranks(torch.device(device).type)
+    before, group = _current, _Ranks(torch.device(device).type)
     failure: BaseException | None = None
     try:
-        world.begin()
-        yield world
+        group.begin()
+        _current = group
+        yield group
     except BaseException as error:
         failure = error
         raise
     finally:
-        world.leave(failure)
+        _current = before
+        group.leave(failure)
 
 
-def own_device(device: torch.device | str | None, world: World = ALONE) -> torch.device:
-    """The device of this process: the GPU of its number on its machine, unless the CPU is named.
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Let the functions of this module act on this process by itself, for work that is not shared with the group."""
+    global _current
+    before, _current = _current, ALONE
+    try:
+        yield
+    finally:
+        _current = before
+
+
+def is_first() -> bool:
+    """Return True in the process that writes files and messages: rank 0, or one alone."""
+    return _current.rank == 0
+
+
+def count() -> int:
+    """Return the number of processes in the group."""
+    return _current.size
+
+
+def label() -> str:
+    """Return the prefix of this rank's messages, such as "rank 1: "; empty alone."""
+    return _current.label
+
+
+def local_classes(classes: int) -> range:
+    """Return the classes out of ``classes`` that this rank computes: consecutive, and one more than others at most."""
+    return _current.share(classes)
+
+
+def all_gather_object(value: Any = None) -> list:
+    """Return every rank's value in the order of ranks; wait until all have called this. Values must be JSON."""
+    return _current.exchange(value)
+
+
+def gather(part: Tensor, classes: int, *, everywhere: bool = False) -> Tensor | None:
+    """Return the rows of all classes on the first rank, None on the others unless ``everywhere``.
+
+    Args:
+        part: rows of this rank's `local_classes`, class-major, equally many per class.
+        classes: number of classes in all.
+        everywhere: return all rows on every rank.
+    """
+    return _current.collect(part, classes, everywhere=everywhere)
+
+
+def scatter(whole: Tensor | None, part: Tensor, classes: int) -> Tensor:
+    """Fill ``part`` with this rank's rows of the first rank's ``whole`` and return it: the reverse of `gather`."""
+    return _current.deal(whole, part, classes)
+
+
+def own_jobs(jobs: Sequence[int]) -> Sequence[int]:
+    """Return the jobs that `share` gives to this rank."""
+    return _current.own_jobs(jobs)
+
+
+def share(
+    jobs: Sequence[int], work: Callable[[Sequence[int]], Iterable[tuple[int, Mapping]]]
+) -> Iterator[tuple[int, Mapping]]:
+    """Yield (job, result) of all jobs on every rank, as results arrive; each rank works on its `own_jobs`.
+
+    Args:
+        jobs: numbers.
+        work: yields (job, result) for each job that it is given; results map whole numbers to JSON values.
+    """
+    return _current.results(jobs, work)
+
+
+def after_first(work: Callable[[], Any]) -> Any:
+    """Return ``work()``, run on the first rank of each machine before the others, which find what it downloaded."""
+    return _current.after_first(work)
+
+
+def own_device(device: torch.device | str | None, world: World | None = None) -> torch.device:
+    """Return the device of this process: the GPU of its number on its machine, unless the CPU is named.
 
     Args:
         device: None: a GPU, if there is one.
-        world: the processes that want one each.
+        world: the processes that want one each; None: the group.
 
     Raises:
         ValueError: there is no such device, or it is neither a CPU nor a GPU of CUDA, or there are fewer GPUs than
@@ -148,6 +228,7 @@ def own_device(device: torch.device | str | None, world: World = ALONE) -> torch
         )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(device)!r} is not available: PyTorch sees no GPU; use 'cpu'")
+    world = _current if world is None else world
     if device.type != "cuda" or world.size == 1:
         return device
     here, gpus = world.local_rank, torch.cuda.device_count()

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 
 STAGES = ("network", "sample", "augment", "real", "synthetic", "loss", "backward", "update")
 PREFIX = "stage: "  # in a trace, where plain words are common
 
 
-def stage(name: str) -> contextlib.AbstractContextManager:
-    """Name the enclosed work in the trace of any `torch.profiler` that is running; otherwise nothing is done.
-
-    Args:
-        name: one of ``STAGES``.
-    """
-    if torch.autograd._profiler_enabled():
-        return torch.profiler.record_function(PREFIX + name)
-    return contextlib.nullcontext()
+def stage(name: str) -> torch.profiler.record_function:
+    """Name the enclosed work, one of ``STAGES``, in the trace of any `torch.profiler` that is running."""
+    return torch.profiler.record_function(PREFIX + name)

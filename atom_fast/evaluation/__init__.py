@@ -1,23 +1,29 @@
-"""Accuracy of networks trained on a distilled set, and the baselines it is compared with."""
+"""Accuracy of networks trained on a synthetic set, and the baselines it is compared with.
 
-from atom_fast.evaluation.coresets import (
-    ForgettingCounter,
-    forgetting_selection,
-    herding_selection,
-    k_center_selection,
-    random_selection,
-    watch_training,
-)
-from atom_fast.evaluation.evaluate import evaluate
-from atom_fast.evaluation.protocols import PROTOCOLS, Protocol, get_protocol
-from atom_fast.evaluation.results import EvaluationResult
+``evaluate`` is in :mod:`atom_fast.evaluation.evaluate`, and as ``atom_fast.evaluate`` at the top.
+"""
+
+import typing as _typing
+
+from atom_fast._lazy import lazy_names as _lazy_names
+
+if _typing.TYPE_CHECKING:
+    from atom_fast.evaluation.coresets import (
+        ForgettingCounter,
+        forgetting_selection,
+        herding_selection,
+        k_center_selection,
+        random_selection,
+        watch_training,
+    )
+    from atom_fast.evaluation.protocols import PROTOCOLS, Protocol, get_protocol
+    from atom_fast.evaluation.results import EvaluationResult
 
 __all__ = [
     "PROTOCOLS",
     "EvaluationResult",
     "ForgettingCounter",
     "Protocol",
-    "evaluate",
     "forgetting_selection",
     "get_protocol",
     "herding_selection",
@@ -25,3 +31,19 @@ __all__ = [
     "random_selection",
     "watch_training",
 ]
+
+__getattr__, __dir__ = _lazy_names(
+    __name__,
+    {
+        "PROTOCOLS": "protocols",
+        "EvaluationResult": "results",
+        "ForgettingCounter": "coresets",
+        "Protocol": "protocols",
+        "forgetting_selection": "coresets",
+        "get_protocol": "protocols",
+        "herding_selection": "coresets",
+        "k_center_selection": "coresets",
+        "random_selection": "coresets",
+        "watch_training": "coresets",
+    },
+)

@@ -1,4 +1,4 @@
-"""Real images chosen as a baseline for distilled ones, in each class by itself: the coresets of the literature."""
+"""Selection of real images per class, as a baseline for distilled ones: the coresets of the literature."""
 
 from __future__ import annotations
 
@@ -20,21 +20,19 @@ from atom_fast.evaluation.training import (
     network_seed,
     repeatable_convolutions,
 )
+from atom_fast.names import WATCHED_EPOCHS
 from atom_fast.networks.lean import embed, memory_format
-
-METHODS = ("random", "herding", "k-center", "forgetting", "least-forgetting", "full")
-EPOCHS = 20  # of the network that is watched: what separates the images shows long before it has learned them all
 
 
 def random_selection(data: ImageData, ipc: int, seed: int) -> Tensor:
-    """``ipc`` training images of every class, uniformly and without replacement: the row "Random" of the tables.
+    """Draw ``ipc`` training images per class, uniformly and without replacement: the row "Random" of the tables.
 
-    The choice is drawn on the CPU, so that it is the same whatever device the data are on.
+    The indices are drawn on the CPU, so that they do not depend on the device of the data.
 
     Args:
         data: the real images, K classes.
-        ipc: images a class.
-        seed: of the choice.
+        ipc: images per class.
+        seed: of the generator.
 
     Returns:
         int64 [K * ipc], indices into ``data.train_images`` ordered by class, on the device of ``data``.
@@ -47,13 +45,13 @@ def random_selection(data: ImageData, ipc: int, seed: int) -> Tensor:
 
 
 def herding_selection(features: Tensor, data: ImageData, ipc: int) -> Tensor:
-    """Images whose mean feature follows that of their class, chosen one after the other (Welling 2009).
+    """Choose images whose mean feature follows the mean of their class, one after the other (Welling 2009).
 
-    The image taken next is the one that brings the mean of those taken closest to the mean of the class.
+    Each next image is the one that brings the mean of the chosen images closest to the mean of the class.
 
     Args:
-        features: floating point [N, D] of the training images.
-        data, ipc: as in :func:`random_selection`, which says what is returned and raised, too.
+        features: floating point [N, D], one row per training image.
+        data, ipc: as in :func:`random_selection`, with the same result and errors.
     """
     features = _checked(features, data)
 
@@ -73,13 +71,13 @@ def herding_selection(features: Tensor, data: ImageData, ipc: int) -> Tensor:
 
 
 def k_center_selection(features: Tensor, data: ImageData, ipc: int) -> Tensor:
-    """Images that leave no image of their class far from all of them, greedily (Sener and Savarese 2018).
+    """Choose images such that no image of their class is far from all of them, greedily (Sener and Savarese 2018).
 
-    The first is the one nearest to the mean of the class; then always the one farthest from those taken so far.
+    The first image is the one nearest to the mean of the class, each next one the farthest from the chosen images.
 
     Args:
-        features: floating point [N, D] of the training images.
-        data, ipc: as in :func:`random_selection`, which says what is returned and raised, too.
+        features: floating point [N, D], one row per training image.
+        data, ipc: as in :func:`random_selection`, with the same result and errors.
     """
     features = _checked(features, data)
 
@@ -89,7 +87,7 @@ def k_center_selection(features: Tensor, data: ImageData, ipc: int) -> Tensor:
         nearest = torch.full_like(rows[:, 0], torch.inf)
         for _ in range(ipc - 1):
             nearest = torch.minimum(nearest, (rows - rows[chosen[-1]]).square().sum(1))
-            nearest[chosen[-1]] = -1  # below every distance, also where an image is there twice
+            nearest[chosen[-1]] = -1  # below every distance, also for duplicate images
             chosen.append(nearest.argmax())
         return torch.stack(chosen)
 
@@ -97,25 +95,25 @@ def k_center_selection(features: Tensor, data: ImageData, ipc: int) -> Tensor:
 
 
 def forgetting_selection(events: Tensor, data: ImageData, ipc: int, *, least: bool = False) -> Tensor:
-    """Images that a network forgot most often while it learned (Toneva et al. 2019), or least often.
+    """Choose the images that a network forgot most often while it learned (Toneva et al. 2019), or least often.
 
-    Of images with as many events, the earlier ones in the training set are taken.
+    Ties go to the image that comes first in the training set.
 
     Args:
-        events: [N], forgetting events of every training image, see :class:`ForgettingCounter`.
-        data, ipc: as in :func:`random_selection`, which says what is returned and raised, too.
-        least: take those with the fewest events.
+        events: [N], forgetting events per training image, see :class:`ForgettingCounter`.
+        data, ipc: as in :func:`random_selection`, with the same result and errors.
+        least: choose the images with the fewest events.
     """
     _check_rows(events, data)
     return _by_class(data, ipc, lambda indices: torch.argsort(events[indices], descending=not least, stable=True)[:ipc])
 
 
 class ForgettingCounter:
-    """Counts how often each image is misclassified right after it was classified correctly.
+    """Count how often each image is misclassified right after it was classified correctly.
 
     Args:
         count: N, the number of images.
-        device: of what is counted.
+        device: of the counters.
     """
 
     def __init__(self, count: int, device: torch.device | str):
@@ -125,7 +123,7 @@ class ForgettingCounter:
         self._shown = torch.zeros(count, dtype=torch.int64, device=device)
 
     def update(self, indices: Tensor, correct: Tensor) -> None:
-        """Take in whether the images at ``indices``, int64 [B] without repetition, are classified correctly now."""
+        """Record whether the images at ``indices``, int64 [B] without repetition, are classified correctly now."""
         self._events[indices] += self._correct[indices] & ~correct
         self._correct[indices] = correct
         self._learned[indices] |= correct
@@ -133,7 +131,7 @@ class ForgettingCounter:
 
     @property
     def events(self) -> Tensor:
-        """int64 [N]. An image that was never classified correctly counts as forgotten each time it was shown."""
+        """Events per image, int64 [N]; one never classified correctly counts as forgotten each time it was shown."""
         return torch.where(self._learned, self._events, self._shown)
 
 
@@ -143,28 +141,28 @@ def watch_training(
     preprocessing: Preprocessing,
     *,
     protocol: Protocol | str = "paper",
-    epochs: int = EPOCHS,
+    epochs: int = WATCHED_EPOCHS,
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Train a ConvNet on the whole training set: the features and the forgetting events of every image.
+    """Train a ConvNet on the whole training set; return the features and the forgetting events of every image.
 
     Args:
         data: the real images.
         preprocessing: to the model space the network is trained in.
-        protocol: how to train, or the name of a preset, but for the epochs.
+        protocol: how to train, or its name; its epochs are not used.
         epochs: passes over the training set.
         seed: of weights, order and augmentation.
         device: where to train; None means where the images are.
         progress: show a progress bar on standard error.
 
     Returns:
-        The embedding that the classifier gets after the last epoch, float32 [N, D], and the events int64 [N], counted
-        as each image is shown, augmented, in its mini-batch; both on the device of ``data``.
+        The input of the classifier after the last epoch, float32 [N, D], and the events, int64 [N], counted on the
+        augmented images of the mini-batches; both on the device of ``data``.
 
     Raises:
-        ValueError: ``epochs`` is below 1, or the protocol is not known.
+        ValueError: ``epochs`` is below 1, or an unknown protocol.
     """
     from tqdm import tqdm
 
@@ -197,7 +195,7 @@ def _whole_set_trainer(data: ImageData, preprocessing: Preprocessing, protocol: 
 
 
 def _checked(features: Tensor, data: ImageData) -> Tensor:
-    """Features with one row an image, in float32 or wider."""
+    """Features with one row per image, in float32 or wider."""
     if features.dim() != 2 or not features.is_floating_point():
         raise ValueError(f"features must be floating point [N, D]; got {features.dtype} of {list(features.shape)}")
     _check_rows(features, data)
@@ -215,7 +213,7 @@ def _check_rows(values: Tensor, data: ImageData) -> None:
 
 
 def _by_class(data: ImageData, ipc: int, choose: Callable[[Tensor], Tensor]) -> Tensor:
-    """What ``choose`` picks, as places, of each class's indices."""
+    """Indices of the images that ``choose`` picks, by position, from each class."""
     check_class_sizes(data, ipc)
     chosen = []
     for indices in data.class_index.split(data.class_sizes):

@@ -1,10 +1,10 @@
-"""Several networks trained at a time: the one place that decides how.
+"""Training of several networks at a time: the one place that decides how.
 
-Each network is a :class:`~atom_fast.evaluation.training.Trainer` of its own, with its own seed, so that its result does
-not depend on the others. On a CPU each has a thread: measured on two cores with 100 digits a step, 7.3 ms a network's
-step, against 8.7 ms where both cores share each step; grouped convolutions and ``vmap``, which run the same arithmetic
-in PyTorch's own norms and poolings, took 17 and more. On a GPU the steps of several networks are one CUDA graph in
-which each has a stream, so that the small kernels of one fill what those of another leave idle.
+Each network has its own :class:`~atom_fast.evaluation.training.Trainer` and seed, so that its result does not depend on
+the others. On a CPU each has a thread. Measured on two cores with 100 digits per step, a network's step takes 7.3 ms,
+against 8.7 ms where both cores share each step; grouped convolutions and ``vmap``, which run the same arithmetic in
+PyTorch's own norms and poolings, took 17 ms and more. On a GPU the steps of several networks are one CUDA graph in
+which each network has a stream, so that small kernels of one network fill gaps that another leaves.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from atom_fast._device import is_out_of_memory
+from atom_fast.evaluation.results import Curve
 from atom_fast.evaluation.training import Trainer
 from atom_fast.ops.launching import unfused_if_refused
 
-Curve = dict[int, float | None]
-
-# Images in a GPU's graph: four networks at a batch of 256, and more where their batches are smaller.
+# Images in a GPU's graph: four networks at a batch of 256, more networks at smaller batches.
 _IMAGES_TOGETHER = 1024
 _WARM_UP_STEPS = 3  # before a capture, so that libraries choose algorithms and allocate workspaces outside it
 
@@ -35,23 +34,23 @@ def train_networks(
     start: Callable[[Trainer, int], None],
     test: Callable[[Trainer], float | None],
     *,
-    evaluate_every: int,
+    evaluate_every: int | None,
     together: int | None,
     advance: Callable[[], None],
 ) -> Iterator[tuple[int, Curve]]:
     """Train and test networks, several at a time.
 
     Args:
-        make_trainer: makes one of the trainers that networks are trained in.
+        make_trainer: makes a trainer; networks are trained in a few of them, one after the other.
         jobs: the networks' numbers.
-        start: prepares a trainer for the network of a number: its set and its initial weights.
-        test: accuracy of a trainer's network.
-        evaluate_every: test also after every so many epochs; 0 for after the last one only.
-        together: at most so many networks at a time; None chooses.
-        advance: called after each network's epoch, from any thread.
+        start: prepares a trainer for a network by its number: its set and its initial weights.
+        test: returns the accuracy of a trainer's network.
+        evaluate_every: test also after every so many epochs; None tests after the last one only.
+        together: train at most so many networks at a time; None chooses.
+        advance: called after each epoch of each network, from any thread.
 
     Yields:
-        A network's number and its accuracy after each tested epoch, as networks finish.
+        (number, accuracy after each tested epoch) of each network, as networks finish.
     """
     if not jobs:
         return
@@ -60,9 +59,9 @@ def train_networks(
     yield from train(trainer, make_trainer, jobs, start, test, evaluate_every, together, advance)
 
 
-def _is_tested(epoch: int, protocol, evaluate_every: int) -> bool:
-    """Whether networks are tested after ``epoch``, counted from 1."""
-    return epoch == protocol.epochs or (evaluate_every > 0 and epoch % evaluate_every == 0)
+def _is_tested(epoch: int, protocol, evaluate_every: int | None) -> bool:
+    """True if networks are tested after ``epoch``, counted from 1."""
+    return epoch == protocol.epochs or (evaluate_every is not None and epoch % evaluate_every == 0)
 
 
 # CPU
@@ -76,7 +75,7 @@ def _on_threads(first, make_trainer, jobs, start, test, evaluate_every, together
 
     def run(job: int) -> tuple[int, Curve]:
         if workers > 1:
-            torch.set_num_threads(max(1, cores // workers))  # of this thread, and of threads that start later
+            torch.set_num_threads(max(1, cores // workers))  # for this thread and threads that start later
         trainer = trainers.pop()
         try:
             start(trainer, job)
@@ -99,7 +98,7 @@ def _on_threads(first, make_trainer, jobs, start, test, evaluate_every, together
         try:
             for future in as_completed([pool.submit(run, job) for job in jobs]):
                 yield future.result()
-        finally:  # also where the caller is interrupted: no thread trains on
+        finally:  # also when the caller is interrupted: no thread goes on training
             stopped.set()
             pool.shutdown(wait=True, cancel_futures=True)
             torch.set_num_threads(cores)
@@ -126,7 +125,7 @@ def _in_graphs(first, make_trainer, jobs, start, test, evaluate_every, together,
     remaining = list(jobs)
     while remaining:
         group, remaining = remaining[:size], remaining[size:]
-        # The last group may be smaller: the trainers beyond it go on, unused, which costs less than another capture.
+        # The last group may be smaller: the other trainers run unused, which costs less than another capture.
         active = list(zip(ensemble.trainers, group, strict=False))
         for trainer, job in active:
             start(trainer, job)
@@ -142,10 +141,10 @@ def _in_graphs(first, make_trainer, jobs, start, test, evaluate_every, together,
 
 
 class _Ensemble:
-    """Trainers whose steps are one CUDA graph for each batch size, with a stream for each trainer.
+    """Trainers whose steps are one CUDA graph per batch size, with a stream per trainer.
 
     Args:
-        trainers: of sets of one size, on one device.
+        trainers: with sets of one size, on one device.
     """
 
     def __init__(self, trainers: Sequence[Trainer]):
@@ -161,7 +160,7 @@ class _Ensemble:
                 self._graphs[size] = self._capture(self._indices[size])
 
     def train_epoch(self, epoch: int) -> None:
-        """One pass of every trainer over its set, each in its own order; epochs count from 0."""
+        """Pass every trainer once over its set, each in its own order; epochs count from 0."""
         orders = torch.stack([trainer.begin_epoch(epoch) for trainer in self.trainers])
         for indices in orders.split(self.trainers[0].protocol.batch_size, dim=1):
             size = indices.shape[1]
@@ -169,7 +168,7 @@ class _Ensemble:
             self._graphs[size].replay()
 
     def _steps(self, indices: Tensor) -> None:
-        """A step of every trainer on its row of ``indices``, int64 [trainers, B]."""
+        """Take a step of every trainer on its row of ``indices``, int64 [trainers, B]."""
         current = torch.cuda.current_stream(self._device)
         for stream in self._streams:
             stream.wait_stream(current)
@@ -177,14 +176,14 @@ class _Ensemble:
             for trainer, stream, row in zip(self.trainers, self._streams, indices.unbind(0), strict=True):
                 with torch.cuda.stream(stream):
                     trainer.step(row)
-        finally:  # also where memory runs out: a capture that ends with a stream apart raises another error
+        finally:  # also when memory runs out: a capture that ends with an unjoined stream raises another error
             for stream in self._streams:
                 current.wait_stream(stream)
 
     def _capture(self, indices: Tensor) -> torch.cuda.CUDAGraph:
-        """The steps as one graph, a launch in place of some fifty a network; each trainer draws from its generator."""
+        """Capture the steps as one graph: one launch instead of some fifty per network."""
         with torch.cuda.device(self._device):
-            stream = self._capture_stream  # PyTorch's own is of the device of the process's first capture
+            stream = self._capture_stream  # PyTorch's default is on the device of the process's first capture
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(_WARM_UP_STEPS):
@@ -193,7 +192,7 @@ class _Ensemble:
             graph = torch.cuda.CUDAGraph()
             for trainer in self.trainers:
                 graph.register_generator_state(trainer.generator)
-            # Replays never overlap and leave nothing for one another, so that graphs can share their memory.
+            # Replays never overlap and pass nothing on, so that graphs can share their memory.
             with torch.cuda.graph(graph, pool=self._pool, stream=stream):
                 self._steps(indices)
         return graph
@@ -201,5 +200,5 @@ class _Ensemble:
 
 @functools.cache
 def _stream(device: torch.device, number: int) -> torch.cuda.Stream:
-    """The same stream for every ensemble: cuBLAS keeps a workspace of its own for each stream that it ever ran on."""
+    """Return the same stream for every ensemble: cuBLAS keeps a workspace for each stream that it ever ran on."""
     return torch.cuda.Stream(device)

@@ -1,25 +1,30 @@
-"""Fresh networks trained on a distilled set and tested on real images."""
+"""Fresh networks trained on a synthetic set and tested on real images."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from atom_fast._device import check_bfloat16
 from atom_fast.data.dataset import ImageData
-from atom_fast.data.whitening import Preprocessing
-from atom_fast.distillation.ranks import ALONE, World
-from atom_fast.evaluation.ensemble import Curve, train_networks
-from atom_fast.evaluation.protocols import Protocol, get_protocol
-from atom_fast.evaluation.results import EvaluationResult
+from atom_fast.data.sources import load_data
+from atom_fast.distillation import ranks
+from atom_fast.distillation.config import preset
+from atom_fast.distillation.logs import versions
+from atom_fast.evaluation.ensemble import train_networks
+from atom_fast.evaluation.protocols import Protocol, default_protocol, get_protocol
+from atom_fast.evaluation.results import Curve, EvaluationResult, curves_of, read_records, write_record
 from atom_fast.evaluation.training import (
-    PRECISIONS,
     Trainer,
     accuracy,
     empty_network,
@@ -27,116 +32,144 @@ from atom_fast.evaluation.training import (
     network_seed,
     repeatable_convolutions,
 )
+from atom_fast.names import TRAINING_PRECISIONS
 from atom_fast.networks.convnet import default_depth
 from atom_fast.networks.lean import memory_format
+from atom_fast.pictures import method_name
+from atom_fast.synthetic import SyntheticSet
 
 
 def evaluate(
-    images: Tensor | Callable[[int], tuple[Tensor, Tensor]],
-    labels: Tensor | None,
-    data: ImageData,
-    preprocessing: Preprocessing,
+    synthetic: SyntheticSet | Callable[[int], SyntheticSet],
+    data: ImageData | None = None,
     *,
-    protocol: Protocol | str = "paper",
-    networks: int = 5,
-    seed: int = 0,
     network: str = "convnet",
     architecture: Mapping[str, Any] | None = None,
+    networks: int = 5,
+    protocol: Protocol | str | None = None,
+    seed: int = 0,
     precision: str = "float32",
-    evaluate_every: int = 0,
+    evaluate_every: int | None = None,
     together: int | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
-    earlier: Sequence[Curve] = (),
-    on_network: Callable[[EvaluationResult], None] | None = None,
-    world: World = ALONE,
+    record: str | os.PathLike | None = None,
 ) -> EvaluationResult:
-    """Train fresh networks on a (distilled) set and test them on the whole test set after the last epoch.
+    """Train fresh networks on a set and test them on the whole test set after the last epoch.
 
     Several are trained at a time; see :mod:`atom_fast.evaluation.ensemble`. Network i has its own generator, seeded
-    from ``seed`` and i, for its initial weights, batch order, augmentation and dropout, so it is the same network, to
-    rounding, however many others there are.
+    from ``seed`` and i, for its initial weights, batch order, augmentation and dropout. It is the same network, to
+    rounding, however many others there are. After :func:`atom_fast.distillation.ranks.join`, processes share the
+    networks; each calls this function with the same arguments and gets the whole result.
 
     Args:
-        images: floating point [N, C, H, W] in model space, as ``preprocessing`` makes them. Or a function of a
-            network's number that returns images and labels of a set of its own, as many for every network.
-        labels: integer [N], classes of ``data``; None where ``images`` is a function.
-        data: where the test set is taken from.
-        preprocessing: between the pixels of ``data`` and the model space of ``images``; applied to the test images, and
-            says what both are divided by, with the protocol's ``unit_variance``.
-        protocol: how to train, or the name of a preset in ``PROTOCOLS``.
-        networks: how many.
-        seed: of the evaluation.
-        network: name of the architecture, a key of :data:`~atom_fast.networks.NETWORKS`.
-        architecture: settings of :class:`~atom_fast.networks.ConvNet` beyond the image's; the depth, where it is not
-            given, is the usual one for the image size.
-        precision: "float32" (on a GPU convolutions may use TF32), or "bfloat16" for what autocast computes in it while
-            training; networks are always tested in float32.
-        evaluate_every: test also after every so many epochs; 0 tests after the last one only.
+        synthetic: the set, or a function from a network's number to its own set, all of one size and one model space
+            (:func:`atom_fast.evaluation.sets.random_sets`).
+        data: real images of the same classes, for the test set; None loads the set's own data set where that needs no
+            folder (digits).
+        network: name of the architecture, one of :data:`~atom_fast.names.NETWORK_NAMES`.
+        architecture: settings of :class:`~atom_fast.networks.ConvNet` other than the image's; None is
+            `architecture_of` the set. The depth, where it is not given, is the usual one for the image size.
+        networks: number of networks.
+        protocol: how to train, or its name in ``PROTOCOLS``; None is ``default_protocol(data.name)``.
+        seed: of the networks.
+        precision: "float32" (on a GPU convolutions may use TF32), or "bfloat16" to train under autocast; networks are
+            always tested in float32.
+        evaluate_every: test also after every so many epochs; None tests after the last one only.
         together: train at most so many networks at a time; None chooses.
-        device: where to train; None means where ``images`` is.
+        device: where to train; None: the GPU, if there is one.
         progress: show a progress bar on standard error, with the accuracy so far.
-        earlier: curves of the same evaluation that an interrupted call left, empty ones for networks that had not
-            finished; only these are trained.
-        on_network: called with the result so far whenever networks have finished.
-        world: several processes that share the networks (`atom_fast.distillation.ranks.join`); each calls this with
-            the same arguments, its own device excepted, and gets the whole result.
+        record: JSON file, updated whenever a network finishes. An equal call, also with more or fewer ``networks``,
+            trains only what the file lacks. Other evaluations in the file stay there.
 
     Raises:
-        ValueError: the set does not fit the data, an unknown protocol or network, or a setting that is not accepted.
+        ValueError: the set does not fit the data, ``data`` is needed, an unknown protocol or network, a setting that is
+            not accepted, or ``record`` is another kind of file.
     """
-    protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
-    _check_settings(networks, precision, evaluate_every, together, earlier)
-    task = _Task.prepare(images, labels, data, preprocessing, device, protocol, network, architecture, precision, seed)
-    curves = [dict(curve) for curve in earlier] or [{} for _ in range(networks)]
-    jobs = [index for index, curve in enumerate(curves) if not curve]
-    own = world.own_jobs(jobs)
+    _check_settings(networks, precision, evaluate_every, together)
+    device = ranks.own_device(device)
+    if precision == "bfloat16":
+        check_bfloat16(device)
+    own_sets, shared = (synthetic, synthetic(0)) if callable(synthetic) else (None, synthetic)
+    data = _own_data(shared) if data is None else data
+    _check_fit(shared, data)
+    if protocol is None or isinstance(protocol, str):
+        protocol = get_protocol(protocol or default_protocol(data.name))
+    if network == "convnet":
+        given = architecture_of(shared, data.name) if architecture is None else architecture
+        architecture = {"depth": default_depth(*data.image_shape[1:]), **given}
+    task = _Task.prepare(shared, own_sets, data, device, protocol, network, dict(architecture or {}), precision, seed)
+    digest = _hash(task, shared, evaluate_every)
+    earlier = _find(record, digest)
+    curves = curves_of(earlier)
+    curves += [{} for _ in range(networks - len(curves))]
+    jobs = [index for index, curve in enumerate(curves[:networks]) if not curve]
+    about, installed = _about(shared, data), versions()
     started = time.perf_counter()
 
-    def result() -> EvaluationResult:
+    def result(curves: Sequence[Curve]) -> EvaluationResult:
         return EvaluationResult(
+            about=about,
             curves=tuple(curves),
             protocol=protocol,
             network=network,
             architecture=task.architecture,
             precision=precision,
             seed=seed,
-            seconds=time.perf_counter() - started,
-            device=torch.cuda.get_device_name(task.device) if task.device.type == "cuda" else str(task.device),
+            seconds=earlier["seconds"] + time.perf_counter() - started,
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         )
 
-    from tqdm import tqdm
-
-    with (
-        repeatable_convolutions(),
-        tqdm(total=len(own) * protocol.epochs, desc=f"evaluate {network}", unit="epoch", disable=not progress) as bar,
-    ):
+    bar_total = len(ranks.own_jobs(jobs)) * protocol.epochs
+    with repeatable_convolutions(), tqdm(total=bar_total, desc=network, unit="epoch", disable=not progress) as bar:
         options = {"evaluate_every": evaluate_every, "together": together, "advance": bar.update}
         train = functools.partial(train_networks, task.make_trainer, start=task.start, test=task.test, **options)
-        for index, curve in world.results(jobs, train):
+        for index, curve in ranks.share(jobs, train):
             curves[index] = curve
-            so_far = result()
-            bar.set_postfix_str(f"{networks - len(so_far.unfinished)} networks: {so_far.mean:.1f} ± {so_far.std:.1f} %")
-            if on_network is not None:
-                on_network(so_far)
-    return result()
+            so_far = result(curves[:networks])
+            finished = networks - len(so_far.unfinished)
+            bar.set_postfix_str(f"{finished} networks: {so_far.mean:.1f} ± {so_far.std:.1f} %")
+            if record is not None and ranks.is_first():
+                write_record(record, {"hash": digest, **result(curves).to_dict(), "versions": installed})
+    return result(curves[:networks])
+
+
+def architecture_of(synthetic: SyntheticSet, dataset: str) -> dict[str, Any]:
+    """Return the settings of the :class:`~atom_fast.networks.ConvNet` that a set is tested on.
+
+    They are the ones it was distilled with. Real images and other programs' sets record none; theirs are those of the
+    preset "paper" for such data and as many images per class, so that both are tested on the same networks.
+
+    Args:
+        synthetic: the set.
+        dataset: name of the data it is tested on, as in ``ImageData.name``.
+
+    Raises:
+        ValueError: a recorded setting is not one that a distillation accepts.
+    """
+    config = synthetic.metadata.get("config", {})
+    names = {"width": "width", "depth": "depth", "norm": "norm", "pooling": "pooling", "network_init": "initialization"}
+    recorded = {setting: config[setting] for setting in names if config.get(setting) is not None}
+    per_class = max(1, len(synthetic) // len(synthetic.class_names))  # the mean, where classes differ in size
+    config = preset("paper", ipc=per_class, **recorded).for_data(tuple(synthetic.images.shape[1:]), dataset)
+    return {name: getattr(config, setting) for setting, name in names.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """What every network of an evaluation shares, on its device.
+    """What the networks of an evaluation share, on its device.
 
     Attributes:
-        images, labels: the set; of the first network, where each has its own.
-        own_sets: the sets by the networks' numbers; None where they share one.
+        images, labels: the set, or the first network's where each has its own.
+        own_sets: from a network's number to its set; None where they share one.
         layout: of weights and images.
-        scale: what images in model space are multiplied by; those of the set and of the test here are already.
+        scale: factor on images in model space; already applied to ``images`` and ``test_images``.
         The others as in :func:`evaluate`.
     """
 
     images: Tensor
     labels: Tensor
-    own_sets: Callable[[int], tuple[Tensor, Tensor]] | None
+    own_sets: Callable[[int], SyntheticSet] | None
     data: ImageData
     test_images: Tensor
     test_labels: Tensor
@@ -150,43 +183,30 @@ class _Task:
     seed: int
 
     @classmethod
-    def prepare(
-        cls, images, labels, data, preprocessing, device, protocol, network, architecture, precision, seed
-    ) -> _Task:
-        """Check the set and the network, and bring set and test set to the device."""
-        own_sets = images if callable(images) else None
-        if own_sets is not None:
-            images, labels = own_sets(0)
-        _check_set(images, labels, data)
-        device = images.device if device is None else torch.device(device)
-        if precision == "bfloat16":
-            check_bfloat16(device)
-        architecture = dict(architecture or {})
-        if network == "convnet":
-            architecture = {"depth": default_depth(*data.image_shape[1:]), **architecture}
+    def prepare(cls, synthetic, own_sets, data, device, protocol, network, architecture, precision, seed) -> _Task:
+        """Bring the set and the test set to the device."""
         layout = memory_format(empty_network(network, architecture, data, device), device)
-        scale = 1 / preprocessing.deviation if protocol.unit_variance else 1.0
-        # Test images are whitened once: that costs as much as a test.
-        test_images = in_model_space(data.test_images, preprocessing, device, layout).mul_(scale)
+        scale = 1 / synthetic.preprocessing.deviation if protocol.unit_variance else 1.0
         return cls(
-            _in_layout(images.detach().to(device, torch.float32), layout).mul_(scale),
-            labels.to(device, torch.int64),
-            own_sets,
-            data,
-            test_images,
-            data.test_labels.to(device),
-            device,
-            layout,
-            scale,
-            protocol,
-            network,
-            architecture,
-            precision,
-            seed,
+            images=_in_layout(synthetic.images.to(device), layout).mul_(scale),
+            labels=synthetic.labels.to(device),
+            own_sets=own_sets,
+            data=data,
+            # Whitened once: that costs as much as a test.
+            test_images=in_model_space(data.test_images, synthetic.preprocessing, device, layout).mul_(scale),
+            test_labels=data.test_labels.to(device),
+            device=device,
+            layout=layout,
+            scale=scale,
+            protocol=protocol,
+            network=network,
+            architecture=architecture,
+            precision=precision,
+            seed=seed,
         )
 
     def make_trainer(self) -> Trainer:
-        """A trainer, with buffers of its own for the set where each network has its own."""
+        """Make a trainer; where each network has its own set, its buffers for the set are its own too."""
         network = empty_network(self.network, self.architecture, self.data, self.device)
         network.to(memory_format=self.layout)
         images, labels = self.images, self.labels
@@ -197,19 +217,18 @@ class _Task:
     def start(self, trainer: Trainer, index: int) -> None:
         """Make a trainer ready for a network."""
         if self.own_sets is not None:
-            images, labels = self.own_sets(index)
-            _check_set(images, labels, self.data)
-            if len(images) != len(trainer.images):
+            own = self.own_sets(index)
+            _check_fit(own, self.data)
+            if len(own) != len(trainer.images):
                 raise ValueError(
-                    f"the networks' sets must be of one size; got one of {len(images)} images beside "
-                    f"{len(trainer.images)}"
+                    f"the networks' sets must be of one size; got one of {len(own)} images beside {len(trainer.images)}"
                 )
-            trainer.images.copy_(images).mul_(self.scale)
-            trainer.labels.copy_(labels)
+            trainer.images.copy_(own.images).mul_(self.scale)
+            trainer.labels.copy_(own.labels)
         trainer.restart(network_seed(self.seed, index))
 
     def test(self, trainer: Trainer) -> float | None:
-        """Accuracy of a trainer's network in percent; None where it diverged."""
+        """Return the accuracy of a trainer's network in percent; None where it diverged."""
         return accuracy(trainer.network, self.test_images, self.test_labels)
 
 
@@ -218,41 +237,82 @@ def _in_layout(images: Tensor, layout: torch.memory_format) -> Tensor:
     return torch.empty(images.shape, device=images.device, memory_format=layout).copy_(images)
 
 
-def _check_settings(
-    networks: int, precision: str, evaluate_every: int, together: int | None, earlier: Sequence[Curve]
-) -> None:
+def _own_data(synthetic: SyntheticSet) -> ImageData:
+    """The data set that a set was made from, where it needs no folder."""
+    name = synthetic.metadata.get("dataset")
+    if name != "digits":
+        wanted = f"the set was made from {name!r}" if name else "the set does not say which data set it is for"
+        call = f"load_data({name!r}, FOLDER)" if name else "load_data(NAME, FOLDER)"
+        raise ValueError(f"{wanted}: pass data={call}")
+    height, width = synthetic.images.shape[2:]
+    return load_data("digits", resolution=height if height == width else None, progress=False)
+
+
+def _about(synthetic: SyntheticSet, data: ImageData) -> dict[str, Any]:
+    metadata = synthetic.metadata
+    made_from = metadata.get("dataset_fingerprint")
+    return {
+        "dataset": data.name,
+        "ipc": synthetic.ipc,
+        "method": metadata.get("method") or method_name(metadata.get("config", {})),
+        "config_hash": metadata.get("config_hash"),
+        "set_seconds": metadata.get("seconds"),
+        "same_data": None if made_from is None else made_from == data.fingerprint,
+    }
+
+
+def _hash(task: _Task, synthetic: SyntheticSet, evaluate_every: int | None) -> str:
+    """SHA-256 of everything that a network's curve depends on except its number and the device."""
+    settings = {
+        "data": task.data.fingerprint,
+        "protocol": dataclasses.asdict(task.protocol),
+        "network": task.network,
+        "architecture": task.architecture,
+        "precision": task.precision,
+        "seed": task.seed,
+        "evaluate_every": evaluate_every,
+        "own_sets": task.own_sets is not None,
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    tensors = {"images": synthetic.images, "labels": synthetic.labels, **synthetic.preprocessing.tensors()}
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def _find(path: str | os.PathLike | None, digest: str) -> dict[str, Any]:
+    """The record of an evaluation as the first rank finds it, or an empty one."""
+    found: dict[str, Any] = {"seconds": 0.0, "curves": []}
+    if path is not None and ranks.is_first():
+        found = next((record for record in read_records(path) if record["hash"] == digest), found)
+    return ranks.all_gather_object({"seconds": found["seconds"], "curves": found["curves"]})[0]
+
+
+def _check_settings(networks: int, precision: str, evaluate_every: int | None, together: int | None) -> None:
     if networks < 1:
         raise ValueError(f"networks must be at least 1; got {networks}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
-    if evaluate_every < 0:
-        raise ValueError(f"evaluate_every must be a number of epochs, or 0 for the last only; got {evaluate_every}")
-    if together is not None and together < 1:
-        raise ValueError(f"together must be at least 1, or None; got {together}")
-    if earlier and len(earlier) != networks:
-        raise ValueError(f"earlier must hold a curve for each of the {networks} networks; got {len(earlier)}")
+    if precision not in TRAINING_PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(TRAINING_PRECISIONS)}; got {precision!r}")
+    for name, value in (("evaluate_every", evaluate_every), ("together", together)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, or None; got {value}")
 
 
-def _check_set(images: Tensor, labels: Tensor, data: ImageData) -> None:
-    """Make sure that the images and labels can be trained on for the test set of ``data``."""
-    if not images.is_floating_point():
+def _check_fit(synthetic: SyntheticSet, data: ImageData) -> None:
+    """Check that a set can be trained on for the test set of ``data``."""
+    synthetic.check()
+    if synthetic.class_names != data.class_names:
         raise ValueError(
-            f"images must be floating point in model space; got {images.dtype}: apply the preprocessing to pixels first"
+            f"the set was made for the {len(synthetic.class_names)} classes {_some(synthetic.class_names)}; "
+            f"{data.name} has the {data.num_classes} classes {_some(data.class_names)}"
         )
-    if images.dim() != 4 or not len(images) or tuple(images.shape[1:]) != data.image_shape:
+    if tuple(synthetic.images.shape[1:]) != data.image_shape:
         raise ValueError(
             f"images must be [N, {', '.join(map(str, data.image_shape))}] to fit the test set of {data.name}; "
-            f"got {list(images.shape)}"
+            f"got {list(synthetic.images.shape)}"
         )
-    if not images.isfinite().all():
-        raise ValueError("images must be finite; some values are NaN or infinite")
-    if labels.dtype not in (torch.int64, torch.int32, torch.uint8) or labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"labels must be integers [{len(images)}], one per image; got {labels.dtype} {list(labels.shape)}"
-        )
-    low, high = labels.min().item(), labels.max().item()
-    if low < 0 or high >= data.num_classes:
-        raise ValueError(
-            f"labels must be 0 to {data.num_classes - 1}, the {data.num_classes} classes of {data.name}; "
-            f"got {low} to {high}"
-        )
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,12 +1,10 @@
-"""How a network is trained on a distilled set before it is tested: the protocols of the papers, by name."""
+"""Protocols: how a network is trained on a synthetic set before it is tested, in the papers and their code."""
 
 from __future__ import annotations
 
 import dataclasses
 
-import torch
-
-from atom_fast.data.augmentation import STRATEGY, draw_augmentation
+from atom_fast.names import STRATEGY, split_strategy, suggestion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,18 +12,18 @@ class Protocol:
     """Training of one network by SGD on a distilled set.
 
     Attributes:
-        name: what the protocol is called in results.
-        epochs: passes over the distilled set.
-        batch_size: images a step; the last step of an epoch takes what is left.
-        learning_rate: step size at the start.
+        name: its name in results.
+        epochs: passes over the set.
+        batch_size: images per step; the last step of an epoch may have fewer.
+        learning_rate: step size in the first epoch.
         momentum: of SGD.
         weight_decay: L2 penalty of SGD, on every parameter.
-        decay_factor: what the learning rate is multiplied by at each decay; 1 keeps it fixed.
+        decay_factor: factor on the learning rate at each decay; 1 keeps it fixed.
         decay_every: epochs between two decays; None decays once, after half of the epochs.
-        augmentation: DSA operations joined by underscores, one drawn for each mini-batch; "none" for none.
-        unit_variance: `evaluate` trains and tests on images in model space divided by the standard deviation that real
-            ones have there. Only whitening leaves another than 1, which is what DSA's brightness, up to half a unit of
-            model space, was set for: whitened CIFAR images have 0.25.
+        augmentation: DSA operations joined by underscores, one drawn per mini-batch; "none" for none.
+        unit_variance: train and test on images in model space divided by the standard deviation of real images there.
+            It is 1 except after whitening (0.25 for whitened CIFAR). DSA's brightness, up to half a unit of model
+            space, assumes 1.
     """
 
     name: str
@@ -51,10 +49,10 @@ class Protocol:
             raise ValueError(f"momentum must be in [0, 1); got {self.momentum!r}")
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay must be 0 or above; got {self.weight_decay!r}")
-        draw_augmentation(0, torch.Generator(), strategy=self.augmentation)  # raises where a name is unknown
+        split_strategy(self.augmentation)
 
     def learning_rate_at(self, epoch: int) -> float:
-        """The learning rate during ``epoch``, counted from 0."""
+        """Return the learning rate of ``epoch``, counted from 0."""
         if self.decay_every is None:
             decays = int(2 * epoch >= self.epochs)
         else:
@@ -64,7 +62,7 @@ class Protocol:
 
 # The ATOM paper gives SGD, learning rate 0.01, momentum 0.9 and weight decay 5e-4 (Table 7), DSA (supplement), and two
 # schedules that exclude each other; it gives neither epochs nor batch size. Those, and one decay after half of the
-# epochs, are from the code that it says its protocol follows (DSA and DM).
+# epochs, are from the code whose protocol it says it follows (DSA and DM); all of it is also the protocol of DM's code.
 _PAPER = Protocol(
     name="paper",
     epochs=1000,
@@ -87,12 +85,10 @@ PROTOCOLS = {
         dataclasses.replace(_PAPER, name="paper-table7", decay_factor=0.5, decay_every=15),
         # DC's code: 300 epochs; its ConvNets are trained without augmentation.
         dataclasses.replace(_PAPER, name="dc", epochs=300, augmentation="none"),
-        # DM's code: every setting of "paper" is this one's.
-        dataclasses.replace(_PAPER, name="dm"),
         # DataDAM's code: longer, with smaller batches.
         dataclasses.replace(_PAPER, name="datadam-code", epochs=1800, batch_size=64),
-        # For handwritten digits, where a mirrored image is no digit. Up to 25 images a class an epoch is a single step;
-        # the larger learning rate fits them in 300 of these as well as 0.01 does in 1000.
+        # For handwritten digits: a mirrored digit is no digit. Up to 25 images per class an epoch is a single step; the
+        # larger learning rate fits them in 300 steps as well as 0.01 does in 1000.
         dataclasses.replace(
             _PAPER, name="digits", epochs=300, learning_rate=0.03, augmentation="color_crop_cutout_scale_rotate"
         ),
@@ -101,7 +97,7 @@ PROTOCOLS = {
 
 
 def get_protocol(name: str, **overrides) -> Protocol:
-    """A preset, with some of its settings replaced; the name then says which.
+    """Return a protocol by name, with some settings replaced; its name then says which.
 
     Args:
         name: a key of ``PROTOCOLS``.
@@ -111,7 +107,7 @@ def get_protocol(name: str, **overrides) -> Protocol:
         ValueError: an unknown preset or setting, or a value that is not accepted.
     """
     if name not in PROTOCOLS:
-        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}; got {name!r}")
+        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}; got {name!r}{suggestion(name, PROTOCOLS)}")
     preset = PROTOCOLS[name]
     settings = [field.name for field in dataclasses.fields(Protocol) if field.name != "name"]
     for setting in overrides:
@@ -122,3 +118,8 @@ def get_protocol(name: str, **overrides) -> Protocol:
         return preset
     changes = ", ".join(f"{setting}={value}" for setting, value in changed.items())
     return dataclasses.replace(preset, name=f"{name} ({changes})", **changed)
+
+
+def default_protocol(dataset: str) -> str:
+    """Return the name of the protocol for a data set where none is given."""
+    return "digits" if dataset == "digits" else "paper"

@@ -1,33 +1,43 @@
-"""What an evaluation found: an accuracy for every network, and what it was trained with."""
+"""Results of evaluations, and the JSON files that keep them."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from atom_fast._files import write_atomically
 from atom_fast.evaluation.protocols import Protocol
+
+Curve = dict[int, float | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationResult:
-    """Test accuracies of networks trained on one set, in percent.
+    """Test accuracies in percent of networks trained on one set.
 
     Attributes:
-        curves: for every network its accuracy after each tested epoch, ``{epoch: percent}`` with epochs counted from 1
-            and the last epoch always among them; None where a logit was not finite, so the network had diverged. Empty
-            for a network that has not finished.
+        about: the set: ``dataset``, ``ipc``, ``method``, ``config_hash``, ``set_seconds`` (of its distillation) and
+            ``same_data`` (True if it was made from the data it was tested on); each None where it is not known.
+        curves: per network its accuracy after each tested epoch, ``{epoch: percent}`` with epochs counted from 1; the
+            last epoch is always tested. None where a logit was not finite: the network diverged. Empty for a network
+            that has not finished.
         protocol: how they were trained.
-        network: their name, a key of :data:`~atom_fast.networks.NETWORKS`.
+        network: their architecture's name, one of :data:`~atom_fast.names.NETWORK_NAMES`.
         architecture: settings of :class:`~atom_fast.networks.ConvNet`; empty for other networks.
         precision: "float32" or "bfloat16", of the training.
-        seed: of the evaluation; network i depends on it and on i alone.
+        seed: of the evaluation; network i depends only on it and on i.
         seconds: wall-clock time of training and testing all of them.
         device: where they were trained.
     """
 
-    curves: tuple[dict[int, float | None], ...]
+    about: dict[str, Any]
+    curves: tuple[Curve, ...]
     protocol: Protocol
     network: str
     architecture: dict[str, Any]
@@ -38,14 +48,14 @@ class EvaluationResult:
 
     @property
     def accuracies(self) -> tuple[float | None, ...]:
-        """Accuracy of every network after the last epoch: the result; None for one that diverged or is unfinished."""
+        """Last-epoch accuracy per network; None for one that diverged or has not finished."""
         return tuple(curve.get(self.protocol.epochs) for curve in self.curves)
 
     @property
     def best_accuracies(self) -> tuple[float | None, ...] | None:
-        """Highest accuracy of every network over the tested epochs; None where only the last one was tested.
+        """Highest accuracy per network over the tested epochs; None where only the last epoch was tested.
 
-        It is chosen on the test set, so it is not a result to report as the accuracy of a set.
+        The epoch is chosen on the test set, so do not report it as the accuracy of a set.
         """
         if all(len(curve) <= 1 for curve in self.curves):
             return None
@@ -70,7 +80,7 @@ class EvaluationResult:
 
     @property
     def std(self) -> float:
-        """Population standard deviation of the same (divided by N, as in the public code); NaN likewise."""
+        """Population standard deviation of the same (divided by N, as in the public code); NaN where there is none."""
         return statistics.pstdev(self._known) if self._known else math.nan
 
     @property
@@ -79,14 +89,17 @@ class EvaluationResult:
 
     def __str__(self) -> str:
         noun = "network" if len(self.curves) == 1 else "networks"
-        text = f"{self.mean:.1f} ± {self.std:.1f} % ({len(self.curves)} {noun}, last epoch)"
+        size = "" if self.about["ipc"] is None else f" ipc={self.about['ipc']}"
+        text = f"{self.about['dataset']}{size} {self.about['method']}: {self.mean:.1f} ± {self.std:.1f} %"
+        text += f" ({len(self.curves)} {self.network} {noun}, last epoch)"
         for name, indices in (("diverged", self.diverged), ("unfinished", self.unfinished)):
             text += f", {name}: {', '.join(map(str, indices))}" if indices else ""
         return text
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything above as what JSON can hold; a mean or deviation of no network is None."""
+        """Return everything above as JSON values; a mean or deviation of no network is None."""
         return {
+            **self.about,
             "accuracy_mean": None if math.isnan(self.mean) else self.mean,
             "accuracy_std": None if math.isnan(self.std) else self.std,
             "accuracies": list(self.accuracies),
@@ -103,3 +116,72 @@ class EvaluationResult:
             "seconds": self.seconds,
             "device": self.device,
         }
+
+
+def summary(result: EvaluationResult, random: EvaluationResult | None = None) -> dict[str, Any]:
+    """Put a set's accuracy beside Random's, as :func:`atom_fast.pictures.result_line` prints it.
+
+    Returns:
+        ``dataset``, ``ipc``, ``method``, ``accuracy_mean``, ``accuracy_std``, ``random_mean``, ``random_std`` (percent;
+        None where not measured or all diverged), ``seconds`` (of the distillation), ``device`` (of the evaluation) and
+        ``config_hash``.
+    """
+    found, baseline = result.to_dict(), {} if random is None else random.to_dict()
+    return {
+        **{name: found[name] for name in ("dataset", "ipc", "method", "accuracy_mean", "accuracy_std")},
+        "random_mean": baseline.get("accuracy_mean"),
+        "random_std": baseline.get("accuracy_std"),
+        "seconds": found["set_seconds"],
+        "device": found["device"],
+        "config_hash": found["config_hash"],
+    }
+
+
+def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Read a file that `write_record` keeps; where there is none, there are no records.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    try:
+        records = json.loads(path.read_text("utf-8"))
+        if not isinstance(records, list) or not all(map(_is_record, records)):
+            raise ValueError("it holds something else")
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not a record of evaluations by this version ({error}); move it, or name another file"
+        ) from error
+    return records
+
+
+def write_record(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
+    """Put a record of one evaluation into a file, in place of an earlier one with the same ``hash``."""
+    by_hash = {old["hash"]: old for old in read_records(path)} | {record["hash"]: dict(record)}
+    write_atomically(path, json.dumps(list(by_hash.values()), indent=1) + "\n")
+
+
+def curves_of(record: Mapping[str, Any]) -> list[Curve]:
+    """Return a record's curves with their epochs as numbers."""
+    return [{int(epoch): accuracy for epoch, accuracy in curve.items()} for curve in record["curves"]]
+
+
+def _is_record(record: Mapping[str, Any]) -> bool:
+    last = str(record["protocol"]["epochs"]) if "hash" in record else ""
+    return (
+        isinstance(record.get("hash"), str)
+        and isinstance(record.get("seconds"), (int, float))
+        and isinstance(record.get("curves"), Sequence)
+        and all(is_curve(curve, last) for curve in record["curves"])
+    )
+
+
+def is_curve(curve: object, last_epoch: str) -> bool:
+    """True for a network's accuracies as JSON: none yet, or one per tested epoch up to the last."""
+    return isinstance(curve, dict) and (
+        not curve
+        or last_epoch in curve
+        and all(epoch.isdecimal() and isinstance(value, (int, float, type(None))) for epoch, value in curve.items())
+    )

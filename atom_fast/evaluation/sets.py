@@ -1,22 +1,22 @@
-"""Sets to evaluate that were not distilled here: chosen real images, files of the public code, folders of images."""
+"""Sets to evaluate that were not distilled here: selected real images, files of the public code, image folders."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from atom_fast._seeds import derive_seed
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.decoding import decode_images
-from atom_fast.data.sampling import check_class_sizes
+from atom_fast.data.sampling import check_class_sizes, describe_small_classes
 from atom_fast.data.sources import _class_names, _labelled_files
-from atom_fast.data.whitening import KINDS, Preprocessing, fit_preprocessing
+from atom_fast.data.whitening import Preprocessing, fit_preprocessing
 from atom_fast.distillation.config import DistillConfig
 from atom_fast.evaluation.coresets import (
-    EPOCHS,
-    METHODS,
     forgetting_selection,
     herding_selection,
     k_center_selection,
@@ -24,9 +24,8 @@ from atom_fast.evaluation.coresets import (
     watch_training,
 )
 from atom_fast.evaluation.protocols import Protocol
+from atom_fast.names import FEATURES, PREPROCESSINGS, SELECTIONS, WATCHED_EPOCHS
 from atom_fast.synthetic import PUBLIC_NORMALIZATION, SyntheticSet, folder_names, load_public
-
-FEATURES = ("embedding", "pixels")
 
 
 def select(
@@ -37,37 +36,38 @@ def select(
     preprocessing: str | Preprocessing = "auto",
     features: str = "embedding",
     protocol: Protocol | str = "paper",
-    epochs: int = EPOCHS,
+    epochs: int = WATCHED_EPOCHS,
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> SyntheticSet:
-    """Choose real images, as a set that can be saved and evaluated like a distilled one.
+    """Select real images as a set that can be saved and evaluated like a distilled one.
 
     Args:
         data: the real images.
         method: "random", "herding", "k-center", "forgetting" (the most often forgotten), "least-forgetting", or "full"
             for the whole training set.
-        ipc: images a class; not used by "full".
-        preprocessing: kind of the map to model space, fitted on the training set; see
-            :func:`~atom_fast.data.whitening.fit_preprocessing`; "auto" is that of a distillation of such data; or one
-            that was fitted before.
-        features: what herding and k-center measure distances in: "embedding", that of a ConvNet trained on the whole
-            training set in model space, or "pixels", in model space too.
-        protocol: how that network, and the one that forgets, are trained, but for the epochs; a preset or its name.
-        epochs: how long.
+        ipc: images per class; not used by "full".
+        preprocessing: kind of the map to model space, fitted on the training set
+            (:func:`~atom_fast.data.whitening.fit_preprocessing`); "auto" is the kind that `distill` uses for such data;
+            or a fitted map.
+        features: space in which herding and k-center measure distances: "embedding" of a ConvNet trained on the whole
+            training set in model space, or "pixels" in model space.
+        protocol: how that network, or the one that forgets, is trained, or the protocol's name; its epochs are not
+            used.
+        epochs: of that network.
         seed: of the random choice, or of the network.
-        device: where to compute; None means where the images are.
+        device: where to compute; None: where the images are.
         progress: show progress bars on standard error.
 
     Returns:
-        The set on the CPU, ordered by class; its metadata hold the method, its settings and ``indices``, the places of
-        the images in the training set.
+        The set on the CPU, ordered by class; its metadata hold the method, its settings and ``indices``, positions in
+        the training set.
 
     Raises:
         ValueError: an unknown method, kind of features or preprocessing, or a class has fewer images.
     """
-    for name, value, accepted in (("method", method, METHODS), ("features", features, FEATURES)):
+    for name, value, accepted in (("method", method, SELECTIONS), ("features", features, FEATURES)):
         if value not in accepted:
             raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {value!r}")
     if method != "full":
@@ -98,9 +98,32 @@ def select(
     return _real_set(data, chosen, space, {"method": method, "selection": {**details, "indices": chosen.tolist()}})
 
 
+def random_sets(data: ImageData, synthetic: SyntheticSet, *, seed: int = 0) -> Callable[[int], SyntheticSet]:
+    """Return the baseline Random for a set: a function from a network's number to its own random real images.
+
+    They are as many per class, in the set's model space. Each network has its own selection because the selection
+    moves the accuracy more than the network does (by 4 against 1 points at one digit per class): the deviation over
+    networks on a single selection would claim a precision that Random does not have.
+
+    Args:
+        data: the real images.
+        synthetic: the set to compare with.
+        seed: of the selections.
+
+    Raises:
+        ValueError: the set's classes differ in size, or a class has fewer real images.
+    """
+    ipc, space = synthetic.ipc, synthetic.preprocessing
+    if ipc is None:
+        raise ValueError("Random needs a set with as many images in every class; leave it out (--no-random)")
+    if small := describe_small_classes(data, ipc):
+        raise ValueError(f"Random needs {ipc} images of every class, but {small}; leave it out (--no-random)")
+    return lambda index: select(data, "random", ipc, preprocessing=space, seed=derive_seed(seed, index))
+
+
 def _real_set(data: ImageData, chosen: Tensor, preprocessing: Preprocessing, about: dict) -> SyntheticSet:
     metadata = {"dataset": data.name, "dataset_fingerprint": data.fingerprint, **about}
-    images = preprocessing.to_model(data.train_images[chosen])
+    images = preprocessing.to(chosen.device).to_model(data.train_images[chosen])
     labels = data.train_labels[chosen]
     return SyntheticSet(images.cpu(), labels.cpu(), data.class_names, preprocessing.to("cpu"), metadata)
 
@@ -113,26 +136,26 @@ def read_set(
     experiment: int = 0,
     progress: bool = True,
 ) -> SyntheticSet:
-    """Read what other programs wrote as a set for the classes of ``data``.
+    """Read a set for the classes of ``data`` that another program wrote.
 
     Args:
         path: a ``.pt`` that the public DC, DSA, DM or DataDAM program saved, or a folder with image files in
             ``train/<class>/`` or ``<class>/``, named as the classes of ``data`` or as :meth:`SyntheticSet.export` does.
         data: the real images it is for.
         preprocessing: kind of the map from pixels to the model space of the set, fitted on the training images of
-            ``data``; None is the normalisation in the public code's constants for a ``.pt`` of a data set that it has
-            them for, otherwise "standard". A set that was whitened needs the kind that it was whitened with.
-        experiment: which set of a ``.pt`` with several, counted from 0.
+            ``data``. None: for a ``.pt`` the constants of the public code if it has some for the data set, otherwise
+            "standard". A whitened set needs the kind that it was whitened with.
+        experiment: number of the set in a ``.pt`` that holds several, counted from 0.
         progress: show progress bars on standard error.
 
     Raises:
         FileNotFoundError: there is no such file or folder, or no images are in it.
-        ValueError: an unknown kind, no such experiment, classes that are not those of ``data``, or a file that holds
-            something else.
+        ValueError: an unknown kind, no such experiment, other classes than ``data`` has, or a file that holds something
+            else.
     """
     path = Path(path)
-    if preprocessing is not None and preprocessing not in KINDS:
-        raise ValueError(f"preprocessing must be one of {', '.join(KINDS)}; got {preprocessing!r}")
+    if preprocessing is not None and preprocessing not in PREPROCESSINGS:
+        raise ValueError(f"preprocessing must be one of {', '.join(PREPROCESSINGS)}; got {preprocessing!r}")
     if path.is_dir():
         images, labels = _read_folder(path, data, progress)
         space = fit_preprocessing(data.train_images, preprocessing or "standard", progress=progress)

@@ -1,4 +1,4 @@
-"""One network trained on a set that is on its device, and tested."""
+"""Training and testing of one network."""
 
 from __future__ import annotations
 
@@ -17,23 +17,21 @@ from atom_fast.evaluation.protocols import Protocol
 from atom_fast.networks import make_network
 from atom_fast.networks.lean import logits
 
-PRECISIONS = ("float32", "bfloat16")
-
-# Pixels tested at once: 256 images of 32x32 on a CPU, whose first feature map takes 128 MiB at width 128, and eight
-# times as many elsewhere.
+# Pixels tested at once: on a CPU 256 images of 32x32, whose first feature map takes 128 MiB at width 128; eight times
+# as many elsewhere.
 TEST_PIXELS = {"cpu": 2**18}
 _TEST_PIXELS_ELSEWHERE = 2**21
 _PREPROCESSED_AT_ONCE = 4096  # images: 50 MB of CIFAR in float32
 
 
 def network_seed(seed: int, index: int) -> int:
-    """Seed of network ``index`` in an evaluation with ``seed``; well apart for neighbouring seeds and networks."""
+    """Return the seed of network ``index``; neighbouring seeds and networks give unrelated ones."""
     return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
 
 
 @contextlib.contextmanager
 def repeatable_convolutions() -> Iterator[None]:
-    """Have cuDNN take, in the enclosed, algorithms that give the same bits in every run; TF32 is allowed."""
+    """Restrict cuDNN to algorithms that give the same bits in every run, within this context; TF32 is allowed."""
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision
     cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision = True, False, "tf32"
@@ -44,18 +42,18 @@ def repeatable_convolutions() -> Iterator[None]:
 
 
 class Trainer:
-    """Trains networks of one architecture, one after the other, in the same buffers.
+    """Train networks of one architecture, one after the other, in the same buffers.
 
     Args:
         network: a module with ``reset_parameters(generator)``, on the device of the images.
         images: floating point [N, C, H, W] in model space.
         labels: int64 [N].
         protocol: how to train.
-        precision: "float32", or "bfloat16" for what autocast computes in it; parameters stay as they are.
+        precision: "float32", or "bfloat16" to train under autocast; parameters keep their type.
 
     Attributes:
         network: the network in training.
-        images, labels: as given; they may be written to between epochs.
+        images, labels: as given; their content may be changed between epochs.
         generator: source of the network's initial weights, batch orders, augmentation and dropout.
         protocol: as given.
     """
@@ -72,7 +70,7 @@ class Trainer:
             "device_type": images.device.type,
             "dtype": torch.bfloat16,
             "enabled": precision == "bfloat16",
-            "cache_enabled": False,  # a captured step would keep the first step's copies of the weights
+            "cache_enabled": False,  # a captured step would reuse the first step's copies of the weights
         }
         self._parameters = list(network.parameters())
         # A tensor, so that a captured step sees the learning rate change.
@@ -84,29 +82,29 @@ class Trainer:
             weight_decay=protocol.weight_decay,
             fused=True,
         )
-        self.restart(0)  # a step that is captured before the first network must draw from this generator already
+        self.restart(0)  # a step captured before the first network must already draw from this generator
 
     def restart(self, seed: int) -> None:
-        """Draw a new network from ``seed`` and forget the momentum of the one before."""
+        """Draw a new network from ``seed`` and reset the momentum."""
         self.generator.manual_seed(seed)
         self.network.reset_parameters(self.generator)
         for state in self._optimizer.state.values():
             state["momentum_buffer"].zero_()
 
     def begin_epoch(self, epoch: int) -> Tensor:
-        """Set the learning rate of an epoch, counted from 0, and draw its order: int64 [N]. Nothing is read back."""
-        if not self.network.training:  # after a test; to say so to every module takes as long as some of a GPU's steps
+        """Set the learning rate of an epoch, counted from 0, and return its random order, int64 [N]; no host sync."""
+        if not self.network.training:  # after a test; train() visits every module, as slow as some steps on a GPU
             self.network.train()
         self._learning_rate.fill_(self.protocol.learning_rate_at(epoch))
         return torch.randperm(len(self.images), generator=self.generator, device=self.images.device)
 
     def train_epoch(self, epoch: int) -> None:
-        """One pass over the set in random order."""
+        """Pass once over the set in random order."""
         for indices in self.begin_epoch(epoch).split(self.protocol.batch_size):
             self.step(indices)
 
     def step(self, indices: Tensor) -> Tensor:
-        """A training step on the images at ``indices``, int64 [B]; returns their logits [B, K] before it."""
+        """Train on the images at ``indices``, int64 [B]; return their logits [B, K] before the update."""
         # index_select by itself returns NCHW.
         images = torch.index_select(self.images, 0, indices, out=torch.empty_like(self.images[: len(indices)]))
         if self.protocol.augmentation != "none":
@@ -116,8 +114,7 @@ class Trainer:
         with torch.autocast(**self._autocast):
             predicted = logits(self.network, images)
             loss = F.cross_entropy(predicted, self.labels.index_select(0, indices))
-        # Not backward(): what that does to .grad is tied to the stream it first ran on. A bias that a norm takes away
-        # has no gradient.
+        # Not backward(): it ties .grad to the stream of its first call. A bias that a norm cancels has no gradient.
         gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = _in_layout_of(parameter, gradient)
@@ -126,7 +123,7 @@ class Trainer:
 
 
 def empty_network(name: str, architecture: Mapping, data: ImageData, device: torch.device) -> nn.Module:
-    """A network for the images of ``data``, whose weights are still to be drawn; no generator is drawn from.
+    """Build a network for the images of ``data`` without drawing its weights; no generator is used.
 
     Raises:
         ValueError: as :func:`~atom_fast.networks.make_network`.
@@ -140,7 +137,7 @@ def empty_network(name: str, architecture: Mapping, data: ImageData, device: tor
 def in_model_space(
     pixels: Tensor, preprocessing: Preprocessing, device: torch.device, layout: torch.memory_format
 ) -> Tensor:
-    """Images uint8 [N, C, H, W] as networks see them: float32, on a device and in a layout."""
+    """Bring images uint8 [N, C, H, W] to model space: float32, on a device, in a memory layout."""
     preprocessing = preprocessing.to(device)
     images = torch.empty(pixels.shape, device=device, memory_format=layout)
     for some, space in zip(pixels.split(_PREPROCESSED_AT_ONCE), images.split(_PREPROCESSED_AT_ONCE), strict=True):
@@ -149,7 +146,7 @@ def in_model_space(
 
 
 def _in_layout_of(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
-    """The gradient with the parameter's strides, which the fused optimizer takes for granted."""
+    """The gradient with the parameter's strides, which the fused optimizer assumes."""
     if gradient is None or gradient.stride() == parameter.stride():
         return gradient
     return torch.empty_like(parameter).copy_(gradient)
@@ -157,15 +154,15 @@ def _in_layout_of(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
 
 @torch.no_grad()
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float | None:
-    """Accuracy of a network, in evaluation mode, over a whole test set, in percent.
+    """Compute the accuracy of a network, in evaluation mode, over a whole test set.
 
     Args:
-        network: images [B, C, H, W] in model space to logits [B, K].
+        network: from images [B, C, H, W] in model space to logits [B, K].
         images: floating point [N, C, H, W] in model space.
         labels: int64 [N].
 
     Returns:
-        100 · correct / N, or None where a logit is not finite, since the largest of such logits means nothing.
+        100 · correct / N in percent, or None if a logit is not finite: its argmax means nothing.
     """
     network.eval()
     correct = torch.zeros((), dtype=torch.int64, device=images.device)
@@ -177,7 +174,7 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float | None
 
 
 def in_batches(function: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor):
-    """Yield ``(function(images), labels)`` of big batches of a set [N, C, H, W] and its labels [N]."""
+    """Yield ``(function(images), labels)`` for large batches of a set [N, C, H, W] and its labels [N]."""
     pixels = TEST_PIXELS.get(images.device.type, _TEST_PIXELS_ELSEWHERE)
     batch = max(1, pixels // (images.shape[2] * images.shape[3]))
     for some_images, some_labels in zip(images.split(batch), labels.split(batch), strict=True):

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from atom_fast.names import INITIALIZATIONS, NORMS, POOLINGS
+
 if TYPE_CHECKING:
     from .fused_convnet import FusedConvNet
 
 ACTIVATIONS = ("relu", "leakyrelu", "sigmoid")
-NORMS = ("instance", "batch", "layer", "group", "none")
-POOLINGS = ("avg2", "avg3", "max2", "none")
-INITIALIZATIONS = ("default", "normal", "uniform")
-
 GROUPS = 4  # of norm "group", as in the DC and DM code
 LEAKY_SLOPE = 0.01  # as in the DC and DM code
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _native
+from ..names import OPERATIONS
 from .launching import device_of
 
-OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
 COLOR, CROP, CUTOUT, FLIP, SCALE, ROTATE = range(len(OPERATIONS))
 
 # The settings of the public DSA, DM and DataDAM code.

@@ -1,6 +1,6 @@
-"""The paper's tables and figures by name: what to run for them, how it is run, and the results beside the paper's."""
+"""Tables 1, 2, 4 and 5 and the figures of the paper: what to run for them, and the results beside the paper's."""
 
-from benchmarks.accuracy.run import reproduce
-from benchmarks.accuracy.targets import TARGETS, plan
+from benchmarks.accuracy.run import run
+from benchmarks.accuracy.tables import TARGETS, plan
 
-__all__ = ["TARGETS", "plan", "reproduce"]
+__all__ = ["TARGETS", "plan", "run"]

@@ -1,9 +1,9 @@
-"""A cell: one synthetic set and its evaluations, in a folder of its own that is never done twice.
+"""A cell: one synthetic set and its evaluations, in its own folder, never computed twice.
 
-The folder's name ends in a hash of everything that the set depends on, so cells of other settings stand beside each
-other. It holds ``cell.json`` (what it is), ``run/`` (the distillation, which is resumed) or ``set.safetensors`` (chosen
-images), ``sets/`` (those of earlier iterations, where they are wanted) and a file for each evaluation. A lock keeps two
-processes from working on one cell.
+The folder's name ends in a hash of everything that the set depends on, so that cells of different settings stand beside
+each other. It holds ``cell.json`` (the cell's identity), ``run/`` (the distillation, which is resumed) or
+``set.safetensors`` (chosen images), ``sets/`` (finished sets, also of milestones) and one file per evaluation. A lock
+keeps two processes from working on one cell.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from atom_fast.distillation.config import DistillConfig
 from atom_fast.distillation.logs import say
 from atom_fast.evaluation.protocols import Protocol
 from benchmarks.accuracy.datasets import DATASETS
-from benchmarks.accuracy.methods import configuration, get_method
+from benchmarks.methods import configuration, get_method
 
 CELL_FILE = "cell.json"
 LOCK_FILE = ".lock"
@@ -30,13 +30,13 @@ _FORMAT = "benchmarks.accuracy.cell"
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One set.
+    """One synthetic set.
 
     Attributes:
-        dataset, ipc, method, seed: of what, how many images a class (0: all), how, and which.
-        settings: (name, value) pairs in place of the method's distillation settings.
-        selection_epochs, selection_protocol: of the network that images are chosen with.
-        milestones: iterations after which the set is kept as well; the last one ends the distillation.
+        dataset, ipc, method, seed: data set, images per class (0: all images), method, and seed of the set.
+        settings: (name, value) pairs that replace the method's distillation settings.
+        selection_epochs, selection_protocol: training of the network that images are chosen with.
+        milestones: iterations after which the set is kept too; the last one ends the distillation.
     """
 
     dataset: str
@@ -50,17 +50,17 @@ class Cell:
 
     @property
     def config(self) -> DistillConfig:
-        """The settings of the distillation, or of the networks where images are chosen."""
+        """Settings of the distillation; for chosen images, of the tested networks."""
         return configuration(self.method, self.ipc, self.seed, dict(self.settings))
 
     @property
     def resolved_config(self) -> DistillConfig:
-        """The same with what follows from the data set put in; only the precision may be left to the device."""
+        """The settings with everything that follows from the data set resolved; only the precision may stay open."""
         return self.config.for_data(DATASETS[self.dataset][2], self.dataset)
 
     @property
     def folder_name(self) -> str:
-        """Readable, and different where anything that the set depends on is."""
+        """A readable name that differs whenever anything that the set depends on differs."""
         size = f"ipc{self.ipc}" if self.ipc else "all"
         return f"{self.dataset}-{size}-{self.method}-seed{self.seed}-{_hash(self._identity())}"
 
@@ -80,7 +80,7 @@ class Cell:
         }
 
     def to_dict(self) -> dict[str, object]:
-        """The cell as what JSON can hold."""
+        """Return the cell as JSON can hold it."""
         plain = {"settings": dict(self.settings), "milestones": list(self.milestones)}
         return {**dataclasses.asdict(self), **plain, "config_hash": self.config.config_hash()}
 
@@ -111,9 +111,9 @@ class Evaluation:
 
 
 def architecture(cell: Cell, network: str, norm: str | None = None) -> dict[str, object]:
-    """Settings of the ConvNets that a cell's set is tested on: the same for all methods, ATOM's at the cell's settings.
+    """Return the settings of the ConvNets that test a cell's set: for all methods, ATOM's at the cell's settings.
 
-    A table that tests DM's sets on networks of another initialisation than ATOM's would compare networks, not sets.
+    Testing DM's sets on networks of another initialisation than ATOM's would compare networks, not sets.
     """
     if network != "convnet":
         return {}
@@ -125,15 +125,15 @@ def architecture(cell: Cell, network: str, norm: str | None = None) -> dict[str,
 
 
 def cell_folder(output: Path, cell: Cell) -> Path:
-    """Where a cell is kept."""
+    """Return the folder of a cell."""
     return Path(output) / "cells" / cell.folder_name
 
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[bool]:
-    """Hold a cell for this process; False where another process has it.
+    """Lock a cell for this process; yield False if another process holds it.
 
-    Where there are no locks nobody is kept out: not on Windows, nor on some network file systems, which is said once.
+    Windows and some network file systems have no locks: then nobody is kept out, and one warning says so.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK_FILE, "w") as lock:
@@ -159,10 +159,10 @@ _say_once = functools.cache(say)
 
 
 def open_cell(folder: Path, cell: Cell, data_name: str, fingerprint: str) -> None:
-    """Note in a new folder which cell it is; make sure that one found there is this cell, of these data.
+    """Write the note of a new cell's folder; check that an existing folder belongs to this cell and these data.
 
     Raises:
-        ValueError: the folder holds something else, its note is damaged, or it was made from other data.
+        ValueError: the folder holds something else, its note is damaged, or it was made from other images.
     """
     note = folder / CELL_FILE
     if not note.exists():
@@ -178,19 +178,19 @@ def open_cell(folder: Path, cell: Cell, data_name: str, fingerprint: str) -> Non
     if found["fingerprint"] != fingerprint:
         raise ValueError(
             f"{folder} was made from other images of {cell.dataset} ({found['data']}); "
-            "give the same --data-dir, or another --output"
+            "give the same --data-dir, or another --out"
         )
 
 
 def check_same_images(
     output: Path, cells: Iterable[Cell], at_hand: Mapping[str, tuple[str, str]] | None = None
 ) -> None:
-    """Make sure that what was begun of each data set was made from the same images.
+    """Check that all cells of a data set that exist were made from the same images.
 
     Args:
         output: folder of the cells.
-        cells: those that stand in one table; folders that are not there yet are passed over.
-        at_hand: fingerprint and name of images, by data set, that more cells are to be made from.
+        cells: cells of one table; missing folders are passed over.
+        at_hand: by data set, fingerprint and title of the images that further cells will be made from.
 
     Raises:
         ValueError: two cells, or a cell and the data at hand, differ; or a cell's note is damaged.
@@ -207,12 +207,12 @@ def check_same_images(
         if note["fingerprint"] != fingerprint:
             raise ValueError(
                 f"{folder} was made from other images of {cell.dataset} ({note['data']}) than {whose}, but both belong "
-                "in one table; give the same --data-dir, or an --output for each"
+                "in one table; give the same --data-dir, or an --out for each"
             )
 
 
 def read_note(folder: Path) -> dict:
-    """What ``cell.json`` says.
+    """Read ``cell.json``.
 
     Raises:
         ValueError: it is damaged.
@@ -224,10 +224,10 @@ def read_note(folder: Path) -> dict:
 
 
 def read_json(path: Path, remedy: str) -> dict:
-    """A file that holds a JSON object.
+    """Read a file that holds a JSON object.
 
     Raises:
-        ValueError: it does not; the message ends in ``remedy``.
+        ValueError: it is missing or holds something else; the message ends in ``remedy``.
     """
     try:
         return dict(json.loads(path.read_text("utf-8")))
@@ -238,7 +238,7 @@ def read_json(path: Path, remedy: str) -> dict:
 
 
 def evaluation_file(output: Path, cell: Cell, evaluation: Evaluation) -> Path:
-    """Where an evaluation's results are kept."""
+    """Return the file of an evaluation's results."""
     return cell_folder(output, cell) / evaluation.file_name(architecture(cell, evaluation.network, evaluation.norm))
 
 

@@ -1,4 +1,4 @@
-"""The paper's data sets by name, from the published archives or from folders of images, and what to call them."""
+"""The paper's data sets by name, from the published archives or from folders of images, and their titles."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from atom_fast.data.dataset import ImageData
 from atom_fast.data.decoding import IMAGE_FORMATS, IMAGE_SUFFIXES
 from atom_fast.data.sources import DEFAULT_DATA_DIR, image_folder, load_data
 
-# Name, number of classes and image shape.
+# Title, number of classes and image shape.
 DATASETS = {
     "digits": ("digits", 10, (1, 8, 8)),
     "digits32": ("digits, enlarged to 32×32", 10, (1, 32, 32)),  # for networks that 8×8 images are too small for
@@ -24,12 +24,12 @@ DATASETS = {
 def load_named(
     name: str, data_dir: str | os.PathLike | None = None, *, download: bool = False, progress: bool = True
 ) -> tuple[ImageData, str]:
-    """One of the paper's data sets and what it is called in results.
+    """Load one of the paper's data sets with `load_data`; return it and its title in results.
 
-    They are read as `load_data` reads them. Of image files results say the format: "CIFAR-10 (JPEG q75)".
+    The title of image files names their format: "CIFAR-10 (JPEG q75)".
 
     Raises:
-        FileNotFoundError: the data is not there; names the folder and how to get it.
+        FileNotFoundError: the data are missing; the message names the folder and how to get them.
         ValueError: an unknown name, or images that are not that data set's.
     """
     if name not in DATASETS:
@@ -43,7 +43,7 @@ def load_named(
 
 
 def _format(folder: Path) -> str:
-    """What a folder's first image is: "PNG", or "JPEG q75" where its quality can be told."""
+    """Return the format of a folder's first image: "PNG", or "JPEG q75" if its quality is a known one."""
     from PIL import Image
 
     path = min(path for path in (folder / "train").rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)

@@ -1,4 +1,4 @@
-"""The paper's figures as PNG: accuracy over iterations, and grids of synthetic images as people see them."""
+"""The paper's figures as PNG: accuracy over iterations, and grids of synthetic images."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 
 from atom_fast.pictures import describe, save_curves, save_synthetic_grid
 from benchmarks.accuracy.cells import cell_folder
-from benchmarks.accuracy.targets import Plan
+from benchmarks.accuracy.tables import Plan
 from benchmarks.accuracy.work import final_set_file, load_set
 
 
 def draw_curves(record: Mapping, path: Path) -> Path | None:
-    """Draw the means of a record's rows over its columns, iterations, with their deviations as bands.
+    """Draw the mean accuracy of a record's rows over its columns (iterations), with deviations as bands.
 
     Returns:
-        The path written; None where nothing is measured yet.
+        The path written; None if nothing is measured yet.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -48,7 +48,7 @@ def _points(row: Mapping) -> list[tuple[int, float, float]]:
 
 
 def draw_grids(plan: Plan, output: Path) -> list[Path]:
-    """Draw the finished sets of a plan, a PNG each, through the inverse of their preprocessing."""
+    """Draw every finished set of a plan as a PNG, through the inverse of its preprocessing."""
     written = []
     for cell, _ in plan.units:
         if final_set_file(output, cell).is_file():

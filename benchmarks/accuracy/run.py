@@ -1,4 +1,4 @@
-"""``atom-fast reproduce``: plan, say what fits, do it, and write the results."""
+"""Run a table or figure: do the cells that are missing, and write the results beside the paper's."""
 
 from __future__ import annotations
 
@@ -13,90 +13,81 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from atom_fast._files import write_atomically
+from atom_fast.distillation import ranks
 from atom_fast.distillation.logs import say
-from atom_fast.distillation.ranks import ALONE, World, own_device
-from benchmarks.accuracy.budget import Estimator, Unit, choose, common_settings, describe, duration
 from benchmarks.accuracy.cells import check_same_images
 from benchmarks.accuracy.figures import draw_curves, draw_grids
-from benchmarks.accuracy.tables import collect, render
-from benchmarks.accuracy.targets import Plan
-from benchmarks.accuracy.work import Shelf, finished, work
+from benchmarks.accuracy.record import collect
+from benchmarks.accuracy.render import Record, render
+from benchmarks.accuracy.tables import Plan, Unit
+from benchmarks.accuracy.work import DataCache, finished, work
 
-# What is wrong with one cell need not be with the next: it diverges, is too large (on a CPU a plain RuntimeError), is
-# damaged, or does not fit its data or what was begun of it.
+# Errors of one cell that the next need not have: it diverges, is too large (a plain RuntimeError on a CPU), is damaged,
+# or does not fit its data or the part of it that exists.
 _OF_ONE_CELL = (ValueError, RuntimeError)
 
 
-def reproduce(
+def run(
     plan: Plan,
     output: str | os.PathLike,
     *,
     data_dir: str | os.PathLike | None = None,
     download: bool = False,
-    budget: float | None = None,
     only: Sequence[int] | None = None,
     device: str | None = None,
     progress: bool = True,
     report: Callable[[str], None] = say,
-    world: World = ALONE,
 ) -> dict:
-    """Do what is missing of a table or figure, and write ``TARGET.json``, ``TARGET.md`` and pictures.
+    """Do the missing cells of a table or figure, and write ``TARGET.json``, ``TARGET.md`` and pictures.
 
-    Cells that are finished are kept, whoever did them; those that another process is at are passed over. Several
-    processes with one output folder share the work; the one that ends last writes the whole table. A cell that fails is
-    said, and marked in the table; the others are done nevertheless.
+    Finished cells are kept, whichever process did them; cells that another process holds are passed over. Several
+    processes with one output folder share the work, and the last one to end writes the whole table. A cell that fails
+    is reported and marked in the table, and the other cells are done. Processes started together (`ranks.join`) each
+    call this with the same arguments, use one GPU each, and the first one writes the results when all have ended.
 
     Args:
-        plan: of `benchmarks.accuracy.targets`.
+        plan: from `benchmarks.accuracy.tables.plan`.
         output: folder of cells and results.
-        data_dir, download: where the data are, see `load_named`.
-        budget: minutes; what does not fit is named and left. None: no limit.
+        data_dir, download: location of the data, see `load_named`.
         only: numbers of units, from 1 as `list_units` gives them; None: all.
-        device: where to compute; None: the GPU, if there is one.
+        device: device that computes; None: the GPU, if there is one.
         progress: show progress bars on standard error.
-        report: is told what is done.
-        world: processes that were started together (`atom_fast.distillation.ranks.join`), a GPU each; each
-            calls this with the same arguments, and the first one writes the results when all have ended.
+        report: called with each message.
 
     Returns:
-        The record that ``TARGET.json`` holds, see `collect`.
+        The record in ``TARGET.json``, see `collect`.
 
     Raises:
-        FileNotFoundError: data are not there; says where they are looked for and how to get them.
-        ValueError: a budget below 0, a unit that is not there, a damaged cell, or one that was made from other images
-            than the data at hand; nothing was done.
+        FileNotFoundError: data are missing; the message says where they are looked for and how to get them.
+        ValueError: a number in ``only`` that is not there, a damaged cell, or one made from other images than the data
+            at hand; nothing was done.
         RuntimeError: cells failed; the results of the others are written.
-        SystemExit: stopped by a signal; what was done is kept, and the results of finished cells are written.
+        SystemExit: stopped by a signal; finished cells are kept and their results are written.
     """
-    if budget is not None and not budget >= 0:  # NaN neither
-        raise ValueError(f"budget must be at least 0 minutes; got {budget:g}")
-    output, common = Path(output), common_settings(plan.units)
+    output, common = Path(output), _common_settings(plan.units)
 
     def tell(text: str) -> None:
-        report(world.label + text)
+        report(ranks.label() + text)
 
-    progress = progress and world.rank == 0
-    shelf = Shelf(data_dir, download=download, device=own_device(device, world), progress=progress)
+    progress = progress and ranks.is_first()
+    cache = DataCache(data_dir, download=download, device=ranks.own_device(device), progress=progress)
     units = _chosen(plan.units, only)
     missing = [unit for unit in units if not finished(output, *unit)]
     tell(f"{plan.target}: {len(units)} cells, {len(units) - len(missing)} of them finished")
-    _load_data(plan, missing, output, shelf, world)
-    estimator = Estimator(output, plan.units, shelf)
-    if budget is not None:
-        missing = _fitting(missing, estimator, budget, common, tell)
+    _load_data(plan, missing, output, cache)
     failed: dict[str, str] = {}
     try:
         with _sigterm_exits():
-            passed = _do(output, missing, estimator, budget, common, tell, failed)
+            passed = _do(output, missing, cache, common, tell, failed)
     except (SystemExit, KeyboardInterrupt):
-        tell("stopped; what is done is kept, and the same command continues")
-        if world.rank == 0:
-            write_results(plan, output, tell, failed)  # of what is finished
+        tell("stopped; finished work is kept, and the same command continues")
+        if ranks.is_first():
+            write_results(plan, output, tell, failed)
         raise
-    everyones = world.exchange(failed)  # when all have ended
+    failures = ranks.all_gather_object(failed)  # waits for all
     left = {unit[0].folder_name for unit in units if not finished(output, *unit)}
-    failed = {name: error for one in everyones for name, error in one.items() if name in left}
-    if world.rank > 0:
+    failed = {name: error for one in failures for name, error in one.items() if name in left}
+    if not ranks.is_first():
         return collect(plan, output, failed)
     elsewhere = left.intersection(cell.folder_name for cell, _ in passed) - failed.keys()
     if elsewhere:
@@ -114,9 +105,9 @@ def reproduce(
 
 @contextlib.contextmanager
 def _sigterm_exits() -> Iterator[None]:
-    """Have SIGTERM raise SystemExit, as SIGINT raises KeyboardInterrupt, so that what is finished is written.
+    """Make SIGTERM raise SystemExit, as SIGINT raises KeyboardInterrupt, so that finished results are written.
 
-    A distillation handles both itself while it runs. Only the main thread may: elsewhere nothing changes.
+    A distillation handles both itself while it runs. Only the main thread may set handlers.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -131,7 +122,7 @@ def _sigterm_exits() -> Iterator[None]:
 def write_results(
     plan: Plan, output: Path, report: Callable[[str], None] = say, failed: Mapping[str, str] | None = None
 ) -> dict:
-    """Write the table or figure of what is finished: JSON, Markdown, pictures; arguments and errors as `collect`."""
+    """Write the record of the finished cells as JSON, Markdown and pictures; arguments and errors as `collect`."""
     record = collect(plan, output, failed)
     name = plan.target
     write_atomically(output / f"{name}.json", json.dumps(record, indent=1) + "\n")
@@ -139,7 +130,7 @@ def write_results(
     if plan.kind == "grids":
         written += draw_grids(plan, output)
     else:
-        written.append(write_atomically(output / f"{name}.md", render(record) + "\n"))
+        written.append(write_atomically(output / f"{name}.md", render(Record(record)) + "\n"))
     if plan.kind == "curves" and (picture := draw_curves(record, output / f"{name}.png")):
         written.append(picture)
     report(f"written: {', '.join(map(str, written))}")
@@ -147,12 +138,33 @@ def write_results(
 
 
 def list_units(plan: Plan, output: str | os.PathLike) -> list[str]:
-    """Every unit of a plan with its number, and whether it is finished; for ``--only`` and a scheduler's array."""
-    lines, common = [], common_settings(plan.units)
+    """Return a line per unit with its number and state, for ``--only`` and the job arrays of a scheduler."""
+    lines, common = [], _common_settings(plan.units)
     for number, unit in enumerate(plan.units, start=1):
         state = "finished" if finished(Path(output), *unit) else "to do"
         lines.append(f"{number:3d}  {state:8s}  {describe(unit, common)}")
     return lines
+
+
+def describe(unit: Unit, common: Collection = ()) -> str:
+    """Return a unit in a line, without the ``common`` settings."""
+    cell, evaluations = unit
+    changed = {name: value for name, value in cell.settings if (name, value) not in common}
+    networks = ", ".join(
+        f"{evaluation.networks} {evaluation.network}"
+        + (f" with norm {evaluation.norm}" if evaluation.norm is not None else "")
+        + (f" at {evaluation.iteration}" if evaluation.iteration is not None else "")
+        + (f" by {evaluation.protocol.name}" if len({e.protocol for e in evaluations}) > 1 else "")
+        for evaluation in evaluations
+    )
+    size = f"ipc {cell.ipc}" if cell.ipc else "all images"
+    settings = " ".join(f"{name}={value}" for name, value in changed.items())
+    return f"{cell.dataset} {size} {cell.method} seed {cell.seed} [{networks}] {settings}".rstrip()
+
+
+def _common_settings(units: Sequence[Unit]) -> set:
+    """Return the settings that all cells share."""
+    return set.intersection(*(set(cell.settings) for cell, _ in units)) if units else set()
 
 
 def _chosen(units: list[Unit], only: Sequence[int] | None) -> list[Unit]:
@@ -164,83 +176,49 @@ def _chosen(units: list[Unit], only: Sequence[int] | None) -> list[Unit]:
     return [units[number - 1] for number in dict.fromkeys(only)]
 
 
-def _load_data(plan: Plan, missing: list[Unit], output: Path, shelf: Shelf, world: World) -> None:
-    """Load the data of missing cells, on each machine by one process first, and compare them with what is there.
+def _load_data(plan: Plan, missing: list[Unit], output: Path, cache: DataCache) -> None:
+    """Load the data of missing cells, one process per machine first, and compare them with those of existing cells.
 
     Raises:
         FileNotFoundError, ValueError: as `load_named` and `check_same_images`.
     """
-    found = world.exchange(sorted({cell.dataset for cell, _ in missing}))  # another process may be finishing cells
+    found = ranks.all_gather_object(sorted({cell.dataset for cell, _ in missing}))  # others may be finishing cells
     at_hand = {}
     for name in sorted(set().union(*found)):
-        data, title = world.after_first(lambda name=name: shelf.data(name))
+        data, title = ranks.after_first(lambda name=name: cache.data(name))
         at_hand[name] = data.fingerprint, title
     check_same_images(output, (cell for cell, _ in plan.units), at_hand)
-
-
-def _fitting(
-    missing: list[Unit], estimator: Estimator, budget: float, common: Collection, report: Callable[[str], None]
-) -> list[Unit]:
-    """What fits into the budget, said beforehand, with what is left."""
-    from tqdm import tqdm
-
-    report(
-        f"estimating {len(missing)} cells: where none like it is finished, a few steps and epochs of a cell are timed, "
-        "for up to a minute or two"
-    )
-    seconds = []
-    with tqdm(missing, desc="estimating", unit="cell", disable=not estimator.shelf.progress) as bar:
-        for unit in bar:
-            bar.set_postfix_str(describe(unit, common))
-            seconds.append(_estimate(estimator, unit))
-    fitting, left = choose(missing, seconds, budget)
-    needed = dict(zip(missing, seconds, strict=True))
-    total = sum(needed[unit] for unit in fitting)
-    report(
-        f"{len(fitting)} of {len(missing)} cells fit into {budget:g} min, by estimate {duration(total)} (not counted: "
-        "fitting the whitening, once for each data set, and herding for starting images):"
-    )
-    for unit in fitting:
-        report(f"  will run, {duration(needed[unit])}: {describe(unit, common)}")
-    for unit in left:
-        report(f"  left, {duration(needed[unit])}: {describe(unit, common)}")
-    return fitting
-
-
-def _estimate(estimator: Estimator, unit: Unit) -> float:
-    """Seconds of a unit; 0 where that fails, as the unit then will, and say why."""
-    try:
-        return estimator.seconds(unit)
-    except _OF_ONE_CELL:
-        return 0.0
 
 
 def _do(
     output: Path,
     units: list[Unit],
-    estimator: Estimator,
-    budget: float | None,
+    cache: DataCache,
     common: Collection,
     report: Callable[[str], None],
     failed: dict[str, str],
 ) -> list[Unit]:
-    """Work through units, noting in ``failed`` which fail and why; those that other processes hold are returned."""
-    passed, started = [], time.monotonic()
+    """Work through units, add failures to ``failed``, and return the units that other processes hold."""
+    passed = []
     for place, unit in enumerate(units, start=1):
         if finished(output, *unit):
             continue  # by another process, meanwhile
-        begun = time.monotonic()
-        if budget is not None and begun - started + _estimate(estimator, unit) > 60 * budget:
-            report(f"left, because the budget is used up: {describe(unit, common)}")
-            continue
+        started = time.monotonic()
         try:
-            mine = work(output, *unit, estimator.shelf)
+            with ranks.alone():  # processes share the cells, not the steps of one
+                mine = work(output, *unit, cache)
         except _OF_ONE_CELL as error:
             failed[unit[0].folder_name] = str(error)
             report(f"{place} of {len(units)} failed: {describe(unit, common)}: {error}")
             continue
         if mine:
-            report(f"{place} of {len(units)} in {duration(time.monotonic() - begun)}: {describe(unit, common)}")
+            report(f"{place} of {len(units)} in {_duration(time.monotonic() - started)}: {describe(unit, common)}")
         else:
             passed.append(unit)
     return passed
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,36 +1,34 @@
-"""A designed study of what the paper leaves open: one setting at a time around the preset ``paper``."""
+"""A study of what the paper leaves open: one setting at a time changed from the preset ``paper``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from benchmarks.accuracy.cells import architecture
-from benchmarks.accuracy.layout import Entry, Row, Section, jobs_for
-from benchmarks.accuracy.paper import TABLE1, TABLE1_NAME
-from benchmarks.accuracy.scale import Scale
+from benchmarks.accuracy.entries import Entry, Job, Row, Section, jobs_for
+from benchmarks.accuracy.size import RunSize
+from benchmarks.paper import TABLE1, TABLE1_NAME
 
 PROTOCOL, TESTED_NORM = "evaluation", "evaluation_norm"
-BASE = "preset paper"
+BASE = "baseline"
 
-# Settings on which the paper contradicts itself, or the code that it builds on differs from it; and what else they
-# might be. DataDAM's code can start from a chosen set; ``image_average`` is this project's own. The last two are no
-# settings of the distillation: the same sets, evaluated by other protocols, and on ConvNets of another norm (where
-# ``norm`` changes both sides).
+# Settings on which the paper contradicts itself or differs from the code that it builds on, and the values they might
+# have; ``image_average`` is this project's. The last two are not settings of the distillation: the same sets,
+# evaluated by other protocols, and on ConvNets with another norm (``norm`` changes both sides).
 FACTORS: Mapping[str, tuple[object, ...]] = {
     "loss_scale": (1.0, 10.0, 100.0),
     "norm": ("instance", "batch"),
     "pooling": ("avg2", "avg3"),
     "network_init": ("normal", "default", "uniform"),
     "preprocessing": ("zca", "standard", "zca_standardized"),
-    "image_init": ("real", "herding"),
     "image_average": (False, True),
     PROTOCOL: ("paper", "paper-fixed", "paper-table7", "dc", "datadam-code"),
     TESTED_NORM: ("instance", "batch"),
 }
 
 
-def section(dataset: str, ipc: int, scale: Scale, factors: Sequence[str] | None = None) -> Section:
-    """The study at one cell: a row for the preset, then one for every other value of every factor.
+def section(dataset: str, ipc: int, size: RunSize, factors: Sequence[str] | None = None) -> Section:
+    """Return the study of one cell: a row for the preset, then one for every other value of every factor.
 
     Raises:
         ValueError: an unknown factor.
@@ -39,24 +37,24 @@ def section(dataset: str, ipc: int, scale: Scale, factors: Sequence[str] | None 
         if factor not in FACTORS:
             raise ValueError(f"factor must be one of {', '.join(FACTORS)}; got {factor!r}")
     column = "accuracy"
-    base = jobs_for(scale, dataset, ipc, "atom")
+    base = jobs_for(size, dataset, ipc, "atom")
     rows = [Row(BASE, {column: Entry(TABLE1["ATOM"].get((dataset, ipc)), base, source=TABLE1_NAME)})]
     for factor in factors or FACTORS:
         for value in FACTORS[factor]:
             if factor == PROTOCOL:
-                jobs = jobs_for(scale, dataset, ipc, "atom", protocol=value)
+                jobs = jobs_for(size, dataset, ipc, "atom", protocol=value)
             elif factor == TESTED_NORM:
                 own = architecture(base[0][0], "convnet")["norm"]
-                jobs = jobs_for(scale, dataset, ipc, "atom", norm=None if value == own else value)
+                jobs = jobs_for(size, dataset, ipc, "atom", norm=None if value == own else value)
             else:
-                jobs = jobs_for(scale, dataset, ipc, "atom", changes={factor: value})
+                jobs = jobs_for(size, dataset, ipc, "atom", changes={factor: value})
             if [_outcome(job) for job in jobs] != [_outcome(job) for job in base]:
-                rows.append(Row(f"{factor} {value:g}" if isinstance(value, float) else f"{factor} {value}",
-                                {column: Entry(None, jobs)}))  # fmt: skip
+                title = f"{factor} {value:g}" if isinstance(value, float) else f"{factor} {value}"
+                rows.append(Row(title, {column: Entry(None, jobs)}))
     return Section(f"{dataset}:{ipc}", "setting", (column,), tuple(rows), BASE)
 
 
-def _outcome(job) -> tuple:
-    """What a job's accuracy depends on, with what follows from the data set put in."""
+def _outcome(job: Job) -> tuple:
+    """Return what a job's accuracy depends on, with settings that follow from the data set resolved."""
     cell, evaluation = job
     return cell.resolved_config, evaluation

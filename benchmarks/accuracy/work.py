@@ -1,4 +1,4 @@
-"""Doing a cell: make its set, or go on with it, and train the networks that are missing."""
+"""The work of one cell: make or resume its set, and train the networks that are missing."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing, fit_preprocessing
 from atom_fast.distillation import distill
 from atom_fast.distillation.checkpoint import remove_unfinished
-from atom_fast.distillation.config import ADDED, DistillConfig
+from atom_fast.distillation.config import DistillConfig
 from atom_fast.distillation.logs import versions
-from atom_fast.distillation.loop import CHECKPOINT_FOLDER
 from atom_fast.evaluation import EvaluationResult, evaluate
 from atom_fast.evaluation.sets import select
 from atom_fast.synthetic import SYNTHETIC_FILE, SyntheticSet
@@ -35,15 +34,15 @@ from benchmarks.accuracy.cells import (
     read_note,
 )
 from benchmarks.accuracy.datasets import load_named
-from benchmarks.accuracy.methods import get_method
+from benchmarks.methods import get_method
 
 RUN_FOLDER = "run"
 SET_FOLDER = "sets"
 SET_FILE = "set.safetensors"
 
 
-class Shelf:
-    """Data sets and their preprocessing, each read and fitted once, on the device that computes."""
+class DataCache:
+    """Data sets and their preprocessing on the computing device, each read and fitted once."""
 
     def __init__(self, data_dir: str | os.PathLike | None, *, download: bool, device: torch.device, progress: bool):
         self.device = device
@@ -53,14 +52,14 @@ class Shelf:
         self._fitted: dict[tuple[str, str], Preprocessing] = {}
 
     def data(self, name: str) -> tuple[ImageData, str]:
-        """A data set, and what it is called; raises as `load_named`."""
+        """Return a data set and its title; raise as `load_named`."""
         if name not in self._data:
             data, title = load_named(name, **self._source)
             self._data[name] = data.to(self.device), title
         return self._data[name]
 
     def preprocessing(self, name: str, kind: str) -> Preprocessing:
-        """The map to model space of that kind."""
+        """Return the data set's map to model space of that kind."""
         if (name, kind) not in self._fitted:
             images = self.data(name)[0].train_images
             self._fitted[name, kind] = fit_preprocessing(images, kind, progress=self.progress)
@@ -68,85 +67,78 @@ class Shelf:
 
 
 def finished(output: Path, cell: Cell, evaluations: Sequence[Evaluation]) -> bool:
-    """Whether nothing of a cell is left to do."""
+    """Return True if nothing of a cell is left to do."""
     if not evaluations:
         return final_set_file(output, cell).is_file()
     return all(read_evaluation(output, cell, evaluation) for evaluation in evaluations)
 
 
 def final_set_file(output: Path, cell: Cell) -> Path:
-    """Where a cell's finished set is."""
+    """Return the file of a cell's finished set."""
     folder = cell_folder(output, cell)
     if not get_method(cell.method).distils:
         return folder / SET_FILE
     return _set_file(folder, cell.config.iterations)
 
 
-def iterations_done(output: Path, cell: Cell) -> int:
-    """How far the distillation of a cell has come, by the names of its checkpoints."""
-    folder = cell_folder(output, cell) / RUN_FOLDER / CHECKPOINT_FOLDER
-    names = (path.stem for path in folder.glob(f"iteration-{8 * '[0-9]'}.safetensors"))
-    return max((int(name.removeprefix("iteration-")) for name in names), default=0)
-
-
-def work(output: Path, cell: Cell, evaluations: Sequence[Evaluation], shelf: Shelf) -> bool:
-    """Do what is left of a cell; False where another process is at it.
+def work(output: Path, cell: Cell, evaluations: Sequence[Evaluation], cache: DataCache) -> bool:
+    """Do what is left of a cell; return False if another process is working on it.
 
     Raises:
-        ValueError: the folder holds another cell, or a damaged one, or settings do not fit the data.
-        OSError, RuntimeError: as `distill`, whose `NonFiniteError` among them.
+        ValueError: the folder holds another or a damaged cell, or settings do not fit the data.
+        OSError, RuntimeError: as `distill`, including `NonFiniteError`.
         SystemExit: stopped by a signal while distilling; the run is saved.
     """
     folder = cell_folder(output, cell)
-    data, title = shelf.data(cell.dataset)
+    data, title = cache.data(cell.dataset)
     with claimed(folder) as mine:
         if not mine:
             return False
         for place in (folder, folder / SET_FOLDER):
             remove_unfinished(place)
         open_cell(folder, cell, title, data.fingerprint)
-        make_set(folder, cell, shelf)
+        make_set(folder, cell, cache)
         for evaluation in evaluations:
             if read_evaluation(output, cell, evaluation) is None:
-                _evaluate(output, cell, evaluation, shelf)
+                _evaluate(output, cell, evaluation, cache)
     return True
 
 
-def make_set(folder: Path, cell: Cell, shelf: Shelf) -> None:
-    """Leave the cell's set, and those of its milestones, in its folder."""
+def make_set(folder: Path, cell: Cell, cache: DataCache) -> None:
+    """Write the cell's set, and the sets of its milestones, into its folder."""
     if not get_method(cell.method).distils:
         if not (folder / SET_FILE).is_file():
-            _choose(cell, shelf).save(folder / SET_FILE)
+            _choose(cell, cache).save(folder / SET_FILE)
         return
-    data, _ = shelf.data(cell.dataset)
-    config = cell.config.resolve(data.image_shape, data.name, shelf.device)
-    space = shelf.preprocessing(cell.dataset, config.preprocessing)
+    data, _ = cache.data(cell.dataset)
+    config = cell.config.resolve(data.image_shape, data.name, cache.device)
+    space = cache.preprocessing(cell.dataset, config.preprocessing)
     for iterations in sorted({*cell.milestones, config.iterations}):
         if _set_file(folder, iterations).is_file():
             continue
         synthetic = distill(
-            dataclasses.replace(config, iterations=iterations),
-            data,
-            folder / RUN_FOLDER,
+            config=dataclasses.replace(config, iterations=iterations),
+            data=data,
+            output=folder / RUN_FOLDER,
             resume=(folder / RUN_FOLDER).exists(),
-            progress=shelf.progress,
-            device=shelf.device,
+            progress=cache.progress,
+            device=cache.device,
             preprocessing=space,
             how_to_go_on="run the same command again",
         )
         synthetic.save(_set_file(folder, iterations))
-        (folder / RUN_FOLDER / SYNTHETIC_FILE).unlink()  # the same set, kept once
+        (folder / RUN_FOLDER / SYNTHETIC_FILE).unlink()  # a copy of the same set
 
 
 def _set_file(folder: Path, iterations: int) -> Path:
     return folder / SET_FOLDER / f"iteration-{iterations:08d}.safetensors"
 
 
-def _choose(cell: Cell, shelf: Shelf) -> SyntheticSet:
-    data, _ = shelf.data(cell.dataset)
-    config = cell.config.resolve(data.image_shape, data.name, shelf.device)
-    space = shelf.preprocessing(cell.dataset, config.preprocessing)
-    options = {"preprocessing": space, "seed": cell.seed, "progress": shelf.progress, "device": shelf.device}
+def _choose(cell: Cell, cache: DataCache) -> SyntheticSet:
+    data, _ = cache.data(cell.dataset)
+    config = cell.config.resolve(data.image_shape, data.name, cache.device)
+    space = cache.preprocessing(cell.dataset, config.preprocessing)
+    options = {"preprocessing": space, "seed": cell.seed, "progress": cache.progress, "device": cache.device}
     if cell.selection_protocol:
         options |= {"protocol": cell.selection_protocol, "epochs": cell.selection_epochs}
     started = time.monotonic()
@@ -156,10 +148,10 @@ def _choose(cell: Cell, shelf: Shelf) -> SyntheticSet:
 
 
 def load_set(folder: Path, cell: Cell, iteration: int | None = None) -> SyntheticSet:
-    """A set of a cell: the finished one, or that of a milestone.
+    """Load a set of a cell: the finished one, or that of a milestone.
 
     Raises:
-        FileNotFoundError, ValueError: it is not there, damaged, or another cell's; says how to have it made again.
+        FileNotFoundError, ValueError: it is missing, damaged, or another cell's; the message says how to repeat it.
     """
     iterations = cell.config.iterations if iteration is None else iteration
     path = _set_file(folder, iterations) if get_method(cell.method).distils else folder / SET_FILE
@@ -173,24 +165,24 @@ def load_set(folder: Path, cell: Cell, iteration: int | None = None) -> Syntheti
 
 
 def _is_of(synthetic: SyntheticSet, cell: Cell, iterations: int, fingerprint: str) -> bool:
-    """Whether a set is what a cell makes of the data with that fingerprint in so many iterations."""
+    """Return True if a set is what a cell makes of the data with that fingerprint in so many iterations."""
     about = synthetic.metadata
     if about.get("dataset_fingerprint") != fingerprint:
         return False
     if not get_method(cell.method).distils:
         chosen = (about.get("method"), about.get("selection", {}).get("seed"), synthetic.ipc)
         return chosen == (cell.method, cell.seed, cell.ipc or synthetic.ipc)
-    made = DistillConfig.from_dict({**ADDED, **about.get("config", {})})
+    made = DistillConfig.from_dict(about.get("config", {}))
     wanted = dataclasses.replace(cell.resolved_config, iterations=iterations)
     if wanted.precision == "auto":  # the device's
         wanted = dataclasses.replace(wanted, precision=made.precision)
     return made.config_hash() == wanted.config_hash()
 
 
-def _evaluate(output: Path, cell: Cell, evaluation: Evaluation, shelf: Shelf) -> None:
+def _evaluate(output: Path, cell: Cell, evaluation: Evaluation, cache: DataCache) -> None:
     """Train those of the networks asked for that are missing, and keep the results whenever some have finished."""
-    synthetic = load_set(cell_folder(output, cell), cell, evaluation.iteration).to(shelf.device)
-    data, _ = shelf.data(cell.dataset)
+    synthetic = load_set(cell_folder(output, cell), cell, evaluation.iteration).to(cache.device)
+    data, _ = cache.data(cell.dataset)
     settings = architecture(cell, evaluation.network, evaluation.norm)
     path = evaluation_file(output, cell, evaluation)
     before = read_evaluation_file(output, cell, evaluation)
@@ -212,6 +204,6 @@ def _evaluate(output: Path, cell: Cell, evaluation: Evaluation, shelf: Shelf) ->
 
     evaluate(
         synthetic.images, synthetic.labels, data, synthetic.preprocessing, protocol=evaluation.protocol,
-        networks=len(curves), seed=cell.seed, network=evaluation.network, architecture=settings, device=shelf.device,
-        progress=shelf.progress, earlier=curves, on_network=keep,
+        networks=len(curves), seed=cell.seed, network=evaluation.network, architecture=settings, device=cache.device,
+        progress=cache.progress, earlier=curves, on_network=keep,
     )  # fmt: skip

@@ -1,62 +1,124 @@
-"""The methods of the paper's Table 3, one readable file each, as plain PyTorch and as this project runs them."""
+"""The methods of the paper's tables: what distils a set here, and whose published step is timed for Table 3.
+
+A timed method has a file in this folder with its step as published in plain PyTorch; DM, DAM, ATOM† and ATOM also have
+this project's step (``fused.py``) and the one of a careful PyTorch author (``batched.py``).
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from .setting import Setting
+from atom_fast.distillation.config import PRESETS, DistillConfig, preset
 
-ONE_PROVIDER = ("eager",)
-ALL_PROVIDERS = ("eager", "eager-batched", "compile", "fused", "fused-graph")
+from .workload import Workload
+
+ALL_IMPLEMENTATIONS = ("eager", "eager-batched", "compile", "fused", "fused-graph")
+# Settings that define a method's loss: no override replaces them where a method sets them.
+_LOSS = ("spatial_power", "channel_power", "feature_maps", "mmd_weight")
+_NO_ATTENTION = {"spatial_power": None, "channel_power": None}
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Method:
-    """A row of Table 3.
+    """A row of the paper's tables.
 
     Attributes:
-        title: as the paper prints it.
-        module: file in this folder; its ``build(setting)`` returns a function that runs one step.
-        providers: implementations it has.
-        real_batch: real images a class in a step; 0 where the method uses none.
+        title: name in the paper.
+        preset: key of `atom_fast.distillation.config.PRESETS` that distils its sets; None if it distils none here.
+        settings: differences from the preset.
+        selects: True if its sets are chosen real images.
+        module: file in this folder whose ``build(workload)`` returns a function that runs one step; "" if not timed.
+        implementations: timed implementations of the step.
+        real_batch: real images per class per step, as published; 0 if it uses none.
     """
 
     title: str
-    module: str
-    providers: tuple[str, ...]
-    real_batch: int
+    preset: str | None = None
+    settings: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    selects: bool = False
+    module: str = ""
+    implementations: tuple[str, ...] = ()
+    real_batch: int = 0
+
+    @property
+    def distils(self) -> bool:
+        """True if images are learnt, False if they are chosen."""
+        return self.preset is not None
 
 
 METHODS = {
-    "dc": Method("DC", "dc", ONE_PROVIDER, 256),
-    "dsa": Method("DSA", "dsa", ONE_PROVIDER, 256),
-    "dm": Method("DM", "dm", ALL_PROVIDERS, 256),
-    "mtt": Method("MTT", "mtt", ONE_PROVIDER, 0),
-    "dam": Method("DAM", "dam", ALL_PROVIDERS, 128),
-    "atom-channel": Method("ATOM†", "atom_channel", ALL_PROVIDERS, 128),
-    "atom": Method("ATOM", "atom", ALL_PROVIDERS, 128),
+    "random": Method("Random", selects=True),
+    "herding": Method("Herding", selects=True),
+    "k-center": Method("K-Center", selects=True),
+    "forgetting": Method("Forgetting", selects=True),
+    "dc": Method("DC", module="dc", implementations=("eager",), real_batch=256),
+    "dsa": Method("DSA", module="dsa", implementations=("eager",), real_batch=256),
+    # As published, except for the norm, which is that of the tested networks.
+    "dm": Method("DM", "dm", {"norm": "auto"}, module="dm", implementations=ALL_IMPLEMENTATIONS, real_batch=256),
+    "mtt": Method("MTT", module="mtt", implementations=("eager",)),
+    "dam": Method(
+        "DAM", "paper", {"channel_power": None}, module="dam", implementations=ALL_IMPLEMENTATIONS, real_batch=128
+    ),
+    "atom-channel": Method(
+        "ATOM†", "channel", module="atom_channel", implementations=ALL_IMPLEMENTATIONS, real_batch=128
+    ),
+    "atom": Method("ATOM", "paper", module="atom", implementations=ALL_IMPLEMENTATIONS, real_batch=128),
+    # Table 4 compares losses, all else equal. Its first row is DM's figure, so DM's loss: alone, its weight is 1.
+    "mmd": Method("MMD", "paper", {**_NO_ATTENTION, "mmd_weight": 1.0}),
+    "feature-maps": Method("MMD + feature maps", "paper", {**_NO_ATTENTION, "feature_maps": True}),
+    "full": Method("Full data set", selects=True),
 }
+TIMED = {name: method for name, method in METHODS.items() if method.module}  # the rows of Table 3, in its order
+MAKES_SETS = {name: method for name, method in METHODS.items() if method.distils or method.selects}
 
 
-def build_step(setting: Setting) -> Callable[[], Tensor]:
-    """Everything one cell needs, and a function that runs one step of it and returns the loss on the device.
+def build_step(workload: Workload) -> Callable[[], object]:
+    """Prepare a workload; return a function that runs one step and returns its loss on the device.
 
     Raises:
-        ValueError: the method, or the provider of that method, is not known.
+        ValueError: the method is not timed, or has no such implementation.
     """
-    check(setting.method, setting.provider)
-    module = importlib.import_module(f".{METHODS[setting.method].module}", __package__)
-    return module.build(setting)
+    if workload.method not in TIMED:
+        raise ValueError(f"method must be one of {', '.join(TIMED)}; got {workload.method!r}")
+    method = TIMED[workload.method]
+    if workload.implementation not in method.implementations:
+        raise ValueError(
+            f"implementation of {workload.method} must be one of {', '.join(method.implementations)}; "
+            f"got {workload.implementation!r}"
+        )
+    return importlib.import_module(f".{method.module}", __package__).build(workload)
 
 
-def check(method: str, provider: str) -> None:
-    """Raise ``ValueError`` unless the method exists and has the provider."""
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
-    providers = METHODS[method].providers
-    if provider not in providers:
-        raise ValueError(f"provider of {method} must be one of {', '.join(providers)}; got {provider!r}")
+def get_method(name: str) -> Method:
+    """Return a method that makes sets.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in MAKES_SETS:
+        raise ValueError(f"method must be one of {', '.join(MAKES_SETS)}; got {name!r}")
+    return MAKES_SETS[name]
+
+
+def configuration(name: str, ipc: int, seed: int, overrides: Mapping[str, object]) -> DistillConfig:
+    """Return the settings that a method distils with; for chosen images, those of the networks tested on them.
+
+    Args:
+        name: key of ``MAKES_SETS``.
+        ipc: images per class.
+        seed: seed of the set.
+        overrides: settings that replace the method's, except those that define its loss: DAM has no channel attention
+            whatever ATOM's power is.
+
+    Raises:
+        ValueError: an unknown method or setting, or a value that is not accepted.
+    """
+    method = get_method(name)
+    own = {**PRESETS[method.preset or "paper"], **method.settings}
+    defining = {name: value for name, value in own.items() if name in _LOSS}
+    settings = {**method.settings, **overrides, **defining, "ipc": max(ipc, 1), "seed": seed}
+    return preset(method.preset or "paper", **settings)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from . import attention
-from .setting import Setting
+from .workload import Workload
 
 
-def build(setting: Setting) -> Callable[[], Tensor]:
-    """A function that runs one step and returns its loss."""
-    return attention.build(setting, spatial=False, channel=True)
+def build(workload: Workload) -> Callable[[], Tensor]:
+    """Return a function that runs one step and returns its loss."""
+    return attention.build(workload, spatial=False, channel=True)

@@ -1,7 +1,7 @@
-"""DM, DAM, ATOM† and ATOM without a loop over classes: what a careful author writes in PyTorch, plain and compiled.
+"""DM, DAM, ATOM† and ATOM without a loop over classes, as a careful author writes them in PyTorch: plain and compiled.
 
 The same step as ``eager``, with nothing left on the host: the data set as uint8 on the device, all classes sampled,
-augmented, embedded and matched together, the network drawn anew in place, the real side under ``no_grad``.
+augmented, embedded and matched together, the network redrawn in place, the real side under ``no_grad``.
 ``compile`` puts everything from the augmentation to the loss, and its backward, through ``torch.compile``.
 """
 
@@ -14,32 +14,32 @@ from torch import Tensor
 
 from . import published
 from .batched_augmentation import augment, draw
-from .setting import Setting
+from .workload import Workload
 
-PROVIDERS = ("eager-batched", "compile")
+IMPLEMENTATIONS = ("eager-batched", "compile")
 
 
-def build(setting: Setting, *, spatial: bool, channel: bool, mmd_weight: float) -> Callable[[], Tensor]:
-    """A function that runs one step and returns its loss."""
-    pixels = published.random_pixels(setting)
-    generator = torch.Generator(setting.device).manual_seed(setting.seed)
-    images = published.normalize(_sample(setting, pixels, setting.ipc, generator)).requires_grad_(True)
-    optimizer = published.image_optimizer(images, published.matching_rate(setting.ipc))
-    network = published.fresh_network(setting)
+def build(workload: Workload, *, spatial: bool, channel: bool, mmd_weight: float) -> Callable[[], Tensor]:
+    """Return a function that runs one step and returns its loss."""
+    pixels = published.random_pixels(workload)
+    generator = torch.Generator(workload.device).manual_seed(workload.seed)
+    images = published.normalize(_sample(workload, pixels, workload.ipc, generator)).requires_grad_(True)
+    optimizer = published.image_optimizer(images, published.matching_rate(workload.ipc))
+    network = published.fresh_network(workload)
 
     def objective(real: Tensor, synthetic: Tensor, operations: Tensor, uniforms: Tensor) -> Tensor:
         real = augment(published.normalize(real), operations, uniforms)
         synthetic = augment(synthetic, operations, uniforms)
-        return matching_loss(network, real, synthetic, setting.classes, spatial, channel, mmd_weight)
+        return matching_loss(network, real, synthetic, workload.classes, spatial, channel, mmd_weight)
 
-    if setting.provider == "compile":
+    if workload.implementation == "compile":
         objective = torch.compile(objective, dynamic=False)
 
     def step() -> Tensor:
         redraw(network, generator)
-        real = _sample(setting, pixels, setting.real_batch, generator)
-        with autocast(setting):
-            loss = objective(real, images, *draw(setting.classes, generator))
+        real = _sample(workload, pixels, workload.real_batch, generator)
+        with autocast(workload):
+            loss = objective(real, images, *draw(workload.classes, generator))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -48,9 +48,9 @@ def build(setting: Setting, *, spatial: bool, channel: bool, mmd_weight: float) 
     return step
 
 
-def autocast(setting: Setting) -> torch.autocast:
-    """bfloat16 products where the setting asks for them."""
-    return torch.autocast(setting.device, dtype=torch.bfloat16, enabled=setting.precision == "bfloat16")
+def autocast(workload: Workload) -> torch.autocast:
+    """Return the context of the workload's precision: bfloat16 products or none."""
+    return torch.autocast(workload.device, dtype=torch.bfloat16, enabled=workload.precision == "bfloat16")
 
 
 def matching_loss(
@@ -62,7 +62,7 @@ def matching_loss(
     channel: bool,
     mmd_weight: float,
 ) -> Tensor:
-    """Equation 4 of the paper over class-major batches [classes * B, C, H, W], all classes at once."""
+    """Return equation 4 of the paper over class-major batches [classes * B, C, H, W], all classes at once."""
     with torch.no_grad():
         real_features, real_embedding = features(network, real)
     synthetic_features, synthetic_embedding = features(network, synthetic)
@@ -74,7 +74,7 @@ def matching_loss(
 
 
 def features(network: published.ConvNet, images: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Every ReLU's output, and the embedding."""
+    """Return every ReLU's output, and the embedding."""
     maps = []
     for layer in network.blocks:
         images = layer(images)
@@ -84,7 +84,7 @@ def features(network: published.ConvNet, images: Tensor) -> tuple[list[Tensor], 
 
 
 def class_distance(real: Tensor, synthetic: Tensor, classes: int) -> Tensor:
-    """Squared distance of the class means of class-major [classes * B, D]."""
+    """Return the squared distance of the class means of class-major [classes * B, D]."""
     real_means = real.float().unflatten(0, (classes, -1)).mean(dim=1)
     synthetic_means = synthetic.float().unflatten(0, (classes, -1)).mean(dim=1)
     return (real_means - synthetic_means).square().sum()
@@ -92,7 +92,7 @@ def class_distance(real: Tensor, synthetic: Tensor, classes: int) -> Tensor:
 
 @torch.no_grad()
 def redraw(network: published.ConvNet, generator: torch.Generator) -> None:
-    """Draw the network's weights anew in place, from PyTorch's default distribution."""
+    """Redraw the network's weights in place from PyTorch's default distribution."""
     for layer in network.modules():
         if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
             bound = layer.weight[0].numel() ** -0.5
@@ -100,9 +100,9 @@ def redraw(network: published.ConvNet, generator: torch.Generator) -> None:
             layer.bias.uniform_(-bound, bound, generator=generator)
 
 
-def _sample(setting: Setting, pixels: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` different uint8 images of every class, class-major."""
-    keys = torch.rand(setting.classes, setting.class_images, device=pixels.device, generator=generator)
+def _sample(workload: Workload, pixels: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Return ``count`` different uint8 images of every class, class-major."""
+    keys = torch.rand(workload.classes, workload.class_images, device=pixels.device, generator=generator)
     chosen = keys.argsort(dim=1)[:, :count]
-    first = torch.arange(setting.classes, device=pixels.device).unsqueeze(1) * setting.class_images
+    first = torch.arange(workload.classes, device=pixels.device).unsqueeze(1) * workload.class_images
     return pixels[(chosen + first).flatten()]

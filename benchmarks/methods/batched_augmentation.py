@@ -1,6 +1,6 @@
-"""DSA for all classes at once in plain PyTorch: the augmentation of the providers that do not loop.
+"""DSA for all classes at once in plain PyTorch: the augmentation of the implementations that do not loop.
 
-Every image goes through the same operators; what its class did not draw is the identity. Crop, flip, scale and rotate
+Every image goes through the same operators; those that its class did not draw are the identity. Crop, flip, scale and rotate
 are one affine sampling.
 """
 
@@ -16,13 +16,13 @@ COLOR, CROP, CUTOUT, FLIP, SCALE, ROTATE = range(6)
 
 
 def draw(classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Each class's operation, int64 [classes], and parameters, uniform in [0, 1), float32 [classes, 3]."""
+    """Draw each class's operation, int64 [classes], and parameters, uniform in [0, 1), float32 [classes, 3]."""
     operations = torch.randint(6, (classes,), device=generator.device, generator=generator)
     return operations, torch.rand(classes, 3, device=generator.device, generator=generator)
 
 
 def augment(images: Tensor, operations: Tensor, uniforms: Tensor) -> Tensor:
-    """Class-major images [classes * B, C, H, W], each class through its operation; differentiable in the images."""
+    """Apply each class's operation to class-major images [classes * B, C, H, W]; differentiable in the images."""
     each = len(images) // len(operations)
     operations = operations.repeat_interleave(each, output_size=len(images))
     uniforms = uniforms.repeat_interleave(each, dim=0, output_size=len(images)).unbind(1)
@@ -43,7 +43,7 @@ def _color(images: Tensor, operations: Tensor, first: Tensor, second: Tensor, th
 
 
 def _grid(images: Tensor, operations: Tensor, first: Tensor, second: Tensor, _third: Tensor) -> Tensor:
-    """Where each pixel is read, in affine_grid's coordinates: [B, H, W, 2]."""
+    """Return the place that each pixel is read from, in affine_grid's coordinates: [B, H, W, 2]."""
     size = images.shape[2]
     shift = int(size * 0.125 + 0.5)
     down, right = (((r * (2 * shift + 1)).floor() - shift) * (2 / size) for r in (first, second))
@@ -59,7 +59,7 @@ def _grid(images: Tensor, operations: Tensor, first: Tensor, second: Tensor, _th
 
 
 def _cutout_mask(images: Tensor, operations: Tensor, first: Tensor, second: Tensor, _third: Tensor) -> Tensor:
-    """0 within the square of a class that drew cutout, 1 elsewhere: [B, 1, H, W]."""
+    """Return 0 within the square of a class that drew cutout, 1 elsewhere: [B, 1, H, W]."""
     size = images.shape[2]
     cut = int(size * 0.5 + 0.5)
     top, left = ((r * (size + 1 - cut % 2)).floor() - cut // 2 for r in (first, second))

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from . import attention
-from .setting import Setting
+from .workload import Workload
 
 
-def build(setting: Setting) -> Callable[[], Tensor]:
-    """A function that runs one step and returns its loss."""
-    return attention.build(setting, spatial=True, channel=False)
+def build(workload: Workload) -> Callable[[], Tensor]:
+    """Return a function that runs one step and returns its loss."""
+    return attention.build(workload, spatial=True, channel=False)

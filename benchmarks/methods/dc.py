@@ -1,9 +1,9 @@
-"""DC: dataset condensation by gradient matching (Zhao et al., ICLR 2021), and what DSA shares with it.
+"""DC: dataset condensation by gradient matching (Zhao et al., ICLR 2021), and the step that DSA shares.
 
 One step is one outer iteration, as in the paper's Table 3: a fresh network, then ``outer`` rounds, each of which
-matches the gradients of every class, updates the synthetic images once, and (but for the last round) trains the
+matches the gradients of every class, updates the synthetic images once, and (except in the last round) trains the
 network for ``inner`` epochs on the synthetic images. Settings: image learning rate 0.1, network learning rate 0.01,
-256 real images a class; synthetic images start from noise, no augmentation. Kept from the public code: the loop over
+256 real images per class; synthetic images start from noise, no augmentation. Kept from the public code: the loop over
 classes, and the DataLoader that fetches the synthetic images one by one. See ``published.py`` for what is left out.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from . import published
-from .setting import Setting
+from .workload import Workload
 
 # (outer, inner) by images per class, from the public code.
 LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
@@ -25,41 +25,41 @@ IMAGE_RATE, NETWORK_RATE, TRAIN_BATCH = 0.1, 0.01, 256
 
 
 def loops(ipc: int) -> tuple[int, int]:
-    """(outer, inner) for ``ipc`` images a class.
+    """Return (outer, inner) for ``ipc`` images per class.
 
     Raises:
         ValueError: the public code names no loops for that number.
     """
     if ipc not in LOOPS:
-        raise ValueError(f"DC and DSA have loops for {', '.join(map(str, LOOPS))} images a class; got {ipc}")
+        raise ValueError(f"DC and DSA have loops for {', '.join(map(str, LOOPS))} images per class; got {ipc}")
     return LOOPS[ipc]
 
 
-def build(setting: Setting) -> Callable[[], Tensor]:
-    """A function that runs one step and returns its last matching loss."""
-    data = published.RealData(setting)
-    shape = (setting.classes * setting.ipc, setting.channels, setting.resolution, setting.resolution)
-    generator = torch.Generator(setting.device).manual_seed(setting.seed)
-    images = torch.randn(shape, device=setting.device, generator=generator).requires_grad_(True)
-    return outer_iteration(setting, data, images, augmented=False)
+def build(workload: Workload) -> Callable[[], Tensor]:
+    """Return a function that runs one step and returns its last matching loss."""
+    data = published.RealData(workload)
+    shape = (workload.classes * workload.ipc, workload.channels, workload.resolution, workload.resolution)
+    generator = torch.Generator(workload.device).manual_seed(workload.seed)
+    images = torch.randn(shape, device=workload.device, generator=generator).requires_grad_(True)
+    return outer_iteration(workload, data, images, augmented=False)
 
 
 def outer_iteration(
-    setting: Setting, data: published.RealData, images: Tensor, augmented: bool
+    workload: Workload, data: published.RealData, images: Tensor, augmented: bool
 ) -> Callable[[], Tensor]:
-    """One outer iteration of DC, or of DSA when ``augmented``, over the synthetic ``images``."""
-    labels = published.synthetic_labels(setting)
+    """Return one outer iteration of DC, or of DSA when ``augmented``, over the synthetic ``images``."""
+    labels = published.synthetic_labels(workload)
     optimizer = published.image_optimizer(images, IMAGE_RATE)
-    outer, inner = loops(setting.ipc)
+    outer, inner = loops(workload.ipc)
 
     def step() -> Tensor:
-        network = published.fresh_network(setting, trained=True)
+        network = published.fresh_network(workload, trained=True)
         network_optimizer = torch.optim.SGD(network.parameters(), lr=NETWORK_RATE)
         for round_ in range(outer):
             loss = images.new_zeros(())
-            for label in range(setting.classes):
-                real = data.batch(label, setting.real_batch)
-                synthetic = images[label * setting.ipc : (label + 1) * setting.ipc]
+            for label in range(workload.classes):
+                real = data.batch(label, workload.real_batch)
+                synthetic = images[label * workload.ipc : (label + 1) * workload.ipc]
                 if augmented:
                     seed = data.seed()
                     real, synthetic = published.augment(real, seed), published.augment(synthetic, seed)
@@ -69,14 +69,14 @@ def outer_iteration(
             optimizer.step()
             if round_ < outer - 1:
                 snapshot = images.detach().clone()
-                train(network, network_optimizer, snapshot, labels, inner // setting.inner_divisor, data, augmented)
+                train(network, network_optimizer, snapshot, labels, inner // workload.inner_divisor, data, augmented)
         return loss.detach()
 
     return step
 
 
 def class_matching_loss(network: nn.Module, real: Tensor, synthetic: Tensor, label: int) -> Tensor:
-    """Distance of the network's gradients on one class's real and synthetic images; differentiable in the synthetic."""
+    """Return the distance of the gradients on one class's real and synthetic images; differentiable in the latter."""
     parameters = list(network.parameters())
     gradients = []
     for images, differentiable in ((real, False), (synthetic, True)):
@@ -87,7 +87,7 @@ def class_matching_loss(network: nn.Module, real: Tensor, synthetic: Tensor, lab
 
 
 def gradient_distance(real: tuple[Tensor, ...], synthetic: tuple[Tensor, ...]) -> Tensor:
-    """1 - cosine for every output row of every weight, summed; one-dimensional parameters are ignored."""
+    """Return 1 - cosine for every output row of every weight, summed; one-dimensional parameters are ignored."""
     distance = synthetic[0].new_zeros(())
     for real_gradient, synthetic_gradient in zip(real, synthetic, strict=True):
         if real_gradient.dim() == 1:

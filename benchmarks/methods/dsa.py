@@ -12,10 +12,10 @@ from torch import Tensor
 
 from . import published
 from .dc import outer_iteration
-from .setting import Setting
+from .workload import Workload
 
 
-def build(setting: Setting) -> Callable[[], Tensor]:
-    """A function that runs one step and returns its last matching loss."""
-    data = published.RealData(setting)
-    return outer_iteration(setting, data, published.synthetic_from_real(setting, data), augmented=True)
+def build(workload: Workload) -> Callable[[], Tensor]:
+    """Return a function that runs one step and returns its last matching loss."""
+    data = published.RealData(workload)
+    return outer_iteration(workload, data, published.synthetic_from_real(workload, data), augmented=True)

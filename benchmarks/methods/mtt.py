@@ -19,27 +19,27 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from . import published
-from .setting import Setting
+from .workload import Workload
 
 STUDENT_STEPS, EXPERT_EPOCHS, LAST_START = 20, 3, 25
 IMAGE_RATE, STEP_SIZE, STEP_SIZE_RATE = 1000.0, 0.01, 1e-5
 
 
-def build(setting: Setting) -> Callable[[], Tensor]:
-    """A function that runs one step and returns its loss."""
-    random = np.random.RandomState(setting.seed)
-    network = published.fresh_network(setting)
-    expert = synthesised_expert(network, setting.seed)
-    labels = published.synthetic_labels(setting)
-    pixels = published.random_pixels(setting)[: setting.classes * setting.ipc]
+def build(workload: Workload) -> Callable[[], Tensor]:
+    """Return a function that runs one step and returns its loss."""
+    random = np.random.RandomState(workload.seed)
+    network = published.fresh_network(workload)
+    expert = synthesised_expert(network, workload.seed)
+    labels = published.synthetic_labels(workload)
+    pixels = published.random_pixels(workload)[: workload.classes * workload.ipc]
     images = published.normalize(pixels).requires_grad_(True)
-    step_size = torch.tensor(STEP_SIZE, device=setting.device, requires_grad=True)
+    step_size = torch.tensor(STEP_SIZE, device=workload.device, requires_grad=True)
     optimizer = published.image_optimizer(images, IMAGE_RATE)
     step_size_optimizer = torch.optim.SGD([step_size], lr=STEP_SIZE_RATE, momentum=0.5)
 
     def step() -> Tensor:
         epoch = random.randint(LAST_START + 1)
-        start, target = (expert[at].to(setting.device) for at in (epoch, epoch + EXPERT_EPOCHS))
+        start, target = (expert[at].to(workload.device) for at in (epoch, epoch + EXPERT_EPOCHS))
         seeds = random.randint(100_000, size=STUDENT_STEPS).tolist()
         student = unroll(network, start, images, labels, step_size, seeds)
         loss = trajectory_distance(student, start, target)
@@ -54,7 +54,7 @@ def build(setting: Setting) -> Callable[[], Tensor]:
 
 
 def synthesised_expert(network: nn.Module, seed: int) -> list[Tensor]:
-    """Flat weights after each epoch, start included, on the host."""
+    """Return the flat weights after each epoch, start included, on the host."""
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.cat([p.detach().flatten() for p in network.parameters()]).cpu()]
     for _ in range(LAST_START + EXPERT_EPOCHS):
@@ -65,15 +65,15 @@ def synthesised_expert(network: nn.Module, seed: int) -> list[Tensor]:
 def unroll(
     network: nn.Module, start: Tensor, images: Tensor, labels: Tensor, step_size: Tensor, seeds: list[int | None]
 ) -> Tensor:
-    """The student's flat weights after ``len(seeds)`` steps, differentiable in the images and in the step size.
+    """Return the student's flat weights after ``len(seeds)`` steps, differentiable in the images and in the step size.
 
     Args:
-        network: gives the shapes; its own weights are not used.
+        network: source of the shapes; its weights are not used.
         start: flat weights [P].
         images: synthetic images [N, C, H, W].
         labels: int64 [N].
         step_size: scalar.
-        seeds: of each step's augmentation; None for a step without.
+        seeds: seed of each step's augmentation; None for a step without augmentation.
     """
     weights = start.clone().requires_grad_(True)
     for seed in seeds:
@@ -88,7 +88,7 @@ def unroll(
 
 
 def trajectory_distance(student: Tensor, start: Tensor, target: Tensor) -> Tensor:
-    """Squared distance of the student to the expert's later weights, relative to how far the expert moved."""
+    """Return the squared distance of the student to the expert's later weights, relative to how far the expert moved."""
     return (student - target).square().sum() / (start - target).square().sum()
 
 

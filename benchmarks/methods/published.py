@@ -1,7 +1,7 @@
-"""What the public code of DC, DSA, DM, MTT and DataDAM shares, written anew in plain PyTorch.
+"""The parts that the public code of DC, DSA, DM, MTT and DataDAM shares, rewritten in plain PyTorch.
 
-One rule decides what of the public code is kept. Kept is whatever gives its step the cost it has: a fresh network built
-on the host and copied, a NumPy permutation of the whole class for every batch, one augmentation call a class and side,
+One rule decides. Kept is whatever gives a published step its cost: a fresh network built
+on the host and copied, a NumPy permutation of the whole class for every batch, one augmentation call per class and side,
 3x2 matrices and sampling grids made on the host, data held as float32 on the device. Left out, in the baselines'
 favour, is whatever only prints or frees: ``.item()`` for a log line, accuracy computed on the host, ``empty_cache()``,
 features and losses moved to the CPU.
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .setting import Setting
+from .workload import Workload
 
 POWER = 4.0
 
@@ -30,16 +30,16 @@ class ConvNet(nn.Module):
     Initialised as PyTorch does by default, like the public code. Images [B, channels, H, W] -> logits [B, classes].
     """
 
-    def __init__(self, setting: Setting):
+    def __init__(self, workload: Workload):
         super().__init__()
-        channels, width = setting.channels, setting.width
+        channels, width = workload.channels, workload.width
         blocks = []
-        for _ in range(setting.depth):
+        for _ in range(workload.depth):
             blocks += [nn.Conv2d(channels, width, kernel_size=3, padding=1), nn.GroupNorm(width, width)]
             blocks += [nn.ReLU(inplace=True), nn.AvgPool2d(2)]
             channels = width
         self.blocks = nn.Sequential(*blocks)
-        self.classifier = nn.Linear(width * (setting.resolution // 2**setting.depth) ** 2, setting.classes)
+        self.classifier = nn.Linear(width * (workload.resolution // 2**workload.depth) ** 2, workload.classes)
 
     def embed(self, images: Tensor) -> Tensor:
         """Images [B, channels, H, W] -> flattened last pooled features [B, D]."""
@@ -49,88 +49,88 @@ class ConvNet(nn.Module):
         return self.classifier(self.embed(images))
 
 
-def fresh_network(setting: Setting, trained: bool = False) -> ConvNet:
-    """A new random network, built on the host and copied; its parameters take no gradient unless it is ``trained``."""
-    network = ConvNet(setting).to(setting.device)
+def fresh_network(workload: Workload, trained: bool = False) -> ConvNet:
+    """Return a new random network, built on the host and copied; its parameters take no gradient unless it is ``trained``."""
+    network = ConvNet(workload).to(workload.device)
     return network.requires_grad_(trained)
 
 
-def random_pixels(setting: Setting) -> Tensor:
-    """uint8 images of the data set's shape, [classes * class_images, channels, H, W], class-major, on the device."""
-    shape = (setting.classes * setting.class_images, setting.channels, setting.resolution, setting.resolution)
-    generator = torch.Generator(setting.device).manual_seed(setting.seed)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, device=setting.device, generator=generator)
+def random_pixels(workload: Workload) -> Tensor:
+    """Return uint8 images of the data set's shape, [classes * class_images, channels, H, W], class-major, on the device."""
+    shape = (workload.classes * workload.class_images, workload.channels, workload.resolution, workload.resolution)
+    generator = torch.Generator(workload.device).manual_seed(workload.seed)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, device=workload.device, generator=generator)
 
 
 def normalize(pixels: Tensor) -> Tensor:
-    """uint8 -> float32 with the mean and deviation of uniformly random pixels."""
+    """Map uint8 to float32 with the mean and deviation of uniformly random pixels."""
     return (pixels.float() / 255 - 0.5) * math.sqrt(12)
 
 
 class RealData:
     """The whole data set as the public code holds it: float32 on the device, and each class's indices on the host."""
 
-    def __init__(self, setting: Setting):
+    def __init__(self, workload: Workload):
         # In slices: the float32 copy is the method's, a second one made on the way would not be.
-        self.images = torch.cat([normalize(pixels) for pixels in random_pixels(setting).split(setting.class_images)])
-        labels = np.repeat(np.arange(setting.classes), setting.class_images)
-        self.class_indices = [np.flatnonzero(labels == label) for label in range(setting.classes)]
-        self.random = np.random.RandomState(setting.seed)
+        self.images = torch.cat([normalize(pixels) for pixels in random_pixels(workload).split(workload.class_images)])
+        labels = np.repeat(np.arange(workload.classes), workload.class_images)
+        self.class_indices = [np.flatnonzero(labels == label) for label in range(workload.classes)]
+        self.random = np.random.RandomState(workload.seed)
 
     def batch(self, label: int, size: int) -> Tensor:
-        """``size`` different images of one class, [size, channels, H, W]."""
+        """Return ``size`` different images of one class, [size, channels, H, W]."""
         return self.images[self.random.permutation(self.class_indices[label])[:size]]
 
     def seed(self) -> int:
-        """Seed of one augmentation call."""
+        """Draw the seed of one augmentation call."""
         return int(self.random.randint(100_000))
 
 
-def synthetic_from_real(setting: Setting, data: RealData) -> Tensor:
-    """Synthetic images started from real ones, [classes * ipc, channels, H, W], class-major; they take gradients."""
-    start = torch.cat([data.batch(label, setting.ipc) for label in range(setting.classes)])
+def synthetic_from_real(workload: Workload, data: RealData) -> Tensor:
+    """Return synthetic images copied from real ones, [classes * ipc, channels, H, W], class-major, with gradients."""
+    start = torch.cat([data.batch(label, workload.ipc) for label in range(workload.classes)])
     return start.detach().clone().requires_grad_(True)
 
 
-def synthetic_labels(setting: Setting) -> Tensor:
-    """int64 [classes * ipc], class-major."""
-    return torch.arange(setting.classes, device=setting.device).repeat_interleave(setting.ipc)
+def synthetic_labels(workload: Workload) -> Tensor:
+    """Return the labels, int64 [classes * ipc], class-major."""
+    return torch.arange(workload.classes, device=workload.device).repeat_interleave(workload.ipc)
 
 
 def image_optimizer(images: Tensor, learning_rate: float) -> torch.optim.SGD:
-    """SGD with momentum 0.5 over the synthetic images, as in every method of the line."""
+    """Return SGD with momentum 0.5 over the synthetic images, as in every method of the line."""
     return torch.optim.SGD([images], lr=learning_rate, momentum=0.5)
 
 
 def matching_rate(ipc: int) -> float:
-    """Image learning rate of DM, DataDAM and ATOM: 1 up to 50 images a class, 10 above."""
+    """Return the image learning rate of DM, DataDAM and ATOM: 1 up to 50 images per class, 10 above."""
     return 1.0 if ipc <= 50 else 10.0
 
 
 def attentions(spatial: bool, channel: bool) -> list[Callable[[Tensor], Tensor]]:
-    """The chosen attention maps, each from features [B, C, H, W]."""
+    """Return the chosen attention maps, each from features [B, C, H, W]."""
     return [attention for attention, chosen in ((spatial_attention, spatial), (channel_attention, channel)) if chosen]
 
 
 def spatial_attention(features: Tensor) -> Tensor:
-    """Equation 1 with power 4: [B, C, H, W] -> [B, H*W] of unit length."""
+    """Compute equation 1 with power 4: [B, C, H, W] -> [B, H*W] of unit length."""
     return F.normalize(features.abs().pow(POWER).sum(dim=1).flatten(1))
 
 
 def channel_attention(features: Tensor) -> Tensor:
-    """Equation 2 with power 4: [B, C, H, W] -> [B, C] of unit length."""
+    """Compute equation 2 with power 4: [B, C, H, W] -> [B, C] of unit length."""
     return F.normalize(features.abs().pow(POWER).sum(dim=(2, 3)))
 
 
 def augment(images: Tensor, seed: int, siamese: bool = True) -> Tensor:
-    """DSA, "single" mode: one of color, crop, cutout, flip, scale, rotate, drawn from ``seed``.
+    """Apply DSA in "single" mode: one of color, crop, cutout, flip, scale, rotate, drawn from ``seed``.
 
     Two calls with one seed draw the same operation, and when ``siamese`` the same parameters for every image.
 
     Args:
         images: [B, C, H, W] float32.
-        seed: of the operation and its parameters.
-        siamese: one parameter set for the whole batch; otherwise one an image.
+        seed: seed of the operation and its parameters.
+        siamese: one parameter set for the whole batch; otherwise one per image.
     """
     operations = AUGMENTATIONS[np.random.RandomState(seed).randint(len(AUGMENTATIONS))]
     for operation in operations:
@@ -139,7 +139,7 @@ def augment(images: Tensor, seed: int, siamese: bool = True) -> Tensor:
 
 
 class _Draws:
-    """Random parameters of B images: one an image, or one for all, whatever B is."""
+    """Random parameters of B images: one per image, or one for all."""
 
     def __init__(self, images: Tensor, seed: int, siamese: bool):
         self.batch, self.device, self.seed = len(images), images.device, seed
@@ -147,19 +147,19 @@ class _Draws:
         self.generator = torch.Generator(images.device).manual_seed(seed)
 
     def uniform(self) -> Tensor:
-        """In [0, 1), [B, 1, 1, 1]."""
+        """Draw from [0, 1): [B, 1, 1, 1]."""
         shape = (self.drawn, 1, 1, 1)
         drawn = torch.rand(shape, device=self.device, generator=self.generator)
         return drawn.expand(self.batch, -1, -1, -1)
 
     def integers(self, low: int, high: int) -> Tensor:
-        """In [low, high), int64 [B, 1, 1]."""
+        """Draw from [low, high): int64 [B, 1, 1]."""
         shape = (self.drawn, 1, 1)
         drawn = torch.randint(low, high, shape, device=self.device, generator=self.generator)
         return drawn.expand(self.batch, -1, -1)
 
     def host_uniform(self, count: int) -> list[Tensor]:
-        """``count`` tensors in [0, 1), [B], on the host."""
+        """Draw ``count`` tensors [B] from [0, 1) on the host."""
         generator = torch.Generator().manual_seed(self.seed)
         return [torch.rand(self.drawn, generator=generator).expand(self.batch) for _ in range(count)]
 

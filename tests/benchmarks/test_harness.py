@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import atom_fast as af
 from atom_fast import reference
-from atom_fast.distillation.live_bytes import LiveBytes, count_peak
+from benchmarks.live_bytes import LiveBytes, count_peak
 from benchmarks import (
     cells,
     compare,
@@ -30,9 +30,9 @@ from benchmarks import (
 from benchmarks.__main__ import main
 from benchmarks.merging import merge
 from benchmarks.methods import (
-    ALL_PROVIDERS,
+    ALL_IMPLEMENTATIONS,
     METHODS,
-    Setting,
+    Workload,
     attention,
     batched,
     build_step,
@@ -44,19 +44,19 @@ from benchmarks.methods import (
 )
 from benchmarks.methods import batched_augmentation as batch_wise
 
-SMALL = Setting(
+SMALL = Workload(
     "atom", "eager", ipc=2, classes=3, resolution=16, class_images=12, real_batch=4, width=8, precision="float32",
     device="cpu", inner_divisor=10,
 )  # fmt: skip
 
 
-def small(method, provider="eager", **changes):
-    return dataclasses.replace(SMALL, method=method, provider=provider, **changes)
+def small(method, implementation="eager", **changes):
+    return dataclasses.replace(SMALL, method=method, implementation=implementation, **changes)
 
 
 def images(count, seed=0, **changes):
-    setting = dataclasses.replace(SMALL, **changes)
-    shape = (count, setting.channels, setting.resolution, setting.resolution)
+    workload = dataclasses.replace(SMALL, **changes)
+    shape = (count, workload.channels, workload.resolution, workload.resolution)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -141,12 +141,12 @@ def test_step_moves_the_images_and_gives_a_finite_loss(method, monkeypatch):
     assert now.isfinite().all() and not torch.equal(now, before)
 
 
-@pytest.mark.parametrize("provider", ["eager-batched", "fused"])
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if "fused" in method.providers])
-def test_providers_reach_the_loss_of_eager(method, provider):
+@pytest.mark.parametrize("implementation", ["eager-batched", "fused"])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if "fused" in method.implementations])
+def test_providers_reach_the_loss_of_eager(method, implementation):
     """Their random numbers differ, so single steps do too; the mean over many is one expectation for all."""
-    setting = small(method, real_batch=6, ipc=6, class_images=64)
-    eager, other = (mean_loss(build_step(dataclasses.replace(setting, provider=name))) for name in ("eager", provider))
+    workload = small(method, real_batch=6, ipc=6, class_images=64)
+    eager, other = (mean_loss(build_step(dataclasses.replace(workload, implementation=name))) for name in ("eager", implementation))
     assert other == pytest.approx(eager, rel=0.2)
 
 
@@ -238,16 +238,16 @@ def test_attention_losses_are_the_reference(network, spatial, channel):
 
 
 def test_fused_step_sees_the_baselines_images():
-    setting = small("atom", "fused")
-    data = fused.image_data(setting)
-    expected = published.normalize(published.random_pixels(setting))
+    workload = small("atom", "fused")
+    data = fused.image_data(workload)
+    expected = published.normalize(published.random_pixels(workload))
     torch.testing.assert_close(fused.whitening(data).to_model(data.train_images), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_unknown_method_and_provider():
     with pytest.raises(ValueError, match=r"method must be one of dc, .*'nope'"):
         build_step(small("nope"))
-    with pytest.raises(ValueError, match=r"provider of dc must be one of eager; got 'fused'"):
+    with pytest.raises(ValueError, match=r"implementation of dc must be one of eager; got 'fused'"):
         build_step(small("dc", "fused"))
     with pytest.raises(ValueError, match="7"):
         build_step(small("dc", ipc=7))
@@ -300,7 +300,7 @@ def test_cell_is_measured_in_its_own_process():
 
 def test_on_a_cpu_a_cell_takes_turns_with_eager():
     plan = dataclasses.replace(PLAN, seconds=0.5, beside_eager=True)
-    record = harness.run_cell(small("dm", provider="fused"), plan)
+    record = harness.run_cell(small("dm", implementation="fused"), plan)
     assert record["status"] == "ok", record
     assert 0 < record["share_of_eager"] < 100
     assert sum(record["seconds"]) > 3 * harness.TURN and sum(record["eager_seconds"]) > 3 * harness.TURN
@@ -332,14 +332,14 @@ def test_cells_beside_which_eager_was_slow_are_measured_again(tmp_path, monkeypa
     answers = {"compile": [1.0], "fused": [1.5, 1.4], "eager-batched": [1.2, 1.3], "fused-graph": [1.05]}
     measured = []
 
-    def run_cell(setting, plan):
-        measured.append(setting.provider)
-        seconds = answers[setting.provider].pop(0)
+    def run_cell(workload, plan):
+        measured.append(workload.implementation)
+        seconds = answers[workload.implementation].pop(0)
         record = {"status": "ok", "share_of_eager": 1 / seconds, "eager_seconds": [seconds]}
         return {**record, "time": harness.summary([1.0]), "memory": {"peak_allocated": None}}
 
     monkeypatch.setattr(cells, "run_cell", run_cell)
-    path, chosen = tmp_path / "results.json", [small("dm", provider=provider) for provider in answers]
+    path, chosen = tmp_path / "results.json", [small("dm", implementation=implementation) for implementation in answers]
     cells.measure_cells(path, "table3", "cpu", chosen, PLAN)
     del measured[:]
     cells.measure_slow_again(path, chosen, PLAN, deadline=0.0)
@@ -347,7 +347,7 @@ def test_cells_beside_which_eager_was_slow_are_measured_again(tmp_path, monkeypa
     for _ in range(2):
         cells.measure_slow_again(path, chosen, PLAN)
         assert measured == ["fused", "eager-batched"]
-    kept = {record["setting"]["provider"]: record["eager_seconds"] for record in harness.load_results(path)["cells"]}
+    kept = {record["workload"]["implementation"]: record["eager_seconds"] for record in harness.load_results(path)["cells"]}
     assert kept == {"compile": [1.0], "fused": [1.4], "eager-batched": [1.2], "fused-graph": [1.05]}
 
 
@@ -372,13 +372,13 @@ def edition(monkeypatch):
     """An edition of two cells that are not really measured; returns how often each was."""
     counts = {}
 
-    def run_cell(setting, plan):
-        key = setting.method, setting.provider
+    def run_cell(workload, plan):
+        key = workload.method, workload.implementation
         counts[key] = counts.get(key, 0) + 1
-        if setting.method == "mtt":
+        if workload.method == "mtt":
             return {"status": "OOM", "message": "", "cell_seconds": 0}
-        seconds = [0.1 / (1 + METHODS[setting.method].providers.index(setting.provider))] * 3
-        memory = {"counted": "", "peak_allocated": 10**7 * len(setting.provider)}
+        seconds = [0.1 / (1 + METHODS[workload.method].implementations.index(workload.implementation))] * 3
+        memory = {"counted": "", "peak_allocated": 10**7 * len(workload.implementation)}
         return {"status": "ok", "time": harness.summary(seconds), "memory": memory, "seconds": seconds}
 
     monkeypatch.setattr(cells, "run_cell", run_cell)
@@ -387,8 +387,8 @@ def edition(monkeypatch):
 
 def test_second_call_continues(edition, tmp_path):
     path = table3.run("cpu", tmp_path, methods=["atom"], ipcs=[1])
-    providers = set(ALL_PROVIDERS) - {"fused-graph"}
-    assert edition == {("atom", provider): 1 for provider in providers}
+    implementations = set(ALL_IMPLEMENTATIONS) - {"fused-graph"}
+    assert edition == {("atom", implementation): 1 for implementation in implementations}
     table3.run("cpu", tmp_path, methods=["atom", "mtt"], ipcs=[1])
     table3.run("cpu", tmp_path, methods=["atom", "mtt"], ipcs=[1])
     assert set(edition.values()) == {1}
@@ -398,12 +398,12 @@ def test_second_call_continues(edition, tmp_path):
 
 
 def test_what_failed_is_tried_again_and_what_was_measured_is_kept(edition, tmp_path, monkeypatch):
-    monkeypatch.setattr(cells, "run_cell", lambda setting, plan: {"status": "failed", "message": "gone"})
+    monkeypatch.setattr(cells, "run_cell", lambda workload, plan: {"status": "failed", "message": "gone"})
     path = table3.run("cpu", tmp_path, methods=["dc"], ipcs=[1])
     assert json.loads(path.read_text())["cells"][0]["status"] == "failed"
     monkeypatch.undo()
     with monkeypatch.context() as patch:
-        patch.setattr(cells, "run_cell", lambda setting, plan: {"status": "OOM", "message": ""})
+        patch.setattr(cells, "run_cell", lambda workload, plan: {"status": "OOM", "message": ""})
         table3.run("cpu", tmp_path, methods=["dc"], ipcs=[1])
     (cell,) = json.loads(path.read_text())["cells"]
     assert cell["status"] == "OOM"
@@ -455,7 +455,7 @@ def test_corrupt_results_are_refused_and_left(edition, tmp_path, content):
     [
         (["--edition", "tpu"], "edition must be one of gpu, cpu; got 'tpu'"),
         (["--method", "nope"], "method must be one of"),
-        (["--provider", "nope"], "provider must be one of"),
+        (["--implementation", "nope"], "implementation must be one of"),
         (["--ipc", "3"], "ipc must be one of 1, 10; got 3"),
         (["--iterations", "0"], "--iterations must be above 0"),
     ],
@@ -506,11 +506,11 @@ def test_pages_show_what_was_measured(measured):
 
 
 def test_what_was_not_measured_is_not_shown(edition, tmp_path):
-    path = table3.run("cpu", tmp_path, methods=["atom", "mtt"], providers=["eager", "fused"], ipcs=[1])
+    path = table3.run("cpu", tmp_path, methods=["atom", "mtt"], implementations=["eager", "fused"], ipcs=[1])
     text = report.table3_markdown([path])
     assert "| ATOM | `eager` | 100 |\n" in text and "| MTT | `eager` | OOM |\n" in text, "a column of one size"
     assert "DSA" not in text.split("| Method |", 1)[1] and "eager-batched" not in text
-    table3.run("cpu", tmp_path, methods=["atom"], providers=["eager"], ipcs=[10])
+    table3.run("cpu", tmp_path, methods=["atom"], implementations=["eager"], ipcs=[10])
     assert "| ATOM | `eager` | 100 | 100 |" in report.table3_markdown([path])
     assert "| `fused` | 25 (4×) | – |" in report.table3_markdown([path])
     assert "–: no figure yet." in report.table3_markdown([path])
@@ -529,11 +529,11 @@ def test_shares_of_bandwidth_are_drawn_and_their_picture_is_checked(measured):
     results, picture = measured / "results", measured / "docs" / "figures" / "bandwidth.png"
     same = {"layout": "nchw", "shape": [1280, 128, 32, 32], "milliseconds": 0.3}
     cases = [
-        same | {"operator": name, "direction": way, "dtype": dtype, "provider": provider, "share_of_copy": share}
+        same | {"operator": name, "direction": way, "dtype": dtype, "implementation": implementation, "share_of_copy": share}
         for name in operators.OPERATORS
         for way in ("forward", "backward")
         for dtype in ("float32", "bfloat16")
-        for provider, share in (("eager", 0.1), ("fused", 0.9))
+        for implementation, share in (("eager", 0.1), ("fused", 0.9))
     ]
     record = {"environment": {"device": "NVIDIA H100 80GB HBM3"}, "cases": cases}
     kept = results / "kernels-gpu.json"
@@ -566,7 +566,7 @@ def test_every_results_file_is_shown():
 def test_ratios_to_eager_stand_beside_ratios_to_compile():
     """No ratio spans two runs."""
     kept = harness.ROOT / "benchmarks" / "results"
-    files = [kept / "table3-gpu.json", kept / "table3-gpu-providers.json"]
+    files = [kept / "table3-gpu.json", kept / "table3-gpu-implementations.json"]
     text = summary.steps(files, kept / f"reproduce-{reproduction.TABLE1}.json")
     assert "over eager" in text and "over `torch.compile`" in text and "CUDA graph" in text
     assert "| 35.8 " in text and "2.2×" in text and "over that run's eager step of 46.8 ms" in text, "two runs"
@@ -592,8 +592,8 @@ def test_a_provider_that_is_no_more_is_left_out(measured):
     results = json.loads(path.read_text())
     shown = report.table3_markdown([path])
     for cell in list(results["cells"]):
-        if cell["setting"]["provider"] == "fused":
-            results["cells"].append({**cell, "setting": {**cell["setting"], "provider": "fused-before"}})
+        if cell["workload"]["implementation"] == "fused":
+            results["cells"].append({**cell, "workload": {**cell["workload"], "implementation": "fused-before"}})
     path.write_text(json.dumps(results))
     assert report.table3_markdown([path]) == shown
     plots.plot_table3(measured / "table3.png", "cpu", [path])
@@ -622,15 +622,15 @@ def test_ratios_come_from_the_same_run(measured):
     results = json.loads(first.read_text())
     (fused_cell,) = [
         cell for cell in results["cells"]
-        if (cell["setting"]["method"], cell["setting"]["provider"], cell["setting"]["ipc"]) == ("atom", "fused", 1)
+        if (cell["workload"]["method"], cell["workload"]["implementation"], cell["workload"]["ipc"]) == ("atom", "fused", 1)
     ]  # fmt: skip
     fused_cell["measured_at"] = "2999-01-01T00:00:00+00:00"
     second = first.with_name("table3-cpu-later.json")
     second.write_text(json.dumps({**results, "cells": [fused_cell]}))
     merged = merge([first, second])
-    own = Setting(**fused_cell["setting"])
+    own = Workload(**fused_cell["workload"])
     assert merged[own]["eager"] is None
-    assert merged[dataclasses.replace(own, provider="compile")]["eager"]["status"] == "ok"
+    assert merged[dataclasses.replace(own, implementation="compile")]["eager"]["status"] == "ok"
     second.write_text(json.dumps({**results, "environment": {"device": "other"}}))
     with pytest.raises(ValueError, match="several machines"):
         merge([first, second])
@@ -646,13 +646,13 @@ def test_compare_names_what_got_slower_by_ratio(measured, tmp_path):
     new.write_text(json.dumps(results))
     assert compare.compare(old, new, 0.15) == []
     for cell in results["cells"]:
-        if (cell["setting"]["method"], cell["setting"]["provider"]) == ("dm", "fused"):
+        if (cell["workload"]["method"], cell["workload"]["implementation"]) == ("dm", "fused"):
             cell["time"]["median"] *= 1.3
     new.write_text(json.dumps(results))
     assert len(compare.compare(old, new, 0.15)) == 2  # both sizes
     assert compare.compare(old, new, 0.4) == []
     for cell in results["cells"]:  # measured in turns with eager: that ratio counts
-        if cell["setting"]["provider"] != "eager":
+        if cell["workload"]["implementation"] != "eager":
             cell["share_of_eager"] = 0.9
     new.write_text(json.dumps(results))
     assert set(compare.ratios(new).values()) == {0.9}
@@ -665,7 +665,7 @@ def test_a_repeated_run_is_compared_either_way(measured, tmp_path, capsys):
     old = table3.results_path(measured / "results", "cpu")
     results = json.loads(old.read_text())
     for cell in results["cells"]:
-        if (cell["setting"]["method"], cell["setting"]["provider"], cell["setting"]["ipc"]) == ("dm", "fused", 1):
+        if (cell["workload"]["method"], cell["workload"]["implementation"], cell["workload"]["ipc"]) == ("dm", "fused", 1):
             cell["time"]["median"] /= 1.1
     new = tmp_path / "new.json"
     new.write_text(json.dumps(results))

@@ -1,4 +1,4 @@
-"""What is timed as one operator by several providers is one operator: same results, same gradients, counted bytes."""
+"""What is timed as one operator by several implementations is one operator: same results, same gradients, counted bytes."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import compare
-from benchmarks.operators import DIRECTIONS, LAYOUTS, OPERATORS, PROVIDERS, Case, cases, copy_bandwidth, prepare
+from benchmarks.operators import DIRECTIONS, LAYOUTS, OPERATORS, IMPLEMENTATIONS, Case, cases, copy_bandwidth, prepare
 
 SMALL = {
     "attention": (10, 128, 8, 8),
@@ -25,12 +25,12 @@ def test_providers_compute_the_same(operator, layout, device):
     outcomes = {}
     shape = SMALL[operator]
     case = Case(operator, shape, "float32", layout if len(shape) == 4 else "rows", "eager", "forward")
-    for provider in ("eager", "fused"):
+    for implementation in ("eager", "fused"):
         parts = [
-            prepare(dataclasses.replace(case, provider=provider, direction=direction), device.type).call()
+            prepare(dataclasses.replace(case, implementation=implementation, direction=direction), device.type).call()
             for direction in DIRECTIONS
         ]
-        outcomes[provider] = [tensor for part in parts for tensor in part]
+        outcomes[implementation] = [tensor for part in parts for tensor in part]
     tolerance = {"rtol": 1e-3, "atol": 1e-4} if device.type == "cpu" else {"rtol": 2e-2, "atol": 2e-2}  # TF32
     for eager, fused in zip(outcomes["eager"], outcomes["fused"], strict=True):
         torch.testing.assert_close(fused, eager, **tolerance)
@@ -42,7 +42,7 @@ def test_every_operator_is_timed_by_every_provider_in_every_direction(device_typ
     assert len(set(map(str, everything))) == len(everything)
     for operator in OPERATORS:
         some = [case for case in everything if case.operator == operator]
-        assert {case.provider for case in some} == set(PROVIDERS)
+        assert {case.implementation for case in some} == set(IMPLEMENTATIONS)
         assert {case.direction for case in some} == set(DIRECTIONS)
         assert {case.layout for case in some} in ({"rows"}, set(LAYOUTS))
     sides = {case.shape[2] for case in everything if case.operator == "norm_block"}
@@ -59,8 +59,8 @@ def test_bytes_are_counted_from_the_tensors(device):
 
 
 def test_two_runs_of_pytest_benchmark_are_compared_by_ratio(tmp_path):
-    def benchmark(provider, median):
-        info = {"provider": provider}
+    def benchmark(implementation, median):
+        info = {"implementation": implementation}
         return {
             "fullname": "test",
             "params": {},

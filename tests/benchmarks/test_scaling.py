@@ -7,11 +7,11 @@ import dataclasses
 
 import pytest
 
-from atom_fast.distillation.live_bytes import count_peak
+from benchmarks.live_bytes import count_peak
 from benchmarks import scaling
-from benchmarks.methods import Setting, build_step
+from benchmarks.methods import Workload, build_step
 
-BASE = Setting(
+BASE = Workload(
     "atom", "fused", ipc=2, resolution=16, depth=2, width=32, real_batch=8, class_images=80, precision="float32",
     device="cpu",
 )  # fmt: skip
@@ -46,6 +46,6 @@ def test_every_edition_covers_the_ranges(edition):
     for field, first, last in (("classes", 10, 200), ("ipc", 1, 100), ("resolution", 32, 128)):
         for line in scaling.lines(edition, field).values():
             assert (min(line), max(line)) == (first, last)
-            assert all(getattr(setting, field) == value for value, setting in line.items())
-    chunked = [setting.class_chunk for setting in scaling.settings(edition) if setting.class_chunk]
+            assert all(getattr(workload, field) == value for value, workload in line.items())
+    chunked = [workload.class_chunk for workload in scaling.workloads(edition) if workload.class_chunk]
     assert chunked == [edition.chunk] * len(edition.values["classes"])

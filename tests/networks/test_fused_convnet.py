@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import atom_fast as af
 from atom_fast import reference
 from atom_fast.distillation.config import preset
-from atom_fast.distillation.live_bytes import LiveBytes
+from benchmarks.live_bytes import LiveBytes
 from atom_fast.distillation.matching import fused_if_possible
 from atom_fast.networks.convnet import ConvNet
 from atom_fast.networks.fused_convnet import FusedConvNet

@@ -1,0 +1,54 @@
+"""The names that settings accept, without an import of PyTorch: the command line answers ``--help`` from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, get_args
+
+Norm = Literal["instance", "batch", "layer", "group", "none"]
+Pooling = Literal["avg2", "avg3", "max2", "none"]
+Initialization = Literal["default", "normal", "uniform"]
+PreprocessingKind = Literal["standard", "zca", "zca_standardized"]
+
+NORMS: tuple[str, ...] = get_args(Norm)
+POOLINGS: tuple[str, ...] = get_args(Pooling)
+INITIALIZATIONS: tuple[str, ...] = get_args(Initialization)
+PREPROCESSINGS: tuple[str, ...] = get_args(PreprocessingKind)
+
+NETWORK_NAMES = ("convnet", "alexnet", "vgg11", "resnet18", "vit")
+TRAINING_PRECISIONS = ("float32", "bfloat16")
+SOURCES = ("digits", "cifar10", "cifar100", "tiny", "folder")
+SELECTIONS = ("random", "herding", "k-center", "forgetting", "least-forgetting", "full")
+FEATURES = ("embedding", "pixels")
+EXPORT_FORMATS = ("folder", "pt")
+# Epochs of the network that is watched to select images: they separate long before it has learned them all.
+WATCHED_EPOCHS = 20
+SYNTHETIC_FILE = "synthetic.safetensors"  # in a run's folder
+
+OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")  # of siamese augmentation, by code
+STRATEGY = "_".join(OPERATIONS)
+
+
+def split_strategy(strategy: str) -> tuple[str, ...]:
+    """Return the operations that an augmentation strategy such as ``"color_crop"`` joins; none for ``"none"``.
+
+    Raises:
+        ValueError: an operation is unknown or given twice.
+    """
+    names = () if strategy.lower() in ("", "none") else tuple(strategy.lower().split("_"))
+    if unknown := [name for name in names if name not in OPERATIONS]:
+        raise ValueError(
+            f"augmentation strategy {strategy!r} has no operation {unknown[0]!r}; "
+            f"join any of {', '.join(OPERATIONS)} by underscores, or use 'none'"
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"augmentation strategy {strategy!r} names an operation twice")
+    return names
+
+
+def suggestion(name: object, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'X'?"`` for the nearest known name, or nothing where none is near."""
+    import difflib
+
+    nearest = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""

@@ -1,0 +1,130 @@
+"""The size of a run: sets, networks and settings, and how they differ from the paper's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from atom_fast.distillation.config import affects_result, preset
+from atom_fast.evaluation.comparison import default_protocol
+from atom_fast.evaluation.coresets import EPOCHS
+from atom_fast.evaluation.protocols import Protocol, get_protocol
+from benchmarks.paper import NETWORKS, SETS
+
+_OF_DM = ("iterations", "real_batch")  # settings for which DM has its own values
+_OF_THE_CELL = {"seed": "--seeds", "ipc": "--cells"}  # settings that the cell defines, and the option that chooses them
+SETS_NAME, NETWORKS_NAME = "sets per cell", "networks per set"
+
+# Digits stand in for the paper's data where there is neither a GPU nor a download: small enough for minutes on a CPU.
+# They have about 140 real images per class, and a mirrored digit is no digit.
+_DIGITS = {
+    "iterations": 200,
+    "real_batch": 64,
+    "width": 32,
+    "augmentation": "color_crop_cutout_scale_rotate",
+}
+_DIGITS_SIZES = {"digits": (3, 2), "digits32": (1, 1)}  # sets and networks
+_DIGITS32 = {**_DIGITS, "iterations": 100, "real_batch": 32}
+_DIGITS32_EPOCHS = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSize:
+    """Size of a table or figure on one data set.
+
+    Attributes:
+        seeds: synthetic sets per cell, each from its own seed.
+        networks: networks trained on each set.
+        settings: distillation settings that replace the methods' own.
+        protocol: key of ``PROTOCOLS``: how the networks are trained.
+        epochs: epochs of that protocol; other protocols change in proportion. None leaves them unchanged.
+        selection_epochs: training epochs of the network that herding, k-center and forgetting use.
+    """
+
+    seeds: int = SETS
+    networks: int = NETWORKS
+    settings: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    protocol: str = "paper"
+    epochs: int | None = None
+    selection_epochs: int = EPOCHS
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "networks", "epochs", "selection_epochs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        for name, option in _OF_THE_CELL.items():
+            if name in self.settings:
+                raise ValueError(f"{name} is chosen by the cell; give {option} instead of --set {name}=")
+        preset("paper", **self.settings)  # refuses unknown settings and values
+
+    def training(self, protocol: str | None = None) -> Protocol:
+        """Return the named protocol, by default this size's, with its epochs scaled."""
+        own, wanted = get_protocol(self.protocol), get_protocol(protocol or self.protocol)
+        if self.epochs is None:
+            return wanted
+        epochs = max(1, round(wanted.epochs * self.epochs / own.epochs))
+        return get_protocol(wanted.name, epochs=epochs)
+
+    def reductions(self, *, evaluated: bool = True) -> list[dict]:
+        """Return every difference from the paper, without settings that change no image.
+
+        Args:
+            evaluated: include the number of sets and networks and the protocol.
+
+        Returns:
+            Dicts with ``name``, ``value``, ``usual`` (the paper's; None if it follows from the data) and, for settings
+            of which DM has its own value, ``dm``.
+        """
+        found = self._settings_changed()
+        return [*self._fewer(), *found, *self._evaluation_changed()] if evaluated else found
+
+    def _fewer(self) -> list[dict]:
+        return _differing((SETS_NAME, self.seeds, SETS), (NETWORKS_NAME, self.networks, NETWORKS))
+
+    def _settings_changed(self) -> list[dict]:
+        paper, dm, found = preset("paper").to_dict(), preset("dm").to_dict(), []
+        for name, value in self.settings.items():
+            own = {"dm": dm[name]} if name in _OF_DM else {}
+            if affects_result(name) and any(value != usual for usual in (paper[name], *own.values())):
+                found.append({"name": name, "value": value, "usual": paper[name], **own})
+        return found
+
+    def _evaluation_changed(self) -> list[dict]:
+        usual = get_protocol(self.protocol).epochs
+        return _differing(
+            ("evaluation protocol", self.protocol, "paper"),
+            ("evaluation epochs", self.epochs or usual, usual),
+            ("epochs before images are chosen", self.selection_epochs, EPOCHS),
+        )
+
+
+def _differing(*sizes: tuple[str, object, object]) -> list[dict]:
+    return [{"name": name, "value": value, "usual": usual} for name, value, usual in sizes if value != usual]
+
+
+def size_for(
+    dataset: str,
+    *,
+    seeds: int | None = None,
+    networks: int | None = None,
+    settings: Mapping[str, object] | None = None,
+    protocol: str | None = None,
+    epochs: int | None = None,
+    selection_epochs: int | None = None,
+) -> RunSize:
+    """Return the paper's size, for digits a small one, with the given values replaced.
+
+    Raises:
+        ValueError: a number is below 1.
+    """
+    own_seeds, own_networks = _DIGITS_SIZES.get(dataset, (SETS, NETWORKS))
+    reduced = {"digits": _DIGITS, "digits32": _DIGITS32}.get(dataset, {})
+    return RunSize(
+        seeds=own_seeds if seeds is None else seeds,
+        networks=own_networks if networks is None else networks,
+        settings={**reduced, **(settings or {})},
+        protocol=protocol or ("digits" if reduced else default_protocol(dataset)),
+        epochs=_DIGITS32_EPOCHS if epochs is None and dataset == "digits32" else epochs,
+        selection_epochs=EPOCHS if selection_epochs is None else selection_epochs,
+    )

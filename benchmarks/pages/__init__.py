@@ -1,0 +1,1 @@
+"""The measured sections of README and docs, a file per page."""

@@ -1,0 +1,165 @@
+"""Sections of docs/performance.md: the budget of a step, shares of a copy's bandwidth, and other measurements."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import markdown
+from benchmarks.devices import DEVICES
+from benchmarks.markdown import paragraph, three_digits
+from benchmarks.pages.readme import milliseconds, newest_cells
+from benchmarks.plots import IMPLEMENTATION_NAMES, OPERATOR_NAMES, bandwidth_cases
+from benchmarks.roofline import WAYS, Configuration, stages
+from benchmarks.scaling import EDITIONS, lines
+from benchmarks.timings import merge
+
+# A CIFAR-10 step at 50 images per class: the cell of the README's table.
+STEP = Configuration(10, 3, 32, 32, ipc=50, real_batch=128, network_width=128, depth=3, precision="tf32", whitened=True)
+DEVICE = "H100"
+NUMBERS = {2: "Two", 4: "Four", 8: "Eight"}
+GROUPS = {
+    "sampling, whitening, augmentation": ("sampling", "augmentation", "backward augmentation"),
+    "first convolution and block": ("1 convolution + block",),
+    "other convolutions": ("2 convolution", "3 convolution"),
+    "other blocks": ("2 block", "3 block"),
+    "first block, backward": ("backward 1 block + convolution",),
+    "network, loss, update": ("network", "loss", "update"),
+}
+
+
+def budget() -> str:
+    """Return operations, fewest bytes and least time of a step in groups of stages; nothing of it is measured."""
+    work, device = stages(STEP), DEVICES[DEVICE]
+    left, lines = list(work), []
+    for name, ends in GROUPS.items():
+        own = [stage for stage in left if stage.name in ends or stage.name.split(" ", 1)[-1] in ends]
+        left = [stage for stage in left if stage not in own]
+        lines.append([name, *_sums(own, device)])
+    if left:
+        raise ValueError(f"no group holds {', '.join(stage.name for stage in left)}")
+    lines.append(["**step**", *_sums(work, device)])
+    return markdown.table(["part of a step", "GFLOP", "MB, eager", "MB, atom_fast", "least ms, atom_fast"], lines)
+
+
+def _sums(work, device) -> list[str]:
+    eager, fused = WAYS.index("eager"), WAYS.index("fused")
+    seconds = sum(stage.seconds("fused", device, STEP.precision) for stage in work)
+    figures = (
+        sum(stage.fused_matrix or stage.matrix for stage in work) / 1e9,
+        *(sum(stage.bytes[way] for stage in work) / 1e6 for way in (eager, fused)),
+    )
+    return [*(f"{figure:,.0f}" for figure in figures), f"{1e3 * seconds:.2f}"]
+
+
+def step(gpu: Sequence[Path]) -> str:
+    """Return the measured step beside that least time."""
+    own = milliseconds(newest_cells(gpu)["fused-graph", "tf32"])
+    least = 1e3 * sum(stage.seconds("fused", DEVICES[DEVICE], STEP.precision) for stage in stages(STEP))
+    return f"Measured: {three_digits(own)} ms, {three_digits(own / least)} times the sum of the last column."
+
+
+def bandwidth(kernels: Sequence[Path]) -> str:
+    """Return milliseconds and share of a copy's bandwidth by operator, layout, data type and direction."""
+    cases, lines = bandwidth_cases(kernels), []
+    for (operator, layout, dtype, direction, implementation), case in cases.items():
+        if implementation != "fused":
+            continue
+        eager = cases.get((operator, layout, dtype, direction, "eager"))
+        lines.append(
+            [
+                OPERATOR_NAMES[operator],
+                "×".join(map(str, case["shape"])),
+                {"nchw": "NCHW", "rows": "–"}.get(layout, layout),
+                dtype,
+                direction,
+                f"{case['milliseconds']:.3f}",
+                f"{100 * case['share_of_copy']:.0f} %",
+                f"{100 * eager['share_of_copy']:.0f} %" if eager else "–",
+            ]
+        )
+    head = ["operator", "input", "layout", "type", "direction", "ms", "share of a copy", "eager PyTorch's share"]
+    return markdown.table(head, lines)
+
+
+def kept_memory(path: Path) -> str:
+    """Return a CPU step's time with freed memory returned to the system (PyTorch's default) and kept."""
+    record = json.loads(path.read_text())
+    cells = {(cell["implementation"], cell["keep_memory"]): milliseconds(cell) for cell in record["cells"]}
+    lines = [
+        [IMPLEMENTATION_NAMES[implementation], three_digits(cells[implementation, False]), three_digits(cells[implementation, True])]
+        for implementation in ("eager-batched", "compile", "fused")
+    ]
+    where, size = record["environment"], record["workload"]
+    text = (
+        f"Milliseconds per step, {size['classes']} classes of CIFAR-10's size at {size['ipc']} images per class, full "
+        f"width, {where['threads']} threads of an {where['device']}:"
+    )
+    return f"{text}\n\n{markdown.table(['', 'returned', 'kept'], lines)}"
+
+
+def bfloat16(path: Path) -> str:
+    """Return the gain of bfloat16 on a processor that multiplies in it."""
+    record = json.loads(path.read_text())
+    times = {cell["precision"]: milliseconds(cell) for cell in record["cells"] if cell["keep_memory"]}
+    return (
+        f"On an {record['environment']['device']} that has these instructions a step of {record['workload']['classes']} "
+        f"classes takes {three_digits(times['bfloat16'])} ms instead of {three_digits(times['float32'])}."
+    )
+
+
+def digits(path: Path) -> str:
+    """Return the seconds of a whole run and of the plain loop."""
+    record = json.loads(path.read_text())
+    return (
+        f"{record['steps']} steps of digits at {record['config']['ipc']} images per class take "
+        f"{record['fused']['seconds']:.1f} s; a plain PyTorch loop takes {record['plain']['seconds']:.1f} s "
+        f"({record['environment']['threads']} threads)."
+    )
+
+
+def evaluation(gpu: Path, cpu: Path) -> str:
+    """Return the time of networks trained several at a time, beside the public code's loop."""
+    lines = []
+    for path in (gpu, cpu):
+        record = json.loads(path.read_text())
+        best = record["rounds"][0]
+        lines.append(
+            [
+                record["environment"]["device"],
+                f"{best['ensemble']['networks']} × {best['ensemble']['epochs']:,}",
+                three_digits(best["ensemble"]["seconds"]),
+                three_digits(best["ensemble"]["ms_per_network_epoch"]),
+                three_digits(best["loop"]["ms_per_network_epoch"]),
+            ]
+        )
+    head = ["device", "networks × epochs", "seconds", "ms per network and epoch", "the public code's loop"]
+    return markdown.table(head, lines)
+
+
+def ranks(path: Path) -> str:
+    """Return the weak scaling over two processes."""
+    record = json.loads(path.read_text())
+    one, two = record["cells"][0], record["cells"][-1]
+    speed = one["time"]["median"] / two["time"]["median"]
+    apart = one["apart"]["time"]["median"] / two["apart"]["time"]["median"]
+    return (
+        f"{NUMBERS[two['processes']]} processes run at {100 * speed:.0f} % of single-process speed each, a core each; "
+        f"without communication, {100 * apart:.0f} %."
+    )
+
+
+def class_chunks(path: Path) -> str:
+    """Return time and memory of a step in chunks of classes."""
+    edition = EDITIONS["cpu"]
+    whole, chunked = list(lines(edition, "classes").values())[-2:]
+    cells = merge([path])
+    several = [classes for classes in whole if classes > edition.chunk]
+    ratios = [milliseconds(cells[chunked[classes]]) / milliseconds(cells[whole[classes]]) for classes in several]
+    before, after = (cells[line[several[-1]]]["memory"]["peak_allocated"] / 1e6 for line in (whole, chunked))
+    return paragraph(
+        f"On a CPU, at reduced width, a step in chunks of {edition.chunk} classes takes {min(ratios):.1f} to "
+        f"{max(ratios):.1f} times as long for {several[0]} to {several[-1]} classes; at {several[-1]} classes its peak "
+        f"memory is {after:.0f} MB instead of {before:.0f}."
+    )
