@@ -14,7 +14,7 @@ from pathlib import Path
 
 from atom_fast._files import write_atomically
 from atom_fast.distillation import ranks
-from atom_fast.distillation.logs import say
+from atom_fast.distillation.logs import log
 from benchmarks.accuracy.cells import check_same_images
 from benchmarks.accuracy.figures import draw_curves, draw_grids
 from benchmarks.accuracy.record import collect
@@ -36,7 +36,7 @@ def run(
     only: Sequence[int] | None = None,
     device: str | None = None,
     progress: bool = True,
-    report: Callable[[str], None] = say,
+    report: Callable[[str], None] = log,
 ) -> dict:
     """Do the missing cells of a table or figure, and write ``TARGET.json``, ``TARGET.md`` and pictures.
 
@@ -120,7 +120,7 @@ def _sigterm_exits() -> Iterator[None]:
 
 
 def write_results(
-    plan: Plan, output: Path, report: Callable[[str], None] = say, failed: Mapping[str, str] | None = None
+    plan: Plan, output: Path, report: Callable[[str], None] = log, failed: Mapping[str, str] | None = None
 ) -> dict:
     """Write the record of the finished cells as JSON, Markdown and pictures; arguments and errors as `collect`."""
     record = collect(plan, output, failed)

@@ -16,7 +16,8 @@ import torch
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing
 from atom_fast.distillation.config import DistillConfig
-from atom_fast.distillation.step import Distillation, initial_images
+from atom_fast.distillation.start import initial_images
+from atom_fast.distillation.step import Distillation
 
 from . import published
 from .workload import Workload

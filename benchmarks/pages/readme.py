@@ -256,8 +256,8 @@ def methods(cpu: Path) -> str:
     head = ["ms per step, on a CPU", *COLUMNS.values()]
     below = paragraph(
         f"All seven methods of the paper's Table 3 at {CPU_IPC} images per class, on one thread of an "
-        f"{where['device']}, at reduced width and batch, commit {_commit(cpu)}. DC, DSA and MTT are timed as published; "
-        f"this project does not accelerate them."
+        f"{where['device']}, at reduced width and batch, commit {_commit(cpu)}. DC, DSA and MTT are timed as "
+        f"published; this project does not accelerate them."
     )
     return f"{markdown.table(head, lines)}\n\n{below}"
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import atom_fast as af
 from atom_fast.kernels import norm_block as kernels
 from atom_fast.ops.norm_block import NORMS, norm_block, norm_block_op, reference_block
-from benchmarks.bounds import norm_block_bytes
+from benchmarks.roofline import norm_block_bytes
 from tests.cubin import CAPABILITIES, check_report
 from tests.launches import compile_launch, recorded
 
