@@ -114,7 +114,8 @@ def test_the_wheel_holds_every_kernel_once_and_nothing_beside_the_package(built)
 
 def test_the_source_archive_holds_every_kernel_once_and_installs(built, tmp_path):
     (archive,) = (built / "dist").glob("*.tar.gz")
-    names = [name.split("/", 1)[1] for name in tarfile.open(archive).getnames() if "/" in name]
+    with tarfile.open(archive) as file:
+        names = [name.partition("/")[2] for name in file.getnames()]
     assert kernel_files(names) == KERNELS
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
     done = subprocess.run(
