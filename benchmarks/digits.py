@@ -1,10 +1,9 @@
 """A whole distillation of digits beside the plain loop it replaces: ``python -m benchmarks.digits --out FILE``.
 
-300 steps at 10 images a class and 64 real ones, as in ``atom-fast demo``, on a CPU: this project's step, and Algorithm
-1 as it reads, a loop over classes with equations 1 to 4 in plain PyTorch (`atom_fast.reference`) and
-``torch.optim.SGD``. Both draw the same networks, images and augmentations, so that they distil the same set; how far
-apart they end is recorded. They take turns in one process, some steps each, so that whatever else the machine does
-meets both.
+300 steps at 10 images per class and 64 real ones, as in ``atom-fast demo``, on a CPU: this project's step, and
+Algorithm 1 in plain PyTorch (``examples/plain_atom.py``). Both draw the same networks, images and augmentations, so
+that they distil the same set; the distance of the two results is recorded. They take turns in one process, some steps
+each, so that whatever else the machine does meets both.
 """
 
 from __future__ import annotations
@@ -16,15 +15,16 @@ from pathlib import Path
 
 import torch
 
-from atom_fast import reference
 from atom_fast._seeds import derive_seed
 from atom_fast.data.augmentation import AugmentationParameters, augment, draw_augmentation
 from atom_fast.data.sampling import sample_class_indices
 from atom_fast.data.sources import load_data
-from atom_fast.data.whitening import fit_preprocessing
+from atom_fast.data.whitening import Preprocessing, fit_preprocessing
 from atom_fast.demo import OVERRIDES
 from atom_fast.distillation import preset
-from atom_fast.distillation.step import Distillation, initial_images, make_network
+from atom_fast.distillation.start import initial_images
+from atom_fast.distillation.step import Distillation, make_network
+from examples import plain_atom
 
 from .harness import environment, save_results
 
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(steps: int) -> dict:
-    """Both runs by turns.
+    """Time both runs by turns.
 
     Returns:
         ``plain`` and ``fused``: ``seconds`` of the whole run and of every turn; ``ratio`` of the whole runs;
@@ -80,11 +80,11 @@ def measure(steps: int) -> dict:
         "steps": steps,
         **runs,
         "ratio": runs["plain"]["seconds"] / runs["fused"]["seconds"],
-        "distance": ((run.images - images).norm() / images.norm()).item(),
+        "distance": ((run.images - images.detach()).norm() / images.detach().norm()).item(),
     }
 
 
-def _prepare() -> tuple[Distillation, torch.Tensor, object]:
+def _prepare() -> tuple[Distillation, torch.Tensor, Preprocessing]:
     data = load_data("digits", progress=False)
     config = preset("paper", ipc=10, **OVERRIDES).resolve(data.image_shape, data.name, torch.device("cpu"))
     preprocessing = fit_preprocessing(data.train_images, config.preprocessing, progress=False)
@@ -92,49 +92,39 @@ def _prepare() -> tuple[Distillation, torch.Tensor, object]:
     return Distillation(config, data, preprocessing, start), start, preprocessing
 
 
-def _finish(loop: Iterator[None], steps: int) -> None:
+def _finish(loop: Iterator[torch.Tensor], steps: int) -> None:
     for _ in range(steps):
         next(loop)
 
 
-def plain_loop(run: Distillation, preprocessing, images: torch.Tensor) -> Iterator[None]:
-    """Algorithm 1 as the field writes it, a step each time: class after class, equations 1 to 4, SGD with momentum.
+def plain_loop(run: Distillation, preprocessing: Preprocessing, images: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Algorithm 1 as `examples.plain_atom` writes it, with the settings, data and random draws of a distillation.
 
     Args:
-        run: whose settings and data are taken.
+        run: all of its classes; it is not changed.
         preprocessing: of the real images.
         images: float32 [K*ipc, C, H, W], changed in place.
+
+    Yields:
+        The loss after each iteration.
     """
-    config, data = run.config, run.data
-    images.requires_grad_()
-    optimizer = torch.optim.SGD([images], lr=config.image_lr, momentum=config.momentum)
-    iteration = 0
-    while True:
-        iteration += 1
-        generator = torch.Generator().manual_seed(derive_seed(config.seed, iteration))
-        network = make_network(config, data)
+    config, data, device = run.config, run.data, images.device
+
+    def draw(iteration: int):
+        generator = torch.Generator(device).manual_seed(derive_seed(config.seed, iteration))
+        network = make_network(config, data).to(device)
         network.reset_parameters(generator)
         indices = sample_class_indices(data, config.real_batch, generator)
         drawn = draw_augmentation(data.num_classes, generator, strategy=config.augmentation)
-        loss = torch.zeros(())
-        for k in range(data.num_classes):
+
+        def augment_class(images: torch.Tensor, k: int) -> torch.Tensor:
             own = AugmentationParameters(*(parameter[k : k + 1] for parameter in drawn))
-            real = preprocessing.to_model(data.train_images[indices[k]])
-            real = augment(real, own, torch.zeros(len(real), dtype=torch.int64))
-            synthetic = images[k * config.ipc : (k + 1) * config.ipc]
-            synthetic = augment(synthetic, own, torch.zeros(config.ipc, dtype=torch.int64))
-            with torch.no_grad():
-                real_embedding, real_layers = network.features(real)
-            synthetic_embedding, synthetic_layers = network.features(synthetic)
-            loss = loss + reference.atom_loss(
-                real_layers[:-1], synthetic_layers[:-1], real_embedding, synthetic_embedding,
-                spatial_power=config.spatial_power, channel_power=config.channel_power,
-                mmd_weight=config.mmd_weight, scale=config.loss_scale,
-            )  # fmt: skip
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        yield
+            return augment(images, own, torch.zeros(len(images), dtype=torch.int64, device=device))
+
+        return network, [preprocessing.to_model(data.train_images[own]) for own in indices], augment_class
+
+    names = ("image_lr", "momentum", "loss_scale", "spatial_power", "channel_power", "mmd_weight")
+    return plain_atom.distill(images, draw, **{name: getattr(config, name) for name in names})
 
 
 if __name__ == "__main__":

@@ -22,9 +22,10 @@ import torch
 
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import fit_preprocessing
+from atom_fast.distillation import ranks
 from atom_fast.distillation.config import preset
-from atom_fast.distillation.ranks import ALONE, World, join
-from atom_fast.distillation.step import Distillation, initial_images
+from atom_fast.distillation.start import initial_images
+from atom_fast.distillation.step import Distillation
 
 from .harness import environment, save_results, summary
 
@@ -104,7 +105,7 @@ def _measure(rank: int, cores: list[int], port: int | None, sizes: dict, begin, 
         os.sched_setaffinity(0, {cores[rank]})
     torch.set_num_threads(1)
     if port is None:
-        apart = make_run(ALONE, sizes)
+        apart = make_run(sizes)
         begin.wait()
         rounds = _time_rounds(apart, sizes["rounds"], sizes["steps"])
         if rank == 0:
@@ -112,20 +113,25 @@ def _measure(rank: int, cores: list[int], port: int | None, sizes: dict, begin, 
         return
     names = {"RANK": rank, "WORLD_SIZE": len(cores), "LOCAL_RANK": rank, "MASTER_PORT": port}
     os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in names.items()}})
-    with join("cpu") as world:
-        run = make_run(world, sizes)
+    with ranks.join("cpu"):
+        run = make_run(sizes)
         rounds = _time_rounds(run, sizes["rounds"], sizes["steps"])
-        meetings = _time(world.exchange, 50)
-        sent, gathers = _count_sent(world, run.state), _time(run.state, 5)
+        meetings = _time(ranks.all_gather_object, 50)
+
+        def gather() -> None:
+            for part in run.state().values():
+                ranks.gather(part, run.data.num_classes)
+
+        sent, gathers = _count_sent(gather), _time(gather, 5)
         own = 2 * run.images.numel() * run.images.element_size()
     if rank == 0:
         record = {"seconds_per_step": rounds, "time": summary(rounds), "meeting": summary(meetings)}
         reports.put({**record, "gather": summary(gathers), "bytes_sent": sent, "bytes_a_rank": own})
 
 
-def make_run(world: World, sizes: dict) -> Distillation:
+def make_run(sizes: dict) -> Distillation:
     """A run on random images of CIFAR-10's shape, with as many classes as its processes have together."""
-    classes, each = sizes["classes"] * world.size, 2 * sizes["real_batch"]
+    classes, each = sizes["classes"] * ranks.count(), 2 * sizes["real_batch"]
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (classes * each, 3, 32, 32), generator=generator, dtype=torch.uint8)
     labels = torch.arange(classes).repeat_interleave(each)
@@ -134,9 +140,9 @@ def make_run(world: World, sizes: dict) -> Distillation:
     settings = {name: sizes[name] for name in ("ipc", "real_batch", "width")}
     config = preset("paper", **settings).resolve(data.image_shape, data.name, torch.device("cpu"))
     preprocessing = fit_preprocessing(data.train_images, "standard", progress=False)
-    own = torch.empty(len(world.share(classes)) * config.ipc, *data.image_shape)
-    world.deal(initial_images(config, data, preprocessing), own, classes)
-    return Distillation(config, data, preprocessing, own, world=world)
+    own = ranks.local_classes(classes)
+    images = initial_images(config, data, preprocessing)[own.start * config.ipc : own.stop * config.ipc]
+    return Distillation(config, data, preprocessing, images, classes=own)
 
 
 def _time_rounds(run: Distillation, rounds: int, steps: int) -> list[float]:
@@ -147,7 +153,7 @@ def _time_rounds(run: Distillation, rounds: int, steps: int) -> list[float]:
         for _ in range(steps):
             iteration += 1
             run.step(iteration)
-        run.read_terms()
+        run.terms(ranks.all_gather_object(run.read()))
         seconds.append((time.perf_counter() - started) / steps)
     return seconds[1:]  # the first round warms up
 
@@ -161,7 +167,7 @@ def _time(work, count: int) -> list[float]:
     return seconds
 
 
-def _count_sent(world: World, gather) -> int:
+def _count_sent(gather) -> int:
     """Bytes that all ranks together hand to ``torch.distributed.send`` while they gather."""
     counted, send = [0], torch.distributed.send
 
@@ -174,7 +180,7 @@ def _count_sent(world: World, gather) -> int:
         gather()
     finally:
         torch.distributed.send = send
-    return sum(world.exchange(sum(counted)))
+    return sum(ranks.all_gather_object(sum(counted)))
 
 
 def estimate(cell: dict, sizes: dict) -> list[dict]:

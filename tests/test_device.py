@@ -73,7 +73,7 @@ def as_the_chip(capability: int):
 def tiny_run(folder, norm, size=32, width=16):
     """A step for two classes; the distilled images."""
     config = preset("paper", iterations=1, real_batch=1, depth=2, width=width, norm=norm)
-    return distill(config, make_data(2, size=size), folder, progress=False, device="cpu").images
+    return distill(make_data(2, size=size), config, folder, progress=False, device="cpu").images
 
 
 @WITHOUT_GPU
@@ -253,7 +253,7 @@ def test_cudnn_is_deterministic_where_it_is_asked_for(deterministic, monkeypatch
     original = step.matching_terms
     monkeypatch.setattr(step, "matching_terms", matching_terms)
     distill(
-        preset("paper", iterations=1, real_batch=2, width=8, deterministic=deterministic), make_data(2),
+        make_data(2), preset("paper", iterations=1, real_batch=2, width=8, deterministic=deterministic),
         tmp_path / "run", progress=False, device="cpu",
     )  # fmt: skip
     assert seen == [deterministic] and torch.backends.cudnn.deterministic is False

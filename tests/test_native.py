@@ -12,11 +12,11 @@ import torch.fx.experimental.proxy_tensor
 
 import atom_fast as af
 from atom_fast import _native
-from benchmarks.live_bytes import count_peak
 from atom_fast.ops.batch_norm import batch_norm
 from atom_fast.ops.conv_block import conv_block
 from atom_fast.ops.instance_norm import instance_norm
 from atom_fast.ops.norm_block import norm_block
+from benchmarks.live_bytes import count_peak
 
 CODE = """
 import torch, atom_fast as af

@@ -1,4 +1,4 @@
-"""What is written about a run while it goes: JSON lines, TensorBoard, and the record of what it ran on."""
+"""Records of a run: JSON lines, TensorBoard, and the environment that it ran in."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 
 import atom_fast
 from atom_fast._files import write_atomically
+from atom_fast.distillation import ranks
 
 _PACKAGES = ("torch", "triton", "torchvision", "kornia", "numpy", "safetensors")
 
@@ -24,11 +25,11 @@ _PACKAGES = ("torch", "triton", "torchvision", "kornia", "numpy", "safetensors")
 class RunLog:
     """Records of a run as JSON lines in ``log.jsonl`` and, where it can be imported, in TensorBoard.
 
-    A run that goes on from iteration i drops the records after i: those steps are computed again.
+    A run that continues from iteration i drops the records after i: those steps are computed again.
 
     Args:
-        folder: of the run.
-        iteration: the run goes on after this one.
+        folder: the run's folder.
+        iteration: the run continues after this one.
 
     Raises:
         OSError: the log could not be written.
@@ -43,7 +44,7 @@ class RunLog:
         self._board = _open_tensorboard(folder / "tensorboard", iteration)
 
     def write(self, record: dict[str, float]) -> None:
-        """Append one record; ``record["iteration"]`` says where it belongs.
+        """Append one record, of iteration ``record["iteration"]``.
 
         Raises:
             OSError: the log could not be written; the message names it.
@@ -64,7 +65,7 @@ class RunLog:
                 raise type(error)(error.errno, f"cannot write to {folder}: {error.strerror or error}") from error
 
     def close(self) -> None:
-        """Close the files; what TensorBoard cannot write by now must not hide the error that ends a run."""
+        """Close the files; an error of TensorBoard here must not hide the one that ends a run."""
         self._file.close()
         if self._board is not None:
             with contextlib.suppress(OSError):
@@ -72,7 +73,7 @@ class RunLog:
 
 
 def environment(device: torch.device) -> dict[str, object]:
-    """What a run ran on: time, device, versions and, in a git checkout, the commit."""
+    """Return time, command, device, versions and, in a git checkout, the commit."""
     cuda = device.type == "cuda"
     return {
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -87,7 +88,7 @@ def environment(device: torch.device) -> dict[str, object]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of this package, and of the packages its results depend on, where they are installed."""
+    """Return the versions of Python, of this package and of the installed packages that results depend on."""
     found = {"python": platform.python_version(), "atom_fast": atom_fast.__version__}
     for package in _PACKAGES:
         try:
@@ -98,7 +99,7 @@ def versions() -> dict[str, str]:
 
 
 def append_environment(path: Path, record: dict[str, object]) -> None:
-    """Add a record to a JSON list of the starts of a run.
+    """Append a record to a JSON list of the starts of a run.
 
     Raises:
         OSError: the file could not be written.
@@ -111,7 +112,7 @@ def append_environment(path: Path, record: dict[str, object]) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that was allocated on a GPU, or that this process occupied."""
+    """Return bytes: the most that was allocated on a GPU, or that this process occupied."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -123,12 +124,12 @@ def peak_memory(device: torch.device) -> int:
 
 
 def log(message: str) -> None:
-    """Print to standard error."""
-    print(message, file=sys.stderr, flush=True)
+    """Print to standard error; of several processes each names itself."""
+    print(f"{ranks.label()}{message}", file=sys.stderr, flush=True)
 
 
 def _lines_until(path: Path, iteration: int) -> list[str]:
-    """Complete records of iterations up to ``iteration``; a killed run may have cut the last line short."""
+    """Return the complete records up to ``iteration``; a killed run may have cut the last line short."""
     kept = []
     for line in path.read_text("utf-8", errors="replace").splitlines(keepends=True):
         try:
@@ -149,7 +150,7 @@ def _open_tensorboard(folder: Path, iteration: int):
 
 
 def _commit() -> str | None:
-    """Commit of the checkout this package lies in, marked where files differ from it; None outside of one."""
+    """Return the commit of the checkout that holds this package, marked if files differ; None outside of one."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

@@ -79,6 +79,10 @@ def distill(
 
 def _check_fit(config: DistillConfig, data: ImageData, preprocessing: Preprocessing | None, *, started: bool) -> None:
     """Refuse what cannot work before anything is written."""
+    largest = torch.finfo(torch.float32).max
+    for name in ("image_lr", "loss_scale", "mmd_weight"):
+        if getattr(config, name) > largest:
+            raise ValueError(f"{name} must be at most {largest:.2g}, float32's limit; got {getattr(config, name):g}")
     if not started:
         check_start(config, data)
     make_network(config, data)

@@ -1,12 +1,15 @@
 """Several processes that share the work, a GPU each or some CPU cores, as ``torchrun`` starts them.
 
-Each, a rank, has its share of the classes, or of an evaluation's networks. Every rank draws the randomness of a step
-for all classes from the same seed and uses its own rows, so that it does not matter how many ranks there are; and
-nothing is sent inside a step. Ranks meet where something is read, saved or agreed on. What they tell one another goes
-through the key-value store that started them; images go by NCCL between GPUs and by gloo between CPUs.
+The functions of this module act on the group of processes that `join` made this process (a rank) part of; alone, they
+do nothing or return what they are given. Nothing else in the package knows how many processes there are.
 
-A rank that ends by an error leaves a message in the store. One that ends without a word stops beating: a thread of
-each rank counts up a number there, and who waits for a rank watches it.
+Each rank has its part of the classes, or of an evaluation's networks. Every rank draws the randomness of a step for all
+classes from the same seed and uses its own rows, so that the number of ranks does not matter, and nothing is sent
+inside a step. Ranks meet where something is read, saved or agreed on. Small values go through the key-value store that
+started them; images go by NCCL between GPUs and by gloo between CPUs.
+
+A rank that ends by an error leaves a message in the store. A killed one stops beating: a thread of each rank counts up
+a number there, and ranks that wait for another watch it.
 """
 
 from __future__ import annotations
@@ -25,85 +28,27 @@ from torch import Tensor
 
 BEAT = 1.0  # seconds between two signs of life, and between two looks at those of others
 SILENCE = 20.0  # seconds without one after which a rank is given up; torchrun waits 30 before it kills the others
-_JOINING = 45.0  # seconds in which all must have come, and in which what is sent must arrive
+_JOINING = 45.0  # seconds in which all ranks must have started, and in which what is sent must arrive
 _LINGER = 10.0  # seconds that the first rank, where it holds the store, waits for the others to leave
 
 
 class RankError(RuntimeError):
-    """Another rank failed, or is gone; the message names it where it is known."""
-
-
-class World:
-    """One process by itself: everything is its own, and there is nobody to wait for.
-
-    Attributes:
-        rank: the number of this process; the one of rank 0 writes what is written.
-        size: how many there are.
-        local_rank: its number among those on its machine.
-        label: what its messages begin with.
-    """
-
-    rank, size, local_rank, label = 0, 1, 0, ""
-
-    def share(self, count: int, rank: int | None = None) -> range:
-        """The classes out of ``count`` that are a rank's own, by default this one's: consecutive, one more at most."""
-        rank = self.rank if rank is None else rank
-        return range(rank * count // self.size, (rank + 1) * count // self.size)
-
-    def exchange(self, value: Any = None) -> list:
-        """What every rank said, in their order; waits until all have come here. Values must be what JSON can hold."""
-        return [value]
-
-    def collect(self, part: Tensor, classes: int, *, everywhere: bool = False) -> Tensor | None:
-        """All rows, given each rank's own, on its device; None on all but the first, unless ``everywhere``.
-
-        Args:
-            part: the rows of this rank's share of ``classes``, class-major, as many for every class.
-            classes: how many there are in all.
-            everywhere: give all of it to every rank.
-        """
-        return part
-
-    def deal(self, whole: Tensor | None, part: Tensor, classes: int) -> Tensor:
-        """The reverse of `collect`: fill ``part`` with this rank's rows of what the first one gives, and return it."""
-        return part.copy_(whole)
-
-    def results(
-        self, jobs: Sequence[int], work: Callable[[Sequence[int]], Iterable[tuple[int, Mapping]]]
-    ) -> Iterator[tuple[int, Mapping]]:
-        """Results of all jobs on every rank, in the order in which they are known.
-
-        Args:
-            jobs: numbers.
-            work: does those it is given, and yields a number and a result, with whole numbers as keys, for each.
-        """
-        yield from work(jobs)
-
-    def own_jobs(self, jobs: Sequence[int]) -> Sequence[int]:
-        """Those that `results` gives to this rank."""
-        return jobs[self.rank :: self.size]
-
-    def after_first(self, work: Callable[[], Any]) -> Any:
-        """``work()``, done by the first rank of each machine before the others: what it downloads, they find."""
-        return work()
-
-
-ALONE = World()
+    """Another rank failed or is lost; the message names it where it is known."""
 
 
 def launched() -> bool:
-    """Whether this process is one of several that were started together (by torchrun: it sets ``WORLD_SIZE``)."""
+    """Return True if this process is one of several started together (by torchrun: it sets ``WORLD_SIZE``)."""
     return int(os.environ.get("WORLD_SIZE") or 1) > 1
 
 
-_current = ALONE  # the group of this process, which the functions below act on; set by `join`
+_group: _Group | None = None  # of this process, set by `join`; None: alone
 
 
 @contextlib.contextmanager
-def join(device: torch.device | str | None = None) -> Iterator[World]:
+def join(device: torch.device | str | None = None) -> Iterator[None]:
     """Make the processes started beside this one its group; leave them at the end, with the reason on failure.
 
-    The functions of this module act on that group. Without `launched` the process stays alone, at no cost.
+    Unless several were `launched`, the process stays alone, at no cost.
 
     Args:
         device: where ranks compute; None: GPUs, if there are any.
@@ -111,60 +56,65 @@ def join(device: torch.device | str | None = None) -> Iterator[World]:
     Raises:
         RankError: a rank did not start, or is lost.
     """
-    global _current
+    global _group
     if not launched():
-        yield ALONE
+        yield
         return
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    before, group = _current, _Ranks(torch.device(device).type)
+    before, group = _group, _Group(torch.device(device).type)
     failure: BaseException | None = None
     try:
         group.begin()
-        _current = group
-        yield group
+        _group = group
+        yield
     except BaseException as error:
         failure = error
         raise
     finally:
-        _current = before
+        _group = before
         group.leave(failure)
 
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """Let the functions of this module act on this process by itself, for work that is not shared with the group."""
-    global _current
-    before, _current = _current, ALONE
+    global _group
+    before, _group = _group, None
     try:
         yield
     finally:
-        _current = before
+        _group = before
 
 
 def is_first() -> bool:
-    """Return True in the process that writes files and messages: rank 0, or one alone."""
-    return _current.rank == 0
+    """Return True in the process that writes files: rank 0, or one alone."""
+    return _group is None or _group.rank == 0
 
 
 def count() -> int:
     """Return the number of processes in the group."""
-    return _current.size
+    return 1 if _group is None else _group.size
 
 
 def label() -> str:
     """Return the prefix of this rank's messages, such as "rank 1: "; empty alone."""
-    return _current.label
+    return "" if _group is None else f"rank {_group.rank}: "
 
 
 def local_classes(classes: int) -> range:
-    """Return the classes out of ``classes`` that this rank computes: consecutive, and one more than others at most."""
-    return _current.share(classes)
+    """Return the classes out of ``classes`` that this rank computes; they are consecutive."""
+    return range(classes) if _group is None else split(classes, _group.rank, _group.size)
+
+
+def split(classes: int, rank: int, size: int) -> range:
+    """Return the classes of one of ``size`` ranks: consecutive, and at most one more than another rank has."""
+    return range(rank * classes // size, (rank + 1) * classes // size)
 
 
 def all_gather_object(value: Any = None) -> list:
     """Return every rank's value in the order of ranks; wait until all have called this. Values must be JSON."""
-    return _current.exchange(value)
+    return [value] if _group is None else _group.all_gather_object(value)
 
 
 def gather(part: Tensor, classes: int, *, everywhere: bool = False) -> Tensor | None:
@@ -175,17 +125,23 @@ def gather(part: Tensor, classes: int, *, everywhere: bool = False) -> Tensor | 
         classes: number of classes in all.
         everywhere: return all rows on every rank.
     """
-    return _current.collect(part, classes, everywhere=everywhere)
+    return part if _group is None else _group.gather(part, classes, everywhere)
 
 
-def scatter(whole: Tensor | None, part: Tensor, classes: int) -> Tensor:
-    """Fill ``part`` with this rank's rows of the first rank's ``whole`` and return it: the reverse of `gather`."""
-    return _current.deal(whole, part, classes)
+def scatter(whole: Tensor | None, like: Tensor, classes: int) -> Tensor | None:
+    """Return this rank's rows of the first rank's ``whole``: the reverse of `gather`; alone, ``whole`` itself.
+
+    Args:
+        whole: rows of all classes, class-major; not used on the other ranks.
+        like: a tensor of the shape, type and device of this rank's rows.
+        classes: number of classes in all.
+    """
+    return whole if _group is None else _group.scatter(whole, like, classes)
 
 
 def own_jobs(jobs: Sequence[int]) -> Sequence[int]:
     """Return the jobs that `share` gives to this rank."""
-    return _current.own_jobs(jobs)
+    return jobs if _group is None else jobs[_group.rank :: _group.size]
 
 
 def share(
@@ -197,20 +153,19 @@ def share(
         jobs: numbers.
         work: yields (job, result) for each job that it is given; results map whole numbers to JSON values.
     """
-    return _current.results(jobs, work)
+    return iter(work(jobs)) if _group is None else _group.share(jobs, work)
 
 
 def after_first(work: Callable[[], Any]) -> Any:
     """Return ``work()``, run on the first rank of each machine before the others, which find what it downloaded."""
-    return _current.after_first(work)
+    return work() if _group is None else _group.after_first(work)
 
 
-def own_device(device: torch.device | str | None, world: World | None = None) -> torch.device:
-    """Return the device of this process: the GPU of its number on its machine, unless the CPU is named.
+def own_device(device: torch.device | str | None) -> torch.device:
+    """Return the device of this process: in a group the GPU of its number on its machine, unless the CPU is named.
 
     Args:
         device: None: a GPU, if there is one.
-        world: the processes that want one each; None: the group.
 
     Raises:
         ValueError: there is no such device, or it is neither a CPU nor a GPU of CUDA, or there are fewer GPUs than
@@ -228,10 +183,9 @@ def own_device(device: torch.device | str | None, world: World | None = None) ->
         )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(device)!r} is not available: PyTorch sees no GPU; use 'cpu'")
-    world = _current if world is None else world
-    if device.type != "cuda" or world.size == 1:
+    if device.type != "cuda" or _group is None:
         return device
-    here, gpus = world.local_rank, torch.cuda.device_count()
+    here, gpus = _group.local_rank, torch.cuda.device_count()
     if device.index not in (None, here):
         raise ValueError(f"device {str(device)!r} cannot be shared by several processes; use 'cuda' or 'cpu'")
     if here >= gpus:
@@ -241,32 +195,31 @@ def own_device(device: torch.device | str | None, world: World | None = None) ->
 
 
 def _agent_holds_store() -> bool:
-    """Whether the key-value store is torchrun's own, as it says of itself; otherwise rank 0 holds it."""
+    """Return True if torchrun holds the key-value store; otherwise rank 0 does."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 class StopSign:
-    """Whether to stop, on which all ranks agree: they compare their signals about once a second, at the same steps."""
+    """The decision to stop, the same on all ranks: they compare signals about once a second, at the same steps."""
 
-    def __init__(self, world: World, iteration: int):
-        self._world = world
+    def __init__(self, iteration: int):
         self._next = self._last = iteration
         self._then = time.monotonic()
 
     def asked(self, iteration: int, received: Sequence[int], *, at_once: bool = False) -> int | None:
-        """The signal that ends the run after ``iteration``, or None.
+        """Return the signal that ends the run after ``iteration``, or None.
 
         Args:
             iteration: steps that are done; every rank asks after every step.
             received: signals that came to this process.
             at_once: wait for all ranks now.
         """
-        if self._world.size == 1:
+        if _group is None:
             return received[0] if received else None
         if iteration < self._next and not at_once:
             return None
         steps, now = max(iteration - self._last, 1), time.monotonic()
-        notes = self._world.exchange([list(received[:1]), (now - self._then) / steps])
+        notes = _group.all_gather_object([list(received[:1]), (now - self._then) / steps])
         slowest = max(seconds for _, seconds in notes)
         # At most twice as many as before: a GPU's first steps seem to take no time, since nobody waits for them.
         self._last, self._then = iteration, now
@@ -274,8 +227,8 @@ class StopSign:
         return next((signals[0] for signals, _ in notes if signals), None)
 
 
-class _Ranks(World):
-    """This process among the others."""
+class _Group:
+    """The processes started together, as this one, number ``rank`` of ``size``, sees them."""
 
     def __init__(self, device: str):
         import torch.distributed as dist
@@ -284,10 +237,9 @@ class _Ranks(World):
         limit = datetime.timedelta(seconds=_JOINING)
         store, self.rank, self.size = next(dist.rendezvous("env://", timeout=limit))
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
-        self.label = f"rank {self.rank}: "
         self._backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        _Ranks._groups += 1
-        self._store = dist.PrefixStore(f"atom_fast/{_Ranks._groups}", store)
+        _Group._groups += 1
+        self._store = dist.PrefixStore(f"atom_fast/{_Group._groups}", store)
         self._meeting = self._rounds = 0
         self._heard: dict[int, tuple[bytes, float]] = {}
         self._looked = 0.0
@@ -299,7 +251,7 @@ class _Ranks(World):
     def begin(self) -> None:
         """Wait for the others and connect to them."""
         self._heart.start()
-        self.exchange()
+        self.all_gather_object()
         limit = datetime.timedelta(seconds=_JOINING)
         with self._explained("while the ranks connected"):
             self._dist.init_process_group(
@@ -308,12 +260,12 @@ class _Ranks(World):
             )  # fmt: skip
 
     def leave(self, failure: BaseException | None) -> None:
-        """Tell the others why, if this rank failed."""
+        """Disconnect; if this rank failed, tell the others why."""
         failed = failure is not None and not isinstance(failure, SystemExit)
         with contextlib.suppress(RuntimeError):  # the store may be gone
             if failed:
-                said = str(failure) or type(failure).__name__
-                self._store.compare_set("failed", "", json.dumps([self.rank, said]))  # unless another one did before
+                message = str(failure) or type(failure).__name__
+                self._store.compare_set("failed", "", json.dumps([self.rank, message]))  # unless another one did before
             self._store.set(f"left/{self.rank}", "")
             if self.rank == 0 and not _agent_holds_store():
                 # The store ends with this process: the others must have read what is in it.
@@ -325,19 +277,19 @@ class _Ranks(World):
         if not failed and self._dist.is_initialized():
             self._dist.destroy_process_group()
 
-    def exchange(self, value: Any = None) -> list:
+    def all_gather_object(self, value: Any = None) -> list:
         self._meeting += 1
         keys = [f"meeting/{self._meeting}/{rank}" for rank in range(self.size)]
         with self._explained("while the ranks met"):
             self._store.set(keys[self.rank], json.dumps(value))
             self._wait_for(keys)
             values = [json.loads(self._store.get(key)) for key in keys]
-            # Who has come to this meeting has read all of the one before.
+            # A rank that has come to this meeting has read all of the one before.
             self._store.delete_key(f"meeting/{self._meeting - 1}/{self.rank}")
         return values
 
-    def collect(self, part: Tensor, classes: int, *, everywhere: bool = False) -> Tensor | None:
-        self.exchange()  # so that nobody who sends has to wait for one who is not there yet
+    def gather(self, part: Tensor, classes: int, everywhere: bool) -> Tensor | None:
+        self.all_gather_object()  # so that nobody who sends has to wait for one who is not there yet
         part = part.contiguous()
         rows = self._rows(part, classes)
         whole = part.new_empty(rows[-1].stop, *part.shape[1:]) if self.rank == 0 or everywhere else None
@@ -354,12 +306,12 @@ class _Ranks(World):
                 self._dist.broadcast(whole, 0)
         return whole
 
-    def deal(self, whole: Tensor | None, part: Tensor, classes: int) -> Tensor:
-        self.exchange()
-        received = torch.empty_like(part, memory_format=torch.contiguous_format)
+    def scatter(self, whole: Tensor | None, like: Tensor, classes: int) -> Tensor:
+        self.all_gather_object()
+        received = torch.empty_like(like, memory_format=torch.contiguous_format)
         if self.rank == 0:
-            rows = self._rows(part, classes)
-            whole = whole.to(part.device, part.dtype).contiguous()
+            rows = self._rows(like, classes)
+            whole = whole.to(like.device, like.dtype).contiguous()
             received.copy_(whole[rows[0]])
             for rank in range(1, self.size):
                 with self._explained(f"while it sent images to rank {rank}"):
@@ -367,14 +319,14 @@ class _Ranks(World):
         else:
             with self._explained("while it received images of rank 0"):
                 self._dist.recv(received, 0)
-        return part.copy_(received)
+        return received
 
-    def results(
+    def share(
         self, jobs: Sequence[int], work: Callable[[Sequence[int]], Iterable[tuple[int, Mapping]]]
     ) -> Iterator[tuple[int, Mapping]]:
         self._rounds += 1
         missing = {job: f"result/{self._rounds}/{job}" for job in jobs}
-        for job, result in work(self.own_jobs(jobs)):
+        for job, result in work(jobs[self.rank :: self.size]):
             with self._explained("while it reported a result"):
                 self._store.set(missing[job], json.dumps(list(result.items())))
             yield from self._arrived(missing)
@@ -386,13 +338,13 @@ class _Ranks(World):
 
     def after_first(self, work: Callable[[], Any]) -> Any:
         done = work() if self.local_rank == 0 else None
-        self.exchange()
+        self.all_gather_object()
         return done if self.local_rank == 0 else work()
 
     def _rows(self, part: Tensor, classes: int) -> list[slice]:
-        """Each rank's rows of the whole."""
-        each = len(part) // len(self.share(classes))
-        shares = (self.share(classes, rank) for rank in range(self.size))
+        """Return each rank's rows of the whole."""
+        each = len(part) // len(split(classes, self.rank, self.size))
+        shares = (split(classes, rank, self.size) for rank in range(self.size))
         return [slice(share.start * each, share.stop * each) for share in shares]
 
     def _arrived(self, missing: dict[int, str]) -> Iterator[tuple[int, Mapping]]:
@@ -409,7 +361,7 @@ class _Ranks(World):
             delay = min(2 * delay, 0.02)
 
     def _look_at_others(self) -> None:
-        """Once in a while, make sure that no rank has failed and that all are alive.
+        """Check, at most every ``BEAT`` seconds, that no rank has failed and that all are alive.
 
         Raises:
             RankError: one is not.
@@ -437,7 +389,7 @@ class _Ranks(World):
                 )
 
     def _failure(self) -> str | None:
-        """What the first rank that failed said before its connections closed."""
+        """Return the message of the first rank that failed."""
         if not self._store.check(["failed"]):
             return None
         rank, message = json.loads(self._store.get("failed"))
@@ -445,7 +397,7 @@ class _Ranks(World):
 
     @contextlib.contextmanager
     def _explained(self, when: str) -> Iterator[None]:
-        """Say what a failed connection means: who is gone, where that can be known."""
+        """Turn a failed connection into a RankError that names the rank that is gone, where that can be known."""
         try:
             yield
         except RankError:

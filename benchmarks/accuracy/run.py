@@ -65,24 +65,20 @@ def run(
         SystemExit: stopped by a signal; finished cells are kept and their results are written.
     """
     output, common = Path(output), _common_settings(plan.units)
-
-    def tell(text: str) -> None:
-        report(ranks.label() + text)
-
     progress = progress and ranks.is_first()
     cache = DataCache(data_dir, download=download, device=ranks.own_device(device), progress=progress)
     units = _chosen(plan.units, only)
     missing = [unit for unit in units if not finished(output, *unit)]
-    tell(f"{plan.target}: {len(units)} cells, {len(units) - len(missing)} of them finished")
+    report(f"{plan.target}: {len(units)} cells, {len(units) - len(missing)} of them finished")
     _load_data(plan, missing, output, cache)
     failed: dict[str, str] = {}
     try:
         with _sigterm_exits():
-            passed = _do(output, missing, cache, common, tell, failed)
+            passed = _do(output, missing, cache, common, report, failed)
     except (SystemExit, KeyboardInterrupt):
-        tell("stopped; finished work is kept, and the same command continues")
+        report("stopped; finished work is kept, and the same command continues")
         if ranks.is_first():
-            write_results(plan, output, tell, failed)
+            write_results(plan, output, report, failed)
         raise
     failures = ranks.all_gather_object(failed)  # waits for all
     left = {unit[0].folder_name for unit in units if not finished(output, *unit)}
@@ -91,10 +87,10 @@ def run(
         return collect(plan, output, failed)
     elsewhere = left.intersection(cell.folder_name for cell, _ in passed) - failed.keys()
     if elsewhere:
-        tell(
+        report(
             f"{len(elsewhere)} cells are being run by other processes; run the same command again when they have ended"
         )
-    record = write_results(plan, output, tell, failed)
+    record = write_results(plan, output, report, failed)
     if failed:
         listed = "; ".join(f"{name}: {error.strip().partition(chr(10))[0]}" for name, error in failed.items())
         raise RuntimeError(

@@ -24,7 +24,8 @@ from atom_fast.distillation import preset
 from atom_fast.distillation.checkpoint import latest_checkpoint, save_checkpoint
 from atom_fast.distillation.matching import fused_if_possible, matching_terms
 from atom_fast.distillation.ranks import World
-from atom_fast.distillation.step import Distillation, initial_images, make_network
+from atom_fast.distillation.start import initial_images
+from atom_fast.distillation.step import Distillation, make_network
 from atom_fast.evaluation.sets import select
 from atom_fast.functional import class_groups
 from benchmarks.accuracy import TARGETS, paper, plan, reproduce, work

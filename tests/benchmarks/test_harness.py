@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 import atom_fast as af
 from atom_fast import reference
-from benchmarks.live_bytes import LiveBytes, count_peak
 from benchmarks import (
     cells,
     compare,
@@ -28,6 +27,7 @@ from benchmarks import (
     table3,
 )
 from benchmarks.__main__ import main
+from benchmarks.live_bytes import LiveBytes, count_peak
 from benchmarks.merging import merge
 from benchmarks.methods import (
     ALL_IMPLEMENTATIONS,

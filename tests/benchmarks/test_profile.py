@@ -12,7 +12,8 @@ from atom_fast.cli import main
 from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.distillation.config import preset
 from atom_fast.distillation.stages import PREFIX, STAGES, stage
-from atom_fast.distillation.step import Distillation, initial_images
+from atom_fast.distillation.start import initial_images
+from atom_fast.distillation.step import Distillation
 from benchmarks.bounds import WAYS, Configuration, measure_device, stages, totals
 from benchmarks.profile import profile, profile_table, random_data, stage_seconds
 

@@ -7,8 +7,8 @@ import dataclasses
 
 import pytest
 
-from benchmarks.live_bytes import count_peak
 from benchmarks import scaling
+from benchmarks.live_bytes import count_peak
 from benchmarks.methods import Workload, build_step
 
 BASE = Workload(

@@ -5,13 +5,13 @@ import json
 
 import pytest
 import torch
+from atom_fast.evaluation.comparison import compare
 from click.testing import CliRunner
 
 from atom_fast.cli import main
 from atom_fast.data.sources import load_data
 from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.evaluation import PROTOCOLS, comparison
-from atom_fast.evaluation.comparison import compare
 from atom_fast.evaluation.sets import select
 from atom_fast.synthetic import SyntheticSet
 

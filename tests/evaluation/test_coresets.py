@@ -1,16 +1,12 @@
-"""Coresets against brute force on small sets, forgetting events against a count by hand, and sets from elsewhere."""
+"""Coresets against brute force on small sets, and forgetting events against a count by hand."""
 
-import dataclasses
 import itertools
 
 import pytest
 import torch
 
-from atom_fast.data.dataset import ImageData
-from atom_fast.data.whitening import Preprocessing, fit_preprocessing
-from atom_fast.distillation.config import preset
+from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.evaluation import (
-    PROTOCOLS,
     ForgettingCounter,
     forgetting_selection,
     herding_selection,
@@ -18,22 +14,7 @@ from atom_fast.evaluation import (
     random_selection,
     watch_training,
 )
-from atom_fast.evaluation.comparison import compare
-from atom_fast.evaluation.coresets import METHODS
-from atom_fast.evaluation.sets import read_set, select
-from atom_fast.synthetic import PUBLIC_NORMALIZATION, SyntheticSet
-
-
-def small_data(train=40, test=10, classes=3, size=8, channels=1, name="small"):
-    generator = torch.Generator().manual_seed(0)
-
-    def split(count):
-        labels = torch.arange(count) % classes
-        images = torch.randint(0, 100, (count, channels, size, size), generator=generator)
-        bar = torch.arange(size) // (size // classes) == labels[:, None]
-        return (images + 150 * bar[:, None, :, None]).to(torch.uint8), labels
-
-    return ImageData.from_tensors(name, [f"class {k}" for k in range(classes)], *split(train), *split(test))
+from tests.evaluation.small import small_data
 
 
 @pytest.fixture(scope="module")
@@ -139,62 +120,9 @@ def test_watched_training_tells_features_and_events(data):
     assert not torch.allclose(other, features, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_selected_set_holds_real_images_of_every_class(method, data, tmp_path):
-    chosen = select(data, method, 2, epochs=1, progress=False)
-    indices = torch.tensor(chosen.metadata["selection"]["indices"])
-    sizes = data.class_sizes if method == "full" else (2, 2, 2)
-    assert chosen.class_sizes == sizes and indices.unique().numel() == sum(sizes)
-    assert torch.equal(chosen.labels, torch.arange(3).repeat_interleave(torch.tensor(sizes)))
-    torch.testing.assert_close(chosen.pixels() * 255, data.train_images.cpu()[indices].float(), rtol=0, atol=1e-3)
-    loaded = SyntheticSet.load(chosen.save(tmp_path / "chosen.safetensors"))
-    assert loaded.metadata["method"] == method and loaded.metadata["dataset_fingerprint"] == data.fingerprint
-
-
-def test_pixels_need_no_network(data, monkeypatch):
-    monkeypatch.delattr("atom_fast.evaluation.sets.watch_training")
-    chosen = select(data, "herding", 2, features="pixels", progress=False)
-    pixels = data.train_images.flatten(1).double() / 255
-    assert chosen.metadata["selection"]["indices"] == herding_selection(pixels, data, 2).tolist()
-
-
-@pytest.mark.parametrize(
-    "method, features, images",
-    [("random", "pixels", 6), ("forgetting", "pixels", 46), ("herding", "embedding", 46), ("herding", "pixels", 46)],
-)
-def test_images_are_brought_to_model_space_once_and_where_they_are_used(method, features, images, data, monkeypatch):
-    """The 6 that are chosen, and all 40 where a network or distances need them."""
-    counts, to_model = [], Preprocessing.to_model
-    monkeypatch.setattr(Preprocessing, "to_model", lambda self, x: counts.append(len(x)) or to_model(self, x))
-    select(data, method, 2, features=features, epochs=1, progress=False)
-    assert sum(counts) == images
-
-
-@pytest.mark.parametrize("ipc, norm", [(1, "instance"), (2, "batch")])
-def test_real_images_and_foreign_sets_are_tested_as_a_distilled_one(ipc, norm, tmp_path):
-    """On the same networks; chosen images in the same model space, too."""
-    pytest.importorskip("kornia", reason="ZCA is fitted by kornia")
-    data = small_data(channels=3, name="cifar10")
-    config = preset("paper", ipc=ipc).for_data(data.image_shape, "cifar10")
-    chosen = select(data, "random", ipc, progress=False)
-    assert chosen.preprocessing.kind == config.preprocessing == "zca"
-    parts = chosen.images, chosen.labels, chosen.class_names, chosen.preprocessing
-    distilled = SyntheticSet(*parts, {"config": config.to_dict()})
-    foreign = read_set(chosen.export(tmp_path / "public.pt", format="pt"), data)
-    protocol = dataclasses.replace(PROTOCOLS["dc"], epochs=1)
-    options = {"protocol": protocol, "networks": 1, "random": False, "device": "cpu", "progress": False}
-    tested = [compare(some, data, **options)["evaluation"]["architecture"] for some in (distilled, chosen, foreign)]
-    assert tested[0]["norm"] == norm and tested == [tested[0]] * 3
-
-
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda data: select(data, "herdng"), "method must be one of random, .*; got 'herdng'"),
-        (lambda data: select(data, "herding", features="pixel"), "features must be one of embedding, pixels"),
-        (lambda data: select(data, "random", preprocessing="zac"), "preprocessing must be one of auto, .*; got 'zac'"),
-        (lambda data: select(data, "random", 14, progress=False), "has 13 training images, but 14"),
-        (lambda data: select(data, "herding", 1, epochs=0, progress=False), "epochs must be .*; got 0"),
         (lambda data: herding_selection(torch.zeros(39, 2), data, 1), "each of the 40 training images .* got 39"),
         (lambda data: k_center_selection(torch.zeros(40), data, 1), r"features must be floating point \[N, D\]"),
         (lambda data: k_center_selection(torch.full((40, 1), torch.nan), data, 1), "features must be finite"),
@@ -207,47 +135,26 @@ def test_what_cannot_be_chosen_is_refused(call, message):
         call(small_data())
 
 
-def test_a_file_of_the_public_code_is_read_in_its_own_model_space(tmp_path):
-    data = small_data(channels=3, name="cifar10")
-    space = fit_preprocessing(data.train_images, "standard", progress=False)
-    chosen = random_selection(data, 2, seed=0)
-    ours = SyntheticSet(
-        space.to_model(data.train_images[chosen]), data.train_labels[chosen], data.class_names, space,
-        {"dataset": "cifar10"},
-    )  # fmt: skip
-    path = ours.export(tmp_path / "public.pt", format="pt")
-    read = read_set(path, data)
-    assert read.preprocessing.mean.tolist() == pytest.approx(PUBLIC_NORMALIZATION["cifar10"][0])
-    torch.testing.assert_close(read.pixels(), ours.pixels(), rtol=0, atol=1e-5)
-    assert torch.equal(read.labels, ours.labels) and read.metadata["method"] == "public"
-    standard = read_set(path, data, preprocessing="standard", progress=False)
-    torch.testing.assert_close(standard.preprocessing.mean, space.mean)
-    with pytest.raises(ValueError, match="holds 1 sets, numbered from 0; got experiment 1"):
-        read_set(path, data, experiment=1)
-    with pytest.raises(ValueError, match="labels must be below 2"):
-        read_set(path, small_data(channels=3, classes=2, name="cifar10"))
+def test_random_selection_is_ordered_by_class_and_without_replacement(data):
+    ipc = min(data.class_sizes)
+    chosen = random_selection(data, ipc, seed=1)
+    assert chosen.shape == (3 * ipc,) and chosen.dtype == torch.int64 and chosen.device == data.train_labels.device
+    assert torch.equal(data.train_labels[chosen], torch.arange(3, device=chosen.device).repeat_interleave(ipc))
+    assert len(set(chosen.tolist())) == 3 * ipc
 
 
-@pytest.mark.parametrize("nested", [True, False])
-def test_a_folder_of_images_is_read_by_the_names_of_its_classes(nested, tmp_path):
-    data = small_data()
-    space = fit_preprocessing(data.train_images, "standard", progress=False)
-    chosen = random_selection(data, 2, seed=0)
-    ours = SyntheticSet(space.to_model(data.train_images[chosen]), data.train_labels[chosen], data.class_names, space)
-    folder = ours.export(tmp_path / "images")  # in folders class_0, class_1, class_2
-    read = read_set(folder if nested else folder / "train", data, progress=False)
-    torch.testing.assert_close(read.images, ours.images, rtol=0, atol=1e-4)
-    assert torch.equal(read.labels, ours.labels)
-    (folder / "train" / "class_1").rename(folder / "train" / "dog")
-    with pytest.raises(ValueError, match="folders that are not classes of small: .*dog"):
-        read_set(folder, data, progress=False)
+def test_random_selection_depends_on_the_seed_alone(data):
+    assert torch.equal(random_selection(data, 4, seed=1), random_selection(data, 4, seed=1))
+    assert torch.equal(random_selection(data, 4, seed=1).cpu(), random_selection(data.to("cpu"), 4, seed=1))
+    counts = torch.zeros(len(data.train_labels))
+    for seed in range(300):
+        counts[random_selection(data, 4, seed).cpu()] += 1
+    expected = 300 * 4 / torch.tensor(data.class_sizes)[data.train_labels.cpu()]
+    assert ((counts - expected).abs() < 5 * expected.sqrt()).all()
 
 
-def test_what_is_no_set_is_refused(tmp_path):
-    data = small_data()
-    with pytest.raises(FileNotFoundError, match="missing"):
-        read_set(tmp_path / "missing.pt", data)
-    with pytest.raises(FileNotFoundError, match="no class folders"):
-        read_set(tmp_path, data)
-    with pytest.raises(ValueError, match="preprocessing must be one of standard, .*; got 'whiten'"):
-        read_set(tmp_path, data, preprocessing="whiten")
+def test_random_selection_of_more_than_a_class_has(data):
+    with pytest.raises(ValueError, match="asked for"):
+        random_selection(data, 14, seed=0)
+    with pytest.raises(ValueError, match="got 0"):
+        random_selection(data, 0, seed=0)

@@ -1,4 +1,4 @@
-"""Evaluation: equal to a plain training loop, repeatable network by network, and honest about what it reports."""
+"""Evaluation: equal to a plain training loop, repeatable network by network, resumable from its record."""
 
 import contextlib
 import dataclasses
@@ -15,10 +15,15 @@ import atom_fast as af
 from atom_fast.data.augmentation import augment, draw_augmentation
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing, fit_preprocessing
-from atom_fast.evaluation import PROTOCOLS, EvaluationResult, evaluate, get_protocol, random_selection, training
+from atom_fast.distillation.config import preset
+from atom_fast.evaluation import evaluate as evaluation
+from atom_fast.evaluation import get_protocol, training
 from atom_fast.evaluation.ensemble import _Ensemble, train_networks
+from atom_fast.evaluation.evaluate import architecture_of, evaluate
+from atom_fast.evaluation.sets import random_sets, select
 from atom_fast.evaluation.training import Trainer, accuracy, network_seed
 from atom_fast.networks import NETWORKS, ConvNet, make_network
+from atom_fast.synthetic import SyntheticSet
 
 SMALL = {"width": 8, "depth": 2}
 
@@ -48,10 +53,16 @@ def preprocessing(data):
     return fit_preprocessing(data.train_images, "standard", progress=False)
 
 
+def as_set(data, preprocessing, indices=slice(None)):
+    """Training images as a set."""
+    images, labels = preprocessing.to_model(data.train_images[indices]), data.train_labels[indices]
+    return SyntheticSet(images, labels, data.class_names, preprocessing, {"dataset": data.name})
+
+
 @pytest.fixture(scope="module")
 def small_set(data, preprocessing):
-    """23 images in model space and their labels: two batches of 10 and one of 3."""
-    return preprocessing.to_model(data.train_images[:23]), data.train_labels[:23]
+    """23 images in model space: two batches of 10 and one of 3."""
+    return as_set(data, preprocessing, slice(23))
 
 
 # Learning rates that float32 holds exactly, so that float64 networks can be compared closely.
@@ -113,13 +124,13 @@ def _has_instance_norm(module):
 def test_whitened_images_are_trained_and_tested_on_at_unit_variance(own_sets, data, device):
     pytest.importorskip("kornia", reason="ZCA is fitted by kornia")
     whitening = fit_preprocessing(data.train_images, "zca", progress=False)
-    images, labels = whitening.to_model(data.train_images[:23]), data.train_labels[:23]
     protocol = dataclasses.replace(PROTOCOL, augmentation="color")
     options = {"networks": 2, "architecture": {**SMALL, "norm": "batch"}, "progress": False, "device": device}
+    whitened = as_set(data, whitening, slice(23))
 
-    def tested(images, preprocessing, **changes):
-        sets = (lambda index: (images, labels), None) if own_sets else (images, labels)
-        return evaluate(*sets, data, preprocessing, protocol=dataclasses.replace(protocol, **changes), **options).curves
+    def tested(synthetic, **changes):
+        given = (lambda index: synthetic) if own_sets else synthetic
+        return evaluate(given, data, protocol=dataclasses.replace(protocol, **changes), **options).curves
 
     class Divided(Preprocessing):
         def to(self, device):
@@ -128,17 +139,19 @@ def test_whitened_images_are_trained_and_tested_on_at_unit_variance(own_sets, da
         def to_model(self, pixels):
             return super().to_model(pixels) * (1 / whitening.deviation)
 
-    divided = Divided(**whitening.tensors())
-    got = tested(images, whitening)
+    divided = as_set(data, Divided(**whitening.tensors()), slice(23))
+    got = tested(whitened)
     assert whitening.deviation < 0.9
-    assert got == tested(images * (1 / whitening.deviation), divided, unit_variance=False)
-    assert got != tested(images, whitening, unit_variance=False)
+    assert got == tested(divided, unit_variance=False)
+    assert got != tested(whitened, unit_variance=False)
 
 
-@pytest.mark.parametrize("norm", ["instance", "batch", "group"])
-@pytest.mark.parametrize("augmentation", ["none", "color_crop_cutout_flip_scale_rotate"])
+@pytest.mark.parametrize(
+    "norm, augmentation",
+    [("instance", "color_crop_cutout_flip_scale_rotate"), ("batch", "none"), ("group", "flip_scale")],
+)
 def test_training_equals_a_plain_loop(augmentation, norm, small_set, device):
-    images, labels = (small_set[0].double(), small_set[1])
+    images, labels = small_set.images.double(), small_set.labels
     protocol = dataclasses.replace(PROTOCOL, epochs=7, augmentation=augmentation)
 
     def network():
@@ -160,18 +173,18 @@ def test_batches_keep_the_layout_of_the_set(device, monkeypatch):
     assert [batch.is_contiguous(memory_format=torch.channels_last) for batch in seen] == [True]
 
 
-@pytest.mark.parametrize("name, size", [("alexnet", 8), ("vgg11", 32), ("resnet18", 16), ("vit", 8)])
+@pytest.mark.parametrize("name, size", [("alexnet", 8), ("resnet18", 16), ("vit", 8)])
 def test_training_of_other_networks_equals_a_plain_loop(name, size, device):
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(3, 3, size, size, generator=generator, dtype=torch.float64).to(device)
     labels = torch.tensor([0, 1, 1], device=device)
-    protocol = dataclasses.replace(PROTOCOL, epochs=10, batch_size=2, learning_rate=1 / 64)
+    protocol = dataclasses.replace(PROTOCOL, epochs=2, batch_size=2, learning_rate=1 / 64)
 
     def network():
         return make_network(name, 3, 2, size).to(device, torch.float64)
 
     with af.backend("reference"):
-        expected = plain_loop(images, labels, protocol, 4, network())  # 20 steps
+        expected = plain_loop(images, labels, protocol, 4, network())  # 4 steps
     channels_last = images.contiguous(memory_format=torch.channels_last)
     trainer = Trainer(network().to(memory_format=torch.channels_last), channels_last, labels, protocol)
     got = train(trainer, 4)
@@ -185,11 +198,11 @@ def test_training_of_other_networks_equals_a_plain_loop(name, size, device):
 def test_evaluation_is_training_and_testing(small_set, data, preprocessing, device):
     """The public function adds the seeds and the test, and nothing else, to the loop above."""
     result = evaluate(
-        *small_set, data, preprocessing, protocol=PROTOCOL, networks=2, seed=9, architecture=SMALL, progress=False
+        small_set, data, protocol=PROTOCOL, networks=2, seed=9, architecture=SMALL, device=device, progress=False
     )
     for index, got in enumerate(result.accuracies):
         network = ConvNet(2, 3, 8, **SMALL).to(device)
-        plain_loop(*small_set, PROTOCOL, network_seed(9, index), network)
+        plain_loop(small_set.images, small_set.labels, PROTOCOL, network_seed(9, index), network)
         with torch.no_grad():
             correct = (network(preprocessing.to_model(data.test_images)).argmax(1) == data.test_labels).sum().item()
         assert got == pytest.approx(100 * correct / len(data.test_images), abs=100 / len(data.test_images))
@@ -198,11 +211,11 @@ def test_evaluation_is_training_and_testing(small_set, data, preprocessing, devi
 @pytest.fixture(scope="module")
 def double_trainer(small_set, device):
     """Makes trainers in float64."""
-    images = small_set[0].double().contiguous(memory_format=torch.channels_last)
+    images = small_set.images.double().contiguous(memory_format=torch.channels_last)
 
     def make():
         network = ConvNet(2, 3, 8, norm="batch", **SMALL).to(device, torch.float64)
-        return Trainer(network.to(memory_format=torch.channels_last), images, small_set[1], PROTOCOL)
+        return Trainer(network.to(memory_format=torch.channels_last), images, small_set.labels, PROTOCOL)
 
     return make
 
@@ -220,7 +233,7 @@ def trained_together(make_trainer, jobs, together):
         found[numbers[id(trainer)]] = {name: tensor.clone() for name, tensor in state.items()}
         return 1.0
 
-    options = {"evaluate_every": 0, "together": together, "advance": lambda: None}
+    options = {"evaluate_every": None, "together": together, "advance": lambda: None}
     curves = dict(train_networks(make_trainer, jobs, start, test, **options))
     assert curves == {job: {PROTOCOL.epochs: 1.0} for job in jobs}
     return found
@@ -269,10 +282,11 @@ def test_every_stream_is_joined_where_memory_runs_out(monkeypatch):
 def test_every_network_trains_in_graphs_as_it_does_step_by_step(name, precision):
     data = stripes(classes=2, size=32).to("cuda")
     space = fit_preprocessing(data.train_images, "standard", progress=False)
-    images, labels = space.to_model(data.train_images), data.train_labels
+    synthetic = as_set(data, space)
+    images, labels = synthetic.images, synthetic.labels
     protocol = dataclasses.replace(PROTOCOL, epochs=2, batch_size=25, learning_rate=1 / 256)
     settings = {"protocol": protocol, "network": name, "precision": precision, "progress": False}
-    result = evaluate(images, labels, data, space, networks=5, together=2, **settings)
+    result = evaluate(synthetic, data, networks=5, together=2, architecture={}, **settings)
     network = make_network(name, 2, 2, 32).to("cuda", memory_format=torch.channels_last)
     layout = {"memory_format": torch.channels_last}
     trainer = Trainer(network, images.contiguous(**layout), labels, protocol, precision=precision)
@@ -289,7 +303,7 @@ def test_a_failure_in_one_network_ends_the_others(double_trainer):
         if job == 2:
             raise ValueError("no set for network 2")
 
-    options = {"evaluate_every": 0, "together": 2, "advance": lambda: None}
+    options = {"evaluate_every": None, "together": 2, "advance": lambda: None}
     with pytest.raises(ValueError, match="no set for network 2"):
         list(train_networks(double_trainer, range(4), start, lambda trainer: 1.0, **options))
 
@@ -297,7 +311,7 @@ def test_a_failure_in_one_network_ends_the_others(double_trainer):
 def test_results_are_repeatable_and_depend_on_the_seed(small_set, data, preprocessing):
     def curves(seed, networks):
         settings = {"protocol": PROTOCOL, "architecture": SMALL, "evaluate_every": 1, "progress": False}
-        return evaluate(*small_set, data, preprocessing, networks=networks, seed=seed, **settings).curves
+        return evaluate(small_set, data, networks=networks, seed=seed, **settings).curves
 
     three = curves(1, 3)
     assert curves(1, 3) == three
@@ -307,17 +321,17 @@ def test_results_are_repeatable_and_depend_on_the_seed(small_set, data, preproce
 
 
 def test_the_default_generator_and_the_inputs_are_left_alone(small_set, data, preprocessing):
-    images, labels = (tensor.clone() for tensor in small_set)
+    images, labels = small_set.images.clone(), small_set.labels.clone()
     state = torch.get_rng_state()
-    evaluate(*small_set, data, preprocessing, protocol=PROTOCOL, networks=1, architecture=SMALL, progress=False)
+    evaluate(small_set, data, protocol=PROTOCOL, networks=1, architecture=SMALL, progress=False)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(small_set[0], images) and torch.equal(small_set[1], labels)
+    assert torch.equal(small_set.images, images) and torch.equal(small_set.labels, labels)
 
 
 def test_momentum_is_forgotten_between_networks_and_may_be_zero(small_set, device):
     for momentum in (0.0, 0.9):
         protocol = dataclasses.replace(PROTOCOL, momentum=momentum)
-        trainer = Trainer(ConvNet(2, 3, 8, **SMALL).to(device), *small_set, protocol)
+        trainer = Trainer(ConvNet(2, 3, 8, **SMALL).to(device), small_set.images, small_set.labels, protocol)
         first, again = train(trainer, 0), train(trainer, 0)
         for name, tensor in first.items():
             torch.testing.assert_close(again[name], tensor, rtol=1e-6, atol=1e-6)
@@ -381,60 +395,20 @@ def test_networks_are_tested_in_evaluation_mode(data, preprocessing, device):
         assert torch.equal(tensor, before[name]), name
 
 
-def test_learns_digits(device):
-    from sklearn.datasets import load_digits
-
-    pixels, labels = load_digits(return_X_y=True)
-    images = torch.from_numpy(pixels).mul(15.9).byte().view(-1, 1, 8, 8)
-    labels = torch.from_numpy(labels).long()
-    data = ImageData.from_tensors(
-        "digits", list("0123456789"), images[:1000], labels[:1000], images[1000:], labels[1000:]
-    ).to(device)
-    preprocessing = fit_preprocessing(data.train_images, "standard", progress=False)
-    chosen = random_selection(data, 10, seed=0)
-    result = evaluate(
-        preprocessing.to_model(data.train_images[chosen]),
-        data.train_labels[chosen],
-        data,
-        preprocessing,
-        protocol=get_protocol("digits", epochs=40, batch_size=25),
-        networks=2,
-        architecture={"width": 32, "depth": 2},
-        progress=False,
-    )
-    assert min(result.accuracies) > 60
-
-
 def test_best_accuracy_is_told_only_when_asked_for(small_set, data, preprocessing):
     settings = {"protocol": PROTOCOL, "networks": 2, "architecture": SMALL, "progress": False}
-    last = evaluate(*small_set, data, preprocessing, **settings)
+    last = evaluate(small_set, data, **settings)
     assert last.best_accuracies is None
     assert [list(curve) for curve in last.curves] == [[6], [6]]
-    every = evaluate(*small_set, data, preprocessing, evaluate_every=4, **settings)
+    every = evaluate(small_set, data, evaluate_every=4, **settings)
     assert [list(curve) for curve in every.curves] == [[4, 6], [4, 6]]
     assert every.accuracies == last.accuracies == tuple(curve[6] for curve in every.curves)
     assert every.best_accuracies == tuple(max(curve.values()) for curve in every.curves)
 
 
-def result_of(*accuracies):
-    curves = tuple({6: accuracy} for accuracy in accuracies)
-    return EvaluationResult(curves, PROTOCOL, "convnet", SMALL, "float32", seed=0, seconds=1.0, device="cpu")
-
-
-def test_mean_and_population_deviation():
-    result = result_of(90.0, 93.0, 96.0)
-    assert result.mean == pytest.approx(93)
-    assert result.std == pytest.approx(math.sqrt(6))
-    assert str(result) == "93.0 ± 2.4 % (3 networks, last epoch)"
-    assert str(result_of(90.0)) == "90.0 ± 0.0 % (1 network, last epoch)"
-    unfinished = dataclasses.replace(result, curves=(*result.curves[:2], {}))
-    assert unfinished.unfinished == (2,) and unfinished.mean == pytest.approx(91.5) and not unfinished.diverged
-    assert str(unfinished) == "91.5 ± 1.5 % (3 networks, last epoch), unfinished: 2"
-
-
 def test_a_diverged_network_is_reported_and_the_others_finish(small_set, data, preprocessing, monkeypatch):
     settings = {"protocol": PROTOCOL, "networks": 3, "architecture": SMALL, "progress": False}
-    expected = evaluate(*small_set, data, preprocessing, **settings)
+    expected = evaluate(small_set, data, **settings)
     restart = Trainer.restart
 
     def poisoned(trainer, seed):
@@ -444,7 +418,7 @@ def test_a_diverged_network_is_reported_and_the_others_finish(small_set, data, p
                 trainer.network.classifier.bias.fill_(torch.nan)
 
     monkeypatch.setattr(Trainer, "restart", poisoned)
-    result = evaluate(*small_set, data, preprocessing, **settings)
+    result = evaluate(small_set, data, **settings)
     assert result.diverged == (1,)
     assert result.accuracies == (expected.accuracies[0], None, expected.accuracies[2])
     assert result.mean == pytest.approx((expected.accuracies[0] + expected.accuracies[2]) / 2)
@@ -456,9 +430,8 @@ def test_a_diverged_network_is_reported_and_the_others_finish(small_set, data, p
 def test_no_result_is_invented_where_all_networks_diverge(small_set, data, preprocessing):
     protocol = dataclasses.replace(PROTOCOL, learning_rate=1e30)
     result = evaluate(
-        *small_set,
+        small_set,
         data,
-        preprocessing,
         protocol=protocol,
         networks=2,
         evaluate_every=5,
@@ -471,58 +444,125 @@ def test_no_result_is_invented_where_all_networks_diverge(small_set, data, prepr
     assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["accuracy_mean"] is None
 
 
-def test_finished_networks_are_told_at_once_and_not_trained_again(small_set, data, preprocessing):
-    settings = {"protocol": PROTOCOL, "networks": 4, "architecture": SMALL, "evaluate_every": 3, "progress": False}
-    expected = evaluate(*small_set, data, preprocessing, **settings)
-    told = []
+def interrupted_after(finished, monkeypatch):
+    """Stop evaluations as by Ctrl-C when so many networks have been recorded."""
+    written, write = [], evaluation.write_record
 
-    def interrupt(result):
-        told.append(result)
-        if len(result.unfinished) <= 2:
+    def stopping(path, record):
+        write(path, record)
+        written.append(record)
+        if len(written) == finished:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(*small_set, data, preprocessing, together=1, on_network=interrupt, **settings)
-    assert [result.unfinished for result in told] == [(1, 2, 3), (2, 3)]
-    assert json.loads(json.dumps(told[-1].to_dict(), allow_nan=False))["unfinished"] == [2, 3]
-    trained = []
-    result = evaluate(
-        *small_set, data, preprocessing, earlier=told[-1].curves, on_network=trained.append, together=1, **settings
-    )
-    assert [partial.unfinished for partial in trained] == [(3,), ()]
-    assert result.accuracies == pytest.approx(expected.accuracies) and result.curves[:2] == told[-1].curves[:2]
+    monkeypatch.setattr(evaluation, "write_record", stopping)
 
 
-def test_each_network_can_have_a_set_of_its_own(data, preprocessing):
-    def choose(index):
-        chosen = random_selection(data, 3, seed=index)
-        return preprocessing.to_model(data.train_images[chosen]), data.train_labels[chosen]
+def count_trained(monkeypatch):
+    """The seeds of the networks that are trained."""
+    seeds, restart = [], Trainer.restart
+    monkeypatch.setattr(Trainer, "restart", lambda trainer, seed: (seed and seeds.append(seed), restart(trainer, seed)))
+    return seeds
 
+
+def test_an_equal_call_goes_on_from_the_record(small_set, data, tmp_path, monkeypatch):
+    settings = {"protocol": PROTOCOL, "architecture": SMALL, "evaluate_every": 3, "progress": False, "together": 1}
+    expected = evaluate(small_set, data, networks=4, **settings)
+    settings["record"] = tmp_path / "new" / "record.json"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupted_after(2, patch)
+        evaluate(small_set, data, networks=4, **settings)
+    (kept,) = json.loads(settings["record"].read_text())
+    assert kept["unfinished"] == [2, 3] and kept["dataset"] == "stripes"
+
+    trained = count_trained(monkeypatch)
+    result = evaluate(small_set, data, networks=4, **settings)
+    assert trained == [network_seed(0, 2), network_seed(0, 3)]
+    assert result.curves == expected.curves and result.seconds > kept["seconds"]
+    # Fewer networks need no training and lose nothing; more train only what is missing.
+    assert evaluate(small_set, data, networks=3, **settings).curves == expected.curves[:3]
+    assert evaluate(small_set, data, networks=5, **settings).curves[:4] == expected.curves
+    assert trained[2:] == [network_seed(0, 4)]
+
+
+def test_other_evaluations_in_a_record_are_left_alone(small_set, data, preprocessing, tmp_path):
+    path = tmp_path / "record.json"
+    settings = {"protocol": PROTOCOL, "architecture": SMALL, "networks": 1, "progress": False, "record": path}
+    for changes in ({}, {"seed": 1}, {"evaluate_every": 2}, {"architecture": {**SMALL, "norm": "batch"}}):
+        evaluate(small_set, data, **{**settings, **changes})
+    first = json.loads(path.read_text())
+    assert len({record["hash"] for record in first}) == 4
+    evaluate(as_set(data, preprocessing, slice(1, 24)), data, **settings)
+    assert json.loads(path.read_text())[:4] == first and len(json.loads(path.read_text())) == 5
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[1]", '{"evaluation": {}, "state": {"complete": true, "hash": "a"}}', "[{}]"]
+)
+def test_a_file_that_is_no_record_is_refused(content, small_set, data, tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="result.json is not a record of evaluations by this version .*; move it"):
+        evaluate(small_set, data, networks=1, record=path, progress=False)
+    assert path.read_text() == content
+
+
+def test_random_has_its_own_selection_for_every_network(data, preprocessing, small_set):
+    chosen = select(data, "random", 3, preprocessing=preprocessing)
     settings = {"protocol": PROTOCOL, "architecture": SMALL, "evaluate_every": 1, "progress": False}
-    own = evaluate(choose, None, data, preprocessing, networks=3, **settings)
+    random = random_sets(data, chosen, seed=4)
+    own = evaluate(random, data, networks=3, **settings)
     for index in (0, 2):
-        shared = evaluate(*choose(index), data, preprocessing, networks=3, **settings)
+        shared = evaluate(random(index), data, networks=3, **settings)
         assert own.curves[index] == shared.curves[index]
+    assert own.about["method"] == "random" and own.about["ipc"] == 3
     with pytest.raises(ValueError, match="sets must be of one size; got one of 2 images beside 9"):
-        uneven = [choose(0), tuple(part[:2] for part in choose(0))]
-        evaluate(uneven.__getitem__, None, data, preprocessing, networks=2, **settings)
+        uneven = [random(0), as_set(data, preprocessing, slice(2))]
+        evaluate(uneven.__getitem__, data, networks=2, **settings)
+    neighbours = random_sets(data, chosen, seed=5)
+    images = {tuple(sets(index).images.flatten().tolist()) for sets in (random, neighbours) for index in range(5)}
+    assert len(images) == 10
+
+
+def test_random_that_cannot_be_drawn_is_refused(data, preprocessing, small_set):
+    with pytest.raises(ValueError, match="Random needs a set with as many images in every class; .*--no-random"):
+        random_sets(data, small_set)
+    smallest = min(data.class_sizes)
+    many = as_set(data, preprocessing, data.class_index[: 3 * smallest + 3])
+    many.labels = torch.arange(3 * smallest + 3) % 3
+    with pytest.raises(ValueError, match=rf"Random needs {smallest + 1} images of every class, but .*--no-random"):
+        random_sets(data, many)
+
+
+def test_three_lines_distil_and_evaluate(tmp_path, monkeypatch):
+    monkeypatch.setitem(evaluation.get_protocol.__globals__["PROTOCOLS"], "digits", get_protocol("digits", epochs=2))
+    config = preset("paper", ipc=1, iterations=2, real_batch=8, width=8, depth=2)
+    made = af.distill(af.load_data("digits"), config, tmp_path / "run", progress=False)
+    result = af.evaluate(made, networks=2, progress=False)
+    assert str(result).startswith("digits ipc=1 atom: ") and str(result).endswith("% (2 convnet networks, last epoch)")
+    assert result.protocol.epochs == 2 and result.about["same_data"]
+    assert result.architecture == architecture_of(made, "digits")
+    assert {"width": 8, "depth": 2, "norm": "instance"}.items() <= result.architecture.items()
+
+
+def test_data_that_need_a_folder_are_asked_for(data, small_set):
+    with pytest.raises(ValueError, match=r"the set was made from 'stripes': pass data=load_data\('stripes', FOLDER\)"):
+        evaluate(small_set)
 
 
 def test_bfloat16_trains_nearly_as_well_and_keeps_float32_weights(data, preprocessing, device):
     protocol = get_protocol("paper", epochs=40, batch_size=20, learning_rate=0.02, augmentation="none")
-    images, labels = preprocessing.to_model(data.train_images), data.train_labels
-    settings = {"protocol": protocol, "networks": 2, "architecture": SMALL | {"norm": "none"}, "progress": False}
-    result = evaluate(images, labels, data, preprocessing, precision="bfloat16", **settings)
+    whole = as_set(data, preprocessing)
+    settings = {"protocol": protocol, "networks": 1, "architecture": SMALL | {"norm": "none"}, "progress": False}
+    result = evaluate(whole, data, precision="bfloat16", **settings)
     assert result.mean > 85 and result.precision == "bfloat16"
-    trainer = Trainer(ConvNet(2, 3, 8, **SMALL).to(device), images, labels, protocol, precision="bfloat16")
+    network = ConvNet(2, 3, 8, **SMALL).to(device)
+    trainer = Trainer(network, whole.images, whole.labels, protocol, precision="bfloat16")
     assert trainer.step(torch.arange(20, device=device)).dtype == torch.bfloat16
     assert all(p.dtype == torch.float32 for p in trainer.network.parameters())
 
 
 def test_result_records_what_ran(small_set, data, preprocessing):
-    result = evaluate(
-        *small_set, data, preprocessing, protocol=PROTOCOL, networks=1, seed=5, architecture=SMALL, progress=False
-    )
+    result = evaluate(small_set, data, protocol=PROTOCOL, networks=1, seed=5, architecture=SMALL, progress=False)
     written = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert written["protocol"] == dataclasses.asdict(PROTOCOL)
     assert written["architecture"] == SMALL and written["network"] == "convnet" and written["precision"] == "float32"
@@ -533,103 +573,33 @@ def test_result_records_what_ran(small_set, data, preprocessing):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"images": lambda x: x.byte()}, r"images must be floating point in model space; got torch.uint8"),
         ({"images": lambda x: x[:, :1]}, r"images must be \[N, 2, 8, 8\] .* stripes; got \[23, 1, 8, 8\]"),
-        ({"images": lambda x: x[..., :4]}, r"got \[23, 2, 8, 4\]"),
-        ({"images": lambda x: x[0]}, r"got \[2, 8, 8\]"),
-        ({"images": lambda x: x[:0]}, r"got \[0, 2, 8, 8\]"),
         ({"images": lambda x: x / 0}, r"images must be finite"),
-        ({"labels": lambda y: y[:5]}, r"labels must be integers \[23\], one per image; got torch.int64 \[5\]"),
-        ({"labels": lambda y: y.float()}, r"got torch.float32 \[23\]"),
-        ({"labels": lambda y: y + 1}, r"labels must be 0 to 2, the 3 classes of stripes; got 1 to 3"),
-        ({"labels": lambda y: y - 1}, r"got -1 to 1"),
-        ({"protocol": "papr"}, r"protocol must be one of paper, .*; got 'papr'"),
+        ({"labels": lambda y: y.float()}, r"labels must be int64 \[23\], one per image; got torch.float32 \[23\]"),
+        ({"labels": lambda y: y + 1}, r"labels must be below 3, the number of class names; got 3"),
+        ({"class_names": lambda names: tuple("abc")}, r"the 3 classes a, b, c; stripes has the 3 classes class 0, "),
+        ({"protocol": "papr"}, r"protocol must be one of paper, .*; got 'papr'; did you mean 'paper'"),
         ({"networks": 0}, r"networks must be at least 1; got 0"),
-        ({"evaluate_every": -1}, r"evaluate_every must be .*; got -1"),
+        ({"evaluate_every": 0}, r"evaluate_every must be at least 1, or None; got 0"),
         ({"network": "resnet"}, r"network must be one of convnet, .*; got 'resnet'"),
         ({"network": "resnet18", "architecture": {}}, r"ResNet-18 needs images of 16x16 or larger; got 8x8"),
         ({"network": "vgg11", "architecture": {}}, r"VGG-11 needs images whose sides are multiples of 32; got 8x8"),
         ({"network": "vit"}, r"vit has no setting 'width'; it has no settings"),
         ({"precision": "half"}, r"precision must be one of float32, bfloat16; got 'half'"),
         ({"together": 0}, r"together must be at least 1, or None; got 0"),
-        ({"earlier": [{6: 50.0}]}, r"a curve for each of the 5 networks; got 1"),
         ({"architecture": {"norm": "bach"}}, r"norm must be one of .*; got 'bach'"),
         ({"architecture": {"depth": 4}}, r"too small for depth 4"),
     ],
 )
-def test_what_does_not_fit_is_refused(change, message, small_set, data, preprocessing):
-    arguments = {"images": small_set[0], "labels": small_set[1], "architecture": SMALL, "progress": False}
+def test_what_does_not_fit_is_refused(change, message, data, preprocessing):
+    synthetic, options = as_set(data, preprocessing, slice(23)), {"architecture": SMALL, "progress": False}
     for name, value in change.items():
-        arguments[name] = value(arguments[name]) if callable(value) else value
+        if callable(value):  # changed after the set was made
+            setattr(synthetic, name, value(getattr(synthetic, name)))
+        else:
+            options[name] = value
     with pytest.raises(ValueError, match=message):
-        evaluate(data=data, preprocessing=preprocessing, **arguments)
-
-
-def test_learning_rates_of_the_protocols():
-    def rates(name):
-        protocol = PROTOCOLS[name]
-        return [protocol.learning_rate_at(epoch) for epoch in (0, 14, 15, 30, 499, 500, protocol.epochs - 1)]
-
-    assert rates("paper") == pytest.approx([0.01] * 5 + [0.001] * 2)
-    assert rates("dm") == rates("paper")
-    assert rates("paper-fixed") == [0.01] * 7
-    assert rates("paper-table7") == pytest.approx([0.01, 0.01, 0.005, 0.0025, 0.01 / 2**33, 0.01 / 2**33, 0.01 / 2**66])
-    assert PROTOCOLS["dc"].learning_rate_at(149) == 0.01
-    assert PROTOCOLS["dc"].learning_rate_at(150) == pytest.approx(0.001)
-    assert (PROTOCOLS["datadam-code"].epochs, PROTOCOLS["datadam-code"].batch_size) == (1800, 64)
-    assert all(name == protocol.name for name, protocol in PROTOCOLS.items())
-
-
-def test_an_overridden_protocol_says_so():
-    assert get_protocol("paper") is PROTOCOLS["paper"]
-    assert get_protocol("paper", epochs=1000) is PROTOCOLS["paper"]
-    shorter = get_protocol("paper", epochs=30, batch_size=8)
-    assert shorter.name == "paper (epochs=30, batch_size=8)"
-    assert dataclasses.replace(shorter, name="paper", epochs=1000, batch_size=256) == PROTOCOLS["paper"]
-
-
-@pytest.mark.parametrize(
-    "overrides, message",
-    [
-        ({"epochs": 0}, "epochs must be a whole number, at least 1; got 0"),
-        ({"batch_size": 2.5}, "batch_size must be a whole number, at least 1; got 2.5"),
-        ({"learning_rate": -0.1}, "learning_rate must be above 0; got -0.1"),
-        ({"learning_rate": math.nan}, "learning_rate must be above 0; got nan"),
-        ({"momentum": 1.0}, r"momentum must be in \[0, 1\); got 1.0"),
-        ({"weight_decay": -1}, "weight_decay must be 0 or above; got -1"),
-        ({"decay_every": 0}, "decay_every must be a whole number, at least 1; got 0"),
-        ({"augmentation": "flip_flap"}, "no operation 'flap'"),
-        ({"epoch": 3}, "settings are epochs, .*; got 'epoch'"),
-    ],
-)
-def test_protocol_settings_that_are_not_accepted(overrides, message):
-    with pytest.raises(ValueError, match=message):
-        get_protocol("paper", **overrides)
-
-
-def test_random_selection_is_ordered_by_class_and_without_replacement(data):
-    ipc = min(data.class_sizes)
-    chosen = random_selection(data, ipc, seed=1)
-    assert chosen.shape == (3 * ipc,) and chosen.dtype == torch.int64 and chosen.device == data.train_labels.device
-    assert torch.equal(data.train_labels[chosen], torch.arange(3, device=chosen.device).repeat_interleave(ipc))
-    assert len(set(chosen.tolist())) == 3 * ipc
-
-
-def test_random_selection_depends_on_the_seed_alone(data):
-    assert torch.equal(random_selection(data, 4, seed=1), random_selection(data, 4, seed=1))
-    assert torch.equal(random_selection(data, 4, seed=1).cpu(), random_selection(data.to("cpu"), 4, seed=1))
-    counts = torch.zeros(len(data.train_labels))
-    for seed in range(600):
-        counts[random_selection(data, 4, seed).cpu()] += 1
-    expected = 600 * 4 / torch.tensor(data.class_sizes)[data.train_labels.cpu()]
-    assert ((counts - expected).abs() < 5 * expected.sqrt()).all()
-
-
-def test_random_selection_of_more_than_a_class_has(data):
-    with pytest.raises(ValueError, match="asked for"):
-        random_selection(data, 61, seed=0)
-    with pytest.raises(ValueError, match="got 0"):
-        random_selection(data, 0, seed=0)
+        evaluate(synthetic, data, **options)
 
 
 def test_preprocessing_is_applied_to_the_test_set(small_set, data, preprocessing):
@@ -637,7 +607,7 @@ def test_preprocessing_is_applied_to_the_test_set(small_set, data, preprocessing
     shifted = Preprocessing(mean=preprocessing.mean - 3, std=preprocessing.std / 9)
     protocol = get_protocol("paper", epochs=60, batch_size=20, learning_rate=0.02, augmentation="none")
     settings = {"protocol": protocol, "networks": 1, "architecture": SMALL | {"norm": "none"}, "progress": False}
-    images = preprocessing.to_model(data.train_images)
-    right = evaluate(images, data.train_labels, data, preprocessing, **settings)
-    wrong = evaluate(images, data.train_labels, data, shifted, **settings)
+    right, wrong = as_set(data, preprocessing), as_set(data, preprocessing)
+    wrong.preprocessing = shifted
+    right, wrong = (evaluate(synthetic, data, **settings) for synthetic in (right, wrong))
     assert right.mean > 90 > wrong.mean + 20

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 import atom_fast as af
 from atom_fast import reference
 from atom_fast.distillation.config import preset
-from benchmarks.live_bytes import LiveBytes
 from atom_fast.distillation.matching import fused_if_possible
 from atom_fast.networks.convnet import ConvNet
 from atom_fast.networks.fused_convnet import FusedConvNet
 from atom_fast.ops.norm_block import NORMS
 from atom_fast.ops.norm_block_torch import PIECE_BYTES
+from benchmarks.live_bytes import LiveBytes
 
 BACKENDS = ("reference", "torch", "triton")
 

@@ -1,0 +1,127 @@
+"""Sets that were not distilled here: selected real images, files of the public code, folders of images."""
+
+import pytest
+import torch
+
+from atom_fast.data.whitening import Preprocessing, fit_preprocessing
+from atom_fast.distillation.config import preset
+from atom_fast.evaluation import get_protocol, herding_selection, random_selection
+from atom_fast.evaluation.evaluate import evaluate
+from atom_fast.evaluation.sets import read_set, select
+from atom_fast.names import SELECTIONS
+from atom_fast.synthetic import PUBLIC_NORMALIZATION, SyntheticSet
+from tests.evaluation.small import small_data
+
+
+@pytest.fixture(scope="module")
+def data(device):
+    return small_data().to(device)
+
+
+@pytest.mark.parametrize("method", SELECTIONS)
+def test_a_selected_set_holds_real_images_of_every_class(method, data, tmp_path):
+    chosen = select(data, method, 2, epochs=1, progress=False)
+    indices = torch.tensor(chosen.metadata["selection"]["indices"])
+    sizes = data.class_sizes if method == "full" else (2, 2, 2)
+    assert chosen.class_sizes == sizes and indices.unique().numel() == sum(sizes)
+    assert torch.equal(chosen.labels, torch.arange(3).repeat_interleave(torch.tensor(sizes)))
+    torch.testing.assert_close(chosen.pixels() * 255, data.train_images.cpu()[indices].float(), rtol=0, atol=1e-3)
+    loaded = SyntheticSet.load(chosen.save(tmp_path / "chosen.safetensors"))
+    assert loaded.metadata["method"] == method and loaded.metadata["dataset_fingerprint"] == data.fingerprint
+
+
+def test_pixels_need_no_network(data, monkeypatch):
+    monkeypatch.delattr("atom_fast.evaluation.sets.watch_training")
+    chosen = select(data, "herding", 2, features="pixels", progress=False)
+    pixels = data.train_images.flatten(1).double() / 255
+    assert chosen.metadata["selection"]["indices"] == herding_selection(pixels, data, 2).tolist()
+
+
+@pytest.mark.parametrize(
+    "method, features, images",
+    [("random", "pixels", 6), ("forgetting", "pixels", 46), ("herding", "embedding", 46), ("herding", "pixels", 46)],
+)
+def test_images_are_brought_to_model_space_once_and_where_they_are_used(method, features, images, data, monkeypatch):
+    """The 6 that are chosen, and all 40 where a network or distances need them."""
+    counts, to_model = [], Preprocessing.to_model
+    monkeypatch.setattr(Preprocessing, "to_model", lambda self, x: counts.append(len(x)) or to_model(self, x))
+    select(data, method, 2, features=features, epochs=1, progress=False)
+    assert sum(counts) == images
+
+
+@pytest.mark.parametrize("ipc, norm", [(1, "instance"), (2, "batch")])
+def test_real_images_and_foreign_sets_are_tested_as_a_distilled_one(ipc, norm, tmp_path):
+    """On the same networks; chosen images in the same model space, too."""
+    pytest.importorskip("kornia", reason="ZCA is fitted by kornia")
+    data = small_data(channels=3, name="cifar10")
+    config = preset("paper", ipc=ipc).for_data(data.image_shape, "cifar10")
+    chosen = select(data, "random", ipc, progress=False)
+    assert chosen.preprocessing.kind == config.preprocessing == "zca"
+    parts = chosen.images, chosen.labels, chosen.class_names, chosen.preprocessing
+    distilled = SyntheticSet(*parts, {"config": config.to_dict()})
+    foreign = read_set(chosen.export(tmp_path / "public.pt", format="pt"), data)
+    protocol = get_protocol("dc", epochs=1)
+    options = {"protocol": protocol, "networks": 1, "device": "cpu", "progress": False}
+    tested = [evaluate(some, data, **options).architecture for some in (distilled, chosen, foreign)]
+    assert tested[0]["norm"] == norm and tested == [tested[0]] * 3
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda data: select(data, "herdng"), "method must be one of random, .*; got 'herdng'"),
+        (lambda data: select(data, "herding", features="pixel"), "features must be one of embedding, pixels"),
+        (lambda data: select(data, "random", preprocessing="zac"), "preprocessing must be one of auto, .*; got 'zac'"),
+        (lambda data: select(data, "random", 14, progress=False), "has 13 training images, but 14"),
+        (lambda data: select(data, "herding", 1, epochs=0, progress=False), "epochs must be .*; got 0"),
+    ],
+)
+def test_what_cannot_be_selected_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(small_data())
+
+
+def test_a_file_of_the_public_code_is_read_in_its_own_model_space(tmp_path):
+    data = small_data(channels=3, name="cifar10")
+    space = fit_preprocessing(data.train_images, "standard", progress=False)
+    chosen = random_selection(data, 2, seed=0)
+    ours = SyntheticSet(
+        space.to_model(data.train_images[chosen]), data.train_labels[chosen], data.class_names, space,
+        {"dataset": "cifar10"},
+    )  # fmt: skip
+    path = ours.export(tmp_path / "public.pt", format="pt")
+    read = read_set(path, data)
+    assert read.preprocessing.mean.tolist() == pytest.approx(PUBLIC_NORMALIZATION["cifar10"][0])
+    torch.testing.assert_close(read.pixels(), ours.pixels(), rtol=0, atol=1e-5)
+    assert torch.equal(read.labels, ours.labels) and read.metadata["method"] == "public"
+    standard = read_set(path, data, preprocessing="standard", progress=False)
+    torch.testing.assert_close(standard.preprocessing.mean, space.mean)
+    with pytest.raises(ValueError, match="holds 1 sets, numbered from 0; got experiment 1"):
+        read_set(path, data, experiment=1)
+    with pytest.raises(ValueError, match="labels must be below 2"):
+        read_set(path, small_data(channels=3, classes=2, name="cifar10"))
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_folder_of_images_is_read_by_the_names_of_its_classes(nested, tmp_path):
+    data = small_data()
+    space = fit_preprocessing(data.train_images, "standard", progress=False)
+    chosen = random_selection(data, 2, seed=0)
+    ours = SyntheticSet(space.to_model(data.train_images[chosen]), data.train_labels[chosen], data.class_names, space)
+    folder = ours.export(tmp_path / "images")  # in folders class_0, class_1, class_2
+    read = read_set(folder if nested else folder / "train", data, progress=False)
+    torch.testing.assert_close(read.images, ours.images, rtol=0, atol=1e-4)
+    assert torch.equal(read.labels, ours.labels)
+    (folder / "train" / "class_1").rename(folder / "train" / "dog")
+    with pytest.raises(ValueError, match="folders that are not classes of small: .*dog"):
+        read_set(folder, data, progress=False)
+
+
+def test_what_is_no_set_is_refused(tmp_path):
+    data = small_data()
+    with pytest.raises(FileNotFoundError, match="missing"):
+        read_set(tmp_path / "missing.pt", data)
+    with pytest.raises(FileNotFoundError, match="no class folders"):
+        read_set(tmp_path, data)
+    with pytest.raises(ValueError, match="preprocessing must be one of standard, .*; got 'whiten'"):
+        read_set(tmp_path, data, preprocessing="whiten")
