@@ -131,7 +131,7 @@ def _add_target(name: str, target: Target) -> None:
             if ranks.is_first():
                 click.echo("\n".join(list_units(plan, out)))
             return
-        record = accuracy.run(
+        record = accuracy.reproduce(
             plan, out, data_dir=data_dir, download=download, only=only, device=device_name(device), progress=not quiet
         )
         if ranks.is_first() and plan.kind != "grids":

@@ -176,7 +176,7 @@ class RunFolder:
         From here to the end of `finish` SIGTERM and Ctrl-C are deferred to the end of a step.
         """
         self._received = self._deferral.enter_context(_deferred_signals())
-        self._sign = ranks.StopSign(ranks._current, self.iteration)
+        self._sign = ranks.StopSign(self.iteration)
         if self.iteration == 0:
             self._save(run)
             self._draw(run)

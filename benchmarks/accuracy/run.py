@@ -27,7 +27,7 @@ from benchmarks.accuracy.work import DataCache, finished, work
 _OF_ONE_CELL = (ValueError, RuntimeError)
 
 
-def run(
+def reproduce(
     plan: Plan,
     output: str | os.PathLike,
     *,

@@ -245,13 +245,12 @@ def methods(cpu: Path) -> str:
     cells = {
         (c["workload"]["method"], c["workload"]["implementation"]): c
         for c in results["cells"]
-        if c["workload"]["ipc"] == CPU_IPC and c["status"] == "ok"
+        if c["workload"]["ipc"] == CPU_IPC
     }
     lines = []
     for name, method in TIMED.items():
         found = [cells.get((name, implementation)) for implementation in COLUMNS]
-        if any(found):
-            lines.append([method.title, *(three_digits(milliseconds(cell)) if cell else "" for cell in found)])
+        lines.append([method.title, *map(_milliseconds_or_status, found)])
     where = results["environment"]
     head = ["ms per step, on a CPU", *COLUMNS.values()]
     below = paragraph(
@@ -262,7 +261,14 @@ def methods(cpu: Path) -> str:
     return f"{markdown.table(head, lines)}\n\n{below}"
 
 
+def _milliseconds_or_status(cell: dict | None) -> str:
+    if cell is None:
+        return ""
+    return three_digits(milliseconds(cell)) if cell["status"] == "ok" else cell["status"]
+
+
 def milliseconds(cell: dict) -> float:
+    """Return the median time of a cell's step."""
     return cell["time"]["median"] * 1e3
 
 

@@ -6,16 +6,16 @@ import timeit
 
 import pytest
 import torch
-from click.testing import CliRunner
 
-from atom_fast.cli import main
 from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.distillation.config import preset
 from atom_fast.distillation.stages import PREFIX, STAGES, stage
 from atom_fast.distillation.start import initial_images
 from atom_fast.distillation.step import Distillation
-from benchmarks.bounds import WAYS, Configuration, measure_device, stages, totals
+from benchmarks.devices import measure_device
 from benchmarks.profile import profile, profile_table, random_data, stage_seconds
+from benchmarks.roofline import WAYS, Configuration, stages, totals
+from tests.benchmarks.tiny import command
 
 SMALL = {"ipc": 2, "real_batch": 8, "width": 16, "depth": 2}
 
@@ -87,7 +87,7 @@ def test_the_table_shows_every_stage_and_how_the_rates_came(profiled):
 @pytest.mark.parametrize(
     ("name", "value"), [("norm", "batch"), ("pooling", "max2"), ("feature_maps", True), ("image_average", True)]
 )
-def test_what_is_not_counted_is_said(name, value, tmp_path):
+def test_settings_that_are_not_counted_are_named(name, value, tmp_path):
     config = preset(**SMALL, **{name: value})
     result = profile(config, random_data(2, 1, 8, 8, 10), tmp_path / "t.json", steps=1, device="cpu", progress=False)
     assert all(row.floor is None and row.seconds > 0 for row in result.stages)
@@ -153,18 +153,15 @@ def test_measured_rates_are_plausible():
     assert all(1e8 < rate < 1e15 for rate in (rates.vector, *rates.matrix.values()))
 
 
-def _command(tmp_path, *arguments):
-    tiny = ["--ipc", "1", "--real-batch", "4", "--width", "8", "--device", "cpu", "--quiet", "--output", str(tmp_path)]
-    return CliRunner().invoke(main, ["profile", *tiny, *arguments])
+TINY = ("--ipc", 1, "--real-batch", 4, "--width", 8, "--device", "cpu", "--quiet")
 
 
 def test_the_command_prints_the_table_and_keeps_the_figures(tmp_path):
-    result = _command(tmp_path / "kept", "--steps", "1", "--trace", str(tmp_path / "elsewhere.json"))
-    assert result.exit_code == 0, result.output
-    figures = json.loads((tmp_path / "kept" / "profile.json").read_text("utf-8"))
+    table, _ = command("profile", *TINY, "--out", tmp_path, "--steps", 1)
+    figures = json.loads((tmp_path / "profile.json").read_text("utf-8"))
     assert [row["name"] for row in figures["stages"]] == list(STAGES)
-    assert f"{1e3 * figures['traced_seconds']:.3f}" in result.stdout
-    json.loads((tmp_path / "elsewhere.json").read_text("utf-8"))
+    assert f"{1e3 * figures['traced_seconds']:.3f}" in table
+    json.loads((tmp_path / "trace.json").read_text("utf-8"))
 
 
 @pytest.mark.parametrize(
@@ -178,7 +175,6 @@ def test_the_command_prints_the_table_and_keeps_the_figures(tmp_path):
     ],
 )
 def test_bad_input_is_refused(arguments, message, tmp_path):
-    result = _command(tmp_path / "none", *arguments)
-    assert result.exit_code == 2
-    assert message in result.output
+    _, error = command("profile", *TINY, "--out", tmp_path / "none", *arguments, code=2)
+    assert message in error
     assert not (tmp_path / "none").exists()

@@ -1,6 +1,6 @@
 """The memory of a step grows linearly with its sizes, and not with the classes where they run in chunks of fixed size.
 
-Counted at every operation, so that it does not depend on the machine; times are measured by ``benchmarks scaling``.
+Bytes are counted at every operation, so that they do not depend on the machine; `python -m benchmarks scaling` times.
 """
 
 import dataclasses
