@@ -6,6 +6,7 @@ save time at start-up. Two things are allowed: imports under ``if TYPE_CHECKING`
 """
 
 import ast
+import functools
 import graphlib
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def import_nodes(tree, functions=True):
             yield from import_nodes(node, functions)
 
 
+@functools.cache
 def imports_of(module, functions=True):
     """List the absolute names that a module imports; what ``from P import a`` names is ``P.a`` if that is a module."""
     path, names = FILES[module], []
