@@ -6,7 +6,6 @@ import typing as _typing
 __version__ = "0.1.0"
 
 if _typing.TYPE_CHECKING:
-    from ._backend import backend
     from .data.sources import load_data
     from .distillation.config import preset
     from .distillation.loop import distill
@@ -21,6 +20,7 @@ if _typing.TYPE_CHECKING:
         spatial_attention,
     )
     from .losses import ATOMLoss
+    from .ops.dispatch import backend
     from .synthetic import SyntheticSet
 
 # Where each public name is defined.
@@ -29,7 +29,7 @@ _HOMES = {
     "SyntheticSet": "synthetic",
     "attention_matching_from_maps": "functional",
     "attention_matching_loss": "functional",
-    "backend": "_backend",
+    "backend": "ops.dispatch",
     "channel_attention": "functional",
     "class_groups": "functional",
     "distill": "distillation.loop",

@@ -20,7 +20,7 @@ from atom_fast.evaluation.training import (
     network_seed,
     repeatable_convolutions,
 )
-from atom_fast.networks.lean import embed, memory_format
+from atom_fast.networks.layers import memory_format
 
 METHODS = ("random", "herding", "k-center", "forgetting", "least-forgetting", "full")
 EPOCHS = 20  # of the network that is watched: what separates the images shows long before it has learned them all
@@ -182,7 +182,7 @@ def watch_training(
                 bar.update()
     trainer.network.eval()
     with torch.no_grad():
-        features = in_batches(lambda images: embed(trainer.network, images).float(), trainer.images, trainer.labels)
+        features = in_batches(lambda images: trainer.network.embed(images).float(), trainer.images, trainer.labels)
         features = torch.cat([some for some, _ in features])
     home = data.train_images.device
     return features.to(home), counter.events.to(home)

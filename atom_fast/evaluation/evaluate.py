@@ -28,7 +28,7 @@ from atom_fast.evaluation.training import (
     repeatable_convolutions,
 )
 from atom_fast.networks.convnet import default_depth
-from atom_fast.networks.lean import memory_format
+from atom_fast.networks.layers import memory_format
 
 
 def evaluate(

@@ -54,9 +54,9 @@ def expected_results(*tensors, **options):
     return results(plain_batch_norm, *double, **options)
 
 
-def plain_batch_norm(x, weight, bias, running_mean, running_var, *, offset, rectify=False, pool=False):
+def plain_batch_norm(x, weight, bias, running_mean, running_var, *, offset, relu=False, pool=False):
     x = F.batch_norm(x + offset[:, None, None], running_mean, running_var, weight, bias, True, 0.1, 1e-5)
-    x = F.relu(x) if rectify else x
+    x = F.relu(x) if relu else x
     return F.avg_pool2d(x, 2) if pool else x
 
 
@@ -68,14 +68,14 @@ def assert_close(got, expected, tolerance=None):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rectify, pool", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("relu, pool", [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("shape", [(3, 5, 4, 6), (2, 40, 12, 10), (1, 3, 2, 2)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_equals_the_equations(layout, shape, rectify, pool, backend, place):
+def test_equals_the_equations(layout, shape, relu, pool, backend, place):
     tensors = inputs(*shape, device=place, dtype=dtype_of(backend), layout=layout)
     with af.backend(backend):
-        got = results(batch_norm, *tensors, rectify=rectify, pool=pool)
-    assert_close(got, expected_results(*tensors, rectify=rectify, pool=pool))
+        got = results(batch_norm, *tensors, relu=relu, pool=pool)
+    assert_close(got, expected_results(*tensors, relu=relu, pool=pool))
     assert got["output"].is_contiguous(memory_format=LAYOUTS[layout])
 
 
@@ -84,8 +84,8 @@ def test_equals_the_equations(layout, shape, rectify, pool, backend, place):
 def test_odd_planes_without_pooling(shape, backend, place):
     tensors = inputs(*shape, device=place, dtype=dtype_of(backend))
     with af.backend(backend):
-        got = results(batch_norm, *tensors, rectify=True)
-    assert_close(got, expected_results(*tensors, rectify=True))
+        got = results(batch_norm, *tensors, relu=True)
+    assert_close(got, expected_results(*tensors, relu=True))
 
 
 @given(
@@ -106,8 +106,8 @@ def test_any_shape_and_strides(shape, layout, part, device):
         x = x.detach().transpose(2, 3)
     x = x.detach().requires_grad_()
     with af.backend("triton"):
-        got = results(batch_norm, x, *vectors, rectify=True)
-    expected = expected_results(x, *vectors, rectify=True)
+        got = results(batch_norm, x, *vectors, relu=True)
+    expected = expected_results(x, *vectors, relu=True)
     assert_close(got, expected, 1e-8)  # two values a channel may be close to one another
 
 
@@ -124,9 +124,9 @@ def test_narrow_types_are_computed_in_float32(dtype, tolerance, backend, place):
     if backend != "triton":
         tensors[3] = tensors[3].detach().zero_().requires_grad_()  # a sum in a narrow type is rounded
     with af.backend(backend):
-        got = results(batch_norm, *tensors, rectify=True, pool=True)
+        got = results(batch_norm, *tensors, relu=True, pool=True)
     assert [tensor.dtype for tensor in got.values()] == [dtype, dtype, *[torch.float32] * 5]
-    for name, value in expected_results(*tensors, rectify=True, pool=True).items():
+    for name, value in expected_results(*tensors, relu=True, pool=True).items():
         if name != "grad_offset":
             assert (got[name].double() - value).abs().max() <= tolerance * value.abs().max(), name
 
@@ -148,7 +148,7 @@ def test_not_a_number_is_passed_on(backend, place):
     with torch.no_grad():
         x[1, 2, 0, 0] = torch.nan
     with af.backend(backend):
-        got = results(batch_norm, x, *vectors, rectify=True, pool=True)
+        got = results(batch_norm, x, *vectors, relu=True, pool=True)
     for name in ("output", "running_mean", "running_var"):
         nans = got[name].isnan().transpose(0, got[name].dim() // 2 - got[name].dim() // 4)
         assert nans[2].all() and nans.sum() == nans[2].numel()
@@ -158,14 +158,14 @@ def test_not_a_number_is_passed_on(backend, place):
 def test_same_input_same_bits(backend, place):
     tensors = inputs(5, 33, 8, 8, device=place, dtype=torch.float32)
     with af.backend(backend):
-        first, again = (results(batch_norm, *tensors, rectify=True, pool=True) for _ in range(2))
+        first, again = (results(batch_norm, *tensors, relu=True, pool=True) for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in NAMES)
 
 
 @pytest.mark.parametrize("pool", [False, True])
 def test_gradients_are_those_of_finite_differences(pool, triton_backend, device):
     x, weight, bias, _, _, _ = inputs(2, 2, 2, 2, device=device)
-    assert torch.autograd.gradcheck(lambda *tensors: batch_norm(*tensors, rectify=True, pool=pool), (x, weight, bias))
+    assert torch.autograd.gradcheck(lambda *tensors: batch_norm(*tensors, relu=True, pool=pool), (x, weight, bias))
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -177,7 +177,7 @@ def test_running_statistics_are_those_of_the_module(channels_last, backend, plac
     convolution, norm = (module.to(place, dtype) for module in (nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6)))
     nn.init.normal_(norm.weight)
     mine = copy.deepcopy(norm)
-    options = {"momentum": mine.momentum, "eps": mine.eps, "rectify": True}
+    options = {"momentum": mine.momentum, "eps": mine.eps, "relu": True}
     statistics = (mine.running_mean, mine.running_var)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     for size in (5, 3, 4):
@@ -201,7 +201,7 @@ def test_running_statistics_are_those_of_the_module(channels_last, backend, plac
 def test_without_a_gradient_from_above_there_is_none(backend, place):
     x, *vectors = inputs(2, 4, 4, 4, device=place, dtype=dtype_of(backend))
     with af.backend(backend):
-        output = _Unasked.apply(batch_norm(x, *vectors[:2], rectify=True))
+        output = _Unasked.apply(batch_norm(x, *vectors[:2], relu=True))
     assert torch.autograd.grad(output.sum(), x, allow_unused=True) == (None,)
 
 
@@ -354,7 +354,7 @@ def test_kernels_read_128_bits_and_do_not_spill(kernel, dtype, size, pool, capab
     strides = [f"{side}stride_{axis}" for side in SIDES[kernel] for axis in "bchw"]
     signature |= {name: "constexpr" if name.endswith("_c") else "i32" for name in strides}
     constants = {"C": 128, "H": size, "W": size}
-    constants |= {"RECTIFY": True, "POOL": pool} if kernel != "parts" else {}
+    constants |= {"RELU": True, "POOL": pool} if kernel != "parts" else {}
     constants |= launch
     signature |= dict.fromkeys(constants, "constexpr")
     constants |= {name: 1 for name in strides if name.endswith("_c")}

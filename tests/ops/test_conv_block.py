@@ -18,7 +18,7 @@ import atom_fast.kernels
 from atom_fast.kernels import conv_block as kernels
 from atom_fast.kernels import norm_block as norm_block_kernels
 from atom_fast.ops.conv_block import _constants, conv_block, conv_block_op, launch_kind
-from atom_fast.ops.launching import addressable
+from atom_fast.ops.launching import int32_indexable
 from atom_fast.ops.norm_block import NORMS, reference_block
 from tests.cubin import CAPABILITIES, LOST_CONSTANT, assemble, check_report, disassemble
 from tests.launches import compile_launch, recorded
@@ -420,7 +420,7 @@ def test_offsets_of_neighbourhoods_equal_the_equations(image_channels, size, dev
 def test_gradients_that_32_bits_do_not_address_are_copied(device, monkeypatch):
     """Of the pooled features, as of every other tensor."""
     seen = []
-    monkeypatch.setattr("atom_fast.ops.conv_block.addressable", lambda x: seen.append(x.shape) or addressable(x))
+    monkeypatch.setattr("atom_fast.ops.conv_block.int32_indexable", lambda x: seen.append(x.shape) or int32_indexable(x))
     inputs = draw(1, 3, 4, 8, 8, device)
     fused("triton", *inputs)
     assert (1, 4, 4, 4) in seen

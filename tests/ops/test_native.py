@@ -115,8 +115,8 @@ OPERATORS = {
     "batch block": lambda x: norm_block(x.repeat(1, 7, 1, 1), norm="batch"),
     "first block": lambda x: conv_block(x, images(20, 3, 3, 3)),
     "batch first block": lambda x: conv_block(x, images(20, 3, 3, 3), norm="batch"),
-    "batch norm": lambda x: [batch_norm(x, torch.ones(3), torch.ones(3), rectify=True, pool=True)],
-    "instance norm": lambda x: [instance_norm(x, torch.ones(3), torch.ones(3), rectify=True, pool=True)],
+    "batch norm": lambda x: [batch_norm(x, torch.ones(3), torch.ones(3), relu=True, pool=True)],
+    "instance norm": lambda x: [instance_norm(x, torch.ones(3), torch.ones(3), relu=True, pool=True)],
 }
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import kernels
+from .. import kernels
 
 LANES = 16  # floats in the kernels' vectors, see kernels/vectors.h
 _COMPILERS = ("cc", "gcc", "clang")
@@ -59,17 +59,17 @@ def description() -> str:
     return f"{library._name} ({'several threads' if threaded else 'one thread: the compiler has no OpenMP'})"
 
 
-def takes(*tensors: Tensor | None) -> bool:
+def supports(*tensors: Tensor | None) -> bool:
     """Whether the kernels are there and compute with these tensors' device and types; None is taken."""
     return all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors) and is_built()
 
 
-def widens(x: Tensor) -> bool:
+def upcasts(x: Tensor) -> bool:
     """Whether blocks of this type are computed by the kernels, in float32."""
     return x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16) and is_built()
 
 
-def widened(parameter: Tensor | None) -> Tensor | None:
+def upcast(parameter: Tensor | None) -> Tensor | None:
     """A parameter beside input of a narrow type."""
     return None if parameter is None else parameter.float()
 
