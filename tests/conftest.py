@@ -39,8 +39,8 @@ def device():
 
 @pytest.fixture
 def place(backend, device):
-    """The device of a test that is parametrised by ``backend``: the kernels in C are for a CPU."""
-    return torch.device("cpu") if backend == "native" else device
+    """The device of a test that is parametrised by ``backend``: "torch" runs the kernels in C, on a CPU."""
+    return torch.device("cpu") if backend == "torch" else device
 
 
 @pytest.fixture

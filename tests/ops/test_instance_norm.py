@@ -4,12 +4,13 @@ import pytest
 import torch
 
 import atom_fast as af
+from atom_fast import reference
 from atom_fast.kernels.instance_norm import instance_norm_launch
-from atom_fast.ops.instance_norm import instance_norm, instance_norm_op, reference_instance_norm
+from atom_fast.ops.instance_norm import instance_norm, instance_norm_op
 from atom_fast.ops.launching import int32_indexable
 from tests.cubin import CAPABILITIES, compile_kernel
 
-BACKENDS = ["triton", "native", "torch"]
+BACKENDS = ["triton", "torch"]  # on a CPU, "torch" stands for the kernels in C
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
@@ -24,7 +25,7 @@ def inputs(*shape, device="cpu", dtype=torch.float64, layout="channels_last", me
 
 def dtype_of(backend):
     """What a backend computes most precisely."""
-    return torch.float32 if backend == "native" else torch.float64
+    return torch.float32 if backend == "torch" else torch.float64
 
 
 def assert_equal(got, expected):
@@ -41,12 +42,12 @@ def results(function, x, weight, bias, **options):
 
 def expected_results(x, weight, bias, relu, pool):
     double = [tensor.detach().double().requires_grad_() for tensor in (x, weight, bias)]
-    return results(reference_instance_norm, *double, eps=1e-5, relu=relu, pool=pool)
+    return results(reference.instance_norm, *double, eps=1e-5, relu=relu, pool=pool)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("relu, pool", [(False, False), (True, False), (False, True), (True, True)])
-@pytest.mark.parametrize("shape", [(3, 5, 4, 6), (2, 40, 12, 10), (1, 3, 2, 2)])
+@pytest.mark.parametrize("shape", [(2, 40, 12, 10), (1, 3, 2, 2)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equals_the_equations(layout, shape, relu, pool, backend, place):
     tensors = inputs(*shape, device=place, dtype=dtype_of(backend), layout=layout)
@@ -108,21 +109,25 @@ def test_operator_contract(backend, place):
     x, weight, bias = inputs(2, 4, 4, 4, device=place, dtype=dtype_of(backend))
     torch.library.opcheck(
         instance_norm_op,
-        (x, weight, bias, 1e-5, True, True, backend),
+        (x, weight, bias, 1e-5, True, True, {"torch": "c"}.get(backend, backend)),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 
 
-def test_a_second_derivative_is_refused(device):
-    x, weight, bias = inputs(2, 4, 4, 4, device=device)
-    (gradient,) = torch.autograd.grad(instance_norm(x, weight, bias).sum(), x, create_graph=True)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_second_derivative_is_refused(backend, place):
+    x, weight, bias = inputs(2, 4, 4, 4, device=place, dtype=dtype_of(backend))
+    with af.backend(backend):
+        (gradient,) = torch.autograd.grad(instance_norm(x, weight, bias).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(gradient.square().sum(), x)
 
 
-def test_an_empty_batch(device):
-    x, weight, bias = inputs(0, 4, 4, 4, device=device)
-    output, *gradients = results(instance_norm, x, weight, bias, relu=True, pool=True)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_batch(backend, place):
+    x, weight, bias = inputs(0, 4, 4, 4, device=place, dtype=dtype_of(backend))
+    with af.backend(backend):
+        output, *gradients = results(instance_norm, x, weight, bias, relu=True, pool=True)
     assert output.shape == (0, 4, 2, 2) and gradients[0].shape == x.shape
     assert not gradients[1].any() and not gradients[2].any()
 
@@ -146,7 +151,7 @@ def test_samples_that_32_bits_do_not_address_are_copied():
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("size, pool", [(32, True), (8, True), (16, False)])
+@pytest.mark.parametrize("size, pool", [(32, True), (16, False)])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_kernels_read_128_bits_and_do_not_spill(direction, dtype, size, pool, capability):
