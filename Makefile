@@ -25,7 +25,7 @@ lint: install
 
 # Everything worth measuring on a GPU, with the Python that has torch; nothing is installed. CIFAR=DIR for Table 1.
 gpu:
-	$(PYTHON) -m benchmarks.gpu --out runs/gpu $(if $(CIFAR),--cifar $(CIFAR))
+	$(PYTHON) -m benchmarks gpu --out runs/gpu $(if $(CIFAR),--cifar $(CIFAR))
 
 table3-cpu: install
 	$(BIN)/python -m benchmarks table3 --edition cpu --out runs/benchmarks

@@ -69,12 +69,13 @@ class SyntheticSet(torch.utils.data.Dataset):
         """Check that the set is valid, for example after its attributes were changed.
 
         Raises:
-            ValueError: a wrong shape or dtype, a value that is not finite, a label without a class name, or an entry of
-                the metadata of another type than ``distill`` writes.
+            ValueError: a wrong shape or dtype, a value that is not finite, a label without a class name, images that
+                the preprocessing does not fit, or an entry of the metadata of another type than ``distill`` writes.
         """
         _check_parts(self.images, self.labels, self.class_names)
         if not all(tensor.isfinite().all() for tensor in self.preprocessing.tensors().values()):
             raise ValueError("the preprocessing must be finite; got NaN or infinity")
+        self.preprocessing.to(self.images.device).to_pixels(self.images[:1])
         _check_metadata(self.metadata)
 
     def __repr__(self) -> str:
@@ -164,7 +165,6 @@ class SyntheticSet(torch.utils.data.Dataset):
             synthetic = cls(
                 tensors["images"], tensors["labels"], description["class_names"], preprocessing, description["metadata"]
             )
-            preprocessing.to_pixels(synthetic.images[:1])
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"{path} does not hold a usable synthetic set: {error}") from error
         return synthetic

@@ -1,8 +1,8 @@
-"""Fuzzing of what reads files that a user may have been given.
+"""Fuzzing of the readers of files that a user may have been given.
 
-``python -m tests.fuzz_readers --seconds 600`` runs until the time is over or a reader fails: it may return, or raise
-ValueError, and nothing else. What made it fail is kept in ``--keep``, by default ``runs/fuzz``, and is tried first the
-next time.
+``python -m tests.fuzz_readers --seconds 600`` runs until the time is over or a reader fails: a reader may return or
+raise ValueError, nothing else. Inputs that made one fail are kept in ``--keep``, by default ``runs/fuzz``, and are
+tried first the next time.
 
 With atheris, inputs are guided by the coverage of this package and of PyYAML. Where it cannot be imported (there are
 wheels for CPython on Linux x86-64), inputs are unguided mutations of valid ones.
@@ -38,7 +38,7 @@ WORDS = (b"\0" * 8, b"\xff" * 8, b"null", b"-1", b"1e999", b"{}", b"[]", b'""', 
 
 
 def import_readers(guided: bool) -> None:
-    """Import what is fuzzed, and measure its coverage where that is to guide."""
+    """Import the readers; if fuzzing is guided, measure their coverage."""
     with atheris.instrument_imports(include=WATCHED) if guided else contextlib.nullcontext():
         import yaml  # noqa: F401
 
@@ -55,15 +55,16 @@ def import_readers(guided: bool) -> None:
 
 def read_set(path: Path) -> None:
     """``atom-fast info``, ``show`` and ``evaluate`` on a synthetic set, as far as they depend on the file alone."""
-    from atom_fast.cli import _lines, _printable
-    from atom_fast.evaluation.comparison import architecture_of
+    from atom_fast.cli import _lines
+    from atom_fast.evaluation.evaluate import architecture_of
+    from atom_fast.options import printable
     from atom_fast.pictures import describe
     from atom_fast.synthetic import SyntheticSet, _public_model_space, folder_names
 
     synthetic = SyntheticSet.load(path)
-    assert _printable(describe(synthetic)).isprintable()
+    assert printable(describe(synthetic)).isprintable()
     for name, value in synthetic.metadata.items():
-        assert all(_printable(line).isprintable() for line in _lines(name, value))
+        assert all(printable(line).isprintable() for line in _lines(name, value))
     assert not any("/" in name or "\\" in name for name in folder_names(synthetic.class_names))
     assert synthetic.pixels().isfinite().all() or synthetic.images.abs().max() > 1e18
     _public_model_space(synthetic)
@@ -71,7 +72,7 @@ def read_set(path: Path) -> None:
 
 
 def read_described_set(path: Path) -> None:
-    """A set whose description is the file's text, with the right checksum: what a stranger can write at will."""
+    """A set whose description is the file's text, with the right checksum: text that a stranger can choose."""
     from safetensors.torch import save
 
     from atom_fast.synthetic import FORMAT, _digest
@@ -117,7 +118,7 @@ def read_public(path: Path) -> None:
 
 
 def read_settings(path: Path) -> None:
-    """A configuration; what is accepted comes back from the file that is written of it."""
+    """A configuration; one that is accepted is written to a file and read back."""
     from atom_fast.distillation.config import read_config, write_config
 
     config = read_config(path)
@@ -171,7 +172,7 @@ def _tensors() -> dict:
 
 
 def seeds(target: str) -> list[bytes]:
-    """Valid inputs, to begin with."""
+    """Valid inputs to start from."""
     from atom_fast.data.whitening import Preprocessing
     from atom_fast.distillation.checkpoint import Checkpoint, save_checkpoint
     from atom_fast.distillation.config import preset, write_config
@@ -242,10 +243,10 @@ def mutated(content: bytes, others: list[bytes], draw: random.Random) -> bytes:
 
 
 def fuzz_by_mutation(targets: list[str], seconds: float, keep: Path, path: Path, seed: int = 0) -> int:
-    """Run without guidance; the number of inputs tried.
+    """Run without guidance; return the number of inputs tried.
 
     Raises:
-        Exception: whatever a reader raised other than ValueError; its input is in ``keep``.
+        Exception: any error of a reader other than ValueError; its input is in ``keep``.
     """
     draw = random.Random(seed)
     known = [bytes([number]) + content for number, name in enumerate(targets) for content in seeds(name)]
@@ -269,7 +270,7 @@ def fuzz_by_mutation(targets: list[str], seconds: float, keep: Path, path: Path,
 
 
 def fuzz_by_coverage(targets: list[str], seconds: float, keep: Path, path: Path) -> None:
-    """Run with atheris, which ends the process: with 0 once the time is over, and otherwise when a reader failed."""
+    """Run with atheris, which ends the process: with 0 when the time is over, otherwise when a reader failed."""
     corpus = path.parent / "corpus"
     corpus.mkdir()
     for number, name in enumerate(targets):
@@ -285,7 +286,7 @@ def fuzz_by_coverage(targets: list[str], seconds: float, keep: Path, path: Path)
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))

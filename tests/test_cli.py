@@ -1,12 +1,11 @@
 """The command line: its help, its precedence of settings, its errors, and one small run from end to end."""
 
-import dataclasses
 import json
 import os
 import shlex
 import subprocess
 import sys
-import typing
+import time
 
 import click
 import pytest
@@ -17,9 +16,8 @@ from click.testing import CliRunner
 import atom_fast.distillation
 from atom_fast import demo
 from atom_fast.cli import main
-from atom_fast.data.sources import load_data
-from atom_fast.distillation import PRESETS, DistillConfig, preset, read_config
-from atom_fast.evaluation.comparison import architecture_of, compare, evaluate_random
+from atom_fast.distillation.config import PRESETS, SETTINGS, DistillConfig, preset, read_config
+from atom_fast.evaluation.protocols import PROTOCOLS, get_protocol
 from atom_fast.synthetic import SyntheticSet
 
 TINY = ["--width", "8", "--depth", "2", "--iterations", "4", "--real-batch", "8", "--log-every", "2"]
@@ -65,11 +63,10 @@ def test_help_gives_every_option_with_its_default(command):
 
 def test_help_gives_every_setting_with_default_and_unit():
     entries = help_of("distill")
-    for field in dataclasses.fields(DistillConfig):
-        default, unit, unset = field.default, field.metadata["unit"], field.metadata["unset"]
-        assert bool(unset) == (default is None), "what is not set has a meaning: derived (auto), or no limit"
-        shown = unset or f"{str(default).lower()} {unit}".rstrip()
-        assert entries[f"--{field.name.replace('_', '-')}"].endswith(f"[default: {shown}]"), field.name
+    for name, setting in SETTINGS.items():
+        default = setting["default"]
+        shown = "auto" if default is None else f"{str(default).lower()} {setting['unit']}".rstrip()
+        assert entries[f"--{name.replace('_', '-')}"].endswith(f"[default: {shown}]"), name
 
 
 @pytest.mark.parametrize("command", main.commands)
@@ -87,10 +84,32 @@ def test_help_says_what_none_leaves_out_and_what_is_derived():
     assert entries["--loss-scale"].endswith("[default: auto]")
 
 
-def test_module_and_version():
-    command = [sys.executable, "-m", "atom_fast", "--version"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    assert result.stdout == f"atom-fast, version {atom_fast.__version__}\n"
+def test_help_and_version_answer_within_a_second_and_without_pytorch():
+    code = """
+import contextlib, sys, time
+started = time.process_time()
+from atom_fast.__main__ import main
+from atom_fast import cli
+for arguments in (["--version"], ["--help"], *([name, "--help"] for name in cli.main.commands)):
+    sys.argv = ["atom-fast", *arguments]
+    with contextlib.suppress(SystemExit):
+        main()
+    if arguments == ["--help"]:
+        assert time.process_time() - started < 1, time.process_time() - started
+assert "torch" not in sys.modules
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"atom-fast, version {atom_fast.__version__}\nUsage: atom-fast [OPTIONS]")
+    assert "--spatial-power" in result.stdout
+
+
+def test_is_a_module():
+    command = [sys.executable, "-m", "atom_fast", "--help"]
+    started = time.monotonic()
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout.startswith("Usage: atom-fast [OPTIONS] COMMAND") and time.monotonic() - started < 10
+    assert set(main.commands) == {"demo", "distill", "evaluate", "select", "show", "export", "info", "doctor"}
 
 
 @pytest.fixture
@@ -103,11 +122,11 @@ def configured(monkeypatch):
     def configuration(*arguments):
         caught = {}
 
-        def record(config, data, output, **options):
+        def record(data, config, output, **options):
             caught.update(config=config, output=output, **options)
             raise Stop
 
-        monkeypatch.setattr(atom_fast.distillation, "distill", record)
+        monkeypatch.setattr(atom_fast.distillation, "distill", record, raising=False)
         result = CliRunner().invoke(main, ["distill", "--quiet", *map(str, arguments)])
         assert isinstance(result.exception, Stop), result.output
         return caught
@@ -136,16 +155,21 @@ def test_a_default_given_explicitly_counts(tmp_path, configured):
 
 
 def test_every_setting_can_be_given(configured):
-    hints = typing.get_type_hints(DistillConfig)
-    for field in dataclasses.fields(DistillConfig):
-        flag = f"--{field.name.replace('_', '-')}"
-        if bool in (hints[field.name], *typing.get_args(hints[field.name])):
-            for given, value in ((flag, True), (f"--no-{flag[2:]}", False)):
-                assert getattr(configured(given)["config"], field.name) is value
-            continue
-        value = field.metadata["choices"][-1] if field.metadata["choices"] else field.default
-        given = "none" if value is None else value
-        assert getattr(configured(flag, given)["config"], field.name) == value
+    values = {
+        name: False if setting["type"] == "boolean" else setting.get("enum", [setting["default"]])[-1]
+        for name, setting in SETTINGS.items()
+    }
+    arguments = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if value is False:
+            arguments.append(f"--no-{flag}")
+        else:
+            arguments += [f"--{flag}", "auto" if value is None else value]
+    assert configured(*arguments)["config"] == DistillConfig(**values)
+    flags = [f"--{name.replace('_', '-')}" for name, value in values.items() if value is False]
+    switched = dict.fromkeys((name for name, value in values.items() if value is False), True)
+    assert configured(*flags)["config"] == DistillConfig(**switched)
 
 
 def test_default_output_names_data_size_and_preset(configured):
@@ -187,13 +211,34 @@ def test_errors_are_one_clear_line(tmp_path, monkeypatch, arguments, messages):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", ["distill", "select", "demo", "profile", "evaluate", "reproduce"])
+@pytest.mark.parametrize("command", ["distill", "select", "demo", "evaluate"])
 def test_a_device_that_is_not_supported_is_refused_with_those_that_are(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    needed = {"evaluate": ["a.safetensors"], "reproduce": ["table4"]}.get(command, [])
+    needed = {"evaluate": ["a.safetensors"]}.get(command, [])
     _, stderr = run(command, *needed, "--device", "mps", code=2)
     accepted = "'cpu', 'cuda' or a GPU by number such as 'cuda:1', and no other kind is supported"
     assert stderr == f"Error: device must be {accepted}; got 'mps'\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.fault(
+    "Invalid values and mismatched data", "a path that is not UTF-8", "refused by the option's name; nothing is written"
+)
+@pytest.mark.parametrize(
+    "arguments, option",
+    [
+        (["distill", "--output"], "'--output'"),
+        (["distill", "--data-dir"], "'--data-dir'"),
+        (["evaluate"], "'FILE'"),
+        (["select", "--output"], "'--output'"),
+    ],
+)
+def test_a_path_that_is_not_utf8_is_refused_by_name(arguments, option, tmp_path, monkeypatch):
+    """The command after it would name a folder that does not exist, and safetensors opens no such file."""
+    monkeypatch.chdir(tmp_path)
+    _, stderr = run(*arguments, os.fsdecode(b"runs/caf\xe9"), code=2)
+    (error,) = [line for line in stderr.splitlines() if line.startswith("Error: ")]
+    assert option in error and r"b'runs/caf\xe9' is not UTF-8" in error
     assert not list(tmp_path.iterdir())
 
 
@@ -248,26 +293,25 @@ def test_a_run_starts_from_a_given_set(finished, tmp_path):
 
 def test_evaluate_prints_one_line_and_writes_json(finished, tmp_path):
     json_path = tmp_path / "result.json"
-    options = ["--networks", 2, "--device", "cpu", "--quiet", "--json", json_path]
+    options = ["--networks", 2, "--epochs", 20, "--device", "cpu", "--quiet", "--json", json_path]
     stdout, stderr = run("evaluate", finished / "synthetic.safetensors", *options)
-    result = json.loads(json_path.read_text())
-    accuracy = f"{result['accuracy_mean']:.1f} ± {result['accuracy_std']:.1f}"
-    random = f"{result['random_mean']:.1f} ± {result['random_std']:.1f}"
-    assert stdout == f"digits ipc=2 atom {accuracy} random {random}\n"
+    result, random = json.loads(json_path.read_text())
+    accuracies = [f"{side['accuracy_mean']:.1f} ± {side['accuracy_std']:.1f}" for side in (result, random)]
+    assert stdout == f"digits ipc=2 atom {accuracies[0]} random {accuracies[1]}\n"
     assert stderr == ""  # the same data: no note
-    assert result["same_data"] and result["evaluation"]["protocol"]["name"] == "digits"
-    assert result["evaluation"]["architecture"] | {"width": 8, "depth": 2} == result["evaluation"]["architecture"]
-    assert len(result["random_evaluation"]["accuracies"]) == 2
+    assert result["same_data"] and result["protocol"]["name"] == "digits (epochs=20)"
+    assert result["architecture"] | {"width": 8, "depth": 2} == result["architecture"] == random["architecture"]
+    assert len(random["accuracies"]) == 2 and random["method"] == "random"
 
 
 def test_evaluate_without_random(finished):
     file = finished / "synthetic.safetensors"
-    stdout, _ = run("evaluate", file, "--networks", 1, "--no-random", "--protocol", "dc", "--device", "cpu", "--quiet")
+    stdout, _ = run("evaluate", file, "--networks", 1, "--no-random", "--epochs", 5, "--device", "cpu", "--quiet")
     assert stdout.startswith("digits ipc=2 atom ") and "random" not in stdout
 
 
 def test_a_set_of_another_resolution_is_evaluated_from_its_export(finished, tmp_path):
-    options = ["--networks", 1, "--device", "cpu", "--quiet"]
+    options = ["--networks", 1, "--epochs", 2, "--device", "cpu", "--quiet"]
     run("distill", "--output", tmp_path / "run", "--resolution", 16, "--ipc", 1, "--device", "cpu", "--quiet", *TINY)
     run("export", tmp_path / "run", tmp_path / "images")
     arguments = ["evaluate", tmp_path / "images", "--dataset", "digits", *options]
@@ -322,42 +366,9 @@ def test_show_export_info(finished, tmp_path):
     assert "exists and is not an empty folder" in stderr
 
 
-def test_evaluation_on_other_classes_is_refused(finished):
-    synthetic = SyntheticSet.load(finished / "synthetic.safetensors")
-    synthetic.class_names = tuple("abcdefghij")
-    with pytest.raises(ValueError, match=r"the 10 classes a, b, c, \.\.\.; digits has the 10 classes 0, 1, 2, \.\.\."):
-        compare(synthetic, load_data("digits"), networks=1)
-
-
-def test_random_of_more_images_than_a_class_has_is_refused_before_a_network_is_trained(finished):
-    synthetic, data = SyntheticSet.load(finished / "synthetic.safetensors"), load_data("digits")
-    many = torch.arange(200) % len(synthetic)
-    larger = SyntheticSet(
-        synthetic.images[many], synthetic.labels[many], synthetic.class_names, synthetic.preprocessing
-    )
-    one = (data.train_labels != 3) | (torch.arange(len(data.train_labels)) == data.class_index[data.class_offsets[3]])
-    parts = data.train_images[one], data.train_labels[one], data.test_images, data.test_labels
-    uneven = type(data).from_tensors("digits", data.class_names, *parts)
-    with pytest.raises(ValueError, match=r"20 images of every class, but 1 of 10 .*'3', has 1\); .*--no-random"):
-        compare(larger, uneven, networks=1, on_network=pytest.fail)
-
-
-def test_random_draws_a_selection_for_every_network(finished):
-    synthetic, data = SyntheticSet.load(finished / "synthetic.safetensors"), load_data("digits")
-    settings = {
-        "protocol": dataclasses.replace(atom_fast.evaluation.PROTOCOLS["dc"], epochs=3),
-        "architecture": architecture_of(synthetic, "digits"),
-        "progress": False,
-    }
-    two = evaluate_random(data, 1, synthetic.preprocessing, networks=2, seed=5, **settings)
-    again = evaluate_random(data, 1, synthetic.preprocessing, networks=2, seed=5, **settings)
-    assert two.accuracies == again.accuracies and two.accuracies[0] != two.accuracies[1]
-    one = evaluate_random(data, 1, synthetic.preprocessing, networks=1, seed=5, **settings)
-    assert one.accuracies == two.accuracies[:1]
-
-
 def test_demo_keeps_what_it_finished_and_nothing_that_is_not_its_own(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "NETWORKS", 1)
+    monkeypatch.setitem(PROTOCOLS, "digits", get_protocol("digits", epochs=5))
     overrides = {"iterations": 2, "real_batch": 8, "width": 8, "depth": 1}
     options = {"device": "cpu", "progress": False, "ipcs": (1,), "overrides": overrides}
     output = tmp_path / "demo"
@@ -376,6 +387,12 @@ def test_demo_keeps_what_it_finished_and_nothing_that_is_not_its_own(tmp_path, m
     assert demo.run_demo(output, **options) == first
     kept = capsys.readouterr()
     assert kept.out == line and "kept from an earlier demo" in kept.err and not (cell / "synthetic.png").exists()
+
+    record = output / "demo.json"  # a demo of the version before, whose settings had one more, is kept as well
+    known = json.loads(record.read_text())
+    known["digits-ipc1"]["config"]["memory_budget"] = None
+    record.write_text(json.dumps(known))
+    assert demo.run_demo(output, **options) == first and "kept from an earlier demo" in capsys.readouterr().err
 
     (cell / "result.json").unlink()  # as if it had been stopped before the evaluation was over
     resumed = demo.run_demo(output, **options)
@@ -399,7 +416,7 @@ def test_settings_written_beside_the_result_repeat_it(finished, tmp_path):
     assert yaml.safe_load((output / "config.yaml").read_text())["width"] == 8
 
 
-@pytest.mark.parametrize("command", ["select", "demo", "profile"])
+@pytest.mark.parametrize("command", ["select", "demo"])
 def test_what_cannot_be_shared_is_not_run_several_times_over(command, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = CliRunner().invoke(main, [command, "--output", str(tmp_path / "out")])

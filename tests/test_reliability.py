@@ -19,9 +19,14 @@ from click.testing import CliRunner
 
 from atom_fast.cli import main
 from atom_fast.distillation.checkpoint import latest_checkpoint
+from atom_fast.distillation.config import preset
 from atom_fast.distillation.logs import RunLog
-from atom_fast.distillation.loop import _locked
+from atom_fast.distillation.loop import distill
+from atom_fast.distillation.run_folder import _locked
+from atom_fast.distillation.step import Distillation
+from atom_fast.evaluation.results import read_records
 from atom_fast.synthetic import SyntheticSet
+from tests.distillation.test_step import make_data
 from tests.processes import ROOT, Server
 
 pytest.importorskip("fcntl", reason="processes and signals as POSIX has them")
@@ -94,23 +99,23 @@ def files_half_written(folder):
 
 
 def moments():
-    """Twenty: five while a run starts, seven between its steps, eight at a system call of a write."""
+    """Ten: two while a run starts, three between its steps, five at a system call of a write."""
     draw = random.Random(0)
-    for _ in range(5):
+    for _ in range(2):
         yield {"signalled": {"number": signal.SIGKILL, "after": draw.uniform(0.0, 0.1)}}
-    for _ in range(7):
+    for _ in range(3):
         log = {"size": draw.randrange(200, 1800), "after": draw.uniform(0.0, 0.03)}
         yield {"signalled": {"number": signal.SIGKILL, **log}}
-    for name in ("fsync", "replace", "write", "fsync", "replace", "write", "fsync", "replace"):
+    for name in ("fsync", "replace", "write", "fsync", "replace"):
         yield {"kill": name, "call": draw.randrange(1, 16), "when": draw.choice(["before", "after"])}
 
 
 @pytest.mark.fault(
     "Stopped runs",
-    "SIGKILL at 20 random moments: while it starts, between steps, before, in and after the system calls of a write",
+    "SIGKILL at 10 random moments: while it starts, between steps, before, in and after the system calls of a write",
     "`--resume` ends with the same bits, losses and pictures as a run that was never stopped",
 )
-@pytest.mark.parametrize("moment", moments(), ids=range(20))
+@pytest.mark.parametrize("moment", moments(), ids=range(10))
 def test_a_killed_run_resumes_to_the_same_bits(moment, run, uninterrupted):
     if "size" in moment.get("signalled", {}):
         moment["signalled"]["file"] = str(run.folder / "log.jsonl")
@@ -212,10 +217,10 @@ def small_disk(kilobytes):
 
 @pytest.mark.fault(
     "Full disks",
-    "a file system of 12, 28, 44, 72 and 100 KB fills up somewhere in a run",
+    "a file system of 12 and of 72 KB fills up somewhere in a run",
     "one line names the file that could not be written; with room again, `--resume` ends with the same bits",
 )
-@pytest.mark.parametrize("kilobytes", [12, 28, 44, 72, 100])
+@pytest.mark.parametrize("kilobytes", [12, 72])
 def test_a_full_file_system_ends_a_run_that_can_go_on(kilobytes, server, tmp_path, uninterrupted):
     with small_disk(kilobytes) as (folder, enlarge, faults):
         run = Run(server, folder / "run", tmp_path / "printed")
@@ -230,19 +235,16 @@ def test_a_full_file_system_ends_a_run_that_can_go_on(kilobytes, server, tmp_pat
 
 @pytest.mark.fault(
     "Full disks",
-    "the disk is full when the configuration, the environment, a checkpoint, a picture, the final set, its picture, or "
-    "the loss curves are written",
+    "the disk is full when the configuration, a checkpoint, a picture, the final set, or the loss curves are written",
     "the file is named, no half file stays, earlier checkpoints are intact, `--resume` ends with the same bits",
 )
 @pytest.mark.parametrize(
     ("name", "reached"),
     [
         ("config.yaml", None),
-        ("environment.json", None),
         ("iteration-*9.safetensors", 6),
         ("iteration-*16.png", 15),
         ("synthetic.safetensors", ITERATIONS),
-        ("synthetic.png", ITERATIONS),
         ("loss.png", ITERATIONS),
     ],
 )
@@ -273,14 +275,15 @@ def test_a_full_disk_keeps_what_an_evaluation_had_found(server, finished, tmp_pa
                "--quiet", "--json", result]  # fmt: skip
     assert server.run(*command, printed=printed, kill="replace", call=1, when="after") == -signal.SIGKILL
     first = result.read_text()
-    assert json.loads(first)["evaluation"]["unfinished"] == [1]
+    (record,) = read_records(result)
+    assert record["unfinished"] == [1]
     assert server.run(*command, printed=printed, full="result.json") == 2
     message = printed.read_text().splitlines()[-1]
     assert message == f"Error: cannot write {result}: File too large; the earlier file is unchanged"
     assert result.read_text() == first
     assert server.run(*command, printed=printed) == 0
-    whole = json.loads(result.read_text())["evaluation"]
-    assert whole["unfinished"] == [] and whole["accuracies"][0] == json.loads(first)["evaluation"]["accuracies"][0]
+    (whole,) = read_records(result)
+    assert whole["unfinished"] == [] and whole["accuracies"][0] == record["accuracies"][0]
 
 
 @pytest.fixture(scope="module")
@@ -366,16 +369,22 @@ def test_a_run_that_became_read_only_is_not_resumed(unwritable, server, tmp_path
     "the run ends with one line that says so, and writes nothing there",
 )
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_removed_folder_ends_the_run(replaced, run, tmp_path):
-    run.server.start("distill", *SETTINGS, "--iterations", 3000, "--output", run.folder, printed=run.printed)
-    until((run.folder / "checkpoints" / "iteration-00000003.safetensors").exists)
-    run.folder.rename(tmp_path / "gone")  # at once, as a removal of many files is not
-    if replaced:
-        run.folder.mkdir()
-        (run.folder / ".lock").touch()
-    assert run.server.stop() == 2
-    assert f"the folder {run.folder}, or its .lock, was removed while the run" in run.messages().splitlines()[-1]
-    left = [path.name for path in run.folder.iterdir()] if replaced else run.folder.exists()
+def test_a_removed_folder_ends_the_run(replaced, tmp_path, monkeypatch):
+    folder, step = tmp_path / "run", Distillation.step
+
+    def step_and_remove(run, iteration):
+        step(run, iteration)
+        if iteration == 3:
+            folder.rename(tmp_path / "gone")  # at once, as a removal of many files is not
+            if replaced:
+                folder.mkdir()
+                (folder / ".lock").touch()
+
+    monkeypatch.setattr(Distillation, "step", step_and_remove)
+    config = preset(ipc=1, iterations=9, real_batch=2, width=4, depth=1, log_every=2, checkpoint_every=3)
+    with pytest.raises(FileNotFoundError, match=f"the folder {folder}, or its .lock, was removed while the run"):
+        distill(make_data(), config, folder, progress=False, device="cpu")
+    left = [path.name for path in folder.iterdir()] if replaced else folder.exists()
     assert left == ([".lock"] if replaced else False)
 
 
@@ -493,14 +502,17 @@ def test_a_nan_names_iteration_and_class_and_the_run_can_go_on(run, uninterrupte
 
 @pytest.mark.fault(
     "Invalid values and mismatched data",
-    "the settings let losses and images grow beyond float32",
-    "the run stops; iteration, classes, and the terms of the loss or the images are named",
+    "`--image-lr 1e300`, or `1e30`, by which images stay finite and leave the data's range",
+    "refused, or stopped at the first reading; the setting is named, and resuming is not advised",
 )
-def test_infinite_losses_name_their_term(run):
-    assert run.start("--image-lr", 1e20, "--loss-scale", 1e20, "--log-every", 1) == 2
-    message = run.messages().splitlines()[-1]
-    assert "NaN or infinity in the images after iteration 1; images lost in 10 of 10 classes: 0, 1" in message
-    assert "iteration-00000000" in message
+def test_a_learning_rate_that_diverges_is_named(run):
+    assert run.start("--image-lr", "1e300") == 2
+    assert run.messages() == "Error: image_lr must be at most 3.4e+38, float32's limit; got 1e+300\n"
+    assert not run.folder.exists()
+    assert run.start("--image-lr", "1e30") == 2
+    text = run.messages()
+    assert "images lost in 10 of 10 classes: 0, 1" in text and "lower image_lr (it is 1e+30) or loss_scale (10)" in text
+    assert "resume" not in text and not (run.folder / "synthetic.safetensors").exists()
 
 
 @pytest.mark.fault(
@@ -527,7 +539,7 @@ def test_a_file_that_is_no_result_is_not_replaced(content, finished, tmp_path):
     file = tmp_path / "notes.json"
     file.write_text(content)
     result = CliRunner().invoke(main, ["evaluate", str(finished), "--json", str(file)])
-    assert result.exit_code == 2 and f"{file} is not a result of this command" in result.stderr
+    assert result.exit_code == 2 and f"{file} is not a record of evaluations" in result.stderr
     assert file.read_text() == content
 
 
@@ -538,7 +550,8 @@ def test_a_damaged_result_of_the_demo_is_measured_again(tmp_path, monkeypatch, c
     from atom_fast import demo
 
     made = {"dataset": "digits", "ipc": 1, "method": "atom", "accuracy_mean": 50.0, "accuracy_std": 1.0}
-    monkeypatch.setattr(demo, "compare", lambda *arguments, **settings: {**made, "seconds": 1.0})
+    monkeypatch.setattr(demo, "evaluate", lambda *arguments, **settings: None)
+    monkeypatch.setattr(demo, "summary", lambda *arguments: {**made, "seconds": 1.0})
     overrides = {"iterations": 1, "real_batch": 4, "width": 4, "depth": 1}
     demo.run_demo(tmp_path, device="cpu", progress=False, ipcs=(1,), overrides=overrides)
     result = tmp_path / "digits-ipc1" / "result.json"

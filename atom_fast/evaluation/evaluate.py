@@ -301,7 +301,6 @@ def _check_settings(networks: int, precision: str, evaluate_every: int | None, t
 
 def _check_fit(synthetic: SyntheticSet, data: ImageData) -> None:
     """Check that a set can be trained on for the test set of ``data``."""
-    synthetic.check()
     if synthetic.class_names != data.class_names:
         raise ValueError(
             f"the set was made for the {len(synthetic.class_names)} classes {_some(synthetic.class_names)}; "
@@ -312,6 +311,7 @@ def _check_fit(synthetic: SyntheticSet, data: ImageData) -> None:
             f"images must be [N, {', '.join(map(str, data.image_shape))}] to fit the test set of {data.name}; "
             f"got {list(synthetic.images.shape)}"
         )
+    synthetic.check()
 
 
 def _some(names: tuple[str, ...]) -> str:

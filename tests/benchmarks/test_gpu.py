@@ -6,6 +6,7 @@ import signal
 import pytest
 
 from benchmarks import gpu
+from tests.benchmarks.tiny import command
 
 
 def test_gpu_script_keeps_going_when_a_part_fails(monkeypatch, tmp_path):
@@ -26,23 +27,20 @@ def test_gpu_script_keeps_going_when_a_part_fails(monkeypatch, tmp_path):
         ("study", "30  to do     cifar10 ipc 50 atom seed 2 [5 convnet] image_average=False"),  # five rows, two sizes
     ],
 )
-def test_gpu_script_reproduces_where_the_images_are(monkeypatch, tmp_path, part, last):
-    """Its commands are such as the program takes, and ask for the cells that are meant."""
+def test_gpu_script_runs_tables_where_the_images_are(monkeypatch, tmp_path, part, last):
+    """Its commands are accepted, ask for the intended cells, and their results are copied if they are new."""
+    listed, _ = command(*getattr(gpu, part.upper()), "--list", "--out", tmp_path)
+    assert last in listed and f"{int(last[:2]) + 1}  to do" not in listed
     measure = getattr(gpu, part)
     assert "no --cifar" in measure(gpu.GpuRun(tmp_path, 0, None, []), 60)
     monkeypatch.setattr(gpu, "CELLS_FOLDER", tmp_path / "cells")
-    run = gpu.GpuRun(tmp_path, 0, tmp_path / "images", [])
-    outcome = measure(run, 120)
-    assert outcome.startswith("failed (exit status 2)") and str(tmp_path / "images") in outcome, "there are none"
-    monkeypatch.setattr(gpu, part.upper(), [*getattr(gpu, part.upper()), "--list"])
-    assert measure(run, 120).startswith("ok: ")
-    listed = (tmp_path / "log.txt").read_text()
-    assert last in listed and f"{int(last[:2]) + 1}  to do" not in listed
-    assert not (tmp_path / f"{part}.json").exists()
-    (tmp_path / "cells").mkdir(exist_ok=True)
     kept = tmp_path / "cells" / f"{part}.json"
+    kept.parent.mkdir()
     kept.write_text("of an earlier run")
-    assert measure(run, 120).startswith("ok") and not (tmp_path / f"{part}.json").exists()
+    run = gpu.GpuRun(tmp_path, 0, tmp_path / "images", [])
+    for script, outcome in (("raise SystemExit(2)", "failed (exit status 2)"), ("pass", "ok")):
+        monkeypatch.setattr(gpu, "BENCHMARKS", ["-c", script])
+        assert measure(run, 120).startswith(outcome) and not (tmp_path / f"{part}.json").exists()
     monkeypatch.setattr(gpu, "BENCHMARKS", ["-c", f"open({str(kept)!r}, 'w').write('new')"])
     assert measure(run, 120).startswith("ok") and (tmp_path / f"{part}.json").read_text() == "new"
 

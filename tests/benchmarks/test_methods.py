@@ -103,14 +103,14 @@ def test_step_moves_the_images_and_gives_a_finite_loss(method, monkeypatch):
     assert now.isfinite().all() and not torch.equal(now, before)
 
 
-@pytest.mark.parametrize("implementation", ["eager-batched", "fused"])
-@pytest.mark.parametrize("method", [name for name, method in TIMED.items() if "fused" in method.implementations])
-def test_implementations_reach_the_loss_of_eager(method, implementation):
+@pytest.mark.parametrize("method", ["dm", "atom"])
+def test_implementations_reach_the_loss_of_eager(method):
     """Their random numbers differ, so single steps do too; the mean over many is one expectation for all."""
-    workload = small(method, real_batch=6, ipc=6, class_images=64)
-    both = (dataclasses.replace(workload, implementation=name) for name in ("eager", implementation))
-    eager, other = (mean_loss(build_step(one)) for one in both)
-    assert other == pytest.approx(eager, rel=0.2)
+    eager, batched, fused = (
+        mean_loss(build_step(small(method, implementation, real_batch=6, ipc=6, class_images=64)))
+        for implementation in ("eager", "eager-batched", "fused")
+    )
+    assert batched == pytest.approx(eager, rel=0.2) and fused == pytest.approx(eager, rel=0.2)
 
 
 def mean_loss(step, steps=60):

@@ -25,8 +25,7 @@ from benchmarks.accuracy.cells import CELL_FILE, cell_folder, claimed, evaluatio
 from benchmarks.accuracy.record import collect
 from benchmarks.accuracy.render import Record, render
 from benchmarks.accuracy.run import list_units
-from tests.benchmarks.tiny import TINY, run, small
-from tests.distillation.test_ranks import Launch, context  # noqa: F401  a fixture
+from tests.benchmarks.tiny import TINY, in_two_processes, run, small
 
 
 def test_a_table_ends_with_ours_beside_the_paper_s(table4):
@@ -77,12 +76,26 @@ def test_fewer_networks_train_no_more_than_they_are(table4, tmp_path):
     shutil.copytree(table4[0], output)
     [(cell, [evaluation])] = small("table4", ["atom"], networks=2).units
     path = evaluation_file(output, cell, evaluation)
-    record = json.loads(path.read_text())
-    [first] = record["curves"]
-    path.write_text(json.dumps({**record, "curves": [first, {}, {}, {"3": 12.5}]}))  # two of four, interrupted
+    [first] = json.loads(path.read_text())[0]["curves"]
+    change_record(path, curves=[first, {}, {}, {"3": 12.5}])  # two of four, interrupted
     run(small("table4", ["atom"], networks=2), output)
-    curves = json.loads(path.read_text())["curves"]
+    curves = json.loads(path.read_text())[0]["curves"]
     assert curves[0] == first and curves[1] and curves[2:] == [{}, {"3": 12.5}]
+
+
+def change_record(path, **changed):
+    [record] = json.loads(path.read_text())
+    path.write_text(json.dumps([{**record, **changed}]))
+
+
+def test_a_finished_evaluation_of_the_version_before_is_read(table4, tmp_path):
+    output = tmp_path / "copy"
+    shutil.copytree(table4[0], output)
+    [(cell, [evaluation])] = small("table4", ["random"]).units
+    path = evaluation_file(output, cell, evaluation)
+    [record] = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in record.items() if name != "hash"}))
+    assert read_evaluation(output, cell, evaluation) == read_evaluation(table4[0], cell, evaluation)
 
 
 def test_an_interrupted_cell_is_resumed(tmp_path, monkeypatch):
@@ -228,7 +241,7 @@ def test_images_of_different_origin_are_not_put_into_one_table(table4, tmp_path)
             write(small("table4"), output)
     with_other_images(output, units)
     before = sorted(output.rglob("*"))
-    with pytest.raises(ValueError, match=r"other images of digits .* than the images at hand \(digits\).*--output"):
+    with pytest.raises(ValueError, match=r"other images of digits .* than the images at hand \(digits\).*--out"):
         run(small("table4", seeds=2), output)
     assert sorted(output.rglob("*")) == before
     assert run(small("table4"), output)[0]["data"] == {"digits": "digits (JPEG)"}, "what is finished needs no data"
@@ -283,13 +296,13 @@ def test_each_process_has_its_own_gpu_and_the_first_one_writes(table4, tmp_path,
     assert record["sections"] == table4[1]["sections"] and not list(output.glob("table4*"))
 
 
-def share_a_table(world, output):
+def share_a_table(output):
     record, reported = run(small("table4", ["random", "mmd", "atom"], seeds=2), output)
     return record["sections"], reported
 
 
-def test_processes_started_together_share_the_cells(tmp_path, context):  # noqa: F811  the fixture
-    found = Launch(context, 2, share_a_table, tmp_path).results()
+def test_processes_started_together_share_the_cells(tmp_path):
+    found = in_two_processes(share_a_table, tmp_path)
     assert not any(isinstance(one, BaseException) for one in found), found
     assert found[0][0] == found[1][0] == json.loads((tmp_path / "table4.json").read_text())["sections"]
     entries = [entry for row in found[0][0][0]["rows"] for entry in row["entries"].values()]
@@ -305,8 +318,7 @@ def damaged(folder, what, **changed):
     elif what == "evaluation":
         next(folder.glob("evaluation-*.json")).write_text("")
     elif what == "results":  # JSON, but not an evaluation's
-        path = next(folder.glob("evaluation-*.json"))
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+        change_record(next(folder.glob("evaluation-*.json")), **changed)
     elif what == "set":
         path = next(folder.glob("sets/*.safetensors"))
         path.write_bytes(path.read_bytes()[:-7])
@@ -419,9 +431,8 @@ def test_figure_3_evaluates_sets_on_the_way(tmp_path):
 def test_pictures_are_drawn_through_the_inverse_preprocessing(table4):
     output, _ = table4
     record, _ = run(small("fig4"), output)
-    assert {reduction["name"] for reduction in record["reduced"]["digits"]} == set(TINY) - {"depth"} and record[
-        "data"
-    ] == {"digits": "digits"}
+    assert {reduction["name"] for reduction in record["reduced"]["digits"]} == {*TINY, "augmentation"}
+    assert record["data"] == {"digits": "digits"}
     with Image.open(output / "fig4-digits-ipc1.png") as picture:
         assert picture.convert("RGB").getextrema() != ((255, 255),) * 3
 
@@ -430,7 +441,7 @@ def test_table_2_averages_over_architectures(tmp_path, monkeypatch):
     cells = (("digits32", 1),)
     networks = {evaluation.network for _, found in small("table2", cells=cells).units for evaluation in found}
     assert networks == set(paper.TABLE2_NETWORKS)
-    monkeypatch.setattr("benchmarks.accuracy.targets._NETWORK_TITLES", {"convnet": "ConvNet", "alexnet": "AlexNet"})
+    monkeypatch.setattr("benchmarks.accuracy.tables._NETWORK_TITLES", {"convnet": "ConvNet", "alexnet": "AlexNet"})
     record, _ = run(small("table2", ["atom"], cells), tmp_path)
     [row] = record["sections"][0]["rows"]
     ours = {column: entry["ours"] for column, entry in row["entries"].items()}
@@ -452,12 +463,11 @@ def test_methods_that_select_and_the_full_data_set(tmp_path):
 
 
 def test_a_table_says_what_its_sets_were_tested_with(tmp_path):
-    """Not what the machine has that puts it together."""
+    """Versions are those of the machines that evaluated, not of the one that collects."""
     target = small("table1", ["random"], seeds=2)
     run(target, tmp_path)
     [first, second] = [evaluation_file(tmp_path, cell, evaluations[0]) for cell, evaluations in target.units]
     for path, torch_version in ((first, "2.11.0"), (second, "1.0")):
-        record = json.loads(path.read_text())
-        path.write_text(json.dumps({**record, "versions": {"torch": torch_version}}))
+        change_record(path, versions={"torch": torch_version})
     record = collect(target, tmp_path)
     assert record["versions"] == {"torch": "1.0, 2.11.0"} and "torch 1.0, 2.11.0." in render(Record(record))

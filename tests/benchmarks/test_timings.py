@@ -16,20 +16,19 @@ from tests.benchmarks.workloads import small
 PLAN = harness.Plan(iterations=4, seconds=5, limit=60)
 
 
-def test_cell_is_measured_in_its_own_process():
-    record = harness.run_cell(small("dm"), PLAN)
-    assert record["status"] == "ok" and len(record["seconds"]) == record["time"]["iterations"] == 4
+def test_a_cell_is_measured_in_its_own_process_in_turns_with_eager():
+    record = harness.run_cell(small("dm", "fused"), dataclasses.replace(PLAN, seconds=0.5, beside_eager=True))
+    assert record["status"] == "ok", record
+    assert len(record["seconds"]) == record["time"]["iterations"]
     assert record["time"]["q20"] <= record["time"]["median"] <= record["time"]["q80"]
     assert record["memory"]["peak_allocated"] > 0
-
-
-def test_on_a_cpu_a_cell_takes_turns_with_eager():
-    plan = dataclasses.replace(PLAN, seconds=0.5, beside_eager=True)
-    record = harness.run_cell(small("dm", implementation="fused"), plan)
-    assert record["status"] == "ok", record
     assert 0 < record["share_of_eager"] < 100
     assert sum(record["seconds"]) > 3 * harness.TURN and sum(record["eager_seconds"]) > 3 * harness.TURN
-    assert "share_of_eager" not in harness.run_cell(small("dm"), plan)  # eager itself
+
+
+def test_eager_is_measured_alone():
+    record = harness.measure(small("dm"), PLAN)
+    assert len(record["seconds"]) == 4 and "share_of_eager" not in record
 
 
 def test_the_share_is_of_neighbouring_turns(monkeypatch):
@@ -78,14 +77,12 @@ def test_cells_beside_which_eager_was_slow_are_measured_again(tmp_path, monkeypa
     assert kept == {"compile": [1.0], "fused": [1.4], "eager-batched": [1.2], "fused-graph": [1.05]}
 
 
-def test_out_of_memory_is_an_entry():
-    record = harness.run_cell(small("dm", class_images=10**12), PLAN)
-    assert record["status"] == "OOM"
-
-
-def test_cell_that_fails_or_takes_too_long_is_an_entry():
-    assert harness.run_cell(small("dm", real_batch=0, ipc=-1), PLAN)["status"] == "failed"
-    assert harness.run_cell(small("dm"), dataclasses.replace(PLAN, limit=0.01))["status"] == "timeout"
+@pytest.mark.parametrize(
+    ("changes", "limit", "status"),
+    [({"class_images": 10**12}, 60, "OOM"), ({"real_batch": 0, "ipc": -1}, 60, "failed"), ({}, 0.01, "timeout")],
+)
+def test_a_cell_that_does_not_end_well_is_an_entry(changes, limit, status):
+    assert harness.run_cell(small("dm", **changes), dataclasses.replace(PLAN, limit=limit))["status"] == status
 
 
 def test_summary():

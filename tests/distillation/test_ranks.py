@@ -15,13 +15,14 @@ import torch
 
 from atom_fast.data.sources import load_data
 from atom_fast.data.whitening import fit_preprocessing
-from atom_fast.distillation import loop, ranks
+from atom_fast.distillation import ranks, run_folder
 from atom_fast.distillation.checkpoint import latest_checkpoint
 from atom_fast.distillation.config import preset
 from atom_fast.distillation.loop import distill
-from atom_fast.distillation.ranks import ALONE, RankError, StopSign, World, join, launched, own_device
-from atom_fast.distillation.step import Distillation, NonFiniteError
-from atom_fast.evaluation import evaluate, get_protocol
+from atom_fast.distillation.ranks import RankError, StopSign, join, launched, own_device
+from atom_fast.distillation.step import Distillation, DivergenceError
+from atom_fast.evaluation.evaluate import evaluate
+from atom_fast.evaluation.protocols import get_protocol
 from atom_fast.synthetic import SyntheticSet
 from benchmarks import ranks as benchmark
 from tests.distillation.test_step import make_data, make_run
@@ -30,10 +31,7 @@ SMALL = {"ipc": 2, "real_batch": 4, "width": 8, "depth": 2, "log_every": 2, "che
 # Ten classes: shares of two ranks are even, of four not.
 CONFIGURATIONS = {
     "augmented": {},
-    "one image a class": {"ipc": 1},
-    "chunks": {"class_chunk": 2},
-    "average": {"image_average": True},
-    "herding": {"image_init": "herding"},
+    "one image in chunks": {"ipc": 1, "class_chunk": 2, "image_average": True},
     "layer norm": {"norm": "layer", "augmentation": "none"},
     "matched means": {"name": "dm", "real_batch": 1},
 }
@@ -55,7 +53,7 @@ def context():
 
 
 class Launch:
-    """``work(world, *arguments)`` in ``size`` processes, started as torchrun starts them, with one thread each."""
+    """``work(*arguments)`` in ``size`` processes, started as torchrun starts them, with one thread each."""
 
     def __init__(self, context, size, work, *arguments, silence=ranks.SILENCE):
         self.reports = context.Queue()
@@ -84,57 +82,58 @@ def _run(rank, size, port, silence, work, arguments, reports):
     torch.set_num_threads(1)
     ranks.SILENCE = silence
     try:
-        with join("cpu") as world:
-            result = work(world, *arguments)
+        with join("cpu"):
+            result = work(*arguments)
     except (Exception, SystemExit) as error:
         result = error
     reports.put((rank, result))
 
 
-def distil_all(world, folder):
-    """One run for each configuration, and one that goes on from what more ranks left; a refusal, a NaN, an evaluation.
+def distil_all(folder):
+    """One run for each configuration, and one that continues what more ranks left; a refusal, a NaN, an evaluation.
 
-    What is returned by every rank must be the same.
+    Every rank must return the same.
     """
-    data = make_data(classes=10)
-    options = {"progress": False, "device": "cpu", "world": world}
-    Distillation.reads_at_once = lambda run: world.size != 2  # two read as on a GPU: after the next step
+    data, size = make_data(classes=10), ranks.count()
+    options = {"progress": False, "device": "cpu"}
     images = {
-        name: distill(small(**settings), data, folder / f"{world.size} {name}", **options).images.numpy()
+        name: distill(data, small(**settings), folder / f"{size} {name}", **options).images.numpy()
         for name, settings in CONFIGURATIONS.items()
     }
-    iterations = {4: 3, 2: 5, 1: 6}[world.size]
-    resumed = distill(small(iterations, class_chunk=3), data, folder / "resumed", resume=True, **options)
-    found = {"resumed": resumed.images.numpy(), "evaluation": _evaluate(world, data)}
-    return {**images, **found, **_refusals(world, folder)}
+    iterations = {4: 3, 2: 5, 1: 6}[size]
+    resumed = distill(data, small(iterations, class_chunk=3), folder / "resumed", resume=True, **options)
+    with ranks.alone():
+        apart = distill(data, small(2), folder / f"apart {size} {os.environ['RANK']}", **options)
+    found = {"resumed": resumed.images.numpy(), "apart": apart.images.numpy(), "evaluation": _evaluate(data, folder)}
+    return {**images, **found, **_refusals(folder)}
 
 
-def _evaluate(world, data):
+def _evaluate(data, folder):
     chosen = data.class_index[:: len(data.class_index) // 10]
     space = fit_preprocessing(data.train_images, "standard", progress=False)
-    seen = []
+    images = space.to_model(data.train_images[chosen])
+    synthetic = SyntheticSet(images, data.train_labels[chosen], data.class_names, space)
+    record = folder / f"evaluation {ranks.count()}.json"
     result = evaluate(
-        space.to_model(data.train_images[chosen]), data.train_labels[chosen], data, space,
-        protocol=get_protocol("digits", epochs=4), networks=3, evaluate_every=2, architecture={"width": 8, "depth": 2},
-        progress=False, world=world, on_network=lambda so_far: seen.append(3 - len(so_far.unfinished)),
+        synthetic, data, protocol=get_protocol("digits", epochs=4), networks=3, evaluate_every=2,
+        architecture={"width": 8, "depth": 2}, device="cpu", progress=False, record=record,
     )  # fmt: skip
-    assert seen == [1, 2, 3]
     return result.curves
 
 
-def _refusals(world, folder):
+def _refusals(folder):
     found = {}
-    options = {"progress": False, "device": "cpu", "world": world}
     for name, classes, settings in (
         ("batch norm", 10, {"norm": "batch"}),
         ("few classes", 3, {}),
         ("NaN", 10, {"loss_scale": 1e30, "image_lr": 1e30, "augmentation": "none"}),
     ):
+        output = folder / f"{ranks.count()} {name}"
         try:
-            distill(small(**settings), make_data(classes=classes), folder / f"{world.size} {name}", **options)
+            distill(make_data(classes=classes), small(**settings), output, progress=False, device="cpu")
             found[name] = None
-        except (ValueError, NonFiniteError) as error:
-            found[name] = f"{type(error).__name__}: {error}".replace(f"{world.size} NaN", "NaN")
+        except (ValueError, DivergenceError) as error:
+            found[name] = f"{type(error).__name__}: {error}".replace(output.name, name)
     return found
 
 
@@ -157,7 +156,7 @@ def test_any_number_of_processes_gives_the_bits_of_one(shared, size):
     folder, found = shared
     (one,) = _raise_errors(found[1])
     for rank, several in enumerate(_raise_errors(found[size])):
-        for name in CONFIGURATIONS:
+        for name in (*CONFIGURATIONS, "apart"):
             assert (several[name] == one[name]).all(), f"{name}, rank {rank}"
     for name in CONFIGURATIONS:
         ends = [latest_checkpoint(folder / f"{number} {name}" / "checkpoints").tensors for number in (1, size)]
@@ -177,7 +176,7 @@ def test_the_folder_is_that_of_one_process(shared):
         for ours, theirs in zip(*records, strict=True):
             assert ours["iteration"] == theirs["iteration"]
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-    starts = json.loads((folder / "4 chunks" / "environment.json").read_text())
+    starts = json.loads((folder / "4 augmented" / "environment.json").read_text())
     assert [start["processes"] for start in starts] == [4]
 
 
@@ -190,7 +189,7 @@ def test_a_run_of_four_goes_on_with_two_and_with_one(shared, tmp_path):
     folder, found = shared
     starts = json.loads((folder / "resumed" / "environment.json").read_text())
     assert [start["processes"] for start in starts] == [4, 2, 1]
-    straight = distill(small(6), make_data(classes=10), tmp_path, progress=False, device="cpu")
+    straight = distill(make_data(classes=10), small(6), tmp_path, progress=False, device="cpu")
     assert torch.equal(torch.from_numpy(found[1][0]["resumed"]), straight.images)
 
 
@@ -237,7 +236,7 @@ def test_a_nan_ends_the_run_in_every_process(shared):
     _, found = shared
     for size in (2, 4):
         for several in found[size]:
-            assert "NonFiniteError: NaN or infinity" in several["NaN"]
+            assert "DivergenceError: NaN or infinity" in several["NaN"]
             assert several["NaN"].split("; the last good")[0] == found[1][0]["NaN"].split("; the last good")[0]
 
 
@@ -261,14 +260,14 @@ def test_an_image_on_a_cpu_does_not_depend_on_how_many_classes_run_at_once(setti
         assert torch.equal(chunked, found[0])
 
 
-def fail_to_save(world, folder):
-    if world.rank == 0:
+def fail_to_save(folder):
+    if ranks.is_first():
 
         def full(*_):
             raise OSError(28, "No space left on device")
 
-        loop.save_checkpoint = full
-    distill(small(), make_data(), folder, progress=False, device="cpu", world=world)
+        run_folder.save_checkpoint = full
+    distill(make_data(), small(), folder, progress=False, device="cpu")
 
 
 @pytest.mark.fault(
@@ -285,9 +284,9 @@ def test_an_error_in_one_process_ends_all_with_its_message(context, tmp_path):
         assert "No space left on device" in str(other)
 
 
-def differ(world, folder):
-    data = make_data(per_class=10 + world.rank)
-    distill(small(), data, folder, progress=False, device="cpu", world=world)
+def differ(folder):
+    data = make_data(per_class=10 if ranks.is_first() else 11)
+    distill(data, small(), folder, progress=False, device="cpu")
 
 
 @pytest.mark.fault(
@@ -300,7 +299,7 @@ def test_processes_with_other_data_are_refused(context, tmp_path):
         assert "rank 1 of 2 has other data than rank 0" in str(error)
 
 
-def distil_slowly(world, folder):
+def distil_slowly(folder):
     step = Distillation.step
 
     def slow_step(self, iteration):
@@ -309,7 +308,7 @@ def distil_slowly(world, folder):
 
     Distillation.step = slow_step
     config = small(100_000, checkpoint_every=5, image_every=10**6)
-    distill(config, make_data(), folder, progress=False, device="cpu", world=world, resume=True)
+    distill(make_data(), config, folder, progress=False, device="cpu", resume=True)
 
 
 @pytest.mark.fault(
@@ -346,7 +345,7 @@ def test_one_signalled_process_stops_all_at_the_same_step(context, tmp_path):
     assert [stop.code for stop in launch.results()] == [143, 143]
     stopped = latest_checkpoint(tmp_path / "checkpoints")
     config = small(stopped.iteration)
-    again = distill(config, make_data(), tmp_path / "straight", progress=False, device="cpu")
+    again = distill(make_data(), config, tmp_path / "straight", progress=False, device="cpu")
     assert torch.equal(stopped.tensors["images"], again.images)
 
 
@@ -359,7 +358,11 @@ def test_torchrun_stops_and_goes_on(tmp_path):
     settings = "--ipc 1 --real-batch 4 --width 8 --depth 2 --checkpoint-every 5 --log-every 5 --image-every 100000"
     command = f"distill --device cpu --quiet --output run --resume {settings}".split()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "atom_fast", *command]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
+    }
     options = {"cwd": tmp_path, "env": environment, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([*launcher, "--iterations", "100000"], **options)
     _wait_for(tmp_path / "run" / "checkpoints" / "iteration-00000005.safetensors", process)
@@ -371,8 +374,8 @@ def test_torchrun_stops_and_goes_on(tmp_path):
     config = {"ipc": 1, "real_batch": 4, "width": 8, "depth": 2, "log_every": 5, "checkpoint_every": 5}
     data, options = load_data("digits"), {"progress": False, "device": "cpu"}
     config = preset(iterations=stopped + 3, **config)
-    resumed = distill(config, data, tmp_path / "run", resume=True, **options)
-    assert torch.equal(resumed.images, distill(config, data, tmp_path / "straight", **options).images)
+    resumed = distill(data, config, tmp_path / "run", resume=True, **options)
+    assert torch.equal(resumed.images, distill(data, config, tmp_path / "straight", **options).images)
 
 
 def _wait_for(path, process=None):
@@ -386,27 +389,28 @@ def _wait_for(path, process=None):
 def test_one_process_needs_nobody(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert not launched()
-    with join() as world:
-        assert world is ALONE
-        assert (world.rank, world.size, world.label) == (0, 1, "")
-    assert world.exchange({"a": 1}) == [{"a": 1}]
+    with join():
+        assert (ranks.is_first(), ranks.count(), ranks.label()) == (True, 1, "")
+        assert ranks.local_classes(7) == range(7)
+    assert ranks.all_gather_object({"a": 1}) == [{"a": 1}]
     images = torch.rand(6, 1, 2, 2)
-    assert world.collect(images, 3) is images
-    assert torch.equal(world.deal(images, torch.empty(6, 1, 2, 2), 3), images)
-    assert list(world.results([3, 5], lambda jobs: ((job, {1: job}) for job in jobs))) == [(3, {1: 3}), (5, {1: 5})]
-    assert world.after_first(lambda: 7) == 7
+    assert ranks.gather(images, 3) is images
+    assert ranks.scatter(images, torch.empty(6, 1, 2, 2), 3) is images
+    assert ranks.own_jobs([3, 5]) == [3, 5]
+    assert list(ranks.share([3, 5], lambda jobs: ((job, {1: job}) for job in jobs))) == [(3, {1: 3}), (5, {1: 5})]
+    assert ranks.after_first(lambda: 7) == 7
     assert not torch.distributed.is_initialized()
 
 
-def test_a_closed_connection_is_explained_by_who_closed_it():
-    world = object.__new__(ranks._Ranks)
-    world.rank, world.size, world._store = 0, 4, torch.distributed.HashStore()
+def test_a_closed_connection_is_explained_by_the_rank_that_closed_it():
+    group = object.__new__(ranks._Group)
+    group.rank, group.size, group._store = 0, 4, torch.distributed.HashStore()
     lost = "rank 0 of 4 lost contact with the others while it sent: Connection closed"
-    with pytest.raises(RankError, match=lost), world._explained("while it sent"):
+    with pytest.raises(RankError, match=lost), group._explained("while it sent"):
         raise RuntimeError("Connection closed by peer\nand a long trace")
-    world._store.set("failed", json.dumps([2, "No space left on device"]))
+    group._store.set("failed", json.dumps([2, "No space left on device"]))
     failed = "rank 2 of 4 failed: No space left on device"
-    with pytest.raises(RankError, match=failed), world._explained("while it sent"):
+    with pytest.raises(RankError, match=failed), group._explained("while it sent"):
         raise RuntimeError("Connection closed by peer")
 
 
@@ -418,51 +422,54 @@ def test_the_estimate_for_gpus_counts_images_and_momentum():
     assert all(seconds > cifar10["bytes_received"] / 450e9 for seconds in cifar10["seconds"].values())
 
 
+class Fake:
+    """One of ``size`` ranks; the others take 10 ms per step, and no signal."""
+
+    def __init__(self, rank, size):
+        self.rank, self.size, self.local_rank, self.meetings = rank, size, rank, 0
+
+    def all_gather_object(self, value):
+        self.meetings += 1
+        return [value, [[], 0.01]]
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
-def test_every_class_and_every_network_has_one_owner(size):
-    worlds = [World() for _ in range(size)]
-    for rank, world in enumerate(worlds):
-        world.rank, world.size = rank, size
-    for count in range(size, 40):
-        shares = [world.share(count) for world in worlds]
-        assert [number for share in shares for number in share] == list(range(count))
-        assert max(map(len, shares)) - min(map(len, shares)) <= 1
-        assert [worlds[0].share(count, rank) for rank in range(size)] == shares
-    jobs = [0, 2, 3, 7, 8]
-    assert sorted(job for world in worlds for job in world.own_jobs(jobs)) == jobs
+def test_every_class_and_every_network_has_one_owner(size, monkeypatch):
+    jobs, owned = [0, 2, 3, 7, 8], []
+    shares = {count: [] for count in range(size, 40)}
+    for rank in range(size):
+        monkeypatch.setattr(ranks, "_group", Fake(rank, size))
+        owned += ranks.own_jobs(jobs)
+        for count, found in shares.items():
+            found.append(ranks.local_classes(count))
+    assert sorted(owned) == jobs
+    for count, found in shares.items():
+        assert [number for share in found for number in share] == list(range(count))
+        assert max(map(len, found)) - min(map(len, found)) <= 1
 
 
 def test_ranks_compare_their_signals_about_once_a_second(monkeypatch):
-    class Two(World):
-        size = 2
-        meetings = 0
-
-        def exchange(self, value=None):
-            self.meetings += 1
-            return [value, [[], 0.01]]  # the other one takes 10 ms a step
-
-    now = [0.0]
+    now, group = [0.0], Fake(0, 2)
+    monkeypatch.setattr(ranks, "_group", group)
     monkeypatch.setattr(ranks.time, "monotonic", lambda: now[0])
-    world = Two()
-    sign = StopSign(world, 0)
+    sign = StopSign(0)
     for iteration in range(1, 2001):
         now[0] += 0.001
         assert sign.asked(iteration, []) is None
-    assert 20 <= world.meetings <= 40  # 20 s of steps, and a few meetings more in the beginning
+    assert 20 <= group.meetings <= 40  # 20 s of steps, and a few meetings more in the beginning
     assert sign.asked(2001, [15], at_once=True) == 15
 
 
-def test_a_device_for_each_process():
+def test_a_device_for_each_process(monkeypatch):
     assert own_device("cpu") == torch.device("cpu")
-    world = World()
-    world.size, world.rank, world.local_rank = 99, 98, 98
-    assert own_device("cpu", world) == torch.device("cpu")
+    monkeypatch.setattr(ranks, "_group", Fake(98, 99))
+    assert own_device("cpu") == torch.device("cpu")
     if torch.cuda.is_available():
         with pytest.raises(ValueError, match="99.*on this machine finds"):
-            own_device(None, world)
+            own_device(None)
     else:
         with pytest.raises(ValueError, match="PyTorch sees no GPU"):
-            own_device("cuda", world)
+            own_device("cuda")
 
 
 def test_a_set_may_be_distilled_by_ranks_and_read_by_anyone(shared):
