@@ -15,16 +15,17 @@ $(VENV)/.installed: pyproject.toml setup.py
 demo: install
 	$(BIN)/atom-fast demo --output runs/demo
 
-test: install
-	$(BIN)/ruff check .
+test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 # Everything worth measuring on a GPU, with the Python that has torch; nothing is installed. CIFAR=DIR for Table 1.
 gpu:
-	$(PYTHON) -m benchmarks.gpu --out runs/gpu $(if $(CIFAR),--cifar $(CIFAR))
+	$(PYTHON) -m benchmarks gpu --out runs/gpu $(if $(CIFAR),--cifar $(CIFAR))
 
 table3-cpu: install
 	$(BIN)/python -m benchmarks table3 --edition cpu --out runs/benchmarks

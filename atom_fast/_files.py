@@ -1,4 +1,4 @@
-"""Files that are either complete or not there: written beside their place, then moved onto it."""
+"""Atomic writes: a file is written beside its target and then moved onto it, so that it is complete or absent."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 
 
 def write_atomically(path: str | os.PathLike, content: bytes | str) -> Path:
-    """Write ``content`` to ``path``; whatever stood there before stays intact until the new file is on the disk.
+    """Write ``content`` to ``path``; an earlier file stays intact until the new one is on the disk.
 
     Args:
         path: file to write, or a link to it; missing parent folders are made.
-        content: bytes, or text, which is written as UTF-8.
+        content: bytes, or a string, which is encoded as UTF-8.
 
     Returns:
-        The path written.
+        ``path``.
 
     Raises:
-        OSError: the file could not be written (a full disk, no permission, the path is a folder or a device). The
-            message names the path, and an earlier file at the path is unchanged.
+        OSError: the file could not be written (full disk, no permission, the path is a folder or a device). The message
+            names the path; an earlier file is unchanged.
     """
     path = Path(path)
     target = Path(os.path.realpath(path))
@@ -45,13 +45,13 @@ def write_atomically(path: str | os.PathLike, content: bytes | str) -> Path:
 
 
 def unfinished_path(target: Path) -> Path:
-    """A hidden file beside ``target`` to write before it is moved there; no two writers get the same."""
-    # Not the process's number alone: in two containers with one folder between them it may be the same.
+    """Return a unique hidden path beside ``target``, to write to before moving the file to ``target``."""
+    # The process id alone is not unique: two containers that share a folder may use the same one.
     return target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
 
 
 def _sync_folder(folder: Path) -> None:
-    # The new name survives a power cut only once the folder is on the disk too; some file systems refuse to sync one.
+    # The new name survives a power failure only if the folder is synced too; some file systems refuse to sync folders.
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

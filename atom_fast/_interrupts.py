@@ -1,4 +1,4 @@
-"""Ctrl-C in a command: one line and exit code 130, whatever it meets."""
+"""Handle Ctrl-C in a command: print one line and exit with code 130, at any time."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 
 def exit_on_interrupt() -> None:
-    """Let Ctrl-C end the process at once; for the time before a command runs, in which PyTorch is imported.
+    """Make Ctrl-C end the process at once. For the time before a command runs, while PyTorch is imported.
 
-    A module does not survive an exception in the middle of its import: the KeyboardInterrupt comes out as another
-    error, as an abort in C++, or not at all. Where Ctrl-C is ignored, as in a shell's background jobs, it stays so.
+    A KeyboardInterrupt during an import can turn into another exception or an abort in C++, or be swallowed. If SIGINT
+    is ignored, as in a shell's background jobs, it stays ignored.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _exit)
@@ -21,9 +21,9 @@ def exit_on_interrupt() -> None:
 
 @contextlib.contextmanager
 def interrupts_raised() -> Iterator[None]:
-    """Let Ctrl-C raise KeyboardInterrupt in the enclosed code, so that it can clean up.
+    """Make Ctrl-C raise KeyboardInterrupt in the enclosed code, so that the code can clean up.
 
-    While a module is imported the process ends at once here, too: commands import what they need.
+    During an import the process still ends at once, because commands import modules when they need them.
     """
     before = signal.getsignal(signal.SIGINT)
     main_thread = threading.current_thread() is threading.main_thread()

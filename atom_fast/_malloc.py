@@ -1,4 +1,4 @@
-"""The C library's memory, kept when it is freed, so that a CPU's times are those of arithmetic."""
+"""Keep freed memory in the process, so that steps on a CPU do not wait for the kernel to clear pages."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # mallopt(3)
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep what this process frees; PyTorch's allocator for GPUs does so by itself.
+    """Make glibc keep the memory that this process frees, as PyTorch's caching allocator does on a GPU.
 
-    By default glibc hands large blocks back to the system, and every step pays again for having its pages cleared: up
-    to half of a step's time. Whether it does depends on the order of earlier allocations, so that two runs of the same
-    step can differ by as much. PyTorch's tuning guide recommends an allocator that keeps memory, for the same reason.
+    By default glibc returns large blocks to the system, and every step then waits for new pages to be cleared: up to
+    half of its time. Which blocks are returned depends on the order of earlier allocations, so the same step can differ
+    as much between runs. PyTorch's tuning guide recommends a caching allocator for the same reason.
 
     Returns:
-        Whether this C library can be told.
+        True if the C library accepted both settings; False if it is not glibc.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

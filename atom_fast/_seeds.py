@@ -1,12 +1,12 @@
-"""Seeds of unrelated streams of random numbers, all from one."""
+"""Derive independent seeds from one seed."""
 
 _MASK = 2**64 - 1
 
 
 def derive_seed(seed: int, index: int) -> int:
-    """A 64-bit seed for stream ``index`` of ``seed``: the finaliser of SplitMix64 (Steele et al. 2014), twice.
+    """Return a 64-bit seed for stream ``index`` of ``seed``: SplitMix64's finaliser (Steele et al. 2014), twice.
 
-    Neighbouring seeds and indices give unrelated streams, where ``seed + index`` would repeat them.
+    Neighbouring seeds and indices give unrelated streams; ``seed + index`` would give the same stream several times.
     """
     return _mix(_mix(seed & _MASK) ^ (index & _MASK))
 

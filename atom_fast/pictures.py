@@ -1,4 +1,4 @@
-"""What a person looks at: grids of images, loss curves, tables of accuracies."""
+"""Draw grids of images and loss curves, and format results as text."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from atom_fast._files import write_atomically
 
-CELL_SIZE = 64  # an image is enlarged to about this many pixels, so that 8 x 8 digits and 64 x 64 photographs both show
+if TYPE_CHECKING:
+    from atom_fast.synthetic import SyntheticSet
+
+CELL_SIZE = 64  # target side of an enlarged image in pixels, so that 8 x 8 digits and 64 x 64 photographs are visible
 MARGIN = 8  # pixels around the grid and beside the names
-LARGEST_SIDE = 6000  # a grid of thousands of images is enlarged less, so that its file can still be opened
+LARGEST_SIDE = 6000  # pixels; a grid of thousands of images is enlarged less, so that viewers can open the file
 
 
 def save_image_grid(
@@ -27,20 +31,20 @@ def save_image_grid(
     class_names: Sequence[str] | None = None,
     title: str | None = None,
 ) -> Path:
-    """Write images as one PNG, row after row, each enlarged to a visible size by repeating its pixels.
+    """Write images to one PNG in row-major order, enlarged by an integer factor.
 
     Args:
-        pixels: float ``[N, C, H, W]`` in [0, 1] with 1 or 3 channels, on any device; values outside are clamped.
-        path: PNG file to write; replaced where it exists.
-        columns: images in a row; a class-major set with ``columns=ipc`` shows one class a row.
-        class_names: one name a row, written at its left, or one name an image, written under it.
-        title: a line above the images.
+        pixels: float ``[N, C, H, W]`` in [0, 1] with 1 or 3 channels, on any device; other values are clamped.
+        path: PNG file to write or replace.
+        columns: images per row; ``columns=ipc`` shows one class per row if the images are sorted by class.
+        class_names: one name per row, written to its left, or one name per image, written below it.
+        title: line above the images.
 
     Returns:
-        The path written.
+        ``path``.
 
     Raises:
-        ValueError: a wrong shape, no images, or names that fit neither the rows nor the images.
+        ValueError: wrong shape, no images, or a number of names that matches neither rows nor images.
         OSError: the file could not be written.
     """
     if pixels.ndim != 4 or pixels.shape[1] not in (1, 3) or 0 in pixels.shape:
@@ -54,15 +58,15 @@ def save_image_grid(
     columns = min(columns, count)
     image = _draw_grid(pixels, rows, columns, class_names, title)
     buffer = io.BytesIO()
-    # Pixels are repeated, so that runs are all there is to find: looking for more takes forty times as long.
+    # Repeated pixels compress well as runs; zlib's default strategy takes forty times as long.
     image.save(buffer, format="PNG", compress_level=1, compress_type=zlib.Z_RLE)
     return write_atomically(path, buffer.getvalue())
 
 
-def save_synthetic_grid(synthetic, path: str | os.PathLike, title: str | None = None) -> Path:
-    """Write a :class:`~atom_fast.synthetic.SyntheticSet` as one PNG: a row per class, or ten a row at one per class.
+def save_synthetic_grid(synthetic: SyntheticSet, path: str | os.PathLike, title: str | None = None) -> Path:
+    """Write a synthetic set to one PNG: one row per class, or ten images per row if every class has one image.
 
-    Uneven classes leave their rows short. Returns and raises as :func:`save_image_grid`.
+    Rows of smaller classes are padded with white. Arguments, result and errors are those of :func:`save_image_grid`.
     """
     pixels = synthetic.pixels()[torch.argsort(synthetic.labels, stable=True)]
     sizes, largest = synthetic.class_sizes, max(synthetic.class_sizes)
@@ -74,8 +78,8 @@ def save_synthetic_grid(synthetic, path: str | os.PathLike, title: str | None = 
     return save_image_grid(torch.cat(rows), path, columns=largest, class_names=names, title=title)
 
 
-def save_run_pictures(folder: str | os.PathLike, synthetic) -> None:
-    """Write ``synthetic.png``, the images of a finished run, and ``loss.png``, its loss curves, into its folder.
+def save_run_pictures(folder: str | os.PathLike, synthetic: SyntheticSet) -> None:
+    """Write ``synthetic.png`` and ``loss.png`` of a finished run into its folder.
 
     Raises:
         OSError: a file could not be written.
@@ -85,8 +89,8 @@ def save_run_pictures(folder: str | os.PathLike, synthetic) -> None:
     save_loss_curves(folder / "log.jsonl", folder / "loss.png", title=describe(synthetic))
 
 
-def describe(synthetic) -> str:
-    """A :class:`~atom_fast.synthetic.SyntheticSet` in a line: data set, size, method, iterations, as far as known."""
+def describe(synthetic: SyntheticSet) -> str:
+    """Describe a synthetic set in one line: data set, size, method and iterations, as far as its metadata has them."""
     metadata, config = synthetic.metadata, synthetic.metadata.get("config", {})
     size = f"{len(synthetic)} images" if synthetic.ipc is None else f"{synthetic.ipc} per class"
     parts = [metadata.get("dataset"), size, metadata.get("method") or method_name(config)]
@@ -95,7 +99,7 @@ def describe(synthetic) -> str:
 
 
 def method_name(config: Mapping[str, object]) -> str:
-    """What a configuration's loss is called, by the attention maps it matches; "synthetic" where it is not known."""
+    """Name a configuration's method by the attention maps that it matches; "synthetic" if ``config`` is empty."""
     if not config:
         return "synthetic"
     names = {(True, True): "atom", (False, True): "atom-channel", (True, False): "datadam", (False, False): "dm"}
@@ -145,7 +149,7 @@ def _scale(rows: int, columns: int, height: int, width: int) -> int:
 
 
 def _fit(name: str, font, width: float) -> str:
-    name = name[:200]  # each step below measures the whole name
+    name = name[:200]  # every step of the loop measures the whole name
     shortened, characters = name, len(name)
     while characters > 1 and font.getlength(shortened) > width:
         characters -= 1
@@ -154,11 +158,11 @@ def _fit(name: str, font, width: float) -> str:
 
 
 def read_log(path: str | os.PathLike) -> list[dict]:
-    """The records of a JSON-lines log, in order; a last line cut short by a crash is left out.
+    """Read the records of a JSON-lines log in order; an incomplete last line, left by a crash, is dropped.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line before the last is no JSON object.
+        FileNotFoundError: the file does not exist.
+        ValueError: a line before the last is not a JSON object.
     """
     path = Path(path)
     if not path.is_file():
@@ -176,19 +180,19 @@ def read_log(path: str | os.PathLike) -> list[dict]:
 
 
 def save_loss_curves(log: str | os.PathLike, path: str | os.PathLike, title: str | None = None) -> Path:
-    """Draw the loss terms of a run against its iterations, on a logarithmic scale, as one PNG.
+    """Plot the loss terms of a run over its iterations to one PNG, on a logarithmic scale if all are positive.
 
     Args:
-        log: JSON lines that ``distill`` wrote; every number whose name is or ends in ``loss`` becomes a curve.
-        path: PNG file to write; replaced where it exists.
-        title: a line above the plot.
+        log: JSON lines from ``distill``; every number whose name ends in ``loss`` becomes a curve.
+        path: PNG file to write or replace.
+        title: line above the plot.
 
     Returns:
-        The path written.
+        ``path``.
 
     Raises:
-        FileNotFoundError: there is no such log.
-        ValueError: the log is damaged or holds no losses.
+        FileNotFoundError: ``log`` does not exist.
+        ValueError: the log is damaged or contains no losses.
         OSError: the file could not be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -196,7 +200,7 @@ def save_loss_curves(log: str | os.PathLike, path: str | os.PathLike, title: str
 
     curves = _loss_curves(read_log(log))
     if not curves:
-        raise ValueError(f"{log} holds no losses: expected records such as {{'iteration': 10, 'loss': 0.5}}")
+        raise ValueError(f"{log} contains no losses: expected records such as {{'iteration': 10, 'loss': 0.5}}")
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -211,7 +215,7 @@ def save_loss_curves(log: str | os.PathLike, path: str | os.PathLike, title: str
 
 
 def save_curves(figure, path: str | os.PathLike) -> Path:
-    """Give every plot of a matplotlib figure the look of curves here, and write it as PNG.
+    """Add grid and legend to every plot of a matplotlib figure, and write it as PNG.
 
     Raises:
         OSError: the file could not be written.
@@ -236,19 +240,19 @@ def _loss_curves(records: Iterable[dict]) -> dict[str, list[tuple[int, float]]]:
 
 
 def result_line(result: dict) -> str:
-    """One result as one line, such as ``digits ipc=10 atom 96.1 ± 0.3 random 91.1 ± 1.0`` (per cent).
+    """Format a result as one line, such as ``digits ipc=10 atom 96.1 ± 0.3 random 91.1 ± 1.0`` (per cent).
 
     Args:
-        result: ``dataset``, ``ipc``, ``method``, ``accuracy_mean``, ``accuracy_std`` and, where Random was measured
-            beside it, ``random_mean`` and ``random_std``.
+        result: ``dataset``, ``ipc``, ``method``, ``accuracy_mean``, ``accuracy_std`` and, if Random was evaluated,
+            ``random_mean`` and ``random_std``.
     """
-    size = "" if result["ipc"] is None else f" ipc={result['ipc']}"  # all images of unequal classes have none
+    size = "" if result["ipc"] is None else f" ipc={result['ipc']}"  # None for classes of different sizes
     line = f"{result['dataset']}{size} {result['method']} {_accuracy(result, 'accuracy')}"
     return f"{line} random {_accuracy(result, 'random')}" if result.get("random_mean") is not None else line
 
 
 def comparison_table(results: Iterable[dict]) -> str:
-    """Results as an aligned Markdown table; each is a mapping as in :func:`result_line`, ``seconds`` where known."""
+    """Format results (see :func:`result_line`, with optional ``seconds``) as an aligned Markdown table."""
     head = ("data set", "images per class", "method", "accuracy %", "random %", "distillation s")
     rows = [
         (

@@ -1,107 +1,424 @@
-"""``python -m benchmarks table3 | scaling | report | compare``: measure, show, and compare."""
+"""``python -m benchmarks COMMAND``: the tables and figures of the paper, timings, and the pages made of both."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import sys
+import importlib
+import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
-from . import compare, report, scaling, table3
-from .cells import check_known
-from .harness import ROOT
+import click
+
+from atom_fast.distillation.config import PRESETS
+from atom_fast.evaluation.protocols import PROTOCOLS
+from atom_fast.names import WATCHED_EPOCHS
+from atom_fast.options import (
+    Choice,
+    CommaList,
+    Commands,
+    alone,
+    configuration,
+    data_options,
+    device_name,
+    device_option,
+    in_group,
+    quiet_option,
+    setting_options,
+)
+from benchmarks import devices, gpu, roofline, scaling, table3
+from benchmarks.accuracy.study import FACTORS
+from benchmarks.accuracy.tables import TARGETS, Target, parse_cell
+from benchmarks.harness import ROOT
+from benchmarks.methods import ALL_IMPLEMENTATIONS, TIMED
+from benchmarks.operators import OPERATORS
+
+RESULTS = ROOT / "benchmarks" / "results"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run one command; the exit status is 1 where a check or a comparison fails, 2 on bad input."""
-    options = _parser().parse_args(arguments)
-    try:
-        return options.run(options)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+class _InOrder(Commands):
+    """Commands listed in the order in which they are defined."""
+
+    def list_commands(self, ctx):
+        return list(self.commands)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    commands = parser.add_subparsers(required=True)
+class _Cell(click.ParamType):
+    name = "dataset:ipc"
 
-    measure = commands.add_parser(
-        "table3",
-        help="measure Table 3",
-        description="Measure an edition of Table 3. Cells measured before are kept: a second call continues.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    def convert(self, value, param, ctx):
+        return parse_cell(value)
+
+
+@click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def main():
+    """Run the tables and figures of the ATOM paper, time steps and operators, and render the results.
+
+    Table 3 is about time and memory; all other tables and the figures are about accuracy.
+    """
+
+
+def _out(default: str, explained: str) -> Callable:
+    return click.option(
+        "--out", type=click.Path(path_type=Path), default=Path(default), show_default=True, help=explained
     )
-    measure.add_argument("--edition", default="cpu", help=f"one of {', '.join(table3.EDITIONS)}")
-    measure.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of the results file")
-    measure.add_argument("--method", action="append", help="only this method; may be repeated")
-    measure.add_argument("--implementation", action="append", help="only this implementation; may be repeated")
-    measure.add_argument("--ipc", action="append", type=int, help="only this many images per class; may be repeated")
-    measure.add_argument("--iterations", type=int, help="timed iterations per cell (default: the edition's)")
-    measure.add_argument("--seconds", type=float, help="seconds of timing per cell (default: the edition's)")
-    measure.set_defaults(run=_table3)
 
-    growth = commands.add_parser("scaling", help="measure a step against classes, images per class and resolution")
-    growth.add_argument("--edition", default="cpu", help=f"one of {', '.join(scaling.EDITIONS)} (default cpu)")
-    growth.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of the results file")
-    growth.set_defaults(run=_scaling)
 
-    show = commands.add_parser("report", help="render tables and pictures, refresh README and docs")
-    show.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of results files")
-    show.add_argument("--check", action="store_true", help="write nothing; fail where a page or picture differs")
-    show.set_defaults(run=_report)
+def _options(*options: Callable) -> Callable:
+    def decorate(command):
+        for option in reversed(options):
+            command = option(command)
+        return command
 
-    contrast = commands.add_parser("compare", help="name what got slower between two results files")
-    contrast.add_argument("old", type=Path)
-    contrast.add_argument("new", type=Path)
-    contrast.add_argument("--tolerance", type=float, default=0.15, help="relative change to ignore (default 0.15)")
-    contrast.add_argument(
-        "--repeated", action="store_true", help="two runs of the same code: name changes in both directions"
+    return decorate
+
+
+_accuracy_options = _options(
+    click.option(
+        "--cells",
+        type=CommaList(_Cell()),
+        help="data sets and images per class, such as cifar10:1,tiny:50  [default: the paper's]",
+    ),
+    click.option("--seeds", type=int, help="distilled sets per cell  [default: 5 sets, 3 for digits]"),
+    click.option("--networks", type=int, help="networks trained on each set  [default: 20 networks, 2 for digits]"),
+    click.option("--iterations", type=int, help="steps of every distillation  [default: the method's, 200 for digits]"),
+    click.option("--width", type=int, help="channels of the ConvNets  [default: 128 channels, 32 for digits]"),
+    click.option("--real-batch", type=int, help="real images per class per step  [default: the method's]"),
+    click.option(
+        "--set", "given", multiple=True, metavar="NAME=VALUE", help="a setting of distill  [default: the method's]"
+    ),
+    click.option(
+        "--protocol",
+        type=Choice(list(PROTOCOLS)),
+        help="training of the networks  [default: digits for digits, paper for others]",
+    ),
+    click.option(
+        "--epochs", type=int, help="epochs of that protocol; others scale with them  [default: the protocol's]"
+    ),
+    click.option(
+        "--selection-epochs", type=int, help=f"epochs of the network that selects images  [default: {WATCHED_EPOCHS}]"
+    ),
+    click.option("--only", type=CommaList(click.INT), help="numbers of cells from --list, such as 3,4  [default: all]"),
+    click.option("--list", "listed", is_flag=True, help="list the cells with their numbers and exit  [default: off]"),
+    click.option("--data-dir", type=click.Path(path_type=Path), help="folder of the data  [default: data]"),
+    click.option("--download", is_flag=True, help="fetch CIFAR or Tiny ImageNet if missing  [default: off]"),
+    _out("runs/accuracy", "folder of cells and results"),
+    device_option,
+    quiet_option,
+)
+
+
+def _add_target(name: str, target: Target) -> None:
+    """Add the command of a table or figure of accuracies."""
+
+    @_accuracy_options
+    @in_group
+    def command(
+        cells, given, iterations, width, real_batch, only, listed, data_dir, download, out, device, quiet,
+        methods=None, factors=None, **size,
+    ):  # fmt: skip
+        from atom_fast._malloc import keep_freed_memory
+        from atom_fast.distillation import ranks
+        from benchmarks import accuracy
+        from benchmarks.accuracy.render import Record, render
+        from benchmarks.accuracy.run import list_units
+
+        keep_freed_memory()
+        named = {"iterations": iterations, "width": width, "real_batch": real_batch}
+        settings = {name: value for name, value in named.items() if value is not None} | parse_settings(given)
+        plan = accuracy.plan(name, cells, methods, factors, settings=settings, **size)
+        if listed:
+            if ranks.is_first():
+                click.echo("\n".join(list_units(plan, out)))
+            return
+        record = accuracy.reproduce(
+            plan, out, data_dir=data_dir, download=download, only=only, device=device_name(device), progress=not quiet
+        )
+        if ranks.is_first() and plan.kind != "grids":
+            click.echo(render(Record(record)))
+
+    if len(target.methods) > 1:
+        kind, known = CommaList(Choice(list(target.methods))), ", ".join(target.methods)
+        command = click.option("--methods", type=kind, help=f"methods to run, of {known}  [default: all]")(command)
+    if name == "study":
+        kind = CommaList(click.STRING)
+        command = click.option(
+            "--factors", type=kind, help=f"settings to vary, of {', '.join(FACTORS)}  [default: all]"
+        )(command)
+    command.__doc__ = f"""{target.title}.
+
+    Distils and evaluates the cells that are missing, and shows the results beside the paper's. Finished cells are kept:
+    run the same command again, also with more seeds or networks, to continue. Several processes may run the same
+    command in one folder; `torchrun --nproc-per-node N -m benchmarks {name} ...` starts N of them, one per GPU.
+    """
+    main.command(name, short_help=target.title)(command)
+
+
+def parse_settings(given: tuple[str, ...]) -> dict[str, object]:
+    """Return ``NAME=VALUE`` pairs as settings, with values as YAML reads them.
+
+    Raises:
+        ValueError: a pair has no "=", or its value cannot be read.
+    """
+    import yaml
+
+    from atom_fast.distillation.config import from_yaml
+
+    settings = {}
+    for pair in given:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes NAME=VALUE; got {pair!r}")
+        try:
+            settings[name.strip().replace("-", "_")] = yaml.safe_load(value)
+        except Exception as error:  # YAML's errors, and those of its constructors
+            raise ValueError(f"--set {pair!r} is not readable as YAML") from error
+    return from_yaml(settings)
+
+
+@click.option("--edition", type=Choice(list(table3.EDITIONS)), default="cpu", show_default=True, help="size and device")
+@_out("runs/benchmarks", "folder of the results file")
+@click.option("--methods", type=CommaList(Choice(list(TIMED))), help="methods to time  [default: all]")
+@click.option(
+    "--implementations", type=CommaList(Choice(ALL_IMPLEMENTATIONS)), help="implementations to time  [default: all]"
+)
+@click.option("--ipcs", type=CommaList(click.INT), help="images per class, such as 1,10  [default: the edition's]")
+@click.option("--iterations", type=click.IntRange(1), help="timed steps per cell  [default: the edition's]")
+@click.option(
+    "--seconds", type=click.FloatRange(0, min_open=True), help="seconds of timing per cell  [default: the edition's]"
+)
+def _table3(edition, out, methods, implementations, ipcs, iterations, seconds):
+    """Table 3: time and memory of a step of seven methods.
+
+    Cells that were measured before are kept: a second call continues.
+    """
+    from dataclasses import replace
+
+    from benchmarks.pages.benchmarks import table3_markdown
+
+    changes = {"iterations": iterations, "seconds": seconds}
+    plan = replace(
+        table3.EDITIONS[edition].plan, **{name: value for name, value in changes.items() if value is not None}
     )
-    contrast.set_defaults(run=_compare)
-    return parser
+    path = table3.run(edition, out, methods=methods, implementations=implementations, ipcs=ipcs, plan=plan)
+    click.echo(table3_markdown([path]))
 
 
-def _table3(options: argparse.Namespace) -> int:
-    check_known("edition", [options.edition], table3.EDITIONS)
-    plan = table3.EDITIONS[options.edition].plan
-    changes = {name: getattr(options, name) for name in ("iterations", "seconds") if getattr(options, name) is not None}
-    for name, value in changes.items():
-        if value <= 0:
-            raise ValueError(f"--{name} must be above 0; got {value}")
-    path = table3.run(
-        options.edition,
-        options.out,
-        methods=options.method,
-        implementations=options.implementation,
-        ipcs=options.ipc,
-        plan=dataclasses.replace(plan, **changes),
+for _name, _target in TARGETS.items():  # in the paper's order
+    _add_target(_name, _target)
+    if _name == "table2":
+        main.command("table3", short_help="Table 3: time and memory of a step of seven methods")(_table3)
+
+
+@main.command("scaling")
+@click.option(
+    "--edition", type=Choice(list(scaling.EDITIONS)), default="cpu", show_default=True, help="size and device"
+)
+@_out("runs/benchmarks", "folder of the results file")
+def _scaling(edition, out):
+    """Time a step against classes, images per class and resolution."""
+    scaling.run(edition, out)
+
+
+@main.command()
+@_out("runs/benchmarks/kernels-gpu.json", "JSON file of the results")
+@click.option("--operator", type=Choice(list(OPERATORS)), help="only this operator  [default: all]")
+def kernels(out, operator):
+    """Time every operator against a copy of the same bytes, on a GPU."""
+    from benchmarks.kernels import run
+
+    run(out, [operator] if operator else None)
+
+
+@main.command()
+@click.option("--networks", type=click.IntRange(1), help="networks  [default: 10 networks, 20 on a GPU]")
+@click.option("--epochs", type=click.IntRange(1), help="epochs  [default: 300 epochs, 1000 on a GPU]")
+@click.option("--loop-networks", type=click.IntRange(1), help="networks of the public code's loop  [default: all]")
+@click.option("--loop-epochs", type=click.IntRange(1), help="epochs of the public code's loop  [default: all]")
+@click.option("--rounds", type=click.IntRange(1), default=1, show_default=True, help="number of repetitions")
+@click.option("--out", type=click.Path(path_type=Path), help="JSON file of the records  [default: not written]")
+def evaluation(networks, epochs, loop_networks, loop_epochs, rounds, out):
+    """Time the training of evaluated networks beside the public code's loop."""
+    from benchmarks.evaluation import run
+
+    run(networks, epochs, loop_networks=loop_networks, loop_epochs=loop_epochs, rounds=rounds, out=out)
+
+
+@main.command()
+@data_options("digits", "digits")
+@click.option("--resolution", type=int, help="resize images to squares of this side, in pixels  [default: as they are]")
+@click.option(
+    "--shape",
+    type=int,
+    nargs=4,
+    help="random images instead of a data set: classes, channels, height, width  [default: the images of --dataset]",
+)
+@click.option("--preset", "preset_name", type=Choice(list(PRESETS)), help="published settings  [default: paper]")
+@click.option("--config", type=click.Path(path_type=Path), help="YAML file of settings  [default: no file]")
+@click.option("--steps", default=10, help="steps to time and trace  [default: 10 steps]")
+@click.option("--warm-up", default=3, help="untimed steps before  [default: 3 steps]")
+@click.option("--measure", is_flag=True, help="measure the rates of a device whose datasheet is known  [default: off]")
+@_out("runs/profile", "folder of profile.json and trace.json")
+@device_option
+@quiet_option
+@setting_options
+@click.pass_context
+@alone
+def profile(
+    ctx, dataset, data_dir, download, resolution, shape, preset_name, config, steps, warm_up, measure, out, device,
+    quiet, **settings,
+):  # fmt: skip
+    """Profile a step: time of each stage beside the least time it could take.
+
+    Runs a few steps with the settings of `atom-fast distill` and keeps no images. Prints a table of the stages, and
+    writes it to profile.json beside a Chrome trace for ui.perfetto.dev.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # PyTorch's profiler reports its start and stop
+    from click.core import ParameterSource
+
+    from atom_fast._files import write_atomically
+    from atom_fast._malloc import keep_freed_memory
+    from atom_fast.data.sources import load_data
+    from benchmarks.profile import profile as run
+    from benchmarks.profile import profile_table, random_data
+
+    keep_freed_memory()
+    config, _ = configuration(ctx, settings, config, preset_name)
+    if not shape:
+        data = load_data(dataset, data_dir, download=download, resolution=resolution, progress=not quiet)
+    elif any(ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in ("dataset", "resolution")):
+        raise ValueError("give --shape or --dataset/--resolution, not both")
+    else:
+        data = random_data(*shape, per_class=max(500, config.real_batch, config.ipc))
+    trace, device = out / "trace.json", device_name(device)
+    options = {"device": device, "measure": measure, "progress": not quiet}
+    result = run(config, data, trace, steps=steps, warm_up=warm_up, **options)
+    write_atomically(out / "profile.json", json.dumps(result.to_dict(), indent=2) + "\n")
+    click.echo(profile_table(result))
+    click.echo(f"trace: {trace}; figures: {out / 'profile.json'}", err=True)
+
+
+@main.command("roofline")
+@click.option(
+    "--dataset",
+    type=Choice(list(roofline.DATASETS)),
+    default="cifar10",
+    show_default=True,
+    help="source of classes, channels and image size",
+)
+@click.option("--classes", type=int, help="number of classes  [default: the data set's]")
+@click.option("--resolution", type=int, help="height and width in pixels  [default: the data set's]")
+@click.option("--ipc", default=50, show_default=True, help="synthetic images per class")
+@click.option("--real-batch", default=128, show_default=True, help="real images per class per step")
+@click.option("--width", default=128, show_default=True, help="channels of every block")
+@click.option("--depth", default=3, show_default=True, help="blocks")
+@click.option(
+    "--precision", type=Choice(list(devices.PRECISIONS)), default="tf32", show_default=True, help="of the convolutions"
+)
+@click.option(
+    "--device", type=Choice(list(devices.DEVICES)), default="H100", show_default=True, help="rates from its datasheet"
+)
+@click.option(
+    "--measured",
+    type=click.Path(path_type=Path),
+    help="JSON of a device's measured rates, instead of --device  [default: the datasheet's]",
+)
+@click.option("--json", "as_json", is_flag=True, help="print JSON  [default: off]")
+def _roofline(dataset, classes, resolution, ipc, real_batch, width, depth, precision, device, measured, as_json):
+    """Count operations, fewest bytes and least time of a step; nothing is measured."""
+    own_classes, channels, height, width_of_images = roofline.DATASETS[dataset]
+    rates = devices.read_device(measured) if measured else devices.DEVICES[device]
+    sizes = roofline.Configuration(
+        own_classes if classes is None else classes,
+        channels,
+        height if resolution is None else resolution,
+        width_of_images if resolution is None else resolution,
+        ipc=ipc,
+        real_batch=real_batch,
+        network_width=width,
+        depth=depth,
+        precision=precision,
     )
-    print(report.table3_markdown([path]))
-    return 0
+    if as_json:
+        click.echo(json.dumps(roofline.to_dict(sizes, rates), indent=2))
+    else:
+        click.echo(f"{dataset}, IPC {ipc}, {precision}, on {rates.name}\n{roofline.table(sizes, rates)}")
 
 
-def _scaling(options: argparse.Namespace) -> int:
-    scaling.run(options.edition, options.out)
-    return 0
+@main.command("gpu")
+@_out("runs/gpu", "folder of the results")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0, min_open=True),
+    default=gpu.PLANNED_MINUTES,
+    show_default=True,
+    help="time for everything",
+)
+@click.option("--cifar", type=click.Path(path_type=Path), help="CIFAR-10 as folders train/ and test/  [default: none]")
+@click.option("--parts", type=CommaList(Choice(list(gpu.PARTS))), help="only these parts  [default: all that fit]")
+def _gpu(out, minutes, cifar, parts):
+    """Measure everything on a GPU, the most valuable first.
+
+    Each part has its own time limit, and what it has measured is kept however it ends.
+    """
+    gpu.run(out, minutes, cifar, parts)
 
 
-def _report(options: argparse.Namespace) -> int:
-    stale = report.refresh(options.results, ROOT, check=options.check)
+@main.command("report")
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    default=RESULTS,
+    help="folder of results files  [default: benchmarks/results]",
+)
+@click.option("--check", is_flag=True, help="write nothing; exit with status 1 if anything is out of date")
+@click.pass_context
+def _report(ctx, results, check):
+    """Render tables and pictures of README and docs from the results files."""
+    from benchmarks.report import refresh
+
+    stale = refresh(results, ROOT, check=check)
     for message in stale:
-        print(message if options.check else f"refreshed: {message}")
-    return 1 if options.check and stale else 0
+        click.echo(message if check else f"refreshed: {message}")
+    ctx.exit(1 if check and stale else 0)
 
 
-def _compare(options: argparse.Namespace) -> int:
-    if options.repeated:
-        largest, beyond = compare.compare_repeated(options.old, options.new, options.tolerance)
-        print("\n".join([*beyond, largest]))
-        return 1 if beyond else 0
-    slower = compare.compare(options.old, options.new, options.tolerance)
-    print("\n".join(slower) or "nothing got slower")
-    return 1 if slower else 0
+@main.command("compare")
+@click.argument("old", type=click.Path(path_type=Path))
+@click.argument("new", type=click.Path(path_type=Path))
+@click.option("--tolerance", default=0.15, show_default=True, help="relative change to accept")
+@click.option("--repeated", is_flag=True, help="two runs of the same code: name changes in both directions")
+@click.pass_context
+def _compare(ctx, old, new, tolerance, repeated):
+    """Name what got slower between two results files OLD and NEW, relative to each run's eager step.
+
+    Exits with status 1 if anything did.
+    """
+    from benchmarks.compare import compare, compare_repeated
+
+    if repeated:
+        largest, beyond = compare_repeated(old, new, tolerance)
+        click.echo("\n".join([*beyond, largest]))
+        ctx.exit(1 if beyond else 0)
+    slower = compare(old, new, tolerance)
+    click.echo("\n".join(slower) or "nothing got slower")
+    ctx.exit(1 if slower else 0)
+
+
+def _add_script(name: str, short_help: str) -> None:
+    """Add the command of a module that reads its own arguments."""
+    passed_on = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+    @main.command(name, short_help=short_help, context_settings=passed_on, add_help_option=False)
+    @click.pass_context
+    def command(ctx):
+        importlib.import_module(f"benchmarks.{name}").main(ctx.args)
+
+
+_add_script("step", "Time one step of every implementation, with freed memory kept and returned")
+_add_script("digits", "Time a distillation of digits beside a plain loop")
+_add_script("ranks", "Time steps shared by several processes, on a CPU")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(prog_name="python -m benchmarks")

@@ -1,4 +1,4 @@
-"""What `python -m tests.compilers` found, as a table: every kernel for every chip by several versions of Triton."""
+"""The results of `python -m tests.compilers` as a table: every kernel for every chip by several versions of Triton."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BAD = {"too_large": "ask for more", "spills": "spill", "lost_constants": "miscom
 
 
 def table(source: Path) -> str:
-    """Render the results file as a table, one row per chip; kernels of all versions of Triton are counted together."""
+    """Return the results file as a table, one row per chip; kernels of all versions of Triton are counted together."""
     rows = json.loads(source.read_text("utf-8"))
     heads = ["chip", "Triton", "kernels", "most shared memory in KB", "the chip's", *BAD.values()]
     lines = [f"| {' | '.join(heads)} |", f"| --- | --- | {' | '.join(['---:'] * (len(heads) - 2))} |"]

@@ -1,13 +1,12 @@
-"""The networks of an evaluation, trained this project's way and the public code's: ``python -m benchmarks.evaluation``.
+"""Training of an evaluation's networks: this project's ensemble beside the public code's loop.
 
-On a CPU the set is 10 scikit-learn digits a class, on a GPU random images of CIFAR-10's shape, 50 a class. Each side
-runs in a process of its own, in turns, and is timed whole: making the networks, every epoch, one test each. What is
-printed are milliseconds a network's epoch, and the ratio of the two sides of one round.
+On a CPU the set is 10 scikit-learn digits per class, on a GPU 50 random images per class of CIFAR-10's shape. Each side
+runs in its own process, in turns, and is timed whole: making the networks, every epoch, one test each. The figures are
+milliseconds per network and epoch, and the ratio of the two sides of one round.
 """
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import statistics
 import time
@@ -24,30 +23,37 @@ from atom_fast._malloc import keep_freed_memory
 from atom_fast.data import load_data
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import fit_preprocessing
-from atom_fast.evaluation import evaluate, get_protocol, random_selection
+from atom_fast.evaluation import get_protocol, random_selection
+from atom_fast.evaluation.evaluate import evaluate
+from atom_fast.synthetic import SyntheticSet
 
 from .harness import environment, save_results
 from .methods.published import ConvNet, augment
 from .methods.workload import Workload
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure both sides in turns, print a line each, and keep the records."""
+def run(
+    networks: int | None = None,
+    epochs: int | None = None,
+    *,
+    loop_networks: int | None = None,
+    loop_epochs: int | None = None,
+    rounds: int = 1,
+    out: Path | None = None,
+) -> dict:
+    """Measure both sides in turns, print a line each, and return the records.
+
+    Args:
+        networks, epochs: sizes of the training; None: 10 networks and 300 epochs, on a GPU 20 and 1,000.
+        loop_networks, loop_epochs: sizes of the loop; None: the same. Fewer take less time.
+        rounds: number of repetitions.
+        out: JSON file of the records.
+    """
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluation", description=__doc__)
-    parser.add_argument("--networks", type=int, default=20 if cuda else 10, help="networks (default 10; 20 on a GPU)")
-    parser.add_argument("--epochs", type=int, default=1000 if cuda else 300, help="epochs (default 300; 1000 on a GPU)")
-    parser.add_argument("--loop-networks", type=int, help="networks of the loop; fewer take less time (default: all)")
-    parser.add_argument("--loop-epochs", type=int, help="epochs of the loop; fewer take less time (default: all)")
-    parser.add_argument("--rounds", type=int, default=1, help="how often both are run (default 1)")
-    parser.add_argument("--out", type=Path, help="JSON file of the records")
-    options = parser.parse_args(arguments)
-    sizes = {
-        "ensemble": (options.networks, options.epochs),
-        "loop": (options.loop_networks or options.networks, options.loop_epochs or options.epochs),
-    }
+    networks, epochs = networks or (20 if cuda else 10), epochs or (1000 if cuda else 300)
+    sizes = {"ensemble": (networks, epochs), "loop": (loop_networks or networks, loop_epochs or epochs)}
     record = {"environment": environment("cuda" if cuda else "cpu"), "rounds": []}
-    for number in range(options.rounds):
+    for number in range(rounds):
         sides = {}
         for side in ("loop", "ensemble") if number % 2 == 0 else ("ensemble", "loop"):
             sides[side] = _in_a_process(side, *sizes[side])
@@ -56,20 +62,21 @@ def main(arguments: list[str] | None = None) -> None:
         record["rounds"].append({**sides, "ratio": ratio})
         record["ratio"] = statistics.median(entry["ratio"] for entry in record["rounds"])
         print(f"the ensemble is {ratio:.2f} times as fast", flush=True)
-        if options.out:
-            save_results(options.out, record)
+        if out:
+            save_results(out, record)
+    return record
 
 
 def describe(side: str, entry: dict) -> str:
-    """A side in a line."""
+    """Return the result of a side in a line."""
     return (
         f"{side:9} {entry['networks']} networks, {entry['epochs']} epochs: {entry['seconds']:.1f} s, "
-        f"{entry['ms_per_network_epoch']:.2f} ms a network's epoch"
+        f"{entry['ms_per_network_epoch']:.2f} ms per network and epoch"
     )
 
 
 def _in_a_process(side: str, networks: int, epochs: int) -> dict:
-    """One side in a fresh process: what one leaves in the C library's memory must not help the other."""
+    """Time one side in a fresh process: memory that the C library keeps from one side must not help the other."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_time, side, networks, epochs).result()
 
@@ -88,7 +95,7 @@ def _time(side: str, networks: int, epochs: int) -> dict:
 
 
 def make_data() -> ImageData:
-    """What is trained and tested on, with the training set already chosen: digits, or CIFAR-10's shape on a GPU."""
+    """Return the data with the training set already chosen: digits, or CIFAR-10's shape on a GPU."""
     if not torch.cuda.is_available():
         digits = load_data("digits", progress=False)
         chosen = random_selection(digits, 10, seed=0)
@@ -106,19 +113,21 @@ def make_data() -> ImageData:
 
 
 def ensemble(data: ImageData, networks: int, epochs: int, **settings) -> Callable[[], None]:
-    """This project's evaluation; ``settings`` as in :func:`atom_fast.evaluation.evaluate`."""
+    """Return this project's evaluation; ``settings`` as in :func:`atom_fast.evaluation.evaluate`."""
     space = fit_preprocessing(data.train_images, "standard", progress=False)
-    images, protocol = space.to_model(data.train_images), get_protocol("paper", epochs=epochs)
+    images = space.to_model(data.train_images)
+    synthetic = SyntheticSet(images, data.train_labels, data.class_names, space)
+    protocol = get_protocol("paper", epochs=epochs)
+    options = {"protocol": protocol, "networks": networks, "architecture": {}, "progress": False, **settings}
 
     def train() -> None:
-        options = {"protocol": protocol, "networks": networks, "progress": False, **settings}
-        evaluate(images, data.train_labels, data, space, **options)
+        evaluate(synthetic, data, **options)
 
     return train
 
 
 def loop(data: ImageData, networks: int, epochs: int) -> Callable[[], None]:
-    """The public code: network after network, a DataLoader that indexes an image at a time, loss and accuracy read."""
+    """Return the public code's training: one network at a time, a DataLoader of single images, losses read."""
     device = data.train_images.device.type
     channels, height, _ = data.image_shape
     workload = Workload("evaluation", "eager", 10, channels=channels, resolution=height, device=device)
@@ -152,6 +161,3 @@ def loop(data: ImageData, networks: int, epochs: int) -> Callable[[], None]:
 
 
 SIDES = {"loop": loop, "ensemble": ensemble}
-
-if __name__ == "__main__":
-    main()

@@ -1,15 +1,14 @@
-"""Everything worth measuring on a GPU, the most valuable first: ``python -m benchmarks.gpu --out DIR``.
+"""Everything worth measuring on a GPU, the most valuable first.
 
-Needs a checkout and a Python with torch, triton, numpy and pytest, for ``--cifar`` with all that the package requires
-(kornia, to whiten); nothing is installed or fetched. Each part has its own time limit, and what a part has measured is
-kept however it ends. In DIR, at most eight files: ``summary.json``,
-``log.txt``, ``table3-gpu.json``, ``scaling-gpu.json``, ``kernels.json``, ``evaluation.json``, and with ``--cifar``
-``table1.json`` and ``study.json``, whose sets stay in ``runs/gpu-reproduce``: another run goes on with them.
+Needs a checkout and a Python with torch, triton, numpy and pytest; with images of CIFAR-10 also everything that the
+package requires (kornia, to whiten). Nothing is installed or fetched. Each part has its own time limit, and what a part
+has measured is kept however it ends. The folder of the results holds at most eight files: ``summary.json``,
+``log.txt``, ``table3-gpu.json``, ``scaling-gpu.json``, ``kernels.json``, ``evaluation.json`` and, with images,
+``table1.json`` and ``study.json``, whose sets stay in ``runs/gpu-accuracy``: another run continues them.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import importlib.util
@@ -21,36 +20,35 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import cells, report, scaling, table3
+from . import scaling, table3
 from .harness import ROOT, Plan, environment, save_results
+from .timings import FINISHED
 
-PLANNED_MINUTES = 8  # the run that the parts' limits below are for; they are scaled to --minutes
-REPRODUCE_FOLDER = ROOT / "runs" / "gpu-reproduce"
-REPRODUCE = ["-m", "atom_fast", "reproduce"]
+PLANNED_MINUTES = 8.0  # time of the run that the limits of the parts are made for; others scale them
+CELLS_FOLDER = ROOT / "runs" / "gpu-accuracy"
+BENCHMARKS = ["-m", "benchmarks"]
 _LIKE_THE_PAPER = ["--iterations", "8000", "--networks", "5", "--protocol", "datadam-code", "--quiet"]
 TABLE1 = [
     *("table1", "--cells", "cifar10:1,cifar10:10,cifar10:50", "--methods", "dm,dam,atom", "--seeds", "5"),
     *_LIKE_THE_PAPER,
 ]
-STUDY = [
-    *("study", "--cells", "cifar10:10,cifar10:50", "--factors", "loss_scale,image_average,image_init"),
-    *("--seeds", "3", *_LIKE_THE_PAPER),
-]
-_SECONDS_TO_STOP = 25  # for what a command does before it ends: results are written, failures told
+STUDY = ["study", "--cells", "cifar10:10,cifar10:50", "--factors", "loss_scale,image_average", "--seeds", "3"]
+STUDY += _LIKE_THE_PAPER
+_SECONDS_TO_STOP = 25  # in which a stopped command writes its results and reports failures
 
 
 @dataclasses.dataclass
 class GpuRun:
-    """One run: where it writes, and until when it may.
+    """One run of parts.
 
     Attributes:
         out: folder of the results.
         deadline: on ``time.monotonic()``'s clock.
         cifar: folder of CIFAR-10 as images, or None.
-        parts: what has been run, for the summary.
+        parts: outcomes of finished parts.
     """
 
     out: Path
@@ -59,9 +57,9 @@ class GpuRun:
     parts: list[dict]
 
     def command(self, arguments: list[str], limit: float, stop: int = signal.SIGTERM) -> tuple[str, str]:
-        """Run Python with arguments in the checkout; returns how it ended, and its last line.
+        """Run Python with arguments in the checkout; return how it ended, and its last line.
 
-        At the limit, less the time to write what it has, it gets the signal ``stop``.
+        Before the limit it gets the signal ``stop``, early enough to write its results.
         """
         grace = min(_SECONDS_TO_STOP, limit / 2)
         with open(self.out / "log.txt", "a+") as log:
@@ -69,7 +67,7 @@ class GpuRun:
             before = log.tell()
             process = subprocess.Popen(
                 [sys.executable, *arguments], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-                preexec_fn=os.setpgrp,  # a group to end with what it started, in the session that may itself be ended
+                preexec_fn=os.setpgrp,  # a group, so that its children end with it
             )  # fmt: skip
             try:
                 code = process.wait(limit - grace)
@@ -87,35 +85,35 @@ class GpuRun:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End a command and whatever it started."""
+    """End a command and its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def machine(run: GpuRun, limit: float) -> str:
-    """What runs fused here, checked against the equations; the whole answer is in the log."""
+    """Check what runs fused here against the equations; the whole answer is in the log."""
     return run.command(["-m", "atom_fast", "doctor"], limit)[0]
 
 
 def gpu_tests(run: GpuRun, limit: float) -> str:
-    """The tests that need CUDA."""
+    """Run the tests that need CUDA."""
     arguments = ["-m", "pytest", "tests", "-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-    return ": ".join(run.command([*arguments, "--tb=short"], limit, signal.SIGINT))  # then it tells what failed
+    return ": ".join(run.command([*arguments, "--tb=short"], limit, signal.SIGINT))  # on which pytest reports failures
 
 
 def kernel_benchmarks(run: GpuRun, limit: float) -> str:
-    """Every operator against the bandwidth of a copy."""
-    return ": ".join(run.command(["-m", "benchmarks.kernels", "--out", str(run.out / "kernels.json")], limit))
+    """Time every operator against a copy."""
+    return ": ".join(run.command([*BENCHMARKS, "kernels", "--out", str(run.out / "kernels.json")], limit))
 
 
 def headline(run: GpuRun, limit: float) -> str:
-    """ATOM at 50 images a class, every implementation."""
+    """Time ATOM at 50 images per class in every implementation."""
     return _table3(run, limit, methods=["atom"], ipcs=[50], seconds=10)
 
 
 def whole_table(run: GpuRun, limit: float) -> str:
-    """The rest of Table 3."""
+    """Time the rest of Table 3."""
     return _table3(run, limit, methods=None, ipcs=None, seconds=8)
 
 
@@ -126,88 +124,87 @@ def _table3(run: GpuRun, limit: float, methods: list[str] | None, ipcs: list[int
 
 
 def growth(run: GpuRun, limit: float) -> str:
-    """Time and memory against classes, images a class and resolution."""
+    """Time a step against classes, images per class and resolution."""
     return _count(scaling.run("gpu", run.out, deadline=time.monotonic() + limit))
 
 
 def _count(path: Path) -> str:
     records = json.loads(path.read_text())["cells"] if path.exists() else []
-    return f"{sum(record['status'] in cells.FINISHED for record in records)} cells measured"
+    return f"{sum(record['status'] in FINISHED for record in records)} cells measured"
 
 
 def evaluation(run: GpuRun, limit: float) -> str:
-    """Twenty networks of 1,000 epochs on 50 images a class, beside a tenth of the public code's loop for one."""
+    """Time 20 networks of 1,000 epochs on 50 images per class, beside 100 epochs of the public code's loop."""
     arguments = ["--loop-networks", "1", "--loop-epochs", "100", "--out", str(run.out / "evaluation.json")]
-    return ": ".join(run.command(["-m", "benchmarks.evaluation", *arguments], limit))
+    return ": ".join(run.command([*BENCHMARKS, "evaluation", *arguments], limit))
 
 
 def table1(run: GpuRun, limit: float) -> str:
-    """CIFAR-10's columns of Table 1 at the paper's size: as many of five sets as fit, one of every cell first."""
-    return _reproduce(run, limit, TABLE1)
+    """Measure CIFAR-10's columns of Table 1 at the paper's size: up to five sets per cell, one of every cell first."""
+    return _accuracies(run, limit, TABLE1)
 
 
 def study(run: GpuRun, limit: float) -> str:
-    """What loss scale, running mean and a chosen start are worth at 10 and 50 images a class."""
-    return _reproduce(run, limit, STUDY)
+    """Measure the effect of loss scale and running mean at 10 and 50 images per class."""
+    return _accuracies(run, limit, STUDY)
 
 
-def _reproduce(run: GpuRun, limit: float, arguments: list[str]) -> str:
+def _accuracies(run: GpuRun, limit: float, arguments: list[str]) -> str:
     if run.cifar is None:
         return "left out: no --cifar DIR"
-    results = REPRODUCE_FOLDER / f"{arguments[0]}.json"
-    results.unlink(missing_ok=True)  # made anew from the cells
-    where = ["--output", str(REPRODUCE_FOLDER), "--data-dir", str(run.cifar)]
-    outcome = ": ".join(run.command([*REPRODUCE, *arguments, *where], limit))
+    results = CELLS_FOLDER / f"{arguments[0]}.json"
+    results.unlink(missing_ok=True)  # the command writes it again from the cells
+    where = ["--out", str(CELLS_FOLDER), "--data-dir", str(run.cifar)]
+    outcome = ": ".join(run.command([*BENCHMARKS, *arguments, *where], limit))
     if results.exists():
         shutil.copy(results, run.out)
     return outcome
 
 
-# By worth; seconds that each may take of the eight minutes. The last of those asked for may take all that is left.
-PARTS: tuple[tuple[Callable[[GpuRun, float], str], float], ...] = (
-    (machine, 30),
-    (gpu_tests, 90),
-    (headline, 100),
-    (kernel_benchmarks, 60),
-    (table1, 240),
-    (study, 240),
-    (evaluation, 180),
-    (whole_table, 600),
-    (growth, 120),
-)
+# In order of importance; seconds of each in a run of eight minutes. The last of those chosen gets all that is left.
+PARTS: dict[str, tuple[Callable[[GpuRun, float], str], float]] = {
+    "machine": (machine, 30),
+    "tests": (gpu_tests, 90),
+    "headline": (headline, 100),
+    "kernels": (kernel_benchmarks, 60),
+    "table1": (table1, 240),
+    "study": (study, 240),
+    "evaluation": (evaluation, 180),
+    "table3": (whole_table, 600),
+    "scaling": (growth, 120),
+}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the parts; the exit status is 0 when the time was kept, whatever the parts' outcomes."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--minutes", type=float, default=PLANNED_MINUTES, help="time for everything (default 8)")
-    parser.add_argument("--cifar", type=Path, help="CIFAR-10 as folders of images, train/ and test/")
-    parser.add_argument("--part", action="append", choices=[part.__name__ for part, _ in PARTS], help="only this part")
-    options = parser.parse_args(arguments)
-    if options.minutes <= 0:
-        parser.error(f"--minutes must be above 0; got {options.minutes}")
-    if options.cifar and not (options.cifar / "train").is_dir():
-        parser.error(f"--cifar must hold train/ and test/; {options.cifar} does not")
-    if options.cifar and importlib.util.find_spec("kornia") is None:
-        parser.error("--cifar needs kornia (and kornia_rs), which whitens; it is not installed")
-    options.out = options.out.resolve()
-    options.out.mkdir(parents=True, exist_ok=True)
-    try:
-        where = environment("cuda")
-    except RuntimeError as error:
-        parser.error(str(error))
-    run = GpuRun(options.out, time.monotonic() + options.minutes * 60, options.cifar, [])
-    parts = [(part, seconds) for part, seconds in PARTS if not options.part or part.__name__ in options.part]
-    for part, seconds in parts:
-        limit = math.inf if part is parts[-1][0] else seconds * options.minutes / PLANNED_MINUTES
-        _run_part(run, part, limit)
-        save_results(options.out / "summary.json", {"environment": where, "parts": run.parts})
-    _print_summary(run)
-    return 0
+def run(out: Path, minutes: float = PLANNED_MINUTES, cifar: Path | None = None, parts: Sequence[str] = ()) -> None:
+    """Run parts, print their outcomes, and keep them in ``summary.json``; a part that fails does not end the run.
+
+    Args:
+        out: folder of the results.
+        minutes: time for everything.
+        cifar: folder of CIFAR-10 as images, with train/ and test/; None leaves out accuracies.
+        parts: keys of ``PARTS``; none: all.
+
+    Raises:
+        ValueError: ``cifar`` has no train/, or kornia is not installed.
+        RuntimeError: there is no CUDA GPU.
+    """
+    if cifar and not (cifar / "train").is_dir():
+        raise ValueError(f"--cifar must hold train/ and test/; {cifar} does not")
+    if cifar and importlib.util.find_spec("kornia") is None:
+        raise ValueError("--cifar needs kornia (and kornia_rs), which whitens; it is not installed")
+    where = environment("cuda")
+    out = out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    state = GpuRun(out, time.monotonic() + minutes * 60, cifar, [])
+    chosen = {name: part for name, part in PARTS.items() if not parts or name in parts}
+    for number, (name, (part, seconds)) in enumerate(chosen.items(), start=1):
+        limit = math.inf if number == len(chosen) else seconds * minutes / PLANNED_MINUTES
+        _run_part(state, name, part, limit)
+        save_results(out / "summary.json", {"environment": where, "parts": state.parts})
+    _print_summary(state)
 
 
-def _run_part(run: GpuRun, part: Callable[[GpuRun, float], str], limit: float) -> None:
+def _run_part(run: GpuRun, name: str, part: Callable[[GpuRun, float], str], limit: float) -> None:
     started = time.monotonic()
     limit = min(limit, run.deadline - started)
     if limit < 5:
@@ -215,20 +212,18 @@ def _run_part(run: GpuRun, part: Callable[[GpuRun, float], str], limit: float) -
     else:
         try:
             outcome = part(run, limit)
-        except Exception as error:  # one part's defect must not cost the others' figures
+        except Exception as error:  # one part's defect must not cost the results of others
             outcome = f"failed ({type(error).__name__}: {error})"
     seconds = round(time.monotonic() - started, 1)
-    run.parts.append({"part": part.__name__, "outcome": outcome, "seconds": seconds})
-    print(f"{part.__name__} ({seconds:.0f} s): {outcome}", flush=True)
+    run.parts.append({"part": name, "outcome": outcome, "seconds": seconds})
+    print(f"{name} ({seconds:.0f} s): {outcome}", flush=True)
 
 
 def _print_summary(run: GpuRun) -> None:
+    from .pages.benchmarks import table3_markdown
+
     path = table3.results_path(run.out, "gpu")
     if path.exists():
-        print(report.table3_markdown([path]))
+        print(table3_markdown([path]))
     for part in run.parts:
         print(f"{part['part']:20} {part['seconds']:6.0f} s  {part['outcome']}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

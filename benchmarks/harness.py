@@ -43,8 +43,8 @@ class Plan:
         limit: seconds after which the cell's process is ended.
         keep_memory: on a CPU, make the C library keep freed memory (`atom_fast._malloc`).
         threads: threads of each process on a CPU; None: PyTorch's default.
-        beside_eager: on a CPU, take turns with a process that runs ``eager``, so that their ratio does not depend on how
-            the machine's speed changes with time.
+        beside_eager: on a CPU, take turns with a process that runs ``eager``, so that their ratio does not depend on
+            changes of the machine's speed.
     """
 
     iterations: int = 100

@@ -67,7 +67,7 @@ TABLE3_MEGABYTES = {
     "atom-channel": (3152, 3263, 4151),
     "atom": (3601, 4314, 5134),
 }
-# Steps of one distillation. ATOM: section 4.1; the others: the defaults of their public code, which the paper builds on.
+# Steps of one distillation. ATOM: section 4.1; others: the defaults of their public code, which the paper builds on.
 ITERATIONS = {"dc": 1000, "dsa": 1000, "dm": 20000, "dam": 8000, "atom-channel": 8000, "atom": 8000}
 
 # Table 4: CIFAR-10 with 50 images per class, by what is matched beside the mean embeddings.

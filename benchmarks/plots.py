@@ -155,7 +155,9 @@ def _dot_rows(cells: list[dict], ipc: int, with_paper: bool) -> list[Dots]:
 
 def _own(cells: list[dict], method: str) -> list[dict]:
     """Return a method's cells in the order of the table, without former implementations."""
-    known = [(implementation, precision) for implementation in TIMED[method].implementations for precision in PRECISION_NAMES]
+    known = [
+        (implementation, precision) for implementation in TIMED[method].implementations for precision in PRECISION_NAMES
+    ]
     own = {
         (cell["workload"]["implementation"], cell["workload"]["precision"]): cell
         for cell in cells
@@ -218,9 +220,14 @@ def plot_scaling(path: Path, edition: str, results: Sequence[Path]) -> None:
                 points = {size: value(cell) for size, cell in cells.items() if cell and cell["status"] == "ok"}
                 implementation, _, chunk = label.partition(",")
                 axes[row][column].plot(
-                    points.keys(), points.values(), color=COLOURS[implementation], linestyle="--" if chunk else "-",
-                    marker="s" if chunk else "o", markersize=4, label=f"{IMPLEMENTATION_NAMES[implementation]}{_chunked(chunk)}",
-                )  # fmt: skip
+                    points.keys(),
+                    points.values(),
+                    color=COLOURS[implementation],
+                    linestyle="--" if chunk else "-",
+                    marker="s" if chunk else "o",
+                    markersize=4,
+                    label=IMPLEMENTATION_NAMES[implementation] + _chunked(chunk),
+                )
             _logarithmic(axes[row][column], "y")
         axes[0][column].set_xscale("log", base=2)
         axes[1][column].set_xticks(values, [str(size) for size in values])

@@ -1,4 +1,4 @@
-"""Where a step's time goes, stage by stage, beside the least time that the work could take on the device."""
+"""Time of every stage of a step, beside the least time that its work could take on the device."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from atom_fast.distillation.ranks import own_device
 from atom_fast.distillation.stages import PREFIX, STAGES
 from atom_fast.distillation.start import initial_images
 from atom_fast.distillation.step import Distillation
-from benchmarks import bounds
+from benchmarks import devices, roofline
 
-STEP = "step"  # the range of a whole step in the trace
+STEP = "step"  # range of a whole step in the trace
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of PyTorch's Chrome traces
 _LAUNCHES = ("cuda_runtime", "cuda_driver")
 
@@ -34,9 +34,9 @@ class StageTime:
 
     Attributes:
         name: one of `atom_fast.distillation.stages.STAGES`.
-        seconds: a step, as traced: on a CPU from the stage's begin to its end, on a GPU of its kernels alone.
-        operations, bytes: the fewest it needs (`benchmarks.bounds`, way "floor"); None where they are not counted.
-        floor: seconds that these take at the device's rates; None likewise.
+        seconds: traced seconds per step: on a CPU from begin to end of the stage, on a GPU of its kernels alone.
+        operations, bytes: fewest operations and bytes (`benchmarks.roofline`, way "floor"); None if not counted.
+        floor: seconds that these take at the device's rates; None if not counted.
     """
 
     name: str
@@ -48,23 +48,24 @@ class StageTime:
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """What `profile` measured.
+    """The result of `profile`.
 
     Attributes:
         device: rates that the floors are computed from.
         rates_from: "datasheet" or "measured".
-        precision: of the convolutions; fusion: how the network ran.
-        steps: traced, and timed again without the profiler.
-        stages: in the order of a step.
-        other_seconds: a step, outside every stage.
-        traced_seconds: a step with the profiler on; on a GPU of its kernels alone.
-        step_seconds: a step without the profiler, not captured.
-        captured_seconds: a replay of the captured step; None where nothing is captured.
-        not_counted: the settings for which operations and bytes are not counted; None where they are.
-        trace: the Chrome trace.
+        precision: precision of the convolutions.
+        fusion: parts of the network that ran fused, in words.
+        steps: number of traced steps, and of steps timed again without the profiler.
+        stages: stages in the order of a step.
+        other_seconds: seconds per step outside every stage.
+        traced_seconds: seconds per step with the profiler; on a GPU of its kernels alone.
+        step_seconds: seconds per step without the profiler, not captured.
+        captured_seconds: seconds of a replay of the captured step; None if nothing is captured.
+        not_counted: settings for which operations and bytes are not counted; None if they are.
+        trace: Chrome trace.
     """
 
-    device: bounds.Device
+    device: devices.Device
     rates_from: str
     precision: str
     fusion: str
@@ -78,7 +79,7 @@ class Profile:
     trace: Path
 
     def to_dict(self) -> dict:
-        """For JSON: all fields by name, times in seconds."""
+        """Return all fields as JSON can hold them, times in seconds."""
         return {**dataclasses.asdict(self), "trace": str(self.trace)}
 
 
@@ -93,20 +94,20 @@ def profile(
     measure: bool = False,
     progress: bool = True,
 ) -> Profile:
-    """Run steps of a distillation and say where their time goes; nothing but the trace is kept.
+    """Run steps of a distillation and measure the time of their stages; only the trace is kept.
 
-    A captured step is one launch that cannot be told apart into stages, so the stages are those of the step as it runs
-    without capture, and the replay's time is given beside them.
+    A captured step is one launch that cannot be divided into stages, so the stages are measured without capture, and
+    the replay's time is given beside them.
 
     Args:
-        config: the settings; what they leave open is derived from data and device. ``iterations`` does not matter.
-        data: the real images, which stay as they are.
+        config: settings; open ones are derived from data and device. ``iterations`` is not used.
+        data: real images; not modified.
         trace: Chrome trace to write, for chrome://tracing or ui.perfetto.dev.
-        steps: how many are timed, and how many are traced.
-        warm_up: steps before them.
-        device: where to compute; None: the GPU, if there is one.
-        measure: measure the device's rates even where its datasheet is known; others are always measured.
-        progress: show what takes long on standard error.
+        steps: number of timed steps, and of traced steps.
+        warm_up: number of steps before them.
+        device: device that computes; None: the GPU, if there is one.
+        measure: measure the device's rates even if its datasheet is known; others are always measured.
+        progress: show progress bars on standard error.
 
     Raises:
         ValueError: fewer than one step or a negative warm-up, or settings that do not fit the data or the device.
@@ -149,7 +150,7 @@ def profile(
 
 
 def random_data(classes: int, channels: int, height: int, width: int, per_class: int, *, seed: int = 0) -> ImageData:
-    """Uniform random uint8 images, ``per_class`` of each class: time does not depend on what images show.
+    """Return uniform random uint8 images, ``per_class`` per class: time does not depend on what images show.
 
     Raises:
         ValueError: a size is below 1.
@@ -198,7 +199,7 @@ def _traced(step: Callable[[], None], steps: int, device: torch.device, path: Pa
                 step()
         _wait(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part.json")  # where this fails, the file before is kept
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part.json")  # a failure keeps the earlier file
     try:
         profiler.export_chrome_trace(str(unfinished))
         text = unfinished.read_text("utf-8")
@@ -209,10 +210,10 @@ def _traced(step: Callable[[], None], steps: int, device: torch.device, path: Pa
 
 
 def stage_seconds(document: dict) -> tuple[dict[str, float], float]:
-    """Seconds of every stage, and of the steps as a whole, in a Chrome trace of `torch.profiler`.
+    """Return the seconds of every stage, and of all steps, in a Chrome trace of `torch.profiler`.
 
-    With kernels in the trace, a stage's time is that of the kernels launched from its begin to its end, by whichever
-    thread: the backward pass launches from one of its own, while the thread that called it waits.
+    With kernels in the trace, a stage's time is that of the kernels launched between its begin and its end by any
+    thread: the backward pass launches from another thread, while the thread that called it waits.
     """
     events = [event for event in document["traceEvents"] if event.get("ph") == "X"]
     ranges = [event for event in events if event.get("cat") == "user_annotation"]
@@ -234,7 +235,7 @@ def stage_seconds(document: dict) -> tuple[dict[str, float], float]:
 
 
 def _finder(ranges: list[dict]) -> Callable[[float | None], str | None]:
-    """A function from a time to the name of the stage it lies in; stages do not overlap."""
+    """Return a function from a time to the name of its stage; stages do not overlap."""
     ordered = sorted(ranges, key=lambda event: event["ts"])
     begins = [event["ts"] for event in ordered]
 
@@ -247,22 +248,22 @@ def _finder(ranges: list[dict]) -> Callable[[float | None], str | None]:
     return find
 
 
-def _rates(device: torch.device, measure: bool) -> tuple[bounds.Device, str]:
+def _rates(device: torch.device, measure: bool) -> tuple[devices.Device, str]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    known = [rates for word, rates in bounds.DEVICES.items() if word in name]
+    known = [rates for word, rates in devices.DEVICES.items() if word in name]
     if known and not measure:
         return known[0], "datasheet"
-    return bounds.measure_device(device), "measured"
+    return devices.measure_device(device), "measured"
 
 
-def _floors(run: Distillation, rates: bounds.Device) -> tuple[dict[str, tuple], str | None]:
-    """Fewest operations, fewest bytes and least seconds of every stage, or for which settings they are not counted."""
+def _floors(run: Distillation, rates: devices.Device) -> tuple[dict[str, tuple], str | None]:
+    """Return fewest operations, fewest bytes and least seconds by stage, and the settings that prevent counting."""
     config, data = run.config, run.data
     counted = {"norm": "instance", "pooling": "avg2", "feature_maps": False, "image_average": False}
     other = [f"{name} {getattr(config, name)!r}" for name, value in counted.items() if getattr(config, name) != value]
     if other:
         return dict.fromkeys(STAGES, (None, None, None)), ", ".join(other)
-    size = bounds.Configuration(
+    size = roofline.Configuration(
         data.num_classes,
         *data.image_shape,
         ipc=config.ipc,
@@ -271,25 +272,24 @@ def _floors(run: Distillation, rates: bounds.Device) -> tuple[dict[str, tuple], 
         depth=config.depth,
         precision=config.precision,
         maps=config.spatial_power is not None or config.channel_power is not None,
-        whitened=run.images.is_cuda and config.preprocessing != "standard",  # on a CPU that was done before
+        whitened=run.images.is_cuda and config.preprocessing != "standard",  # on a CPU images are whitened beforehand
     )
-    work = bounds.stages(size)
+    work = roofline.stages(size)
     floors = {}
     for name in STAGES:
         own = [part for part in work if part.part == name]
         floors[name] = (
             sum(part.matrix + part.vector for part in own),
-            sum(part.bytes[bounds.WAYS.index("floor")] for part in own),
+            sum(part.bytes[roofline.WAYS.index("floor")] for part in own),
             sum(part.seconds("floor", rates, config.precision) for part in own),
         )
     return floors, None
 
 
 def profile_table(result: Profile) -> str:
-    """A profile as text: a line a stage, its time, its share, its work, the least time that takes, and what is reached.
+    """Return a profile as text: a line per stage with its time, share, work, least time, and *reached*.
 
-    *reached* is the least time's share of the measured one; above 100 %, memory was not gone to: the data stayed in a
-    cache.
+    *reached* is the least time as a share of the measured time; above 100 %, the data stayed in a cache.
     """
     lines = [f"{'stage':<12}{'ms':>10}{'share':>8}{'GFLOP':>10}{'MB':>10}{'floor ms':>10}{'reached':>9}"]
     lines += [_line(row, result.traced_seconds) for row in _rows(result)]

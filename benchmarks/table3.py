@@ -91,7 +91,9 @@ def workloads(
                 if chosen and (not implementations or implementation in implementations):
                     cells += _with_precisions(edition, name, implementation, ipc)
     # Compilation takes most of the time: except for ATOM, it comes last.
-    return sorted(cells, key=lambda cell: cell.implementation == "compile" and (cell.method, cell.precision) not in FIRST)
+    return sorted(
+        cells, key=lambda cell: cell.implementation == "compile" and (cell.method, cell.precision) not in FIRST
+    )
 
 
 def _with_precisions(edition: Edition, method: str, implementation: str, ipc: int) -> list[Workload]:

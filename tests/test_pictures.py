@@ -44,7 +44,7 @@ def read_png(path):
 
 
 def contains(picture, block):
-    """Whether [h, w, 3] ``block`` lies somewhere in [H, W, 3] ``picture``."""
+    """Search the [H, W, 3] ``picture`` for the [h, w, 3] ``block``."""
     height, width, _ = block.shape
     corners = (picture[: 1 - height or None, : 1 - width or None] == block[0, 0]).all(-1).nonzero().tolist()
     return any(torch.equal(picture[y : y + height, x : x + width], block) for y, x in corners)
@@ -137,7 +137,7 @@ def make_set(labels, classes=("cat", "dog", "emu")):
     ("labels", "rows", "columns"),
     [([0, 0, 1, 1, 2, 2], 3, 2), ([0, 1, 2], 1, 3), ([2, 0, 2, 0, 0], 2, 3)],
 )
-def test_a_set_is_drawn_a_row_a_class(tmp_path, labels, rows, columns):
+def test_a_set_is_drawn_with_one_row_per_class(tmp_path, labels, rows, columns):
     synthetic = make_set(labels)
     picture = read_png(save_synthetic_grid(synthetic, tmp_path / "set.png"))
     assert rows * 64 <= picture.shape[0] < (rows + 1) * 64
@@ -181,7 +181,7 @@ def test_loss_curves(tmp_path):
 def test_bad_logs(tmp_path):
     pytest.importorskip("matplotlib")
     log = write_log(tmp_path / "log.jsonl", [{"iteration": 1, "speed": 3}])
-    with pytest.raises(ValueError, match="log.jsonl holds no losses"):
+    with pytest.raises(ValueError, match="log.jsonl contains no losses"):
         save_loss_curves(log, tmp_path / "loss.png")
     log.write_text('{"iteration": 1}\nnonsense\n{"iteration": 2}\n')
     with pytest.raises(ValueError, match="log.jsonl line 2 .*nonsense"):

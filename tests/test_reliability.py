@@ -428,7 +428,7 @@ def test_a_vanished_data_folder(run, tmp_path):
     run.messages()
     assert run.resume(*options, *more) == 2
     assert run.messages() == (
-        f"Error: no folder train/ in {data}; expected are train/<class>/ and test/<class>/ (or val/<class>/), each "
+        f"Error: no folder train/ in {data}; expected train/<class>/ and test/<class>/ (or val/<class>/), each "
         "with image files\n"
     )
     elsewhere.rename(data)

@@ -1,4 +1,4 @@
-"""Data sets as uint8 tensors, the map to model space, and class-wise sampling."""
+"""Data sets as uint8 tensors, preprocessing to model space, and class-wise sampling."""
 
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.sampling import check_class_sizes, sample_class_indices

@@ -1,4 +1,4 @@
-"""Fetching a zip file and unpacking it, without trusting either."""
+"""Download a zip file and unpack it; neither the server nor the archive is trusted."""
 
 from __future__ import annotations
 
@@ -16,15 +16,21 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from atom_fast._files import unfinished_path
 
-_BLOCK = 1 << 20  # bytes read at once
-_TIMEOUT = 60  # seconds without a byte after which a download is given up
+_BLOCK = 1 << 20  # bytes per read
+_TIMEOUT = 60  # seconds without a byte before the download fails
 
 
 def download_file(url: str, target: Path, *, md5: str, progress: bool = True) -> None:
-    """Download ``url`` to ``target``, which appears only when it is complete and its MD5 sum is right.
+    """Download ``url`` to ``target``. The file appears there only when it is complete and its MD5 sum matches.
+
+    Args:
+        url: address to fetch.
+        target: file to write; missing parent folders are made.
+        md5: expected MD5 sum, hexadecimal.
+        progress: show a progress bar on standard error.
 
     Raises:
-        RuntimeError: the download failed or holds other bytes than expected; nothing is left behind.
+        RuntimeError: the download failed or has another MD5 sum; no partial file remains.
     """
     from tqdm import tqdm
 
@@ -51,20 +57,20 @@ def download_file(url: str, target: Path, *, md5: str, progress: bool = True) ->
 
 
 def unpack_zip(archive: Path, folder: str, *, progress: bool = True) -> Path:
-    """Unpack ``folder`` of a zip file beside it; the folder appears only when all of it is unpacked.
+    """Unpack ``folder`` of a zip file beside the file. The folder appears only when all of it is unpacked.
 
     Args:
         archive: the zip file.
-        folder: the one top-level folder that the archive must hold.
-        progress: show a progress bar with the time left on standard error.
+        folder: top-level folder that the archive must contain.
+        progress: show a progress bar with the remaining time on standard error.
 
     Returns:
         The unpacked folder, ``archive.parent / folder``.
 
     Raises:
-        ValueError: the file is truncated or no zip file, lacks the folder, or holds a link or a name that leads out of
-            the folder it is unpacked to; nothing is left behind.
-        OSError: the disk has no room for it, or the folder is there already.
+        ValueError: the file is truncated or not a zip file, lacks the folder, or contains a symbolic link or a path
+            outside the folder; nothing remains on the disk.
+        OSError: the disk has too little free space, or the folder already exists.
     """
     from tqdm import tqdm
 
@@ -86,7 +92,7 @@ def unpack_zip(archive: Path, folder: str, *, progress: bool = True) -> Path:
 
 
 def _refuse_unsafe(archive: Path, member: zipfile.ZipInfo) -> None:
-    """Refuse names that lead elsewhere, on any system, and links."""
+    """Refuse symbolic links, and paths that are outside the folder on any operating system."""
     name = member.orig_filename
     if not member.filename:
         raise zipfile.BadZipFile("a member has no name")
@@ -107,5 +113,6 @@ def _check_room(archive: Path, needed: int) -> None:
 def _broken_zip_named(archive: Path) -> Iterator[None]:
     try:
         yield
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, UnicodeError) as error:  # a password: RuntimeError
+    # zipfile raises RuntimeError for a member that needs a password.
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, UnicodeError) as error:
         raise ValueError(f"{archive} is not a complete zip file ({error}); delete it and download it again") from error

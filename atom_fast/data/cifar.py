@@ -1,4 +1,4 @@
-"""CIFAR's files as they are published, pickles, read without running anything that is in them."""
+"""Read CIFAR's published pickle files without executing anything in them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import hashlib
 import io
 import pickle
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-# All that a pickled array of numbers needs; numpy before 2 called its module numpy.core.
+if TYPE_CHECKING:
+    from torchvision.datasets import CIFAR10
+
+# Names that a pickled numeric array uses; numpy before 2 called its module numpy.core.
 _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"),
@@ -20,7 +24,7 @@ _ALLOWED = {
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Lists, dictionaries, text, numbers and arrays of them; every other name in the file is refused."""
+    """Unpickle lists, dictionaries, strings, numbers and numeric arrays; refuse every other name."""
 
     def find_class(self, module: str, name: str):
         if (module, name) not in _ALLOWED:
@@ -31,37 +35,41 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def read_arrays(path: Path, md5: str) -> dict:
-    """Unpickle one of CIFAR's files, once its MD5 sum is right.
+    """Check the MD5 sum of one of CIFAR's files and unpickle it.
+
+    Args:
+        path: the file.
+        md5: expected MD5 sum, hexadecimal.
 
     Returns:
-        The dictionary in it, with text keys: arrays, lists, text and numbers.
+        The dictionary in the file, with string keys; its values are arrays, lists, strings and numbers.
 
     Raises:
-        FileNotFoundError: there is no such file, or it holds other bytes than published.
-        ValueError: it holds something else than a dictionary of arrays, or asks for code to be run.
+        FileNotFoundError: the file does not exist or differs from the published one.
+        ValueError: the file is not a pickled dictionary of arrays, or refers to other objects.
     """
     content = path.read_bytes()
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
         raise FileNotFoundError(f"{path} holds other bytes than published")
     try:
         return dict(_ArraysOnly(io.BytesIO(content), encoding="latin1").load())
-    except Exception as error:  # a foreign file can fail in as many ways as unpickling knows
+    except Exception as error:  # unpickling a foreign file can raise nearly any exception
         raise ValueError(f"{path} is not one of CIFAR's files: {error}") from error
 
 
-def read_cifar(dataset: type, root: Path) -> tuple[list[str], list[tuple[np.ndarray, list[int]]]]:
+def read_cifar(dataset: type[CIFAR10], root: Path) -> tuple[list[str], list[tuple[np.ndarray, list[int]]]]:
     """Read CIFAR-10 or CIFAR-100 from the folder that its archive unpacks to.
 
     Args:
-        dataset: torchvision's class, which knows the files' names and MD5 sums.
-        root: what holds the folder.
+        dataset: torchvision's class, which lists file names and MD5 sums.
+        root: parent of the unpacked folder.
 
     Returns:
-        The class names, and for the training and the test set images uint8 [N, 3, 32, 32] and labels (of CIFAR-100 the
-        100 fine ones).
+        The class names, and (images uint8 [N, 3, 32, 32], labels [N]) of the training and of the test set. CIFAR-100
+        has its 100 fine labels.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_arrays`.
+        FileNotFoundError, ValueError: see `read_arrays`.
     """
     folder, meta = Path(root) / dataset.base_folder, dataset.meta
     splits = []

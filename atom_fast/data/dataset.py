@@ -1,4 +1,4 @@
-"""A labelled image data set held as uint8 tensors, with the index that class-wise sampling needs."""
+"""A labelled image data set as uint8 tensors, with the class index that class-wise sampling reads."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from torch import Tensor
 class ImageData:
     """Training and test images of one data set. Build it with :meth:`from_tensors`, which fills in the class index.
 
+    N is the number of training images, M of test images, K of classes.
+
     Attributes:
         name: name of the data set.
-        class_names: K names; the label ``k`` means ``class_names[k]``.
+        class_names: K names; label ``k`` means ``class_names[k]``.
         train_images: uint8 [N, C, H, W], 0 to 255.
         train_labels: int64 [N], 0 to K - 1.
         test_images: uint8 [M, C, H, W].
         test_labels: int64 [M].
-        class_index: int64 [N], the training images sorted by class; within a class the order of ``train_images``.
-        class_counts: int64 [K], training images of each class.
+        class_index: int64 [N], indices of the training images sorted by class, in their original order within a class.
+        class_counts: int64 [K], training images per class.
         class_offsets: int64 [K + 1]; class k is ``class_index[class_offsets[k]:class_offsets[k + 1]]``.
-        class_sizes: ``class_counts`` on the host, so that a batch size is checked without reading the device.
+        class_sizes: ``class_counts`` on the host, so that checking a batch size does not read from the device.
     """
 
     name: str
@@ -49,24 +51,32 @@ class ImageData:
         test_images: Tensor,
         test_labels: Tensor,
     ) -> ImageData:
-        """Check the tensors and build the class index, on the device they are on.
+        """Check the tensors and build the class index on their device.
+
+        Args:
+            name: name of the data set.
+            class_names: K names, in the order of the labels.
+            train_images: uint8 [N, C, H, W].
+            train_labels: int64 [N], 0 to K - 1.
+            test_images: uint8 [M, C, H, W].
+            test_labels: int64 [M], 0 to K - 1; the test set need not contain every class.
 
         Raises:
             ValueError: images are not uint8 [N, C, H, W] of one shape, labels are not int64 [N] in 0 to K - 1, the
-                test set is empty, or a class has no training image.
+                test set is empty, or a class has no training images.
         """
         class_names = tuple(class_names)
         _check_split("training", train_images, train_labels, class_names)
         _check_split("test", test_images, test_labels, class_names)
         if train_images.shape[1:] != test_images.shape[1:]:
             raise ValueError(
-                f"training and test images must have one shape; "
+                f"training and test images must have the same shape; "
                 f"got {list(train_images.shape[1:])} and {list(test_images.shape[1:])}"
             )
         counts = torch.bincount(train_labels, minlength=len(class_names))
         sizes = tuple(counts.tolist())
         if 0 in sizes:
-            raise ValueError(f"class {class_names[sizes.index(0)]!r} of {name} has no training image")
+            raise ValueError(f"class {class_names[sizes.index(0)]!r} of {name} has no training images")
         return cls(
             name=name,
             class_names=class_names,
@@ -89,25 +99,26 @@ class ImageData:
 
     @property
     def num_classes(self) -> int:
-        """K, the number of classes."""
+        """Number of classes, K."""
         return len(self.class_names)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every image."""
-        return tuple(self.train_images.shape[1:])
+        """Shape (C, H, W) of every image."""
+        channels, height, width = self.train_images.shape[1:]
+        return channels, height, width
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of class names, shapes and bytes: the same on every device, computed when first asked for."""
+        """SHA-256 (hexadecimal) of class names, shapes and bytes. It does not depend on the device."""
         digest = hashlib.sha256(repr(self.class_names).encode())
         for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             digest.update(repr((str(tensor.dtype), tuple(tensor.shape))).encode())
-            digest.update(tensor.cpu().contiguous().numpy())
+            digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
     def to(self, device: torch.device | str) -> ImageData:
-        """The same data with every tensor on ``device``."""
+        """Return the same data with every tensor on ``device``."""
         tensors = {
             field.name: getattr(self, field.name).to(device)
             for field in dataclasses.fields(self)

@@ -1,4 +1,4 @@
-"""Image files to one uint8 tensor."""
+"""Decode image files to one uint8 tensor."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ import torch
 from torch import Tensor
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-# Those of the suffixes, whatever a file is called: Pillow would hand PostScript, for one, to an interpreter.
+# The formats of these suffixes, whatever a file is called: Pillow passes PostScript, for example, to an interpreter.
 IMAGE_FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _GRAYSCALE_MODES = ("1", "L", "LA")
-_DEEP_MODES = ("F", "I")  # more than 8 bits per channel, which a conversion to RGB would clip
-_FILES_A_TASK = 64
+_DEEP_MODES = ("F", "I")  # more than 8 bits per channel; converting to RGB would clip
+_FILES_PER_TASK = 64
 
 
 def decode_images(files: Sequence[Path], resolution: int | None = None, *, progress: bool = True) -> Tensor:
-    """Decode image files, several at once.
+    """Decode image files in several threads.
 
     Args:
         files: at least one image file.
-        resolution: side, in pixels, of the square images returned: each image is cut around its centre to a square
+        resolution: side of the returned square images in pixels: each image is cropped to a square around its centre
             and resized (bilinear, antialiased). None keeps the size, which all files must share.
-        progress: show a progress bar with the time left on standard error.
+        progress: show a progress bar with the remaining time on standard error.
 
     Returns:
-        uint8 [N, C, H, W] in the order of ``files``; C is 1 if every file is grayscale, otherwise 3. What is
-        transparent is shown on white.
+        uint8 [N, C, H, W] in the order of ``files``; C is 1 if every file is grayscale, otherwise 3. Transparent
+        pixels are composed onto white.
 
     Raises:
-        ValueError: no files are given, there is no memory for all of them, or a file cannot be decoded, is of no format
-            that ``IMAGE_SUFFIXES`` names, has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``, more than 8 bits a
-            channel, or (without ``resolution``) another size than the first; the file is named.
+        ValueError: no files are given, memory does not suffice, or a file cannot be decoded, has another format than
+            those of ``IMAGE_SUFFIXES``, more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``, more than 8 bits per
+            channel, or (without ``resolution``) another size than the first file. The message names the file.
         ImportError: Pillow or tqdm cannot be imported.
     """
     from tqdm import tqdm
 
     if not files:
-        raise ValueError("there are no image files to decode")
+        raise ValueError("files must name at least one image file; got none")
     height, width = _read_rgb(files[0], resolution)[0].shape[:2]
     try:
         images = np.empty((len(files), 3, height, width), dtype=np.uint8)
     except MemoryError as error:
         raise ValueError(
             f"{len(files)} images of {width}x{height} pixels need {len(files) * 3 * height * width / 1e9:.0f} GB of "
-            "memory; give a resolution to resize them to"
+            "memory; pass a smaller resolution (--resolution)"
         ) from error
     grayscale = np.empty(len(files), dtype=bool)
 
@@ -58,12 +58,14 @@ def decode_images(files: Sequence[Path], resolution: int | None = None, *, progr
             if pixels.shape[:2] != (height, width):
                 raise ValueError(
                     f"{files[position]} is {pixels.shape[1]}x{pixels.shape[0]} pixels but {files[0]} is "
-                    f"{width}x{height}: all images must have one size; give a resolution to resize them to"
+                    f"{width}x{height}: all images must have the same size; pass a resolution (--resolution) to resize "
+                    "them"
                 )
             images[position] = pixels.transpose(2, 0, 1)
         return len(positions)
 
-    tasks = [range(start, min(start + _FILES_A_TASK, len(files))) for start in range(0, len(files), _FILES_A_TASK)]
+    starts = range(0, len(files), _FILES_PER_TASK)
+    tasks = [range(start, min(start + _FILES_PER_TASK, len(files))) for start in starts]
     with (
         ThreadPoolExecutor(_available_cores()) as pool,
         tqdm(total=len(files), desc="decoding images", unit="image", disable=not progress) as bar,
@@ -74,12 +76,12 @@ def decode_images(files: Sequence[Path], resolution: int | None = None, *, progr
 
 
 def _read_rgb(file: Path, resolution: int | None) -> tuple[np.ndarray, bool]:
-    """Pixels of one file, uint8 [H, W, 3], and whether it is a grayscale image."""
+    """Decode one file: pixels as uint8 [H, W, 3], and True if the image is grayscale."""
     from PIL import Image, ImageOps
 
     try:
         if file.exists() and not file.is_file():
-            raise ValueError("it is not a regular file")  # opening a pipe would wait for ever
+            raise ValueError("it is not a regular file")  # opening a pipe would block
         with Image.open(file, formats=IMAGE_FORMATS) as image:
             if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(
@@ -89,10 +91,10 @@ def _read_rgb(file: Path, resolution: int | None) -> tuple[np.ndarray, bool]:
             if image.mode.startswith(_DEEP_MODES):
                 raise ValueError(f"more than 8 bits per channel (mode {image.mode}); convert it to 8 bits")
             grayscale = image.mode in _GRAYSCALE_MODES
-            if image.has_transparency_data:  # dropped, it would leave whatever colour lies hidden under it
+            if image.has_transparency_data:  # dropping it would reveal the colours of transparent pixels
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             rgb = image.convert("RGB")
-    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, EOFError and more for a broken file
+    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, EOFError and others for a broken file
         raise ValueError(f"cannot read the image {file}: {error}") from error
     if resolution is not None and rgb.size != (resolution, resolution):
         rgb = ImageOps.fit(rgb, (resolution, resolution), method=Image.Resampling.BILINEAR)
@@ -100,7 +102,7 @@ def _read_rgb(file: Path, resolution: int | None) -> tuple[np.ndarray, bool]:
 
 
 def resize_images(images: Tensor, resolution: int | None) -> Tensor:
-    """Resize uint8 [N, C, H, W], square, to [N, C, resolution, resolution] (bilinear, antialiased); None keeps them."""
+    """Resize square uint8 images [N, C, H, H] to ``resolution`` (bilinear, antialiased); None keeps their size."""
     if resolution is None or images.shape[-2:] == (resolution, resolution):
         return images
     return torch.nn.functional.interpolate(images, size=(resolution, resolution), mode="bilinear", antialias=True)

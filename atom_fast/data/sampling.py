@@ -1,4 +1,4 @@
-"""Class-wise sampling of real images, entirely on the device."""
+"""Class-wise sampling of real images on the device."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from atom_fast.data.dataset import ImageData
 def sample_class_indices(data: ImageData, batch: int, generator: torch.Generator) -> Tensor:
     """Draw ``batch`` training images of every class, uniformly and without replacement within a class.
 
-    Every image of a class gets a random key and the ``batch`` largest keys win: the same few operators whatever the
-    number of classes, and nothing is read back to the host. No image is drawn twice in a call; two of a class are
-    equally likely but for ties of their float32 keys, one pair in 2^24.
+    Every image of a class gets a random key, and the images with the ``batch`` largest keys are returned. The number of
+    operators does not depend on the number of classes, and nothing is read back to the host. The images of a class are
+    equally likely except for ties of their float32 keys, one pair in 2^24.
 
-    A class of fewer images is drawn whole, then again: each of its images appears either floor(batch / size) or
-    ceil(batch / size) times, at random which. Every class so has the same weight in a batch, and the shape is fixed.
+    A class with fewer than ``batch`` images is drawn repeatedly: each of its images appears floor(batch / size) or
+    ceil(batch / size) times, chosen at random. Every class therefore has the same weight, and the shape is fixed.
 
     Args:
-        data: the real images; the indices are drawn on its device.
+        data: the real images.
         batch: images per class, at least 1.
         generator: source of randomness, on the device of ``data``.
 
     Returns:
-        int64 [K, batch], indices into ``data.train_images``; row k holds images of class k.
+        int64 [K, batch] on the device of ``data``, indices into ``data.train_images``; row k indexes class k.
 
     Raises:
         ValueError: ``batch`` is below 1.
@@ -38,13 +38,13 @@ def sample_class_indices(data: ImageData, batch: int, generator: torch.Generator
         beyond_class = torch.arange(largest, device=device) >= data.class_counts[:, None]
         keys = keys.masked_fill(beyond_class, -1.0)
     positions = keys.topk(min(batch, largest), dim=1, sorted=smallest < batch).indices
-    if smallest < batch:  # round and round the random order of a small class; what is beyond it was sorted to the end
+    if smallest < batch:  # repeat the random order of a small class; positions outside the class are sorted to the end
         positions = positions.gather(1, torch.arange(batch, device=device) % data.class_counts[:, None])
     return data.class_index.take(positions + data.class_offsets[:-1, None])
 
 
 def describe_small_classes(data: ImageData, batch: int) -> str | None:
-    """Which classes `sample_class_indices` draws more than once to get ``batch`` images, in words; None for none."""
+    """Describe the classes with fewer than ``batch`` training images, for a log; return None if there are none."""
     small = sum(size < batch for size in data.class_sizes)
     if not small:
         return None
@@ -56,15 +56,15 @@ def describe_small_classes(data: ImageData, batch: int) -> str | None:
 
 
 def check_class_sizes(data: ImageData, ipc: int, way_out: str = "") -> None:
-    """Make sure that every class has ``ipc`` different training images to choose.
+    """Check that every class has at least ``ipc`` training images.
 
     Args:
         data: the real images.
         ipc: images per class.
-        way_out: what else could be done, for the message.
+        way_out: an alternative to a smaller ``ipc``, appended to the message.
 
     Raises:
-        ValueError: ``ipc`` is below 1, or a class has fewer images; the class and both numbers are named.
+        ValueError: ``ipc`` is below 1, or a class has fewer images; the message names the class and both numbers.
     """
     name, smallest = _smallest_class(data)
     if ipc < 1:

@@ -1,4 +1,4 @@
-"""Where data sets come from: scikit-learn's digits, CIFAR, Tiny ImageNet, or a folder of images."""
+"""Load a data set: scikit-learn's digits, CIFAR, Tiny ImageNet, or a folder of images."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,16 +19,22 @@ from atom_fast.data.dataset import ImageData
 from atom_fast.data.decoding import IMAGE_SUFFIXES, decode_images, resize_images
 from atom_fast.names import SOURCES
 
+if TYPE_CHECKING:
+    from torchvision.datasets import CIFAR10
+
+Split = tuple[np.ndarray, Sequence[int]]  # images uint8 [N, C, H, W], labels [N]
+LabelledFiles = Sequence[tuple[Path, int]]
+
 DEFAULT_DATA_DIR = Path("data")
 
 _DIGITS_TRAIN = 1400  # of 1,797; the other 397 are the test set
-_DIGITS_SEED = 0  # of the split, the same in every run so that results compare
+_DIGITS_SEED = 0  # fixes the split, so that results of different runs compare
 _CIFAR_MEGABYTES = {"cifar10": 170, "cifar100": 169}
 _TINY_FOLDER = "tiny-imagenet-200"
 _TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 _TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 _TINY_MEGABYTES = 248
-_PUBLISHED = {"cifar10": (10, 32), "cifar100": (100, 32), "tiny": (200, 64)}  # classes, and side of the images
+_PUBLISHED = {"cifar10": (10, 32), "cifar100": (100, 32), "tiny": (200, 64)}  # classes, side of the images in pixels
 _TINY_PARTS = ("wnids.txt", "words.txt", "train", "val/images", "val/val_annotations.txt")
 
 
@@ -42,28 +49,31 @@ def load_data(
     """Load a data set as uint8 tensors on the CPU.
 
     - ``"digits"``: scikit-learn's handwritten digits, [1, 8, 8], 1,400 training and 397 test images in a fixed
-      stratified split; they come with scikit-learn, so ``data_dir`` is not used.
-    - ``"cifar10"``, ``"cifar100"``: torchvision's, [3, 32, 32]: ``data_dir`` is what holds ``cifar-10-batches-py`` or
-      ``cifar-100-python``, or that folder itself.
-    - ``"tiny"``: Tiny ImageNet, [3, 64, 64], as its zip file unpacks: ``data_dir`` is the folder ``tiny-imagenet-200``,
-      or what holds it or its zip file. Its validation set is the test set; classes are in the order of ``wnids.txt``.
-    - These three also as image files, in ``data_dir/NAME/train/<class>/`` and ``test/<class>/`` (or ``val``), or in
-      ``data_dir/train/<class>/`` and so on; where such folders are, they are read, which is said.
-    - ``"folder"``: images in ``data_dir/train/<class>/`` and ``data_dir/test/<class>/`` (or ``val``, where there is no
-      ``test``), classes in the order of their names.
+      stratified split. They are part of scikit-learn; ``data_dir`` is not used.
+    - ``"cifar10"``, ``"cifar100"``: torchvision's files, [3, 32, 32]. ``data_dir`` is ``cifar-10-batches-py`` or
+      ``cifar-100-python``, or the folder that contains it.
+    - ``"tiny"``: Tiny ImageNet, [3, 64, 64]. ``data_dir`` is ``tiny-imagenet-200``, or the folder that contains it or
+      its zip file. The validation set is the test set; classes are in the order of ``wnids.txt``.
+    - These three are also read from image files, in ``data_dir/NAME/train/<class>/`` and ``test/<class>/`` (or
+      ``val/<class>/``), or without ``NAME/``. Image files come first; a message on standard error says so.
+    - ``"folder"``: images in ``data_dir/train/<class>/`` and ``data_dir/test/<class>/`` (or ``val/<class>/`` if there
+      is no ``test``), classes in the order of their names.
 
     Args:
-        name: one of the five.
-        data_dir: folder of the data; needed by ``"folder"``, by default ``data`` otherwise.
-        download: fetch CIFAR or Tiny ImageNet when ``data_dir`` lacks it; said on standard error.
-        resolution: side in pixels of the square images wanted; None keeps the size.
-        progress: show progress bars with the time left on standard error.
+        name: one of these five names.
+        data_dir: folder of the data; required by ``"folder"``, otherwise ``data`` by default.
+        download: download CIFAR or Tiny ImageNet if ``data_dir`` does not contain it; reported on standard error.
+        resolution: crop and resize to square images of this side in pixels; None keeps the size.
+        progress: show progress bars with the remaining time on standard error.
+
+    Returns:
+        The data set; all its tensors are on the CPU.
 
     Raises:
         ValueError: unknown name, bad ``resolution``, a broken image or zip file, images of different sizes without a
             ``resolution``, test classes that are not training classes, or image files that are not those of ``name``.
-        FileNotFoundError: the data is not there, or no images are; says what was looked for, where, and how to get it.
-        ImportError: the package that holds or reads the data cannot be imported.
+        FileNotFoundError: no data; the message says what was looked for, where, and how to get it.
+        ImportError: the package that contains or reads the data cannot be imported.
         RuntimeError: a download failed.
     """
     if name not in SOURCES:
@@ -89,25 +99,25 @@ def _load_digits(resolution: int | None) -> ImageData:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise ImportError("data set 'digits' comes with scikit-learn: `pip install scikit-learn`") from error
-    digits = load_digits()
+        raise ImportError("data set 'digits' is part of scikit-learn: `pip install scikit-learn`") from error
+    digits: Any = load_digits()  # scikit-learn's stubs give a tuple, which only return_X_y=True returns
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]  # stored as 0 to 16
     train, test = train_test_split(
         np.arange(len(images)), train_size=_DIGITS_TRAIN, stratify=digits.target, random_state=_DIGITS_SEED
     )
-    splits = [(images[indices], digits.target[indices]) for indices in (train, test)]
-    return _from_arrays("digits", map(str, digits.target_names), *splits, resolution)
+    train_split, test_split = ((images[indices], digits.target[indices]) for indices in (train, test))
+    return _from_arrays("digits", map(str, digits.target_names), train_split, test_split, resolution)
 
 
 def _load_cifar(name: str, root: Path, download: bool, resolution: int | None) -> ImageData:
     try:
         from torchvision import datasets
     except ImportError as error:
-        raise ImportError(f"data set {name!r} is described by torchvision: `pip install torchvision`") from error
+        raise ImportError(f"data set {name!r} is read with torchvision: `pip install torchvision`") from error
     dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     root = root.parent if root.name == dataset.base_folder else root
     try:
-        class_names, splits = read_cifar(dataset, root)
+        class_names, (train, test) = read_cifar(dataset, root)
     except FileNotFoundError as missing:
         if not download:
             raise FileNotFoundError(
@@ -115,12 +125,14 @@ def _load_cifar(name: str, root: Path, download: bool, resolution: int | None) -
                 f"{name}/test/<class>/ in {root.absolute()}; pass download=True (--download) to fetch its "
                 f"{_CIFAR_MEGABYTES[name]} MB there, or name the folder that holds it"
             ) from missing
-        _say(f"{name}: torchvision downloads {_CIFAR_MEGABYTES[name]} MB from {dataset.url} to {root.absolute()}")
-        class_names, splits = _download_cifar(datasets.cifar.download_and_extract_archive, dataset, root)
-    return _from_arrays(name, class_names, *splits, resolution)
+        _log(f"{name}: torchvision downloads {_CIFAR_MEGABYTES[name]} MB from {dataset.url} to {root.absolute()}")
+        class_names, (train, test) = _download_cifar(datasets.cifar.download_and_extract_archive, dataset, root)
+    return _from_arrays(name, class_names, train, test, resolution)
 
 
-def _download_cifar(fetch: Callable, dataset: type, root: Path):
+def _download_cifar(
+    fetch: Callable, dataset: type[CIFAR10], root: Path
+) -> tuple[list[str], list[tuple[np.ndarray, list[int]]]]:
     try:
         fetch(dataset.url, root, filename=dataset.filename, md5=dataset.tgz_md5)
         return read_cifar(dataset, root)
@@ -131,14 +143,7 @@ def _download_cifar(fetch: Callable, dataset: type, root: Path):
         ) from error
 
 
-def _from_arrays(
-    name: str,
-    class_names: Iterable[str],
-    train: tuple[np.ndarray, Sequence[int]],
-    test: tuple[np.ndarray, Sequence[int]],
-    resolution: int | None,
-) -> ImageData:
-    """From (images uint8 [N, C, H, W], labels [N]) of each split."""
+def _from_arrays(name: str, class_names: Iterable[str], train: Split, test: Split, resolution: int | None) -> ImageData:
     tensors = []
     for images, labels in (train, test):
         tensors.append(resize_images(torch.from_numpy(images), resolution))
@@ -163,7 +168,7 @@ def _load_tiny(root: Path, download: bool, resolution: int | None, progress: boo
 
 
 def _find_tiny(root: Path, download: bool, progress: bool) -> Path:
-    """The unpacked folder; the zip file is unpacked, or fetched first, where that is needed and allowed."""
+    """Return the unpacked folder; unpack the zip file, or download it if allowed, where there is none."""
     for folder in (root, root / _TINY_FOLDER):
         if (folder / "wnids.txt").is_file():
             return folder
@@ -175,14 +180,14 @@ def _find_tiny(root: Path, download: bool, progress: bool) -> Path:
                 f"tiny/train/<class>/ and tiny/test/<class>/ in {root.absolute()}; pass download=True (--download) to "
                 f"fetch its {_TINY_MEGABYTES} MB there, or name the folder that holds it"
             )
-        _say(f"tiny: downloading {_TINY_MEGABYTES} MB from {_TINY_URL} to {archive.absolute()}")
+        _log(f"tiny: downloading {_TINY_MEGABYTES} MB from {_TINY_URL} to {archive.absolute()}")
         download_file(_TINY_URL, archive, md5=_TINY_MD5, progress=progress)
-    _say(f"tiny: unpacking {archive.absolute()} beside itself")
+    _log(f"tiny: unpacking {archive.absolute()} beside itself")
     return unpack_zip(archive, _TINY_FOLDER, progress=progress)
 
 
-def _tiny_validation(folder: Path, wnids: Sequence[str]) -> list[tuple[Path, int]]:
-    """(file, label) of every validation image, from lines of a file name, its wnid and a box, separated by tabs."""
+def _tiny_validation(folder: Path, wnids: Sequence[str]) -> LabelledFiles:
+    """Read the labels of the validation images: lines of file name, wnid and bounding box, separated by tabs."""
     labels = {wnid: label for label, wnid in enumerate(wnids)}
     annotations = folder / "val/val_annotations.txt"
     labelled = []
@@ -195,7 +200,7 @@ def _tiny_validation(folder: Path, wnids: Sequence[str]) -> list[tuple[Path, int
 
 
 def _tiny_names(folder: Path, wnids: Sequence[str]) -> list[str]:
-    """The first name that ``words.txt`` gives each class, with the wnid where two classes share it."""
+    """Return the first name of each class in ``words.txt``, with the wnid where two classes have the same name."""
     words = dict(line.split("\t", 1) for line in (folder / "words.txt").read_text().splitlines() if "\t" in line)
     names = [words.get(wnid, wnid).split(",")[0].strip() for wnid in wnids]
     shared = Counter(names)
@@ -203,19 +208,18 @@ def _tiny_names(folder: Path, wnids: Sequence[str]) -> list[str]:
 
 
 def image_folder(root: Path, name: str) -> Path | None:
-    """The folder of image files in which a published data set lies: ``root/name`` or ``root``; None for neither."""
+    """Return the folder with image files of a published data set, ``root/name`` or ``root``, or None."""
     if name not in _PUBLISHED:
         return None
     for folder in (root / name, root):
         splits = (folder / "train").is_dir() and any((folder / split).is_dir() for split in ("test", "val"))
-        if splits and not (folder / "wnids.txt").is_file():  # that is Tiny ImageNet as published
+        if splits and not (folder / "wnids.txt").is_file():  # a wnids.txt marks Tiny ImageNet's published layout
             return folder
     return None
 
 
 def _load_published(name: str, folder: Path, resolution: int | None, progress: bool) -> ImageData:
-    """A published data set from image files."""
-    _say(f"{name}: reading the image files in {folder.absolute()}")
+    _log(f"{name}: reading the image files in {folder.absolute()}")
     data = _load_folder(folder, resolution, progress)
     classes, side = _PUBLISHED[name]
     shape = (3, resolution or side, resolution or side)
@@ -233,29 +237,29 @@ def _load_folder(root: Path, resolution: int | None, progress: bool) -> ImageDat
         missing = "train/" if not train.is_dir() else "test/ or val/"
         raise FileNotFoundError(
             f"no folder {missing} in {root.absolute()}; "
-            "expected are train/<class>/ and test/<class>/ (or val/<class>/), each with image files"
+            "expected train/<class>/ and test/<class>/ (or val/<class>/), each with image files"
         )
     class_names = _class_names(train)
     tested = _class_names(test)
     unknown = sorted(set(tested) - set(class_names))
     if unknown:
-        raise ValueError(f"{test} holds classes that {train} lacks: {', '.join(unknown)}")
+        raise ValueError(f"{test} contains classes that {train} lacks: {_some(unknown)}")
     if untested := sorted(set(class_names) - set(tested)):
-        _say(f"folder: {test} lacks {_some(untested)}: accuracy covers the other classes only")
-    splits = [_labelled_files(split, class_names) for split in (train, test)]
-    _say_what_is_passed_over([split / name for split in (train, test) for name in class_names])
-    return _from_files("folder", class_names, *splits, resolution, progress)
+        _log(f"folder: {test} lacks {_some(untested)}: accuracy covers the other classes only")
+    _log_skipped_files([split / name for split in (train, test) for name in class_names])
+    train_files, test_files = (_labelled_files(split, class_names) for split in (train, test))
+    return _from_files("folder", class_names, train_files, test_files, resolution, progress)
 
 
 def _class_names(split: Path) -> list[str]:
     names = sorted(entry.name for entry in split.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
-        raise FileNotFoundError(f"{split} holds no class folders; expected is {split.name}/<class>/ with image files")
+        raise FileNotFoundError(f"{split} contains no class folders; expected {split.name}/<class>/ with image files")
     return names
 
 
-def _labelled_files(split: Path, class_names: Sequence[str]) -> list[tuple[Path, int]]:
-    """(file, label) of every image; a class folder may be absent (a test set need not hold every class)."""
+def _labelled_files(split: Path, class_names: Sequence[str]) -> LabelledFiles:
+    """List (file, label) of every image; the test set need not contain every class."""
     return [
         (file, label)
         for label, name in enumerate(class_names)
@@ -265,10 +269,10 @@ def _labelled_files(split: Path, class_names: Sequence[str]) -> list[tuple[Path,
 
 
 def _images_under(folder: Path) -> list[Path]:
-    """Image files in a folder and the folders below it, sorted by path."""
+    """List the image files in a folder and its subfolders, sorted by path."""
     found = [path for path in _files_under(folder) if path.lower().endswith(IMAGE_SUFFIXES)]
     if not found:
-        raise FileNotFoundError(f"{folder} holds no images; files ending in {', '.join(IMAGE_SUFFIXES)} are read")
+        raise FileNotFoundError(f"{folder} contains no image files (accepted: {', '.join(IMAGE_SUFFIXES)})")
     return [Path(path) for path in sorted(found)]
 
 
@@ -278,15 +282,12 @@ def _files_under(folder: Path) -> list[str]:
     ]
 
 
-def _say_what_is_passed_over(folders: Sequence[Path]) -> None:
+def _log_skipped_files(folders: Sequence[Path]) -> None:
     files = [path for folder in folders for path in _files_under(folder)]
     others = [path for path in files if not path.lower().endswith(IMAGE_SUFFIXES)]
     if others:
         suffixes = sorted({os.path.splitext(path)[1].lower() or "no suffix" for path in others})
-        _say(
-            f"folder: {len(others)} files skipped ({_some(suffixes)}); "
-            f"files ending in {', '.join(IMAGE_SUFFIXES)} are read"
-        )
+        _log(f"folder: {len(others)} files skipped ({_some(suffixes)}); accepted: {', '.join(IMAGE_SUFFIXES)}")
 
 
 def _some(names: Sequence[str]) -> str:
@@ -296,12 +297,12 @@ def _some(names: Sequence[str]) -> str:
 def _from_files(
     name: str,
     class_names: Sequence[str],
-    train: Sequence[tuple[Path, int]],
-    test: Sequence[tuple[Path, int]],
+    train: LabelledFiles,
+    test: LabelledFiles,
     resolution: int | None,
     progress: bool,
 ) -> ImageData:
-    """Decode (file, label) of both splits together, so that both get one image size and one number of channels."""
+    """Decode both splits together, so that they share one image size and number of channels."""
     labelled = [*train, *test]
     images = decode_images([file for file, _ in labelled], resolution, progress=progress)
     labels = torch.tensor([label for _, label in labelled], dtype=torch.int64)
@@ -309,5 +310,5 @@ def _from_files(
     return ImageData.from_tensors(name, class_names, images[:split], labels[:split], images[split:], labels[split:])
 
 
-def _say(message: str) -> None:
+def _log(message: str) -> None:
     print(message, file=sys.stderr, flush=True)

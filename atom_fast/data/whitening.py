@@ -1,4 +1,4 @@
-"""Between pixels and model space: per-channel standardisation or ZCA whitening, fitted on the real training set."""
+"""Map pixels to model space and back: per-channel standardisation or ZCA whitening, fitted on the training set."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from torch import Tensor
 from atom_fast.data.dataset import ImageData
 from atom_fast.names import PREPROCESSINGS as KINDS
 
-ZCA_EPS = 0.1  # added to every eigenvalue of the covariance: the value MTT and DataDAM whiten CIFAR with
-_CHUNK = 4096  # images whitened at once: 50 MB of CIFAR in float32
-_OVERSHOOT = 0.25  # by which cubic interpolation may leave [0, 1] at an edge
+ZCA_EPS = 0.1  # added to every eigenvalue of the covariance, as MTT and DataDAM do for CIFAR
+_CHUNK = 4096  # images per matrix product: 50 MB of CIFAR in float32
+_OVERSHOOT = 0.25  # cubic interpolation leaves [0, 1] by up to this much at an edge
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Preprocessing:
-    """The map from pixels x in [0, 1] to model space, and back. Made by :func:`fit_preprocessing`.
+    """Map pixels x in [0, 1] to model space, and back. Made by :func:`fit_preprocessing`.
 
     - ``"standard"``: (x - mean) / std, per channel.
-    - ``"zca"``: (x - zca_mean) · zca_matrix on flattened images, as MTT whitens.
-    - ``"zca_standardized"``: the first, then the second, as DataDAM whitens.
+    - ``"zca"``: (x - zca_mean) · zca_matrix on flattened images, as in MTT's public code.
+    - ``"zca_standardized"``: ``"standard"``, then ``"zca"``, as in DataDAM's public code.
 
     Attributes:
-        mean: float32 [C], mean of x; absent for ``"zca"``.
-        std: float32 [C], standard deviation of x; absent for ``"zca"``.
-        zca_mean: float32 [C, H, W], mean of what is whitened; absent for ``"standard"``.
-        zca_matrix: float32 [D, D] with D = C·H·W, symmetric; absent for ``"standard"``.
-        zca_inverse: float32 [D, D], inverse of ``zca_matrix``; absent for ``"standard"``.
+        mean: float32 [C], mean of x; None for ``"zca"``.
+        std: float32 [C], standard deviation of x; None for ``"zca"``.
+        zca_mean: float32 [C, H, W], mean of the images that the matrix is applied to; None for ``"standard"``.
+        zca_matrix: float32 [D, D] with D = C·H·W, symmetric; None for ``"standard"``.
+        zca_inverse: float32 [D, D], inverse of ``zca_matrix``; None for ``"standard"``.
     """
 
     mean: Tensor | None = None
@@ -44,13 +44,15 @@ class Preprocessing:
     zca_inverse: Tensor | None = None
 
     def __post_init__(self) -> None:
-        # x · scale + shift is everything but the matrix, so that a batch costs one elementwise pass and one product.
-        if self.mean is not None:
-            scale, shift = (1 / self.std)[:, None, None], (-self.mean / self.std)[:, None, None]
+        # x · scale + shift is the whole map except for the matrix: one elementwise pass and one product per batch.
+        if self.mean is not None and self.std is not None:
+            scale, shift = self.std.reciprocal()[:, None, None], (-self.mean / self.std)[:, None, None]
+            if self.zca_mean is not None:
+                shift = shift - self.zca_mean
+        elif self.zca_mean is not None:
+            scale, shift = torch.ones_like(self.zca_mean[:, :1, :1]), -self.zca_mean
         else:
-            scale, shift = torch.ones_like(self.zca_mean[:, :1, :1]), torch.zeros_like(self.zca_mean)
-        if self.zca_mean is not None:
-            shift = shift - self.zca_mean
+            raise ValueError("Preprocessing needs mean and std, or zca_mean, zca_matrix and zca_inverse")
         object.__setattr__(self, "_scale", scale)
         object.__setattr__(self, "_byte_scale", scale / 255)
         object.__setattr__(self, "_shift", shift)
@@ -60,7 +62,7 @@ class Preprocessing:
         return f"Preprocessing({named})"
 
     def describe(self) -> dict[str, object]:
-        """The ``kind`` and, where it has them, the channels' ``mean`` and ``std`` to 6 digits, as plain values."""
+        """Return ``kind`` and, if present, ``mean`` and ``std`` rounded to 6 digits, as plain Python values."""
         statistics = {"mean": self.mean, "std": self.std}
         rounded = {
             name: [round(value, 6) for value in tensor.tolist()]
@@ -71,42 +73,42 @@ class Preprocessing:
 
     @property
     def kind(self) -> str:
-        """``"standard"``, ``"zca"`` or ``"zca_standardized"``."""
+        """Kind of the map: ``"standard"``, ``"zca"`` or ``"zca_standardized"``."""
         if self.zca_matrix is None:
             return "standard"
         return "zca" if self.mean is None else "zca_standardized"
 
     @property
     def deviation(self) -> float:
-        """Standard deviation of the training images in model space, over all their values: 1 unless they are whitened.
+        """Standard deviation of all values of the training images in model space: 1 unless they are whitened.
 
-        Whitening takes less than the variance from directions that have little of it: CIFAR is left with 0.25.
+        Because of ``ZCA_EPS`` whitening leaves directions of small variance below 1: CIFAR has 0.25.
         """
         if self.zca_matrix is None:
             return 1.0
-        # Where the covariance has an eigenvalue s, the matrix has w = (s + eps)^-1/2, and leaves s w^2 = 1 - eps w^2.
+        # For an eigenvalue s of the covariance the matrix has w = (s + eps)^-1/2: the variance is s w^2 = 1 - eps w^2.
         squares = torch.linalg.vector_norm(self.zca_matrix, dtype=torch.float64).item() ** 2
         variance = 1 - ZCA_EPS * squares / len(self.zca_matrix)
-        return math.sqrt(variance) if variance > 1e-6 else 1.0  # of equal images nothing is left
+        return math.sqrt(variance) if variance > 1e-6 else 1.0  # 0 if all training images are equal
 
     def to_model(self, images: Tensor) -> Tensor:
-        """Pixels to model space, on the device of the images. For a single image, it is a transform of torchvision's.
+        """Map pixels to model space, on the device of the images. It can serve as a torchvision transform.
 
         Args:
             images: uint8 from 0 to 255, or floating point in [0, 1]; [B, C, H, W], or one image [C, H, W].
 
         Returns:
-            float32, of the same shape.
+            float32 of the same shape.
 
         Raises:
             ValueError: the images have another type or shape; or, on a CPU, they are floating point and not in [0, 1].
-                On a GPU values are not checked, since reading them would wait for the device.
+                On a GPU values are not checked, because reading them would wait for the device.
         """
         if images.dim() == 3:
             return self.to_model(images[None])[0]
         self._check_shape(images)
         if images.dtype == torch.uint8:
-            model = images * self._byte_scale  # in float32, in one pass
+            model = images * self._byte_scale  # converts to float32 in the same pass
         elif images.is_floating_point():
             _check_range(images)
             model = images.to(torch.float32) * self._scale
@@ -116,7 +118,13 @@ class Preprocessing:
         return model if self.zca_matrix is None else _apply(self.zca_matrix, model)
 
     def to_pixels(self, model: Tensor) -> Tensor:
-        """Model space to pixels: float32 [B, C, H, W], or one image [C, H, W], to the same clamped to [0, 1].
+        """Map model space to pixels.
+
+        Args:
+            model: floating point [B, C, H, W], or one image [C, H, W].
+
+        Returns:
+            float32 of the same shape, clamped to [0, 1].
 
         Raises:
             ValueError: the images have another shape or are not floating point.
@@ -132,16 +140,16 @@ class Preprocessing:
         return ((model - self._shift) / self._scale).clamp_(0, 1)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name, all that a file needs to hold; :meth:`from_tensors` is the way back."""
+        """Return the tensors by name, to be saved; :meth:`from_tensors` is the inverse."""
         named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Preprocessing:
-        """Build from what :meth:`tensors` returned; other names in the dictionary are refused.
+        """Build the map from the result of :meth:`tensors`.
 
         Raises:
-            ValueError: the names are those of no kind.
+            ValueError: a tensor is missing or its name is unknown.
         """
         standard, zca = {"mean", "std"}, {"zca_mean", "zca_matrix", "zca_inverse"}
         if set(tensors) not in (standard, zca, standard | zca):
@@ -151,11 +159,11 @@ class Preprocessing:
         return cls(**tensors)
 
     def to(self, device: torch.device | str) -> Preprocessing:
-        """The same map with its tensors on ``device``."""
+        """Return the same map with its tensors on ``device``."""
         return Preprocessing(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     def _check_shape(self, images: Tensor) -> None:
-        expected = list(self._shift.shape) if self.zca_mean is not None else [len(self.mean), "H", "W"]
+        expected = list(self._shift.shape) if self.zca_mean is not None else [len(self._scale), "H", "W"]
         fits = images.dim() == 4 and all(e in (n, "H", "W") for e, n in zip(expected, images.shape[1:], strict=True))
         if not fits:
             sizes = ", ".join(map(str, expected))
@@ -163,7 +171,7 @@ class Preprocessing:
 
 
 def _check_range(pixels: Tensor) -> None:
-    """Refuse floating-point images that are not in [0, 1], where that can be seen without waiting for a device."""
+    """Refuse floating-point images outside [0, 1] if they are on the CPU; elsewhere reading waits for the device."""
     if pixels.device.type != "cpu" or pixels.numel() == 0 or torch.compiler.is_compiling():
         return
     low, high = (value.item() for value in pixels.aminmax())
@@ -175,27 +183,27 @@ def _check_range(pixels: Tensor) -> None:
 
 
 def _apply(matrix: Tensor, images: Tensor) -> Tensor:
-    """Multiply every flattened image [D] by ``matrix`` [D, D]; the shape of ``images`` is kept."""
+    """Multiply every flattened image [D] by ``matrix`` [D, D]; return the shape of ``images``."""
     return (images.flatten(1) @ matrix).view(images.shape)
 
 
 def fit_preprocessing(train_images: Tensor, kind: str, *, progress: bool = True) -> Preprocessing:
-    """Fit the map to model space on the real training set, and on nothing else.
+    """Fit the map to model space on the real training images.
 
-    The fit runs on the CPU whatever the device of the images, so that every device sees the same whitening.
+    The fit always runs on the CPU, so that every device uses the same whitening.
 
     Args:
         train_images: uint8 [N, C, H, W].
         kind: ``"standard"``, ``"zca"`` (kornia's ZCAWhitening, eps 0.1, on pixels in [0, 1]) or ``"zca_standardized"``
-            (the same after mean and standard deviation).
-        progress: say on standard error what is being fitted and how long it took.
+            (the same on standardised pixels).
+        progress: report the ZCA fit and its time on standard error.
 
     Returns:
         The map, on the device of ``train_images``.
 
     Raises:
-        ValueError: the kind is none of the three, or the images are not uint8 [N, C, H, W].
-        ImportError: ZCA is asked for and kornia cannot be imported.
+        ValueError: ``kind`` is none of the three, or the images are not uint8 [N, C, H, W].
+        ImportError: ``kind`` needs kornia, which cannot be imported.
     """
     if kind not in KINDS:
         raise ValueError(f"preprocessing must be one of {', '.join(KINDS)}; got {kind!r}")
@@ -211,7 +219,7 @@ def fit_preprocessing(train_images: Tensor, kind: str, *, progress: bool = True)
 
 
 def _channel_statistics(images: Tensor) -> dict[str, Tensor]:
-    """Mean and population standard deviation of each channel in [0, 1], exact; 1 where a channel is constant."""
+    """Compute mean and population standard deviation (1 if constant) of each channel in [0, 1], from histograms."""
     counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
     frequencies = counts / counts.sum(1, keepdim=True)
     levels = torch.arange(256, dtype=torch.float64) / 255
@@ -224,13 +232,13 @@ def _channel_statistics(images: Tensor) -> dict[str, Tensor]:
 def _fit_zca(
     images: Tensor, *, progress: bool, mean: Tensor | None = None, std: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Whitening matrix, its inverse and the mean, by kornia; standardised first where a mean is given."""
+    """Fit kornia's whitening matrix, its inverse and the mean, on standardised pixels if ``mean`` is given."""
     try:
         from kornia.enhance import ZCAWhitening
     except ImportError as error:
         raise ImportError(
             "ZCA whitening is fitted by kornia, which cannot be imported; `pip install kornia`, "
-            "or use the preprocessing 'standard'"
+            "or use preprocessing='standard' (--preprocessing standard)"
         ) from error
     shape = images.shape[1:]
     size = shape.numel()
@@ -238,7 +246,7 @@ def _fit_zca(
         print(f"ZCA: fitting {size} x {size} on {len(images)} training images ...", end="", file=sys.stderr, flush=True)
     started = time.monotonic()
     pixels = images.to(torch.float32).div_(255)
-    if mean is not None:
+    if mean is not None and std is not None:
         pixels.sub_(mean[:, None, None]).div_(std[:, None, None])
     zca = ZCAWhitening(dim=0, eps=ZCA_EPS, compute_inv=True).fit(pixels)
     if progress:
@@ -258,23 +266,23 @@ def real_image_gatherer(
     precision: str = "float32",
     progress: bool = True,
 ) -> Callable[[Tensor], Tensor]:
-    """A function that fetches training images by index, in model space, ready for a network.
+    """Return a function that gathers training images by index and maps them to model space.
 
-    On a GPU the images stay uint8 and each batch is preprocessed as it is fetched: memory is dear there and arithmetic
-    cheap. On the CPU it is the other way round: whitening takes 19 MFLOP for each CIFAR image, a fifth of what the
-    network then takes, so with ZCA the whole training set is whitened once, here, and kept as float32.
+    On a GPU the images stay uint8 and each batch is mapped when it is gathered, which saves memory. On a CPU whitening
+    takes 19 MFLOP per CIFAR image, a fifth of the network's work, so with ZCA the whole training set is whitened once
+    and kept as float32.
 
     Args:
         data: the real images.
         preprocessing: the map to model space, on the device of ``data``.
-        memory_format: of the images returned: ``torch.contiguous_format`` or ``torch.channels_last``.
-        precision: ``"float32"``, or ``"tf32"`` or ``"bfloat16"`` to whiten in TF32 on a GPU. In whitened CIFAR images
-            its error is less than a tenth of what rounding pixels to 8 bits has left there, in the Euclidean norm.
+        memory_format: memory format of the result: ``torch.contiguous_format`` or ``torch.channels_last``.
+        precision: ``"float32"``, or ``"tf32"`` or ``"bfloat16"`` to whiten in TF32 on a GPU. For CIFAR the error of
+            TF32 is less than a tenth of the error from 8-bit pixels, in the Euclidean norm.
         progress: show a progress bar on standard error while the training set is whitened.
 
     Returns:
-        ``gather(indices)``: int64 of any shape, such as [K, R], on the device of ``data``, to float32 [K·R, C, H, W] in
-        the order of ``indices.flatten()``. Nothing is read back to the host.
+        ``gather(indices)``: takes int64 of any shape, such as [K, R], on the device of ``data``; returns float32
+        [K·R, C, H, W] in the order of ``indices.flatten()``. It reads nothing back to the host.
     """
     images = data.train_images
     if preprocessing.zca_matrix is not None and images.device.type == "cpu":
@@ -296,7 +304,7 @@ def real_image_gatherer(
 
 @contextlib.contextmanager
 def _product_precision(precision: str) -> Iterator[None]:
-    """Multiply float32 matrices on a GPU in float32, or in TF32 for any other ``precision``."""
+    """Set the precision of float32 matrix products on a GPU: float32, or TF32 for any other ``precision``."""
     settings = torch.backends.cuda.matmul
     before = settings.fp32_precision
     settings.fp32_precision = "ieee" if precision == "float32" else "tf32"
@@ -306,12 +314,12 @@ def _product_precision(precision: str) -> Iterator[None]:
         settings.fp32_precision = before
 
 
-# Several distillations with one preprocessing, on a CPU, share the copy; it goes with the preprocessing.
+# Distillations with the same preprocessing share the whitened copy on a CPU; it is freed with the preprocessing.
 _WHITENED: weakref.WeakKeyDictionary[Preprocessing, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
 
 
 def _whitened_copy(images: Tensor, preprocessing: Preprocessing, *, progress: bool) -> Tensor:
-    """All images in model space, whitened in chunks: float32 [N, C, H, W]."""
+    """Map all images to model space in chunks: float32 [N, C, H, W]."""
     from tqdm import tqdm
 
     whitened = torch.empty(images.shape, dtype=torch.float32, device=images.device)

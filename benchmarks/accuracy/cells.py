@@ -20,12 +20,13 @@ from atom_fast._files import write_atomically
 from atom_fast.distillation.config import DistillConfig
 from atom_fast.distillation.logs import log
 from atom_fast.evaluation.protocols import Protocol
+from atom_fast.evaluation.results import is_curve
 from benchmarks.accuracy.datasets import DATASETS
 from benchmarks.methods import configuration, get_method
 
 CELL_FILE = "cell.json"
 LOCK_FILE = ".lock"
-_FORMAT = "benchmarks.accuracy.cell"
+_FORMAT, _EARLIER_FORMAT = "benchmarks.accuracy.cell", "atom_fast.reproduce.cell"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,14 +88,14 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Networks that are trained on a cell's set.
+    """Networks trained on a cell's set.
 
     Attributes:
-        network: their architecture, a key of ``NETWORKS``.
-        protocol: how.
-        networks: how many.
-        iteration: of the set, one of the cell's milestones; None for the finished one.
-        norm: of ConvNets, in place of the one that the cell's settings say.
+        network: name of their architecture, one of `atom_fast.names.NETWORK_NAMES`.
+        protocol: their training.
+        networks: their number.
+        iteration: milestone of the cell whose set they are trained on; None: the finished set.
+        norm: norm of ConvNets; None: that of the cell's settings.
     """
 
     network: str
@@ -104,7 +105,7 @@ class Evaluation:
     norm: str | None = None
 
     def file_name(self, architecture: Mapping[str, object]) -> str:
-        """Of its results: one for all numbers of networks, since more of them continue fewer."""
+        """Return the name of the results file: one for all numbers of networks, since more of them continue fewer."""
         digest = _hash({"protocol": dataclasses.asdict(self.protocol), "architecture": dict(architecture)})
         suffix = "" if self.iteration is None else f"-iteration-{self.iteration:08d}"
         return f"evaluation-{self.network}-{digest}{suffix}.json"
@@ -182,6 +183,18 @@ def open_cell(folder: Path, cell: Cell, data_name: str, fingerprint: str) -> Non
         )
 
 
+def cells_of_earlier_versions(output: Path, cells: Iterable[Cell]) -> list[str]:
+    """Return folders of the same data sets, methods and seeds as ``cells`` that an earlier version named otherwise.
+
+    Its hash of the settings was another one, so that its distilled sets are not found by name.
+    """
+    names = {cell.folder_name for cell in cells}
+    kinds = {name.rpartition("-")[0] for name in names}
+    folders = sorted(path.parent for path in (output / "cells").glob(f"*/{CELL_FILE}"))
+    alike = [folder for folder in folders if folder.name not in names and folder.name.rpartition("-")[0] in kinds]
+    return [folder.name for folder in alike if read_note(folder)["format"] == _EARLIER_FORMAT]
+
+
 def check_same_images(
     output: Path, cells: Iterable[Cell], at_hand: Mapping[str, tuple[str, str]] | None = None
 ) -> None:
@@ -218,22 +231,23 @@ def read_note(folder: Path) -> dict:
         ValueError: it is damaged.
     """
     found = read_json(folder / CELL_FILE, "remove its folder to run the cell again")
-    if found.get("format") != _FORMAT or not {"cell", "data", "fingerprint"} <= set(found):
+    written_as = found.get("format") if isinstance(found, dict) else None
+    if written_as not in (_FORMAT, _EARLIER_FORMAT) or not {"data", "fingerprint"} <= set(found):
         raise ValueError(f"{folder / CELL_FILE} is not a cell's; remove its folder to run the cell again")
     return found
 
 
-def read_json(path: Path, remedy: str) -> dict:
-    """Read a file that holds a JSON object.
+def read_json(path: Path, remedy: str) -> dict | list:
+    """Read a JSON file.
 
     Raises:
-        ValueError: it is missing or holds something else; the message ends in ``remedy``.
+        ValueError: it is missing or not JSON; the message ends in ``remedy``.
     """
     try:
-        return dict(json.loads(path.read_text("utf-8")))
+        return json.loads(path.read_text("utf-8"))
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ValueError(f"{path} is missing ({error.strerror}); {remedy}") from error
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
 
 
@@ -242,70 +256,23 @@ def evaluation_file(output: Path, cell: Cell, evaluation: Evaluation) -> Path:
     return cell_folder(output, cell) / evaluation.file_name(architecture(cell, evaluation.network, evaluation.norm))
 
 
-def read_evaluation_file(output: Path, cell: Cell, evaluation: Evaluation) -> dict:
-    """What an evaluation's file holds, finished or not: ``curves``, of which those of networks left to do are empty,
-    ``seconds``, ``set_seconds``, ``device`` and ``versions``. Where there is no file: only ``curves``, of no network.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    path = evaluation_file(output, cell, evaluation)
-    if not path.is_file():
-        return {"curves": []}
-    remedy = "remove it to evaluate the set again"
-    found = read_json(path, remedy)
-    if not _is_evaluation(found, str(evaluation.protocol.epochs)):
-        raise ValueError(f"{path} is damaged (it does not hold an evaluation's results); {remedy}")
-    return found
-
-
-def _is_evaluation(found: Mapping, last_epoch: str) -> bool:
-    curves = found.get("curves")
-    return (
-        isinstance(curves, list)
-        and all(isinstance(curve, dict) and _is_curve(curve, last_epoch) for curve in curves)
-        and isinstance(found.get("seconds"), (int, float))
-        and isinstance(found.get("set_seconds"), (int, float, type(None)))
-        and isinstance(found.get("device"), str)
-        and isinstance(found.get("versions"), dict)
-    )
-
-
-def _is_curve(curve: Mapping[str, object], last_epoch: str) -> bool:
-    accuracies_by_epoch = all(
-        epoch.isdecimal() and isinstance(accuracy, (int, float, type(None))) for epoch, accuracy in curve.items()
-    )
-    return not curve or (last_epoch in curve and accuracies_by_epoch)
-
-
-def networks_left(output: Path, cell: Cell, evaluation: Evaluation) -> int:
-    """How many of the networks of an evaluation are not finished.
-
-    Raises:
-        ValueError: their file is damaged.
-    """
-    return _networks_left(read_evaluation_file(output, cell, evaluation), evaluation)
-
-
-def _networks_left(found: Mapping, evaluation: Evaluation) -> int:
-    return evaluation.networks - sum(map(bool, found["curves"][: evaluation.networks]))
-
-
 def read_evaluation(output: Path, cell: Cell, evaluation: Evaluation) -> dict | None:
-    """A finished evaluation's results, or None.
+    """Return the results of a finished evaluation, or None.
 
     Returns:
-        ``accuracies`` (per cent, one a network, None where it diverged), ``seconds`` of them, ``set_seconds``,
-        ``data`` (what the images are called), ``device``, ``versions`` of packages.
+        ``accuracies`` (per cent, one per network, None for one that diverged), ``seconds`` of their evaluation,
+        ``set_seconds``, ``data`` (title of the images), ``device``, ``versions`` of packages.
 
     Raises:
         ValueError: a file of the cell is damaged.
     """
-    found = read_evaluation_file(output, cell, evaluation)
-    if _networks_left(found, evaluation):
+    path = evaluation_file(output, cell, evaluation)
+    if not path.is_file():
         return None
-    curves = found["curves"][: evaluation.networks]
-    last = str(evaluation.protocol.epochs)
+    found, last = _read_record(path, evaluation), str(evaluation.protocol.epochs)
+    curves = [curve for curve in found["curves"][: evaluation.networks] if curve]
+    if len(curves) < evaluation.networks:
+        return None
     return {
         "accuracies": [curve[last] for curve in curves],
         "seconds": found["seconds"] * len(curves) / sum(map(bool, found["curves"])),
@@ -314,6 +281,28 @@ def read_evaluation(output: Path, cell: Cell, evaluation: Evaluation) -> dict | 
         "device": found["device"],
         "versions": found["versions"],
     }
+
+
+def _read_record(path: Path, evaluation: Evaluation) -> dict:
+    """Read the record that `evaluate` keeps in a file, or the one that the version before left there."""
+    remedy = "remove it to evaluate the set again"
+    content = read_json(path, remedy)
+    found = content[-1] if isinstance(content, list) and content else content
+    if not isinstance(found, dict) or not _is_evaluation(found, str(evaluation.protocol.epochs)):
+        raise ValueError(f"{path} is damaged (it does not hold an evaluation's results); {remedy}")
+    return found
+
+
+def _is_evaluation(found: Mapping, last_epoch: str) -> bool:
+    curves = found.get("curves")
+    return (
+        isinstance(curves, list)
+        and all(is_curve(curve, last_epoch) for curve in curves)
+        and isinstance(found.get("seconds"), (int, float))
+        and isinstance(found.get("set_seconds"), (int, float, type(None)))
+        and isinstance(found.get("device"), str)
+        and isinstance(found.get("versions"), dict)
+    )
 
 
 def _hash(content: object) -> str:

@@ -220,7 +220,8 @@ def _one_column(section: Mapping, rows: Sequence[Mapping]) -> str:
     seconds = [(entry["ours"] or {}).get("set_seconds") for _, entry in entries]
     columns = {"accuracy %": [_ours(entry) for _, entry in entries]}
     columns["sets × networks"] = [
-        f"{ours['sets']} × {ours['networks'] // ours['sets']}" if (ours := entry["ours"]) else "" for _, entry in entries
+        f"{ours['sets']} × {ours['networks'] // ours['sets']}" if (ours := entry["ours"]) else ""
+        for _, entry in entries
     ]
     if any(entry["paper"] for _, entry in entries):
         columns["paper %"] = [
@@ -286,4 +287,3 @@ def difference(value: Sequence | None) -> str:
 def images(ipc: str | int) -> str:
     """Return "10 images per class"."""
     return f"{ipc} image{'' if str(ipc) == '1' else 's'} per class"
-

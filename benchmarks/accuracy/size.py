@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 
 from atom_fast.distillation.config import affects_result, preset
-from atom_fast.evaluation.comparison import default_protocol
-from atom_fast.evaluation.coresets import EPOCHS
-from atom_fast.evaluation.protocols import Protocol, get_protocol
+from atom_fast.evaluation.protocols import Protocol, default_protocol, get_protocol
+from atom_fast.names import WATCHED_EPOCHS
 from benchmarks.paper import NETWORKS, SETS
 
 _OF_DM = ("iterations", "real_batch")  # settings for which DM has its own values
@@ -46,7 +45,7 @@ class RunSize:
     settings: Mapping[str, object] = dataclasses.field(default_factory=dict)
     protocol: str = "paper"
     epochs: int | None = None
-    selection_epochs: int = EPOCHS
+    selection_epochs: int = WATCHED_EPOCHS
 
     def __post_init__(self) -> None:
         for name in ("seeds", "networks", "epochs", "selection_epochs"):
@@ -95,7 +94,7 @@ class RunSize:
         return _differing(
             ("evaluation protocol", self.protocol, "paper"),
             ("evaluation epochs", self.epochs or usual, usual),
-            ("epochs before images are chosen", self.selection_epochs, EPOCHS),
+            ("epochs before images are chosen", self.selection_epochs, WATCHED_EPOCHS),
         )
 
 
@@ -126,5 +125,5 @@ def size_for(
         settings={**reduced, **(settings or {})},
         protocol=protocol or ("digits" if reduced else default_protocol(dataset)),
         epochs=_DIGITS32_EPOCHS if epochs is None and dataset == "digits32" else epochs,
-        selection_epochs=EPOCHS if selection_epochs is None else selection_epochs,
+        selection_epochs=WATCHED_EPOCHS if selection_epochs is None else selection_epochs,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -11,14 +10,12 @@ from pathlib import Path
 
 import torch
 
-from atom_fast._files import write_atomically
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing, fit_preprocessing
 from atom_fast.distillation import distill
 from atom_fast.distillation.checkpoint import remove_unfinished
 from atom_fast.distillation.config import DistillConfig
-from atom_fast.distillation.logs import versions
-from atom_fast.evaluation import EvaluationResult, evaluate
+from atom_fast.evaluation.evaluate import evaluate
 from atom_fast.evaluation.sets import select
 from atom_fast.synthetic import SYNTHETIC_FILE, SyntheticSet
 from benchmarks.accuracy.cells import (
@@ -30,7 +27,6 @@ from benchmarks.accuracy.cells import (
     evaluation_file,
     open_cell,
     read_evaluation,
-    read_evaluation_file,
     read_note,
 )
 from benchmarks.accuracy.datasets import load_named
@@ -180,30 +176,18 @@ def _is_of(synthetic: SyntheticSet, cell: Cell, iterations: int, fingerprint: st
 
 
 def _evaluate(output: Path, cell: Cell, evaluation: Evaluation, cache: DataCache) -> None:
-    """Train those of the networks asked for that are missing, and keep the results whenever some have finished."""
+    """Train the networks that are missing; `evaluate` keeps the results of each as it finishes."""
     synthetic = load_set(cell_folder(output, cell), cell, evaluation.iteration).to(cache.device)
     data, _ = cache.data(cell.dataset)
-    settings = architecture(cell, evaluation.network, evaluation.norm)
-    path = evaluation_file(output, cell, evaluation)
-    before = read_evaluation_file(output, cell, evaluation)
-    curves = [{int(epoch): value for epoch, value in curve.items()} for curve in before["curves"]]
-    curves += [{}] * (evaluation.networks - len(curves))
-    curves, beyond = curves[: evaluation.networks], curves[evaluation.networks :]  # of a call that asked for more
-
-    def keep(result: EvaluationResult) -> None:
-        found = result.to_dict()
-        record = {
-            **{name: found[name] for name in ("network", "protocol", "architecture", "precision", "seed")},
-            "curves": [*found["curves"], *beyond],
-            "seconds": before.get("seconds", 0.0) + result.seconds,
-            "set_seconds": synthetic.metadata.get("seconds"),
-            "device": result.device,
-            "versions": versions(),
-        }
-        write_atomically(path, json.dumps(record, indent=1) + "\n")
-
     evaluate(
-        synthetic.images, synthetic.labels, data, synthetic.preprocessing, protocol=evaluation.protocol,
-        networks=len(curves), seed=cell.seed, network=evaluation.network, architecture=settings, device=cache.device,
-        progress=cache.progress, earlier=curves, on_network=keep,
-    )  # fmt: skip
+        synthetic,
+        data,
+        network=evaluation.network,
+        architecture=architecture(cell, evaluation.network, evaluation.norm),
+        networks=evaluation.networks,
+        protocol=evaluation.protocol,
+        seed=cell.seed,
+        device=cache.device,
+        progress=cache.progress,
+        record=evaluation_file(output, cell, evaluation),
+    )

@@ -10,8 +10,6 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
 
-from torch import Tensor
-
 from atom_fast.distillation.config import PRESETS, DistillConfig, preset
 
 from .workload import Workload

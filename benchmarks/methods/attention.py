@@ -54,7 +54,7 @@ def eager(workload: Workload, spatial: bool, channel: bool) -> Callable[[], Tens
 def matching_loss(
     network: published.ConvNet, real: Tensor, synthetic: Tensor, classes: int, spatial: bool, channel: bool
 ) -> Tensor:
-    """Return equation 4 of the paper over class-major batches [classes * B, C, H, W], one layer and one class at a time."""
+    """Return equation 4 of the paper over class-major batches [classes * B, C, H, W], one layer and class at a time."""
     real_features, real_embedding = hooked_features(network, real)
     real_features, real_embedding = [f.detach() for f in real_features], real_embedding.detach()
     synthetic_features, synthetic_embedding = hooked_features(network, synthetic)

@@ -1,7 +1,7 @@
 """DSA for all classes at once in plain PyTorch: the augmentation of the implementations that do not loop.
 
-Every image goes through the same operators; those that its class did not draw are the identity. Crop, flip, scale and rotate
-are one affine sampling.
+Every image goes through the same operators; those that its class did not draw are the identity. Crop, flip, scale and
+rotate are one affine sampling.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def unroll(
 
 
 def trajectory_distance(student: Tensor, start: Tensor, target: Tensor) -> Tensor:
-    """Return the squared distance of the student to the expert's later weights, relative to how far the expert moved."""
+    """Return the squared distance of the student to the expert's later weights, relative to the expert's own way."""
     return (student - target).square().sum() / (start - target).square().sum()
 
 

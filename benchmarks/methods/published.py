@@ -1,10 +1,10 @@
 """The parts that the public code of DC, DSA, DM, MTT and DataDAM shares, rewritten in plain PyTorch.
 
-One rule decides. Kept is whatever gives a published step its cost: a fresh network built
-on the host and copied, a NumPy permutation of the whole class for every batch, one augmentation call per class and side,
-3x2 matrices and sampling grids made on the host, data held as float32 on the device. Left out, in the baselines'
-favour, is whatever only prints or frees: ``.item()`` for a log line, accuracy computed on the host, ``empty_cache()``,
-features and losses moved to the CPU.
+One rule decides. Kept is whatever gives a published step its cost: a fresh network built on the host and copied, a
+NumPy permutation of the whole class for every batch, one augmentation call per class and side, 3x2 matrices and
+sampling grids made on the host, data held as float32 on the device. Left out, in the baselines' favour, is whatever
+only prints or frees: ``.item()`` for a log line, accuracy computed on the host, ``empty_cache()``, features and losses
+moved to the CPU.
 
 The images are random: no time or memory here depends on what they show.
 """
@@ -50,13 +50,13 @@ class ConvNet(nn.Module):
 
 
 def fresh_network(workload: Workload, trained: bool = False) -> ConvNet:
-    """Return a new random network, built on the host and copied; its parameters take no gradient unless it is ``trained``."""
+    """Return a new random network, built on the host and copied; its parameters take gradients if it is ``trained``."""
     network = ConvNet(workload).to(workload.device)
     return network.requires_grad_(trained)
 
 
 def random_pixels(workload: Workload) -> Tensor:
-    """Return uint8 images of the data set's shape, [classes * class_images, channels, H, W], class-major, on the device."""
+    """Return uint8 images of the data set's shape, [classes * class_images, channels, H, W], class-major."""
     shape = (workload.classes * workload.class_images, workload.channels, workload.resolution, workload.resolution)
     generator = torch.Generator(workload.device).manual_seed(workload.seed)
     return torch.randint(0, 256, shape, dtype=torch.uint8, device=workload.device, generator=generator)

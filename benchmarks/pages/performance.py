@@ -88,7 +88,11 @@ def kept_memory(path: Path) -> str:
     record = json.loads(path.read_text())
     cells = {(cell["implementation"], cell["keep_memory"]): milliseconds(cell) for cell in record["cells"]}
     lines = [
-        [IMPLEMENTATION_NAMES[implementation], three_digits(cells[implementation, False]), three_digits(cells[implementation, True])]
+        [
+            IMPLEMENTATION_NAMES[implementation],
+            three_digits(cells[implementation, False]),
+            three_digits(cells[implementation, True]),
+        ]
         for implementation in ("eager-batched", "compile", "fused")
     ]
     where, size = record["environment"], record["workload"]
@@ -104,8 +108,9 @@ def bfloat16(path: Path) -> str:
     record = json.loads(path.read_text())
     times = {cell["precision"]: milliseconds(cell) for cell in record["cells"] if cell["keep_memory"]}
     return (
-        f"On an {record['environment']['device']} that has these instructions a step of {record['workload']['classes']} "
-        f"classes takes {three_digits(times['bfloat16'])} ms instead of {three_digits(times['float32'])}."
+        f"On an {record['environment']['device']} that has these instructions a step of "
+        f"{record['workload']['classes']} classes takes {three_digits(times['bfloat16'])} ms instead of "
+        f"{three_digits(times['float32'])}."
     )
 
 

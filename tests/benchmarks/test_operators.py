@@ -1,4 +1,4 @@
-"""What is timed as one operator by several implementations is one operator: same results, same gradients, counted bytes."""
+"""Implementations timed as one operator give the same results and gradients; their bytes are counted."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import compare
-from benchmarks.operators import DIRECTIONS, LAYOUTS, OPERATORS, IMPLEMENTATIONS, Case, cases, copy_bandwidth, prepare
+from benchmarks.operators import DIRECTIONS, IMPLEMENTATIONS, LAYOUTS, OPERATORS, Case, cases, copy_bandwidth, prepare
 
 SMALL = {
     "attention": (10, 128, 8, 8),
@@ -21,7 +21,7 @@ SMALL = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_providers_compute_the_same(operator, layout, device):
+def test_implementations_compute_the_same(operator, layout, device):
     outcomes = {}
     shape = SMALL[operator]
     case = Case(operator, shape, "float32", layout if len(shape) == 4 else "rows", "eager", "forward")
@@ -37,7 +37,7 @@ def test_providers_compute_the_same(operator, layout, device):
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-def test_every_operator_is_timed_by_every_provider_in_every_direction(device_type):
+def test_every_operator_is_timed_by_every_implementation_in_every_direction(device_type):
     everything = cases(device_type)
     assert len(set(map(str, everything))) == len(everything)
     for operator in OPERATORS:

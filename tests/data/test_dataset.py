@@ -46,7 +46,7 @@ def test_a_test_set_need_not_hold_every_class():
         ({"train_images": torch.zeros(6, 1, 4, 5)}, "training images must be uint8.*float32"),
         ({"test_images": torch.zeros(2, 4, 5, dtype=torch.uint8)}, r"test images must be uint8 \[N, C, H, W\]"),
         ({"test_images": torch.zeros(0, 1, 4, 5, dtype=torch.uint8)}, "not empty"),
-        ({"test_images": torch.zeros(2, 1, 5, 5, dtype=torch.uint8)}, r"one shape; got \[1, 4, 5\] and \[1, 5, 5\]"),
+        ({"test_images": torch.zeros(2, 1, 5, 5, dtype=torch.uint8)}, r"same shape; got \[1, 4, 5\] and \[1, 5, 5\]"),
         ({"train_labels": LABELS[:5]}, r"training labels must be int64 \[6\]"),
         ({"train_labels": LABELS.int()}, "training labels must be int64.*int32"),
         ({"train_labels": LABELS + 1}, "training labels must be 0 to 2 .*got 1 to 3"),

@@ -309,7 +309,7 @@ def test_broken_parts_of_tiny_are_named(tmp_path):
         load_data("tiny", folder, progress=False)
     annotations.write_text(good)
     shutil.rmtree(folder / "train/n01")
-    with pytest.raises(FileNotFoundError, match=r"train/n01/images holds no images"):
+    with pytest.raises(FileNotFoundError, match=r"train/n01/images contains no image files"):
         load_data("tiny", folder, progress=False)
 
 
@@ -339,10 +339,10 @@ def test_other_files_hidden_folders_and_nesting_do_not_disturb(tmp_path, capsys)
     save(tmp_path / "train/ant/more/deep.PNG", flat(9))
     data = load_data("folder", tmp_path, progress=False)
     assert data.class_names == ("ant", "bee", "cat") and data.class_sizes == (3, 1, 3)
-    assert "folder: 1 files skipped (.txt); files ending in .bmp, " in capsys.readouterr().err
+    assert "folder: 1 files skipped (.txt); accepted: .bmp, " in capsys.readouterr().err
 
 
-def test_a_class_without_test_images_is_said(tmp_path, capsys):
+def test_classes_without_test_images_are_reported(tmp_path, capsys):
     make_image_folder(tmp_path)
     assert load_data("folder", tmp_path, progress=False) and not capsys.readouterr().err
     shutil.rmtree(tmp_path / "test/bee")
@@ -378,18 +378,18 @@ def test_a_broken_image_is_named(tmp_path):
 def test_layouts_that_do_not_fit_are_explained(tmp_path):
     with pytest.raises(ValueError, match="'folder' needs a data_dir"):
         load_data("folder")
-    with pytest.raises(FileNotFoundError, match=r"no folder train/ in .*expected are train/<class>/"):
+    with pytest.raises(FileNotFoundError, match=r"no folder train/ in .*expected train/<class>/"):
         load_data("folder", tmp_path / "missing")
     (tmp_path / "train").mkdir()
     with pytest.raises(FileNotFoundError, match="no folder test/ or val/ in"):
         load_data("folder", tmp_path)
     (tmp_path / "test").mkdir()
     save(tmp_path / "train/loose.png", flat(0))
-    with pytest.raises(FileNotFoundError, match=r"train holds no class folders; expected is train/<class>/"):
+    with pytest.raises(FileNotFoundError, match=r"train contains no class folders; expected train/<class>/"):
         load_data("folder", tmp_path)
     (tmp_path / "train/ant").mkdir()
     save(tmp_path / "test/ant/x.png", flat(0))
-    with pytest.raises(FileNotFoundError, match=r"train/ant holds no images; files ending in .*\.png"):
+    with pytest.raises(FileNotFoundError, match=r"train/ant contains no image files .*\.png"):
         load_data("folder", tmp_path)
 
 
@@ -397,7 +397,7 @@ def test_classes_of_the_test_set_that_cannot_be_learned_are_named(tmp_path):
     make_image_folder(tmp_path)
     save(tmp_path / "test/dog/x.png", flat(0))
     save(tmp_path / "test/elk/x.png", flat(0))
-    with pytest.raises(ValueError, match=r"holds classes that .*train lacks: dog, elk"):
+    with pytest.raises(ValueError, match=r"contains classes that .*train lacks: dog, elk"):
         load_data("folder", tmp_path, progress=False)
 
 

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from benchmarks.bounds import DEVICES, WAYS, Configuration, stages, totals
-from benchmarks.roofline import DATASETS, main
+from benchmarks.devices import DEVICES
+from benchmarks.roofline import DATASETS, WAYS, Configuration, stages, totals
+from tests.benchmarks.tiny import command
 
 CIFAR = Configuration(*DATASETS["cifar10"])
 
@@ -37,16 +38,14 @@ def test_work_grows_with_the_step():
         assert all(grown[key] > base[key] for key in base)
 
 
-def test_the_table_and_the_json_agree(capsys):
-    assert main(["--ipc", "1"]) == 0
-    table = capsys.readouterr().out.splitlines()
-    assert main(["--ipc", "1", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
+def test_the_table_and_the_json_agree():
+    table = command("roofline", "--ipc", 1)[0].splitlines()
+    result = json.loads(command("roofline", "--ipc", 1, "--json")[0])
     assert len(table) == len(result["stages"]) + 3
     assert f"{1e3 * result['totals']['floor']['seconds']:.3f}" in table[-1]
 
 
-def test_a_measured_device_replaces_the_datasheet(tmp_path, capsys):
+def test_a_measured_device_replaces_the_datasheet(tmp_path):
     rates = {
         "name": "mine",
         "bandwidth": 1e12,
@@ -54,8 +53,7 @@ def test_a_measured_device_replaces_the_datasheet(tmp_path, capsys):
         "matrix": {"float32": 1e13, "tf32": 1e14, "bfloat16": 2e14},
     }
     (tmp_path / "device.json").write_text(json.dumps(rates))
-    assert main(["--measured", str(tmp_path / "device.json")]) == 0
-    assert "on mine" in capsys.readouterr().out
+    assert "on mine" in command("roofline", "--measured", tmp_path / "device.json")[0]
 
 
 @pytest.mark.parametrize(
@@ -63,16 +61,14 @@ def test_a_measured_device_replaces_the_datasheet(tmp_path, capsys):
     [("{}", "must hold name"), ("[", "must hold name"), ('{"name": "x", "bandwidth": 0, "vector": 1, "matrix": '
       '{"float32": 1, "tf32": 1, "bfloat16": 1}}', "positive")],
 )  # fmt: skip
-def test_a_bad_file_is_refused(content, message, tmp_path, capsys):
+def test_a_bad_file_is_refused(content, message, tmp_path):
     (tmp_path / "device.json").write_text(content)
-    assert main(["--measured", str(tmp_path / "device.json")]) == 2
-    assert message in capsys.readouterr().err
+    assert message in command("roofline", "--measured", tmp_path / "device.json", code=2)[1]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["--depth", "6"], "depth 6"), (["--ipc", "0"], "ipc must be"), (["--measured", "nowhere.json"], "nowhere.json")],
 )
-def test_bad_settings_are_refused(arguments, message, capsys):
-    assert main(arguments) == 2
-    assert message in capsys.readouterr().err
+def test_bad_settings_are_refused(arguments, message):
+    assert message in command("roofline", *arguments, code=2)[1]

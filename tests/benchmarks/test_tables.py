@@ -1,0 +1,250 @@
+"""The paper's tables as plans: cells, settings, sizes, and the commands that name them."""
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+from PIL import Image
+
+from benchmarks import paper
+from benchmarks.__main__ import main, parse_settings
+from benchmarks.accuracy import TARGETS, plan
+from benchmarks.accuracy.cells import architecture
+from benchmarks.accuracy.datasets import load_named
+from benchmarks.accuracy.size import size_for
+from benchmarks.accuracy.study import FACTORS
+from benchmarks.accuracy.tables import parse_cell
+from benchmarks.methods import configuration
+from tests.benchmarks.tiny import CELLS, command
+
+
+def test_table_4_compares_losses_and_nothing_else():
+    losses = {"spatial_power", "channel_power", "mmd_weight", "feature_maps"}
+    base = configuration("atom", 1, 0, {}).to_dict()
+    for method in ("mmd", "feature-maps", "dam", "atom-channel"):
+        other = configuration(method, 1, 0, {}).to_dict()
+        assert {name for name in base if base[name] != other[name]} <= losses, method
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_has_the_paper_s_cells(target):
+    found = plan(target)
+    assert {(cell.dataset, cell.ipc) for cell, _ in found.units if cell.method != "full"} == set(TARGETS[target].cells)
+    sets = {}
+    for cell, evaluations in found.units:
+        assert all(evaluation.networks == 20 for evaluation in evaluations)
+        sets.setdefault(dataclasses.replace(cell, seed=0), set()).add(cell.seed)
+    expected = {"grids": {0}}.get(found.kind, set(range(5)))
+    assert all(seeds == expected or cell.method == "full" for cell, seeds in sets.items())
+
+
+def test_the_paper_s_figures_stand_where_they_belong():
+    entries = {row.title: row.entries for row in plan("table1").sections[0].rows}
+    assert entries["ATOM"]["cifar10:10"].paper == (57.9, 0.7) and entries["ATOM"]["cifar10:10"].jobs
+    assert entries["DSA"]["cifar100:50"].paper == (42.8, 0.4) and not entries["DSA"]["cifar100:50"].jobs
+    assert entries["Full data set"]["tiny:1"].paper == (37.6, 0.4)
+    assert "tiny:1" not in entries["K-Center"] or entries["K-Center"]["tiny:1"].paper is None
+    [section] = plan("table5").sections
+    assert {row.title: row.entries["p_s = 1"].paper for row in section.rows}["p_c = 8"] == (58.8, None)
+    assert paper.TABLE2["ATOM"]["average"] == (62.7, 0.6) and len(paper.TABLE5) == 16
+    means = [paper.TABLE2["DAM"][network][0] for network in paper.TABLE2_NETWORKS]
+    assert sum(means) / 5 == pytest.approx(60.8, abs=0.05), "a digit lost in copying shows here"
+
+
+def test_tables_and_figures_share_cells():
+    atom = {cell.folder_name for cell, _ in plan("table1", [("cifar10", 50)], ["atom"]).units}
+    for target in ("table2", "table4", "fig5"):
+        shared = {cell.folder_name for cell, _ in plan(target, methods=["atom"]).units}
+        assert shared <= atom, target
+    [default] = [cell for cell, _ in plan("table5", seeds=1).units
+                 if cell.config.spatial_power == cell.config.channel_power == 4]  # fmt: skip
+    assert default.folder_name == plan("table1", [("cifar10", 10)], ["atom"]).units[0][0].folder_name
+
+
+def test_a_cell_s_folder_tells_its_settings_apart():
+    names = set()
+    for settings in ({}, {"width": 64}, {"iterations": 10}, {"norm": "batch"}):
+        names |= {cell.folder_name for cell, _ in plan("table4", CELLS, settings=settings).units}
+    assert len(names) == 6 * 3 * 4 - 3 * 3, "random images differ by none of these settings"
+    assert plan("table4", CELLS, seeds=1, settings={"checkpoint_every": 7}).units[0][0].folder_name in names
+
+
+def test_settings_that_are_what_the_data_set_implies_are_the_same_cell():
+    for cells, settings in (
+        (CELLS, {"network_init": "normal", "norm": "instance", "preprocessing": "standard", "loss_scale": 10}),
+        ([("cifar10", 10)], {"network_init": "default", "norm": "batch", "preprocessing": "zca", "loss_scale": 3}),
+    ):
+        names = [
+            [cell.folder_name for cell, _ in plan("table1", cells, ["random", "atom"], settings=given).units]
+            for given in ({}, settings)
+        ]
+        assert names[0] == names[1]
+
+
+def test_all_methods_are_tested_on_the_same_networks():
+    for settings in ({}, {"norm": "batch", "width": 16}):
+        units = plan("table1", CELLS, settings=settings).units
+        assert len({str(architecture(cell, "convnet")) for cell, _ in units}) == 1
+    assert architecture(units[0][0], "convnet")["norm"] == "batch"
+    assert architecture(units[0][0], "convnet", "group")["norm"] == "group" and architecture(units[0][0], "vit") == {}
+
+
+def test_the_study_changes_one_setting_at_a_time():
+    [section] = plan("study", [("cifar10", 1)]).sections
+    base = section.rows[0].entries["accuracy"].jobs[0]
+    seen = set()
+    for row in section.rows[1:]:
+        cell, evaluation = row.entries["accuracy"].jobs[0]
+        before, after = base[0].config.to_dict(), cell.config.to_dict()
+        changed = {name for name in before if before[name] != after[name]}
+        changed |= {"evaluation"} if evaluation.protocol != base[1].protocol else set()
+        changed |= {"evaluation_norm"} if evaluation.norm != base[1].norm else set()
+        assert len(changed) == 1, row.title
+        seen |= changed
+    assert seen == set(FACTORS)
+    assert len(section.rows) == 1 + sum(len(values) - 1 for values in FACTORS.values())
+
+
+def test_protocols_are_shortened_in_proportion():
+    size = size_for("cifar10", epochs=100)
+    assert {name: size.training(name).epochs for name in ("paper", "dc", "datadam-code")} == {
+        "paper": 100, "dc": 30, "datadam-code": 180,
+    }  # fmt: skip
+    assert {"name": "evaluation epochs", "value": 100, "usual": 1000} in size.reductions()
+    assert size_for("cifar10").reductions() == []
+
+
+def test_what_changes_no_result_is_no_reduction():
+    def named(**settings):
+        return [(r["name"], r["value"], r["usual"]) for r in size_for("cifar10", settings=settings).reductions()]
+
+    unchanged = {"checkpoint_every": 7, "log_every": 3, "class_chunk": 2}
+    assert size_for("cifar10", epochs=1000, settings=unchanged).reductions() == []
+    assert named(**unchanged, width=64) == [("width", 64, 128)]
+    assert named(loss_scale=3) == [("loss_scale", 3, None)]
+    assert named(spatial_power=None) == [("spatial_power", None, 4.0)]
+
+
+@pytest.mark.parametrize("iterations", [2000, 8000, 20_000])
+def test_a_setting_of_which_dm_has_its_own_is_shown_beside_both(iterations):
+    [reduction] = size_for("cifar10", settings={"iterations": iterations}).reductions()
+    assert reduction == {"name": "iterations", "value": iterations, "usual": 8000, "dm": 20_000}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["table9"], "No such command"),
+        (["table1", "--cells", "cifar11:1"], "cifar11:1"),
+        (["table1", "--cells", "cifar10:0"], "cifar10:0"),
+        (["table1", "--cells", "cifar10"], "DATASET:IPC"),
+        (["table2", "--methods", "herding"], "'dm', 'dam', 'atom'"),
+        (["table2", "--cells", "digits:1"], "digits32"),
+        (["study", "--factors", "norm,colour"], "colour"),
+        (["table4", "--factors", "norm"], "No such option"),
+        (["table4", "--set", "no_such=1"], "no_such"),
+        (["table4", "--set", "norm"], "NAME=VALUE"),
+        (["table4", "--set", "image_init=given"], "image_init"),
+        (["table4", "--set", "loss_scale=["], "not readable as YAML"),
+        (["table4", "--set", "norm=!!bool x"], "not readable as YAML"),
+        (["table5", "--set", "channel_power=2"], "varies channel_power itself"),
+        (["table1", "--cells", "digits:²"], "DATASET:IPC"),
+        (["table4", "--set", "norm=[1, 2]"], "norm"),
+        (["table4", "--set", "seed=3"], "--seeds"),
+        (["table4", "--set", "ipc=3"], "--cells"),
+        (["table4", "--seeds", "0"], "seeds"),
+        (["table4", "--cells", "digits:99999999999999", "--set", "image_init=noise"], "ipc must be a whole number"),
+        (["table4", "--device", "mps"], "no other kind is supported"),
+        (["table4", "--cells", "digits:1", "--only", "99"], "99"),
+        (["table4", "--cells", "digits:1000", "--seeds", "1", "--methods", "atom", "--quiet"], "1000"),
+    ],
+)
+def test_what_does_not_exist_is_named(arguments, named, tmp_path):
+    options = ["--device", "cpu"] if "--only" in arguments or "1000" in str(arguments) else []
+    _, error = command(*arguments, "--out", tmp_path, *options, code=2)
+    assert named in error and "Traceback" not in error
+
+
+def test_cells_are_read():
+    assert parse_cell(" tiny:50") == ("tiny", 50)
+    for text in ("tiny", "tiny:", "tiny:x", "tiny:-1", "svhn:1"):
+        with pytest.raises(ValueError, match="DATASET:IPC"):
+            parse_cell(text)
+
+
+def test_settings_on_the_command_line_are_read():
+    given = ["spatial_power=none", "loss_scale=1e2", "norm=batch", "image_average=true", "channel-power=2"]
+    assert parse_settings(given) == {
+        "spatial_power": None, "loss_scale": 100.0, "norm": "batch", "image_average": True, "channel_power": 2,
+    }  # fmt: skip
+
+
+def test_no_setting_undoes_what_defines_a_method():
+    given = {"channel_power": 8.0, "spatial_power": 2.0, "mmd_weight": 0.5, "feature_maps": False}
+    found = {name: configuration(name, 1, 0, given) for name in ("atom", "dam", "atom-channel", "mmd", "feature-maps")}
+    assert {name: (c.spatial_power, c.channel_power, c.feature_maps, c.mmd_weight) for name, c in found.items()} == {
+        "atom": (2.0, 8.0, False, 0.5),
+        "dam": (2.0, None, False, 0.5),
+        "atom-channel": (None, 8.0, False, 0.5),
+        "mmd": (None, None, False, 1.0),
+        "feature-maps": (None, None, True, 0.5),
+    }
+
+
+def test_missing_data_says_where_and_how(tmp_path):
+    _, error = command("fig5", "--data-dir", tmp_path, "--out", tmp_path / "out", "--quiet", code=2)
+    assert str(tmp_path) in error and "--download" in error and "train/<class>" in error
+    assert not list((tmp_path / "out").glob("cells/*/*"))
+
+
+def write_folder(root, quality=None, classes=10, size=32):
+    for split in ("train", "test"):
+        for label in range(classes):
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True)
+            image = Image.effect_noise((size, size), 40 + label).convert("RGB")
+            if quality:
+                image.save(folder / "0.jpg", quality=quality)
+            else:
+                image.save(folder / "0.png")
+
+
+@pytest.mark.parametrize(
+    ("quality", "title"), [(75, "CIFAR-10 (JPEG q75)"), (90, "CIFAR-10 (JPEG q90)"), (None, "CIFAR-10 (PNG)")]
+)
+def test_folders_of_images_are_named_by_their_format(quality, title, tmp_path):
+    write_folder(tmp_path / "cifar10", quality)
+    data, found = load_named("cifar10", tmp_path, progress=False)
+    assert (found, data.name, data.num_classes) == (title, "cifar10", 10)
+    assert load_named("cifar10", tmp_path / "cifar10", progress=False)[1] == title
+
+
+def test_images_of_another_data_set_are_refused(tmp_path):
+    write_folder(tmp_path, classes=3)
+    with pytest.raises(ValueError, match="10 classes"):
+        load_named("cifar10", tmp_path, progress=False)
+
+
+PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in ("benchmarks", "results", "performance")))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_on_the_pages_exist(page):
+    root = Path(__file__).resolve().parents[2]
+    found = re.findall(r"python -m benchmarks ([a-z]+[^`\n]*)", (root / page).read_text("utf-8"))
+    assert found or page in ("README.md", "CONTRIBUTING.md")
+    for line in found:
+        name, *arguments = shlex.split(line, comments=True)
+        if name in ("step", "digits", "ranks"):  # they read their own arguments
+            continue
+        command = main.commands[name]
+        with click.Context(main, **main.context_settings) as parent:
+            options = command.make_context(name, arguments, parent).params
+        if name in TARGETS:
+            size = {option: options[option] for option in ("seeds", "networks", "epochs")}
+            settings = parse_settings(options["given"])
+            chosen = options.get("methods"), options.get("factors")
+            assert plan(name, options["cells"], *chosen, settings=settings, **size).units
