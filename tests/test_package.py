@@ -76,41 +76,6 @@ print(compiled(torch.ones(2, 3), torch.zeros(2, 3)).item())
     assert done.stdout == "3.0\n", done.stderr
 
 
-def test_backend_names_are_checked():
-    with pytest.raises(ValueError, match="auto, triton, native, torch, reference; got 'cuda'"), af.backend("cuda"):
-        pass
-
-
-def test_backend_is_restored_after_an_error():
-    import torch
-
-    from atom_fast._backend import resolve_backend
-
-    with pytest.raises(KeyError), af.backend("reference"):
-        raise KeyError
-    assert resolve_backend(torch.zeros(1)) != "reference"
-
-
-def test_triton_on_cpu_tensors_without_the_interpreter_says_what_to_do():
-    code = """
-import torch, atom_fast as af
-with af.backend("triton"):
-    af.spatial_attention(torch.ones(1, 2, 3, 3))
-"""
-    done = run_python(code, TRITON_INTERPRET="0")
-    assert done.returncode == 1
-    assert "needs CUDA tensors, got one on cpu; use backend 'torch'" in done.stderr
-
-
-def test_native_is_for_cpu_tensors():
-    import torch
-
-    from atom_fast._backend import resolve_backend
-
-    with af.backend("native"), pytest.raises(RuntimeError, match="for CPU tensors, got one on meta; use backend"):
-        resolve_backend(torch.empty(1, device="meta"))
-
-
 def test_every_public_name_is_documented():
     for name in af.__all__:
         assert getattr(af, name).__doc__, name

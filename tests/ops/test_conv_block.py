@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import math
 import re
 
 import pytest
@@ -21,7 +20,7 @@ from atom_fast.kernels import norm_block as norm_block_kernels
 from atom_fast.ops.conv_block import _constants, conv_block, conv_block_op, launch_kind
 from atom_fast.ops.launching import int32_indexable
 from atom_fast.ops.norm_block import NORMS
-from tests.cubin import CAPABILITIES, LOST_CONSTANT, assemble, check_report, disassemble
+from tests.cubin import LOST_CONSTANT, assemble, check_report, disassemble
 from tests.launches import compile_launch, recorded
 from tests.ops.test_norm_block import BACKENDS, FUSED, IMPLEMENTATIONS, PRECISE, assert_equal, run
 from tests.workloads import pretended
@@ -284,9 +283,7 @@ def test_planes_are_kept_on_the_chip_where_they_fit(capability, dtype, image_cha
 
 
 @RECORDING
-@pytest.mark.parametrize(
-    ("image_channels", "channels", "size"), [(3, 128, 32), (3, 16, 12)]
-)
+@pytest.mark.parametrize(("image_channels", "channels", "size"), [(3, 128, 32), (3, 16, 12)])
 def test_launch_table_knows_how_much_shared_memory_is_asked_for(image_channels, channels, size):
     """No table that says "fits" may be wrong: the kernel would not start on the GPU that it is for."""
     images, filters, *_ = draw(1, image_channels, channels, size, size, dtype=torch.float32)
@@ -380,7 +377,9 @@ def test_offsets_of_neighbourhoods_equal_the_equations(image_channels, size, dev
 def test_gradients_that_32_bits_do_not_address_are_copied(device, monkeypatch):
     """Of the pooled features, as of every other tensor."""
     seen = []
-    monkeypatch.setattr("atom_fast.ops.conv_block.int32_indexable", lambda x: seen.append(x.shape) or int32_indexable(x))
+    monkeypatch.setattr(
+        "atom_fast.ops.conv_block.int32_indexable", lambda x: seen.append(x.shape) or int32_indexable(x)
+    )
     inputs = draw(1, 3, 4, 8, 8, device)
     fused("triton", *inputs)
     assert (1, 4, 4, 4) in seen

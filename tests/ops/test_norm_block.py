@@ -96,7 +96,7 @@ def test_the_reference_is_its_equations():
 
 
 def test_float64_and_other_layouts_on_a_cpu_are_the_reference():
-    """"torch" computes what C does not by the equations; so it does for contiguous float32."""
+    """ "torch" computes what C does not by the equations; so it does for contiguous float32."""
     for x in (draw((2, 3, 6, 6), "cpu")[0], draw((2, 3, 6, 6), "cpu", torch.float32, channels_last=False)[0]):
         assert_equal(fused("torch", x, None, None), fused("reference", x, None, None), 0)
 
@@ -270,7 +270,9 @@ def test_only_the_gradient_keeps_anything(backend, norm, place):
 @pytest.mark.parametrize(("backend", "norm"), FUSED)
 def test_operator_passes_opcheck_and_compiles_as_one_graph(backend, norm, place):
     x, weight, bias = draw((2, 4, 8, 8), place, torch.float32)
-    torch.library.opcheck(norm_block_op, (x.requires_grad_(), weight, bias, 1e-5, 4.0, None, norm, IMPLEMENTATIONS[backend]))
+    torch.library.opcheck(
+        norm_block_op, (x.requires_grad_(), weight, bias, 1e-5, 4.0, None, norm, IMPLEMENTATIONS[backend])
+    )
 
     def loss(x):
         pooled, maps = norm_block(x, weight, bias, norm=norm)
@@ -294,7 +296,9 @@ def test_a_second_derivative_is_refused(backend, norm, place):
 
 def test_a_forward_mode_derivative_is_refused(triton_backend, device):
     x, weight, bias = draw((1, 4, 8, 8), device)
-    with pytest.raises(NotImplementedError, match="norm_block has no forward-mode derivative .*backend\\('reference'\\)"):
+    with pytest.raises(
+        NotImplementedError, match="norm_block has no forward-mode derivative .*backend\\('reference'\\)"
+    ):
         torch.func.jvp(lambda x: norm_block(x, weight, bias).maps, (x,), (x,))
 
 
