@@ -11,12 +11,12 @@ import torch
 import torch.fx.experimental.proxy_tensor
 
 import atom_fast as af
-from atom_fast.distillation.live_bytes import count_peak
 from atom_fast.ops import native
 from atom_fast.ops.batch_norm import batch_norm
 from atom_fast.ops.conv_block import conv_block
 from atom_fast.ops.instance_norm import instance_norm
 from atom_fast.ops.norm_block import norm_block
+from benchmarks.live_bytes import count_peak
 
 COPY = f'while [ "$1" != -o ]; do shift; done\ncp {native._library()._name} "$2"'  # the library of this session
 
