@@ -44,7 +44,7 @@ def distill(
         config: the settings; what they leave open is derived from data and device.
         output: the run's folder, new or empty, or with ``resume`` that of an earlier run.
         resume: continue from the newest intact checkpoint, or start where there is none. The settings must be the
-            same, but for more iterations. On one CPU the result has the same bits as an uninterrupted run.
+            same; ``iterations`` may be higher. On one CPU the result has the same bits as an uninterrupted run.
         start: initial images, instead of ``config.image_init``; same classes, ipc and image shape.
         progress: show a progress bar on standard error.
         device: where to compute; None: the GPU, if there is one. Each of several processes has its own GPU.

@@ -1,4 +1,4 @@
-"""What a run leaves behind: lock, settings, log, checkpoints, pictures and the set; and what it needs to be resumed."""
+"""The folder of a run: lock, settings, log, checkpoints, pictures and the set; and the checks before it is resumed."""
 
 from __future__ import annotations
 
