@@ -7,7 +7,6 @@ from ._lazy import lazy_names as _lazy_names
 __version__ = "0.1.0"
 
 if _typing.TYPE_CHECKING:
-    from ._backend import backend
     from .data.sources import load_data
     from .distillation.config import preset
     from .distillation.loop import distill
@@ -22,6 +21,7 @@ if _typing.TYPE_CHECKING:
         spatial_attention,
     )
     from .losses import ATOMLoss
+    from .ops.dispatch import backend
     from .synthetic import SyntheticSet
 
 __all__ = [
@@ -48,7 +48,7 @@ __getattr__, __dir__ = _lazy_names(
         "SyntheticSet": "synthetic",
         "attention_matching_from_maps": "functional",
         "attention_matching_loss": "functional",
-        "backend": "_backend",
+        "backend": "ops.dispatch",
         "channel_attention": "functional",
         "class_groups": "functional",
         "distill": "distillation.loop",

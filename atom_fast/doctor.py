@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from atom_fast import _native
-from atom_fast._backend import backend
 from atom_fast._device import HAS_TRITON, Chip, chip_of, convolution_precision, has_tf32, triton_refusal
 from atom_fast.data.augmentation import AugmentationParameters, augment
 from atom_fast.distillation.logs import versions
 from atom_fast.functional import attention_matching_loss, mean_matching_loss
+from atom_fast.ops import native
 from atom_fast.ops.batch_norm import batch_norm
 from atom_fast.ops.conv_block import conv_block, launch_kind
+from atom_fast.ops.dispatch import backend
 from atom_fast.ops.instance_norm import instance_norm
 from atom_fast.ops.norm_block import norm_block
 
@@ -104,14 +104,14 @@ def _precisions(chip: Chip) -> str:
 
 
 def _cpu() -> dict[str, object]:
-    compiler = _native.compiler_version()
+    compiler = native.compiler_version()
     return {
         "name": _processor_name(),
         "cores": f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} to use",
         "quota": f"{quota:g} cores" if (quota := cpu_quota()) else "none",
         "threads": torch.get_num_threads(),
         "C compiler": compiler or "none found",
-        "kernels in C": _native.description() if compiler else "not built: no C compiler",
+        "kernels in C": native.description() if compiler else "not built: no C compiler",
     }
 
 
@@ -154,7 +154,7 @@ def _unfused_runs(device: torch.device, refusal: str | None) -> dict[str, str]:
         reason = refusal or "Triton is not installed"
         return {"every operation": f"PyTorch's operators ({reason})"}
     kernels = "first block", "later blocks", "augmentation", "norms of an evaluation"
-    built = "fused (C), float32" if _native.is_built() else "PyTorch's operators: the kernels in C are not built"
+    built = "fused (C), float32" if native.is_built() else "PyTorch's operators: the kernels in C are not built"
     return dict.fromkeys(kernels, built) | dict.fromkeys(
         ("attention maps", "class means"), "PyTorch's operators, in pieces that fit the cache"
     )
@@ -162,7 +162,7 @@ def _unfused_runs(device: torch.device, refusal: str | None) -> dict[str, str]:
 
 def _cpu_advice(cpu: dict, gpu: dict | None) -> list[str]:
     advice = []
-    if not _native.is_built() and gpu is None:
+    if not native.is_built() and gpu is None:
         advice.append(
             "Install a C compiler (gcc or clang, or name one by the environment variable CC): a step on a CPU is then "
             "several times faster."
@@ -265,7 +265,7 @@ def _means(x: Tensor) -> Tensor:
 def _norm(x: Tensor, norm: str) -> Tensor:
     ones = torch.ones(x.shape[1], dtype=x.dtype, device=x.device)
     run = batch_norm if norm == "batch" else instance_norm
-    return run(x, ones, 0.1 * ones, rectify=True, pool=True)
+    return run(x, ones, 0.1 * ones, relu=True, pool=True)
 
 
 def _parameters(x: Tensor) -> AugmentationParameters:

@@ -1,4 +1,4 @@
-"""Attention maps and matching losses as functions: what a distillation or attention-transfer loop calls."""
+"""Attention maps and matching losses as functions, for distillation and attention-transfer loops."""
 
 from __future__ import annotations
 
@@ -9,17 +9,14 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from . import reference
-from ._backend import resolve_backend
 from .ops.attention import attention_maps
-from .ops.launching import accumulation_dtype
 from .ops.matching import ClassGroups, class_groups_op, class_mean_distance
 
 POWERS = (1.0, 16.0)
 
 
 def spatial_attention(features: Tensor, power: float = 4.0, normalize: bool = True) -> Tensor:
-    """Spatial attention, equation 1 of the ATOM paper: the sum of |f|^power over channels.
+    """Compute spatial attention, equation 1 of the ATOM paper: the sum of |f|^power over channels.
 
     Args:
         features: [B, C, H, W], float64, float32, float16 or bfloat16, any strides.
@@ -28,19 +25,20 @@ def spatial_attention(features: Tensor, power: float = 4.0, normalize: bool = Tr
             A zero sample keeps a zero map, as does one whose largest feature is a subnormal number.
 
     Returns:
-        [B, H*W], float64 for float64 features, float32 otherwise. Differentiable once.
+        [B, H*W], float64 for float64 features, float32 otherwise. Differentiable once, in reverse mode.
 
     Raises:
-        TypeError: the features are no floating-point tensor.
+        TypeError: the features are not a floating-point tensor.
         ValueError: the features are not four-dimensional, or the power is outside [1, 16].
+        NotImplementedError: a forward-mode derivative is asked for (torch.func.jvp, jacfwd, hessian).
     """
     return _attention(features, power, None, normalize)
 
 
 def channel_attention(features: Tensor, power: float = 4.0, normalize: bool = True) -> Tensor:
-    """Channel attention, equation 2 of the ATOM paper: the sum of |f|^power over positions, [B, C, H, W] -> [B, C].
+    """Compute channel attention, equation 2 of the ATOM paper: the sum of |f|^power over positions.
 
-    Arguments, dtypes and errors are those of `spatial_attention`.
+    Arguments, dtypes and errors are as in `spatial_attention`; [B, C, H, W] -> [B, C].
     """
     return _attention(features, None, power, normalize)
 
@@ -55,28 +53,30 @@ def attention_matching_loss(
     synthetic_labels: Tensor | None = None,
     groups: ClassGroups | None = None,
 ) -> Tensor:
-    """One layer's term of the ATOM loss, equation 3 of the paper.
+    """Compute one layer's term of the ATOM loss, equation 3 of the paper.
 
-    For each class, the squared distance between the mean normalised map of its real samples and of its synthetic
-    samples, for the spatial and for the channel map; summed over maps and classes.
+    The term is the squared distance between the mean normalised maps of the real and of the synthetic samples of a
+    class, summed over classes and over the spatial and the channel map.
 
     Args:
-        real: [B, C, H, W] features of real samples; a constant, to which no gradient flows. Where it requires one, a
-            UserWarning says so, once in a process; ``real.detach()`` says that none is expected.
+        real: [B, C, H, W] features of real samples; a constant, which receives no gradient. If it requires one, a
+            UserWarning says so once per process; pass ``real.detach()`` to avoid it.
         synthetic: [B', C, H, W] features of synthetic samples, same channels, height and width, same device.
         spatial_power: p_s in [1, 16], or None to leave the spatial maps out (ATOM with channel attention only).
         channel_power: p_c in [1, 16], or None to leave the channel maps out (DataDAM).
-        real_labels: int64 [B], in any order, classes of any size. None, for both sides: one class.
+        real_labels: int64 [B], in any order, classes of any size. None for both sides: all samples are one class.
         synthetic_labels: int64 [B'], holding the same classes.
-        groups: in place of labels, what `class_groups` made of them. Checking labels waits for the device; a loop
-            whose labels do not change makes the groups once and never waits.
+        groups: instead of labels, the result of `class_groups`. Checking labels waits for the device; a loop whose
+            labels do not change makes the groups once and never waits.
 
     Returns:
-        A scalar, float64 for float64 features, float32 otherwise. Differentiable once, with respect to ``synthetic``.
+        A scalar, float64 for float64 features, float32 otherwise. Differentiable once, in reverse mode, with
+        respect to ``synthetic``.
 
     Raises:
-        TypeError: features are no floating-point tensors, or labels are not int64.
+        TypeError: features are not floating-point tensors, or labels are not int64.
         ValueError: shapes, devices, powers or classes do not fit; the message names them.
+        NotImplementedError: a forward-mode derivative is asked for.
     """
     _check_features(real, "real")
     _check_features(synthetic, "synthetic")
@@ -87,10 +87,7 @@ def attention_matching_loss(
         )
     powers = _check_power(spatial_power, "spatial_power"), _check_power(channel_power, "channel_power")
     groups = _resolve_groups(real, synthetic, real_labels, synthetic_labels, groups)
-    backend = resolve_backend(synthetic)
-    real_maps = _attention_maps(_constant(real), *powers, True, backend)
-    synthetic_maps = _attention_maps(synthetic, *powers, True, backend)
-    return _class_mean_distance(real_maps, synthetic_maps, groups, backend)
+    return class_mean_distance(attention_maps(_constant(real), *powers), attention_maps(synthetic, *powers), groups)
 
 
 def attention_matching_from_maps(
@@ -101,7 +98,7 @@ def attention_matching_from_maps(
     synthetic_labels: Tensor | None = None,
     groups: ClassGroups | None = None,
 ) -> Tensor:
-    """The matching loss of equation 3 given normalised maps, for networks that take them while computing features.
+    """Compute the matching loss of equation 3 from normalised maps, such as those of `ConvNet.attention`.
 
     Args:
         real_maps: [B, D] maps divided by their L2 norm per sample; a constant, as in `attention_matching_loss`.
@@ -124,7 +121,7 @@ def mean_matching_loss(
     synthetic_labels: Tensor | None = None,
     groups: ClassGroups | None = None,
 ) -> Tensor:
-    """Squared distance between the class means of two sets of vectors: L_MMD of equation 4, and the loss of DM.
+    """Compute the squared distance between the class means of two sets of vectors: L_MMD of equation 4, the loss of DM.
 
     Args:
         real: [B, D] embeddings of real samples; a constant, as in `attention_matching_loss`.
@@ -132,11 +129,13 @@ def mean_matching_loss(
         real_labels, synthetic_labels, groups: as in `attention_matching_loss`.
 
     Returns:
-        A scalar, float64 for float64 embeddings, float32 otherwise, summed over classes. Differentiable once.
+        A scalar, float64 for float64 embeddings, float32 otherwise, summed over classes. Differentiable
+        once, in reverse mode.
 
     Raises:
-        TypeError: embeddings are no floating-point tensors, or labels are not int64.
+        TypeError: embeddings are not floating-point tensors, or labels are not int64.
         ValueError: shapes, devices or classes do not fit; the message names them.
+        NotImplementedError: a forward-mode derivative is asked for.
     """
     for side, name in ((real, "real"), (synthetic, "synthetic")):
         _check_floating(side, name)
@@ -147,18 +146,18 @@ def mean_matching_loss(
             f"real and synthetic embeddings must agree in size; got {tuple(real.shape)} and {tuple(synthetic.shape)}"
         )
     groups = _resolve_groups(real, synthetic, real_labels, synthetic_labels, groups)
-    return _class_mean_distance(_constant(real), synthetic, groups, resolve_backend(synthetic))
+    return class_mean_distance(_constant(real), synthetic, groups)
 
 
 def class_groups(real_labels: Tensor, synthetic_labels: Tensor) -> ClassGroups:
-    """Group the samples of two sides by class, once, for a loop whose labels stay the same.
+    """Group the samples of two sides by class, once, for a loop whose labels do not change.
 
     Args:
         real_labels: int64 [B]; synthetic_labels: int64 [B'], on one device, holding the same classes.
 
     Raises:
         TypeError: labels are not int64.
-        ValueError: labels are not one-dimensional, or a class stands on one side only.
+        ValueError: labels are not one-dimensional, or a class is on one side only.
     """
     for labels, name in ((real_labels, "real_labels"), (synthetic_labels, "synthetic_labels")):
         _check_labels(labels, None, name)
@@ -166,7 +165,7 @@ def class_groups(real_labels: Tensor, synthetic_labels: Tensor) -> ClassGroups:
 
 
 def _constant(real: Tensor) -> Tensor:
-    """The real side without its graph; says so, once, to a caller who may expect a gradient of it."""
+    """Detach the real side; warn once if it requires a gradient."""
     if real.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         _warn_that_real_is_constant()
     return real.detach()
@@ -187,46 +186,7 @@ def _attention(features: Tensor, spatial_power: float | None, channel_power: flo
     if power is None:
         raise ValueError("power must be a number in [1, 16]; got None")
     powers = (power, None) if channel_power is None else (None, power)
-    return _attention_maps(features, *powers, normalize, resolve_backend(features))
-
-
-def _attention_maps(
-    features: Tensor, spatial_power: float | None, channel_power: float | None, normalize: bool, backend: str
-) -> Tensor:
-    """[B, M]: the spatial map followed by the channel map."""
-    if backend != "reference":
-        maps, _ = attention_maps(features, spatial_power, channel_power, normalize, backend)
-        return maps
-    features = features.to(accumulation_dtype(features.dtype))
-    maps = []
-    if spatial_power is not None:
-        maps.append(reference.spatial_attention(features, spatial_power, normalize))
-    if channel_power is not None:
-        maps.append(reference.channel_attention(features, channel_power, normalize))
-    return torch.cat(maps, dim=1) if maps else features.new_zeros((features.shape[0], 0))
-
-
-def _class_mean_distance(real: Tensor, synthetic: Tensor, groups: ClassGroups | None, backend: str) -> Tensor:
-    if backend != "reference":
-        distance, _ = class_mean_distance(real, synthetic, *(groups or (None,) * 4), backend)
-        return distance
-    dtype = accumulation_dtype(synthetic.dtype)
-    real, synthetic = real.to(dtype), synthetic.to(dtype)
-    if groups is None:
-        return reference.class_mean_distance(real, synthetic) if len(synthetic) else synthetic.sum()
-    labels = (
-        _labels(groups.real_order, groups.real_offsets),
-        _labels(groups.synthetic_order, groups.synthetic_offsets),
-    )
-    return reference.class_mean_distance(real, synthetic, *labels)
-
-
-def _labels(order: Tensor, offsets: Tensor) -> Tensor:
-    """The label of each row, from the rows sorted by class."""
-    places = torch.arange(order.shape[0], device=order.device)
-    labels = torch.empty_like(order)
-    labels[order] = torch.searchsorted(offsets, places, right=True) - 1
-    return labels
+    return attention_maps(features, *powers, normalize)
 
 
 def _resolve_groups(

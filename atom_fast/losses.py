@@ -14,8 +14,8 @@ from .ops.matching import ClassGroups
 class ATOMLoss(nn.Module):
     """L = scale * (L_ATOM + mmd_weight * L_MMD), equations 3 and 4 of the ATOM paper.
 
-    The real side is a constant, as in distillation: gradients flow to the synthetic side only. A UserWarning says so,
-    once in a process, where a real tensor requires a gradient.
+    The real side is a constant, as in distillation: gradients flow to the synthetic side only. If a real tensor
+    requires a gradient, a UserWarning says so once per process.
 
     Args:
         spatial_power: p_s in [1, 16], or None without spatial attention (the paper's ATOM with channel attention only).
@@ -43,7 +43,7 @@ class ATOMLoss(nn.Module):
         self.spatial_power = _check_power(spatial_power, "spatial_power")
         self.channel_power = _check_power(channel_power, "channel_power")
         for value, name in ((mmd_weight, "mmd_weight"), (scale, "scale")):
-            if not isinstance(value, Real) or not 0 <= value < float("inf"):
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number of at least 0; got {value!r}")
         self.mmd_weight = float(mmd_weight)
         self.scale = float(scale)
@@ -59,21 +59,22 @@ class ATOMLoss(nn.Module):
         *,
         groups: ClassGroups | None = None,
     ) -> Tensor:
-        """The loss of one batch, or of one class where no labels are given.
+        """Compute the loss of one batch, or of one class if no labels are given.
 
         Args:
             real_features: layers 1 to L-1, one tensor [B, C, H, W] per layer; constants.
-            synthetic_features: as many layers, [B', C, H, W].
+            synthetic_features: the same number of layers, [B', C, H, W].
             real_embedding: [B, D] the last layer's features, with ``synthetic_embedding`` [B', D]; None for both
                 leaves the embedding term out.
             real_labels, synthetic_labels, groups: as in `attention_matching_loss`.
 
         Returns:
-            A scalar; differentiable once, with respect to the synthetic side.
+            A scalar; differentiable once, in reverse mode, with respect to the synthetic side.
 
         Raises:
-            TypeError, ValueError: as `attention_matching_loss` and `mean_matching_loss`; a ValueError too where the
-                numbers of layers differ, nothing is given to match, or an embedding is given on one side only.
+            TypeError, ValueError, NotImplementedError: as `attention_matching_loss` and `mean_matching_loss`; also
+                ValueError if the numbers of layers differ, nothing is given to match, or an embedding is given on one
+                side only.
         """
         for features, name in ((real_features, "real_features"), (synthetic_features, "synthetic_features")):
             if isinstance(features, Tensor):

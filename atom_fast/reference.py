@@ -1,8 +1,9 @@
-"""Equations 1 to 4 of the ATOM paper in plain PyTorch.
+"""The equations of the ATOM paper, and the layers around them, in plain PyTorch.
 
-The oracle of every test and the eager baseline of every benchmark: nothing here is clever, everything is
-differentiable by autograd. One departure: a sample whose map is exactly zero keeps a zero map, where the equations
-would divide zero by zero.
+This is the oracle of the tests, the eager baseline of the benchmarks, what backend "reference" runs, and what an
+operation falls back to where no kernel computes it. Everything is differentiable by autograd, to every order and in
+forward mode. One departure from the paper: a sample whose attention map is exactly zero keeps a zero map, where the
+equations would divide zero by zero.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from .ops.launching import accumulation_dtype
 
 
 def spatial_attention(features: Tensor, power: float, normalize: bool = True) -> Tensor:
@@ -23,6 +27,19 @@ def channel_attention(features: Tensor, power: float, normalize: bool = True) ->
     """Equation 2: sum of |f|^p over positions, [B, C, H, W] -> [B, C]."""
     attention = features.abs().pow(power).sum(dim=(2, 3))
     return _unit_length(attention) if normalize else attention
+
+
+def attention_maps(
+    features: Tensor, spatial_power: float | None, channel_power: float | None, normalize: bool = True
+) -> Tensor:
+    """Equations 1 and 2 side by side, in float32 or float64: [B, C, H, W] -> [B, H*W or 0 + C or 0]."""
+    features = features.to(accumulation_dtype(features.dtype))
+    maps = [features.new_empty((features.shape[0], 0))]
+    if spatial_power is not None:
+        maps.append(spatial_attention(features, spatial_power, normalize))
+    if channel_power is not None:
+        maps.append(channel_attention(features, channel_power, normalize))
+    return torch.cat(maps, dim=1)
 
 
 def class_mean_distance(
@@ -80,6 +97,73 @@ def atom_loss(
             real_embedding, synthetic_embedding, real_labels, synthetic_labels
         )
     return scale * loss
+
+
+def norm_block(
+    convolved: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    spatial_power: float | None = 4.0,
+    channel_power: float | None = 4.0,
+    norm: str = "instance",
+) -> tuple[Tensor, Tensor]:
+    """InstanceNorm or BatchNorm of the batch, ReLU, attention maps, 2x2 average pooling: [B, C, H, W] -> pooled, maps.
+
+    See `atom_fast.ops.norm_block.norm_block`.
+    """
+    dtype = convolved.dtype
+    weight, bias = (None if parameter is None else parameter.to(dtype) for parameter in (weight, bias))
+    if norm == "batch":
+        features = F.batch_norm(convolved, None, None, weight, bias, training=True, eps=eps)
+    else:
+        features = F.group_norm(convolved, convolved.shape[1], weight, bias, eps)
+    features = F.relu(features)
+    return F.avg_pool2d(features, 2), attention_maps(features, spatial_power, channel_power)
+
+
+def conv_block(
+    images: Tensor,
+    filters: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    spatial_power: float | None = 4.0,
+    channel_power: float | None = 4.0,
+    norm: str = "instance",
+) -> tuple[Tensor, Tensor]:
+    """3x3 convolution with padding 1, then `norm_block`. See `atom_fast.ops.conv_block.conv_block`."""
+    convolved = F.conv2d(images.to(filters.dtype), filters, padding=1)
+    return norm_block(convolved, weight, bias, eps, spatial_power, channel_power, norm)
+
+
+def instance_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool, pool: bool) -> Tensor:
+    """InstanceNorm, then, if asked for, ReLU and 2x2 average pooling: [B, C, H, W] -> the same or half the sides."""
+    return _relu_and_pool(F.group_norm(x, x.shape[1], weight.to(x.dtype), bias.to(x.dtype), eps), relu, pool)
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    offset: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    relu: bool,
+    pool: bool,
+) -> Tensor:
+    """BatchNorm of ``x + offset``, then, if asked for, ReLU and 2x2 average pooling."""
+    x = x if offset is None else x + offset.to(x.dtype)[:, None, None]
+    x = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _relu_and_pool(x, relu, pool)
+
+
+def _relu_and_pool(x: Tensor, relu: bool, pool: bool) -> Tensor:
+    x = F.relu(x) if relu else x
+    return F.avg_pool2d(x, 2) if pool else x
 
 
 def _unit_length(attention: Tensor) -> Tensor:

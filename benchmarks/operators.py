@@ -11,18 +11,16 @@ import functools
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import atom_fast as af
 from atom_fast import reference
-from atom_fast._backend import resolve_backend
 from atom_fast.data.augmentation import AugmentationParameters, augment, draw_augmentation
-from atom_fast.functional import _attention_maps
-from atom_fast.ops.batch_norm import batch_norm, reference_batch_norm
+from atom_fast.ops.attention import attention_maps
+from atom_fast.ops.batch_norm import batch_norm
 from atom_fast.ops.conv_block import conv_block
-from atom_fast.ops.instance_norm import instance_norm, reference_instance_norm
-from atom_fast.ops.norm_block import norm_block, reference_block
+from atom_fast.ops.instance_norm import instance_norm
+from atom_fast.ops.norm_block import norm_block
 
 from .methods.batched_augmentation import augment as batched_augmentation
 
@@ -144,7 +142,7 @@ def _attention(x: Tensor) -> Operator:
     """Both maps of one feature map, as in the drop-in loss."""
 
     def fused(x):
-        return (_attention_maps(x, 4.0, 4.0, True, resolve_backend(x)),)
+        return (attention_maps(x, 4.0, 4.0),)
 
     def eager(x):
         return (torch.cat([reference.spatial_attention(x, 4.0), reference.channel_attention(x, 4.0)], dim=1),)
@@ -156,7 +154,7 @@ def _block(x: Tensor) -> Operator:
     """InstanceNorm, ReLU, both maps and pooling of a convolution's output."""
     weight, bias = _affine(x)
     return Operator(
-        lambda x: tuple(reference_block(x, weight.to(x.dtype), bias.to(x.dtype), 1e-5, 4.0, 4.0)),
+        lambda x: reference.norm_block(x, weight, bias),
         lambda x: tuple(norm_block(x, weight, bias)),
     )
 
@@ -167,19 +165,19 @@ def _conv_block(x: Tensor) -> Operator:
     weight = torch.ones(WIDTH, device=x.device)
     bias = torch.zeros_like(weight)
 
-    def eager(x):
-        convolved = F.conv2d(x, filters, padding=1)
-        return tuple(reference_block(convolved, weight.to(x.dtype), bias.to(x.dtype), 1e-5, 4.0, 4.0))
-
-    return Operator(eager, lambda x: tuple(conv_block(x, filters, weight, bias)), _bytes(filters))
+    return Operator(
+        lambda x: reference.conv_block(x, filters, weight, bias),
+        lambda x: tuple(conv_block(x, filters, weight, bias)),
+        _bytes(filters),
+    )
 
 
 def _instance_norm(x: Tensor) -> Operator:
     """InstanceNorm, ReLU and pooling, as a network in training has it."""
     weight, bias = _affine(x)
     return Operator(
-        lambda x: (reference_instance_norm(x, weight, bias, 1e-5, True, True),),
-        lambda x: (instance_norm(x, weight, bias, rectify=True, pool=True),),
+        lambda x: (reference.instance_norm(x, weight, bias, 1e-5, True, True),),
+        lambda x: (instance_norm(x, weight, bias, relu=True, pool=True),),
     )
 
 
@@ -187,8 +185,8 @@ def _batch_norm(x: Tensor) -> Operator:
     """BatchNorm, ReLU and pooling, as a network in training has it."""
     weight, bias = _affine(x)
     return Operator(
-        lambda x: (reference_batch_norm(x, weight, bias, None, None, None, True, 0.1, 1e-5, True, True),),
-        lambda x: (batch_norm(x, weight, bias, rectify=True, pool=True),),
+        lambda x: (reference.batch_norm(x, weight, bias, None, None, None, True, 0.1, 1e-5, True, True),),
+        lambda x: (batch_norm(x, weight, bias, relu=True, pool=True),),
     )
 
 

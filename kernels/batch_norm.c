@@ -3,14 +3,14 @@
 #include "norm_block.h"
 
 void batch_norm_forward(const float *x, const float *weight, const float *bias, const float *mean, const float *rstd,
-                        float *out, int64_t samples, int64_t channels, int64_t height, int64_t width, int64_t rectify,
+                        float *out, int64_t samples, int64_t channels, int64_t height, int64_t width, int64_t relu,
                         int64_t pool, int64_t threads) {
     Shape s = channels_last(channels, height, width);
     Norm norm = {mean, rstd, weight, bias};
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < samples; i++) {
         float *to = out + i * output_values(s, pool);
-        features_pass(x + i * height * s.row, s, &norm, rectify, 1, pool ? to : NULL, pool ? NULL : to,
+        features_pass(x + i * height * s.row, s, &norm, relu, 1, pool ? to : NULL, pool ? NULL : to,
                       maps_at(NULL, s, 0, 0));
     }
 }
@@ -19,7 +19,7 @@ void batch_norm_forward(const float *x, const float *weight, const float *bias, 
  * and times the centred input, in `sums` [B, 2, C]; with READ_SUMS these are [2, C], meaned over samples. */
 void batch_norm_backward(const float *gradient, const float *x, const float *weight, const float *bias,
                          const float *mean, const float *rstd, float *sums, float *grad_x, int64_t samples,
-                         int64_t channels, int64_t height, int64_t width, int64_t rectify, int64_t pool, int64_t mode,
+                         int64_t channels, int64_t height, int64_t width, int64_t relu, int64_t pool, int64_t mode,
                          int64_t threads) {
     Shape s = channels_last(channels, height, width);
     Norm norm = {mean, rstd, weight, bias};
@@ -30,7 +30,7 @@ void batch_norm_backward(const float *gradient, const float *x, const float *wei
         if (mode == READ_SUMS)
             through_norm(own, s, &norm, to, s, sum, sum + channels);
         else
-            gradient_of_sample(own, s, &norm, rectify, 1, pool ? above : NULL, pool ? NULL : above,
+            gradient_of_sample(own, s, &norm, relu, 1, pool ? above : NULL, pool ? NULL : above,
                                maps_at(NULL, s, 0, 0), to, s, sum, sum + channels);
     }
 }

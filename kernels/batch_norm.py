@@ -167,13 +167,13 @@ def batch_norm_apply_kernel(
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
-    RECTIFY: tl.constexpr,
+    RELU: tl.constexpr,
     POOL: tl.constexpr,
     PLACES: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The normalised channels, rectified with RECTIFY and pooled with POOL. Grid: rows times blocks of channels.
+    """The normalised channels, rectified with RELU and pooled with POOL. Grid: rows times blocks of channels.
 
     Args:
         p_x: [B, C, H, W] by its strides; H and W even with POOL.
@@ -190,7 +190,7 @@ def batch_norm_apply_kernel(
     for start in range(first, tl.minimum(first + PLACES, H * W), BLOCK_P):
         b_x, _ = load_tile(p_x, start, stride_c, stride_h, stride_w, o_c, dtype, C, H, W, POOL, BLOCK_P)
         b_y = (b_x - b_mean[None, :]) * b_scale[None, :] + b_bias[None, :]
-        if RECTIFY:
+        if RELU:
             b_y = tl.maximum(b_y, 0.0, propagate_nan=tl.PropagateNan.ALL)
         if POOL:
             b_y = tl.sum(tl.reshape(b_y, [BLOCK_P // 4, 4, BLOCK_C]), axis=1) * 0.25
@@ -231,7 +231,7 @@ def batch_norm_sums_kernel(
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
-    RECTIFY: tl.constexpr,
+    RELU: tl.constexpr,
     POOL: tl.constexpr,
     PLACES: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -259,7 +259,7 @@ def batch_norm_sums_kernel(
         b_g = load_gradient(
             p_grad, start, grad_stride_c, grad_stride_h, grad_stride_w, o_c, dtype, C, H, W, POOL, BLOCK_P
         )
-        if RECTIFY:
+        if RELU:
             b_g = tl.where(b_d * b_scale[None, :] + b_bias[None, :] > 0, b_g, 0.0)
         b_sums += b_g
         b_dots += b_g * b_d
@@ -295,7 +295,7 @@ def batch_norm_backward_kernel(
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
-    RECTIFY: tl.constexpr,
+    RELU: tl.constexpr,
     POOL: tl.constexpr,
     PLACES: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -317,7 +317,7 @@ def batch_norm_backward_kernel(
     p_x += i_b * stride_b
     p_grad_x += i_b * out_stride_b
     b_mean, b_rstd, b_scale, b_bias = _load_channels(p_weight, p_bias, p_mean, p_rstd, o_c, dtype, C)
-    b_level = (tl.load(p_sums + o_c, mask=o_c < C, other=0.0) / count)[None, :]
+    b_mean_grad = (tl.load(p_sums + o_c, mask=o_c < C, other=0.0) / count)[None, :]
     b_slope = (tl.load(p_sums + C + o_c, mask=o_c < C, other=0.0) * b_rstd / count)[None, :]
     for start in range(first, tl.minimum(first + PLACES, H * W), BLOCK_P):
         b_x, m_p = load_tile(p_x, start, stride_c, stride_h, stride_w, o_c, dtype, C, H, W, POOL, BLOCK_P)
@@ -325,9 +325,9 @@ def batch_norm_backward_kernel(
         b_g = load_gradient(
             p_grad, start, grad_stride_c, grad_stride_h, grad_stride_w, o_c, dtype, C, H, W, POOL, BLOCK_P
         )
-        if RECTIFY:
+        if RELU:
             b_g = tl.where(b_d * b_scale[None, :] + b_bias[None, :] > 0, b_g, 0.0)
-        b_dx = (b_g - b_level - b_d * b_slope) * b_scale[None, :]
+        b_dx = (b_g - b_mean_grad - b_d * b_slope) * b_scale[None, :]
         offsets, _ = place_offsets(start, out_stride_h, out_stride_w, H, W, POOL, BLOCK_P)
         p_tile = p_grad_x + offsets[:, None] + (o_c * out_stride_c)[None, :]
         tl.store(p_tile, b_dx.to(p_grad_x.dtype.element_ty), mask=m_p & (o_c < C)[None, :])

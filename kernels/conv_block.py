@@ -4,7 +4,7 @@ An image is a few kilobytes and its convolution 128 times as much, so nothing of
 recomputed from the image wherever it is needed, by a product of the image's 3x3 neighbourhoods [positions, 9 channels]
 with the filters. The convolution's bias is left out, because the norm takes the mean of a channel away.
 
-The statistics of BatchNorm are GIVEN: `conv_block_statistics_kernel` takes those of every plane beforehand.
+The statistics of BatchNorm are USE_STATISTICS: `conv_block_statistics_kernel` takes those of every plane beforehand.
 
 Backward: `conv_block_sums_kernel` takes the two sums of a plane that the norm's gradient needs,
 `conv_block_columns_kernel` multiplies the gradient of the convolution's output with the filters, and `fold_kernel`
@@ -266,7 +266,7 @@ def conv_block_forward_kernel(
     SPATIAL: tl.constexpr,
     CHANNEL: tl.constexpr,
     AFFINE: tl.constexpr,
-    GIVEN: tl.constexpr,
+    USE_STATISTICS: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
@@ -286,7 +286,7 @@ def conv_block_forward_kernel(
     i_b = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = p_mean.dtype.element_ty
     operand: tl.constexpr = p_filter.dtype.element_ty
-    APART: tl.constexpr = GIVEN and PRECISION == "ieee" and operand == tl.float32
+    APART: tl.constexpr = USE_STATISTICS and PRECISION == "ieee" and operand == tl.float32
     p_pooled += i_b * pooled_stride_b
     o_k = tl.arange(0, BLOCK_K)
     valid = valid_quad(0, H, W, BLOCK_P)
@@ -298,7 +298,7 @@ def conv_block_forward_kernel(
     for i_c in range(tl.cdiv(C, BLOCK_C)):
         o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
         quad = _convolve(columns, _filters(p_filter, o_k, o_c, operand, CI, C), dtype, PRECISION, APART)
-        quad, b_rstd = normalize_planes(quad, valid, p_mean, p_rstd, i_b, o_c, eps, C, H, W, EXACT, GIVEN)
+        quad, b_rstd = normalize_planes(quad, valid, p_mean, p_rstd, i_b, o_c, eps, C, H, W, EXACT, USE_STATISTICS)
         b_weight, b_bias = load_affine(p_weight, p_bias, o_c, dtype, C, AFFINE, BLOCK_C)
         quad = rectify_quad(quad, b_rstd * b_weight, b_bias, valid, EXACT)
         pointers, mask = pooled_pointers(
@@ -402,7 +402,7 @@ def tiled_conv_block_forward_kernel(
     SPATIAL: tl.constexpr,
     CHANNEL: tl.constexpr,
     AFFINE: tl.constexpr,
-    GIVEN: tl.constexpr,
+    USE_STATISTICS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -430,7 +430,7 @@ def tiled_conv_block_forward_kernel(
         p_image, b_filter, image_stride_c, image_stride_h, image_stride_w,
         dtype, operand, CI, H, W, PRECISION, BLOCK_P, BLOCK_C, BLOCK_K,
     )  # fmt: skip
-    if GIVEN:
+    if USE_STATISTICS:
         b_mean, b_rstd = load_statistics(p_mean, p_rstd, i_b, o_c, C)
     else:
         b_rstd = 1.0 / tl.sqrt(b_variance + eps)

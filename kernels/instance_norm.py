@@ -89,12 +89,12 @@ def instance_norm_forward_kernel(
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
-    RECTIFY: tl.constexpr,
+    RELU: tl.constexpr,
     POOL: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The normalised planes, rectified with RECTIFY and pooled with POOL. Grid: (samples, blocks of channels).
+    """The normalised planes, rectified with RELU and pooled with POOL. Grid: (samples, blocks of channels).
 
     Deviations are taken from the mean of the first tile: the variance is then at least a tile's share of the squared
     distance between that and the plane's mean, so that its difference of squares loses few digits.
@@ -131,7 +131,7 @@ def instance_norm_forward_kernel(
     for start in range(0, H * W, BLOCK_P):
         b_x, _ = load_tile(p_x, start, stride_c, stride_h, stride_w, o_c, dtype, C, H, W, POOL, BLOCK_P)
         b_y = (b_x - b_mean[None, :]) * b_scale[None, :] + b_bias[None, :]
-        if RECTIFY:
+        if RELU:
             b_y = tl.maximum(b_y, 0.0, propagate_nan=tl.PropagateNan.ALL)
         if POOL:
             b_y = tl.sum(tl.reshape(b_y, [BLOCK_P // 4, 4, BLOCK_C]), axis=1) * 0.25
@@ -168,7 +168,7 @@ def instance_norm_backward_kernel(
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
-    RECTIFY: tl.constexpr,
+    RELU: tl.constexpr,
     POOL: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -199,7 +199,7 @@ def instance_norm_backward_kernel(
         b_g = load_gradient(
             p_grad, start, grad_stride_c, grad_stride_h, grad_stride_w, o_c, dtype, C, H, W, POOL, BLOCK_P
         )
-        if RECTIFY:
+        if RELU:
             b_g = tl.where(b_d * b_scale[None, :] + b_bias[None, :] > 0, b_g, 0.0)
         b_sums += b_g
         b_dots += b_g * b_d
@@ -208,7 +208,7 @@ def instance_norm_backward_kernel(
     tl.store(p_grad_bias + i_b * C + o_c, b_sum, mask=o_c < C)
     tl.store(p_grad_weight + i_b * C + o_c, b_dot, mask=o_c < C)
 
-    b_level = (b_sum / (H * W))[None, :]
+    b_mean_grad = (b_sum / (H * W))[None, :]
     b_slope = (b_dot * b_rstd / (H * W))[None, :]
     for start in range(0, H * W, BLOCK_P):
         b_x, m_p = load_tile(p_x, start, stride_c, stride_h, stride_w, o_c, dtype, C, H, W, POOL, BLOCK_P)
@@ -216,9 +216,9 @@ def instance_norm_backward_kernel(
         b_g = load_gradient(
             p_grad, start, grad_stride_c, grad_stride_h, grad_stride_w, o_c, dtype, C, H, W, POOL, BLOCK_P
         )
-        if RECTIFY:
+        if RELU:
             b_g = tl.where(b_d * b_scale[None, :] + b_bias[None, :] > 0, b_g, 0.0)
-        b_dx = (b_g - b_level - b_d * b_slope) * b_scale[None, :]
+        b_dx = (b_g - b_mean_grad - b_d * b_slope) * b_scale[None, :]
         offsets, _ = place_offsets(start, out_stride_h, out_stride_w, H, W, POOL, BLOCK_P)
         p_tile = p_grad_x + offsets[:, None] + (o_c * out_stride_c)[None, :]
         tl.store(p_tile, b_dx.to(p_grad_x.dtype.element_ty), mask=m_p & (o_c < C)[None, :])

@@ -27,7 +27,7 @@ INLINE float *pooled_at(float *pooled, Shape s, int64_t y, int64_t column) {
 
 /* `features_pass` of `down` x `across` places, that at `x` being the first, `index` in a map. */
 INLINE void features_of_square(const float *x, Shape s, int down, int across, int64_t index, const Norm *norm,
-                               int rectify, float level, float *pooled, float *whole, Maps maps) {
+                               int relu, float peak, float *pooled, float *whole, Maps maps) {
     vector spatial[2][2] = {{{0}, {0}}, {{0}, {0}}};
     for (int64_t c = 0; c < s.channels; c += LANES) {
         int64_t n = at_most(s.channels - c, LANES);
@@ -35,10 +35,10 @@ INLINE void features_of_square(const float *x, Shape s, int down, int across, in
         vector total = {0}, channel = {0};
         for (int i = 0; i < down; i++)
             for (int j = 0; j < across; j++) {
-                vector f = normalized(a, load(x + i * s.row + j * s.pitch + c, n), rectify);
+                vector f = normalized(a, load(x + i * s.row + j * s.pitch + c, n), relu);
                 total += f;
                 if (whole) store(whole + (index + i * s.width + j) * s.channels + c, f, n);
-                if (level != 1) f /= splat(level);
+                if (peak != 1) f /= splat(peak);
                 vector power = {0};
                 if (maps.spatial_power) spatial[i][j] += power = raised(f, maps.spatial_power);
                 if (maps.channel_power)
@@ -52,7 +52,7 @@ INLINE void features_of_square(const float *x, Shape s, int down, int across, in
             for (int j = 0; j < across; j++) maps.spatial[index + i * s.width + j] = sum_of(spatial[i][j]);
 }
 
-INLINE void features_of_squares(const float *x, Shape s, const Norm *norm, int rectify, float level, float *pooled,
+INLINE void features_of_squares(const float *x, Shape s, const Norm *norm, int relu, float peak, float *pooled,
                                 float *whole, Maps maps) {
     if (maps.channel_power) memset(maps.channel, 0, 4 * s.channels);
     for (int64_t y = 0; y < s.height; y += 2)
@@ -61,22 +61,22 @@ INLINE void features_of_squares(const float *x, Shape s, const Norm *norm, int r
             int64_t index = y * s.width + column;
             int down = at_most(s.height - y, 2), across = at_most(s.width - column, 2);
             if (down == 2 && across == 2)
-                features_of_square(first, s, 2, 2, index, norm, rectify, level, pooled_at(pooled, s, y, column), whole,
+                features_of_square(first, s, 2, 2, index, norm, relu, peak, pooled_at(pooled, s, y, column), whole,
                                    maps);
             else
-                features_of_square(first, s, down, across, index, norm, rectify, level, NULL, whole, maps);
+                features_of_square(first, s, down, across, index, norm, relu, peak, NULL, whole, maps);
         }
 }
 
-/* The features, pooled or `whole`, one of which may be NULL, and the sums of (feature / level)^power of each map. */
-INLINE void features_pass(const float *x, Shape s, const Norm *norm, int rectify, float level, float *pooled,
+/* The features, pooled or `whole`, one of which may be NULL, and the sums of (feature / peak)^power of each map. */
+INLINE void features_pass(const float *x, Shape s, const Norm *norm, int relu, float peak, float *pooled,
                           float *whole, Maps maps) {
     /* The paper's powers, as constants. */
-    if (maps.spatial_power == 4 && maps.channel_power == 4 && level == 1) {
+    if (maps.spatial_power == 4 && maps.channel_power == 4 && peak == 1) {
         maps.spatial_power = maps.channel_power = 4;
-        features_of_squares(x, s, norm, rectify, 1, pooled, whole, maps);
+        features_of_squares(x, s, norm, relu, 1, pooled, whole, maps);
     } else
-        features_of_squares(x, s, norm, rectify, level, pooled, whole, maps);
+        features_of_squares(x, s, norm, relu, peak, pooled, whole, maps);
 }
 
 INLINE double norm_of(const float *values, int64_t count) {
@@ -94,9 +94,9 @@ INLINE float largest_feature(const float *x, Shape s, const Norm *norm) {
                 vector f = normalized(affine(norm, c, n), load(x + y * s.row + column * s.pitch + c, n), 1);
                 largest = choose(f > largest, f, largest);
             }
-    float level = 0;
-    for (int lane = 0; lane < LANES; lane++) level = fmaxf(level, largest[lane]);
-    return level > 0 ? level : 1;
+    float peak = 0;
+    for (int lane = 0; lane < LANES; lane++) peak = fmaxf(peak, largest[lane]);
+    return peak > 0 ? peak : 1;
 }
 
 INLINE int is_safe(double norm) { return norm >= LEAST_NORM && norm <= MOST_NORM; }
@@ -107,23 +107,23 @@ INLINE float to_unit_length(float *values, int64_t count, double norm) {
     return factor;
 }
 
-/* One sample's pooled features, maps of unit length, and {level, 1 / norm of each map}. */
+/* One sample's pooled features, maps of unit length, and {peak, 1 / norm of each map}. */
 INLINE void block_of_sample(const float *x, Shape s, const Norm *norm, float *pooled, Maps maps, float *statistics) {
     int64_t places = maps.spatial_power ? s.height * s.width : 0, channels = maps.channel_power ? s.channels : 0;
-    float level = 1;
-    features_pass(x, s, norm, 1, level, pooled, NULL, maps);
+    float peak = 1;
+    features_pass(x, s, norm, 1, peak, pooled, NULL, maps);
     double spatial = norm_of(maps.spatial, places), channel = norm_of(maps.channel, channels);
     if ((places && !is_safe(spatial)) || (channels && !is_safe(channel))) {
-        level = largest_feature(x, s, norm);
-        features_pass(x, s, norm, 1, level, NULL, NULL, maps);
+        peak = largest_feature(x, s, norm);
+        features_pass(x, s, norm, 1, peak, NULL, NULL, maps);
         spatial = norm_of(maps.spatial, places), channel = norm_of(maps.channel, channels);
     }
-    statistics[0] = level;
+    statistics[0] = peak;
     statistics[1] = to_unit_length(maps.spatial, places, spatial);
     statistics[2] = to_unit_length(maps.channel, channels, channel);
 }
 
-/* What multiplies (f / level)^(p - 1) in the gradient of each feature: `factor` times the map's gradient without its
+/* What multiplies (f / peak)^(p - 1) in the gradient of each feature: `factor` times the map's gradient without its
  * part along the map, which unit length takes out. */
 INLINE void project(const float *gradient, const float *map, int64_t count, float factor, float *out) {
     double along = 0;
@@ -145,7 +145,7 @@ INLINE Maps factors_of_sample(const float *grad_maps, const float *maps, const f
 
 /* `gradient_of_sample`, before what the norm takes out, of `down` x `across` places. */
 INLINE void gradient_of_square(const float *x, Shape s, int down, int across, int64_t index, const Norm *norm,
-                               int rectify, float level, const float *pooled, const float *whole, Maps maps, float *out,
+                               int relu, float peak, const float *pooled, const float *whole, Maps maps, float *out,
                                Shape of_out, float *sum, float *product) {
     for (int64_t c = 0; c < s.channels; c += LANES) {
         int64_t n = at_most(s.channels - c, LANES);
@@ -156,11 +156,11 @@ INLINE void gradient_of_square(const float *x, Shape s, int down, int across, in
         for (int i = 0; i < down; i++)
             for (int j = 0; j < across; j++) {
                 vector centred = load(x + i * s.row + j * s.pitch + c, n) - a.mean, f = centred * a.scale + a.shift;
-                mask off = rectify ? f <= splat(0) : (mask)splat(0);
+                mask off = relu ? f <= splat(0) : (mask)splat(0);
                 vector g = whole ? load(whole + (index + i * s.width + j) * s.channels + c, n) : above;
                 if (maps.spatial_power || maps.channel_power) {
                     vector power = {0}, relative = choose(off, splat(0), f);
-                    if (level != 1) relative /= splat(level);
+                    if (peak != 1) relative /= splat(peak);
                     if (maps.spatial_power) {
                         power = raised(relative, maps.spatial_power - 1);
                         g += power * splat(maps.spatial[index + i * s.width + j]);
@@ -180,7 +180,7 @@ INLINE void gradient_of_square(const float *x, Shape s, int down, int across, in
     }
 }
 
-INLINE void gradient_of_squares(const float *x, Shape s, const Norm *norm, int rectify, float level,
+INLINE void gradient_of_squares(const float *x, Shape s, const Norm *norm, int relu, float peak,
                                 const float *pooled, const float *whole, Maps maps, float *out, Shape of_out,
                                 float *sum, float *product) {
     memset(sum, 0, 4 * s.channels);
@@ -192,10 +192,10 @@ INLINE void gradient_of_squares(const float *x, Shape s, const Norm *norm, int r
             int64_t index = y * s.width + column;
             int down = at_most(s.height - y, 2), across = at_most(s.width - column, 2);
             if (down == 2 && across == 2)
-                gradient_of_square(first, s, 2, 2, index, norm, rectify, level,
+                gradient_of_square(first, s, 2, 2, index, norm, relu, peak,
                                    pooled_at((float *)pooled, s, y, column), whole, maps, to, of_out, sum, product);
             else
-                gradient_of_square(first, s, down, across, index, norm, rectify, level, NULL, whole, maps, to, of_out,
+                gradient_of_square(first, s, down, across, index, norm, relu, peak, NULL, whole, maps, to, of_out,
                                    sum, product);
         }
 }
@@ -221,13 +221,13 @@ INLINE void through_norm(const float *x, Shape s, const Norm *norm, float *out, 
 /* The gradient of a sample behind the norm, in `out` of shape `of_out`; and its sums over places, alone and times the
  * centred input, in `sum` and `product` [channels]. `pooled` or `whole` is the gradient from above, NULL for none;
  * `maps` holds `factors_of_sample`. */
-INLINE void gradient_of_sample(const float *x, Shape s, const Norm *norm, int rectify, float level, const float *pooled,
+INLINE void gradient_of_sample(const float *x, Shape s, const Norm *norm, int relu, float peak, const float *pooled,
                                const float *whole, Maps maps, float *out, Shape of_out, float *sum, float *product) {
-    if (maps.spatial_power == 4 && maps.channel_power == 4 && level == 1) {
+    if (maps.spatial_power == 4 && maps.channel_power == 4 && peak == 1) {
         maps.spatial_power = maps.channel_power = 4;
-        gradient_of_squares(x, s, norm, rectify, 1, pooled, whole, maps, out, of_out, sum, product);
+        gradient_of_squares(x, s, norm, relu, 1, pooled, whole, maps, out, of_out, sum, product);
     } else
-        gradient_of_squares(x, s, norm, rectify, level, pooled, whole, maps, out, of_out, sum, product);
+        gradient_of_squares(x, s, norm, relu, peak, pooled, whole, maps, out, of_out, sum, product);
 }
 
 /* What the sums of a gradient are taken over: a sample's own places, or with BatchNorm all samples', which takes two

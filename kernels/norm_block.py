@@ -6,7 +6,7 @@ write of a quarter of it, and backward one read and one write. A program owns a 
 both maps are complete and normalised where they are made. Planes too large for registers are walked in tiles by the
 `tiled_` kernels, twice, the second time from the L2 cache; a program then owns BLOCK_C channels of a sample.
 
-The statistics of BatchNorm are GIVEN, as those of every plane. The two sums that its gradient needs over the batch are
+The statistics of BatchNorm are USE_STATISTICS, as those of every plane. The two sums that its gradient needs over the batch are
 written by a first launch of a backward kernel, and given to a second one as means over samples.
 
 A tile is a quad: the positions (2i + a, 2j + b) for a, b in {0, 1} are four arrays [BLOCK_P, BLOCK_C] over the same
@@ -358,10 +358,10 @@ def normalize_planes(
     H: tl.constexpr,
     W: tl.constexpr,
     EXACT: tl.constexpr,
-    GIVEN: tl.constexpr,
+    USE_STATISTICS: tl.constexpr,
 ):
-    """Centred planes and 1 / sqrt(variance + eps) [BLOCK_C]: of the statistics GIVEN, or their own, then written."""
-    if GIVEN:
+    """Centred planes and 1 / sqrt(variance + eps) [BLOCK_C]: of the statistics USE_STATISTICS, or their own, then written."""
+    if USE_STATISTICS:
         b_mean, b_rstd = load_statistics(p_mean, p_rstd, i_b, o_c, C)
         quad = centre_quad(quad, b_mean, valid, EXACT)
     else:
@@ -509,7 +509,7 @@ def norm_block_forward_kernel(
     CHANNEL: tl.constexpr,
     AFFINE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    GIVEN: tl.constexpr,
+    USE_STATISTICS: tl.constexpr,
     EXACT: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -523,7 +523,7 @@ def norm_block_forward_kernel(
         p_weight, p_bias: [C] scale and shift of the norm, read with AFFINE.
         p_pooled: [B, C, H // 2, W // 2] by its strides.
         p_maps: [B, M] the spatial map (H W values, if taken), then the channel map (C), each of L2 norm 1 or zero.
-        p_mean, p_rstd: [B, C] mean and 1 / sqrt(variance + eps) of each plane; read where they are GIVEN.
+        p_mean, p_rstd: [B, C] mean and 1 / sqrt(variance + eps) of each plane; read where they are USE_STATISTICS.
         p_statistics: [B, 3] the largest feature and 1 / norm of each map relative to it; 1 where zero or not taken.
         CHUNKS: number of blocks of BLOCK_C channels, rounded up to a power of two.
     """
@@ -538,7 +538,7 @@ def norm_block_forward_kernel(
         quad = _load_quad(
             p_x, 0, o_c, stride_c, stride_h, stride_w, dtype, C, H, W, BLOCK_P, BLOCK_C, CHANNELS_LAST, EXACT
         )
-        quad, b_rstd = normalize_planes(quad, valid, p_mean, p_rstd, i_b, o_c, eps, C, H, W, EXACT, GIVEN)
+        quad, b_rstd = normalize_planes(quad, valid, p_mean, p_rstd, i_b, o_c, eps, C, H, W, EXACT, USE_STATISTICS)
         b_weight, b_bias = load_affine(p_weight, p_bias, o_c, dtype, C, AFFINE, BLOCK_C)
         quad = rectify_quad(quad, b_rstd * b_weight, b_bias, valid, EXACT)
         pointers, mask = pooled_pointers(
@@ -860,7 +860,7 @@ def tiled_forward_kernel(
     CHANNEL: tl.constexpr,
     AFFINE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    GIVEN: tl.constexpr,
+    USE_STATISTICS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -895,7 +895,7 @@ def tiled_forward_kernel(
     b_mean, b_variance = join_statistics(b_count, b_mean, b_m2, H * W)
     b_low = tl.min(b_low, axis=0)
     b_high = tl.max(b_high, axis=0)
-    if GIVEN:
+    if USE_STATISTICS:
         b_mean, b_rstd = load_statistics(p_mean, p_rstd, i_b, o_c, C)
     else:
         b_rstd = 1.0 / tl.sqrt(b_variance + eps)

@@ -79,7 +79,7 @@ INLINE Affine affine(const Norm *norm, int64_t c, int64_t n) {
     return a;
 }
 
-INLINE vector normalized(Affine a, vector x, int rectify) {
+INLINE vector normalized(Affine a, vector x, int relu) {
     vector value = (x - a.mean) * a.scale + a.shift;
-    return rectify ? rectified(value) : value;
+    return relu ? rectified(value) : value;
 }

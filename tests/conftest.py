@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import atom_fast as af
-from atom_fast import _native
+from atom_fast.ops import native
 
-_native.is_built()  # once and before any test, some of which leave a process little time or room on the disk
+native.is_built()  # once and before any test, some of which leave a process little time or room on the disk
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
 settings.register_profile(
     "atom_fast", deadline=None, print_blob=True, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
@@ -39,8 +39,8 @@ def device():
 
 @pytest.fixture
 def place(backend, device):
-    """The device of a test that is parametrised by ``backend``: the kernels in C are for a CPU."""
-    return torch.device("cpu") if backend == "native" else device
+    """The device of a test that is parametrised by ``backend``: "torch" runs the kernels in C, on a CPU."""
+    return torch.device("cpu") if backend == "torch" else device
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import atom_fast as af
 from atom_fast import _device
 from atom_fast._device import SHARED_MEMORY, Chip, convolution_precision
 from atom_fast.data.augmentation import augment, draw_augmentation
-from atom_fast.networks import lean
 from atom_fast.networks.convnet import ConvNet, default_depth
 from atom_fast.ops.attention import attention_maps
 from tests.launches import Launch, recorded
@@ -94,10 +93,10 @@ def _images(channels: int, side: int) -> torch.Tensor:
 
 def _distillation(channels: int, side: int, precision: str, norm: str) -> Callable[[], None]:
     def run():
-        network = _network(channels, side, norm).requires_grad_(False).fused()
+        network = _network(channels, side, norm).requires_grad_(False)
         cast = torch.autocast("cpu", DTYPES[precision], enabled=precision in ("bfloat16", "float16"))
         with convolution_precision("tf32" if precision == "tf32" else "float32", torch.device("cpu")), cast:
-            embedding, maps = network.features(_images(channels, side).requires_grad_())
+            embedding, maps = network.attention(_images(channels, side).requires_grad_())
             torch.autograd.backward([embedding, *maps], [torch.zeros_like(x) for x in (embedding, *maps)])
 
     return run
@@ -107,9 +106,9 @@ def _evaluation(channels: int, side: int, precision: str, norm: str) -> Callable
     def run():
         network = _network(channels, side, norm)
         with torch.autocast("cpu", DTYPES[precision], enabled=precision != "float32"):
-            lean.logits(network, _images(channels, side)).sum().backward()
+            network(_images(channels, side)).sum().backward()
             with torch.no_grad():
-                lean.logits(network.eval(), _images(channels, side))
+                network.eval()(_images(channels, side))
 
     return run
 
@@ -130,6 +129,6 @@ def _loss(side: int, dtype: torch.dtype, layout: torch.memory_format) -> Callabl
         af.attention_matching_loss(
             real, synthetic.requires_grad_(), real_labels=labels, synthetic_labels=labels
         ).backward()
-        attention_maps(F.relu(real), 2.5, None, False, "triton")
+        attention_maps(F.relu(real), 2.5, None, False)
 
     return run

@@ -24,9 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from atom_fast._backend import resolve_backend
 from atom_fast.names import OPERATIONS, STRATEGY, split_strategy
-from atom_fast.ops.augmentation import augment_op
+from atom_fast.ops import augmentation as operator
 
 _BITS = 4  # enough for every operation
 
@@ -104,8 +103,7 @@ def augment(images: Tensor, parameters: AugmentationParameters, groups: Tensor |
         ValueError: a shape, type or device does not fit the others.
     """
     _check(images, parameters, groups)
-    backend = resolve_backend(images)
-    return augment_op(images, parameters.operation, parameters.uniforms, groups, False, True, backend)
+    return operator.augment(images, parameters.operation, parameters.uniforms, groups, False, True)
 
 
 def _check(images: Tensor, parameters: AugmentationParameters, groups: Tensor | None) -> None:

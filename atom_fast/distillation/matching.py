@@ -1,4 +1,4 @@
-"""Lines 4 to 6 of Algorithm 1: features of both sides, and the terms of the loss that matches them."""
+"""Lines 4 to 6 of Algorithm 1: embeddings and attention maps of both sides, and the loss terms that match them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atom_fast._backend import resolve_backend
 from atom_fast._device import chip_of
 from atom_fast.distillation.config import DistillConfig
 from atom_fast.distillation.stages import stage
@@ -16,81 +15,84 @@ from atom_fast.functional import (
     mean_matching_loss,
 )
 from atom_fast.networks.convnet import ConvNet
-from atom_fast.networks.fused_convnet import FusedConvNet
 from atom_fast.ops.conv_block import launch_kind
+from atom_fast.ops.dispatch import resolve_backend
 from atom_fast.ops.matching import ClassGroups
 
 FUSED = "with fused blocks"
 FIRST_BLOCK = {
     "planes": "",
     "tiles": ", the first in tiles (this GPU has {chip})",
-    "apart": ", the first after a convolution of its own (larger images or another type than its kernels take)",
+    "apart": ", the first after PyTorch's convolution (its kernels do not support these images or this dtype)",
 }
 
 
-def fused_if_possible(network: ConvNet, config: DistillConfig, images: Tensor) -> tuple[ConvNet | FusedConvNet, str]:
-    """The network with fused blocks where they compute what it does, otherwise itself; and which, in words.
+def fused_if_possible(network: ConvNet, config: DistillConfig, images: Tensor) -> tuple[ConvNet, str]:
+    """Return the network, and how its blocks run, in words.
 
     Args:
-        network, config: what runs.
+        network: of constants (``requires_grad_(False)``).
+        config: the powers, precision and feature maps.
         images: [B, C, H, W] on the device that computes.
     """
     if config.feature_maps:
         return network, "without fused blocks (they keep no feature maps, which feature_maps matches)"
-    try:
-        fused = network.fused(config.spatial_power, config.channel_power)
-    except ValueError as refusal:
-        return network, f"without fused blocks ({refusal})"
+    if reason := network.unfused_reason():
+        return network, f"without fused blocks ({reason})"
     if resolve_backend(images) == "triton":
         narrow = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         kind = launch_kind(tuple(images.shape[1:]), config.width, narrow, images.device)
-        return fused, f"with fused blocks{FIRST_BLOCK[kind].format(chip=chip_of(images.device))}"
-    return fused, FUSED
+        return network, f"with fused blocks{FIRST_BLOCK[kind].format(chip=chip_of(images.device))}"
+    return network, FUSED
 
 
 def matching_terms(
-    extractor: ConvNet | FusedConvNet, real: Tensor, synthetic: Tensor, config: DistillConfig, groups: ClassGroups
+    extractor: ConvNet, real: Tensor, synthetic: Tensor, config: DistillConfig, groups: ClassGroups
 ) -> tuple[Tensor, Tensor]:
-    """L_ATOM over layers 1 to L-1 and L_MMD of the embedding: equations 3 and 4, both scalars.
+    """Compute L_ATOM over layers 1 to L-1 and L_MMD of the embedding: equations 3 and 4, both scalars.
 
-    With ``config.feature_maps`` the former has, as in the paper's Table 4, also the feature maps themselves.
+    With ``config.feature_maps`` the former also matches the feature maps themselves, as in the paper's Table 4.
 
     Args:
-        extractor: gives the embedding, and the feature maps or, fused, their attention maps.
-        real: [B, C, H, W], constants; synthetic: [B', C, H, W], to which the gradient flows.
+        extractor: a network of constants.
+        real: [B, C, H, W], constants; synthetic: [B', C, H, W], which receive the gradient.
         config: the powers of the attention.
-        groups: which rows belong to one class (`atom_fast.functional.class_groups`).
+        groups: the rows of each class (`atom_fast.functional.class_groups`).
     """
+    powers = config.spatial_power, config.channel_power
+
+    def layers_of(images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return extractor.features(images) if config.feature_maps else extractor.attention(images, *powers)
+
     with stage("real"), torch.no_grad():
-        real_embedding, real_layers = extractor.features(real)
+        real_embedding, real_layers = layers_of(real)
     with stage("synthetic"):
-        synthetic_embedding, synthetic_layers = extractor.features(synthetic)
+        synthetic_embedding, synthetic_layers = layers_of(synthetic)
     with stage("loss"):
         mmd = mean_matching_loss(real_embedding, synthetic_embedding, groups=groups)
-        if config.spatial_power is None and config.channel_power is None and not config.feature_maps:
-            return torch.zeros_like(mmd), mmd
-        if isinstance(extractor, FusedConvNet):
-            pairs = zip(real_layers, synthetic_layers, strict=True)
-            layers = [attention_matching_from_maps(*pair, groups=groups) for pair in pairs]
-        else:
-            powers = {"spatial_power": config.spatial_power, "channel_power": config.channel_power}
+        if config.feature_maps:
             pairs = zip(real_layers[:-1], synthetic_layers[:-1], strict=True)
             layers = [
-                attention_matching_loss(*pair, **powers, groups=groups)
-                + (feature_matching_loss(*pair, groups) if config.feature_maps else 0.0)
+                attention_matching_loss(*pair, spatial_power=powers[0], channel_power=powers[1], groups=groups)
+                + feature_matching_loss(*pair, groups)
                 for pair in pairs
             ]
+        elif powers == (None, None):
+            layers = []
+        else:
+            pairs = zip(real_layers, synthetic_layers, strict=True)
+            layers = [attention_matching_from_maps(*pair, groups=groups) for pair in pairs]
         return sum(layers, torch.zeros_like(mmd)), mmd
 
 
 def feature_matching_loss(real: Tensor, synthetic: Tensor, groups: ClassGroups) -> Tensor:
-    """Equation 3 with the feature map itself in place of its attention map, z = vec(f); one layer, a scalar.
+    """Compute equation 3 with z = vec(f), the feature map itself instead of its attention map; one layer, a scalar.
 
-    The paper's Table 4 names this term and gives no equation for it; the norm of z is equation 3's.
+    The paper's Table 4 names this term without an equation; z is normalised as in equation 3.
 
     Args:
         real: [B, C, H, W], constants; synthetic: [B', C, H, W].
-        groups: which rows belong to one class.
+        groups: the rows of each class.
     """
     vectors = (F.normalize(features.flatten(1).float(), dim=1) for features in (real, synthetic))
     return mean_matching_loss(*vectors, groups=groups)

@@ -21,7 +21,7 @@ from atom_fast.evaluation.training import (
     repeatable_convolutions,
 )
 from atom_fast.names import WATCHED_EPOCHS
-from atom_fast.networks.lean import embed, memory_format
+from atom_fast.networks.layers import memory_format
 
 
 def random_selection(data: ImageData, ipc: int, seed: int) -> Tensor:
@@ -180,7 +180,7 @@ def watch_training(
                 bar.update()
     trainer.network.eval()
     with torch.no_grad():
-        features = in_batches(lambda images: embed(trainer.network, images).float(), trainer.images, trainer.labels)
+        features = in_batches(lambda images: trainer.network.embed(images).float(), trainer.images, trainer.labels)
         features = torch.cat([some for some, _ in features])
     home = data.train_images.device
     return features.to(home), counter.events.to(home)

@@ -34,7 +34,7 @@ from atom_fast.evaluation.training import (
 )
 from atom_fast.names import TRAINING_PRECISIONS
 from atom_fast.networks.convnet import default_depth
-from atom_fast.networks.lean import memory_format
+from atom_fast.networks.layers import memory_format
 from atom_fast.pictures import method_name
 from atom_fast.synthetic import SyntheticSet
 

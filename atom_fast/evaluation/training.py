@@ -15,7 +15,6 @@ from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing
 from atom_fast.evaluation.protocols import Protocol
 from atom_fast.networks import make_network
-from atom_fast.networks.lean import logits
 
 # Pixels tested at once: on a CPU 256 images of 32x32, whose first feature map takes 128 MiB at width 128; eight times
 # as many elsewhere.
@@ -112,7 +111,7 @@ class Trainer:
             drawn = draw_augmentation(len(indices), self.generator, strategy=strategy, shared_operation=True)
             images = augment(images, drawn)
         with torch.autocast(**self._autocast):
-            predicted = logits(self.network, images)
+            predicted = self.network(images)
             loss = F.cross_entropy(predicted, self.labels.index_select(0, indices))
         # Not backward(): it ties .grad to the stream of its first call. A bias that a norm cancels has no gradient.
         gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
@@ -167,7 +166,7 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float | None
     network.eval()
     correct = torch.zeros((), dtype=torch.int64, device=images.device)
     finite = torch.ones((), dtype=torch.bool, device=images.device)
-    for predicted, expected in in_batches(lambda batch: logits(network, batch), images, labels):
+    for predicted, expected in in_batches(network, images, labels):
         correct += (predicted.argmax(1) == expected).sum()
         finite &= predicted.isfinite().all()
     return 100 * correct.item() / len(images) if finite.item() else None

@@ -22,18 +22,18 @@ NETWORKS = {"convnet": ConvNet, "alexnet": AlexNet, "vgg11": VGG11, "resnet18": 
 def make_network(
     name: str, channels: int, num_classes: int, image_size: int | tuple[int, int], **settings
 ) -> nn.Module:
-    """A network by its name, with ``reset_parameters(generator)`` to draw it anew.
+    """Make a network by its name; its ``reset_parameters(generator)`` draws new parameters.
 
     Args:
         name: a key of ``NETWORKS``.
         channels: channels of the images.
         num_classes: number of logits.
         image_size: height and width in pixels; one number for a square.
-        **settings: of :class:`ConvNet`, whose depth, where it is not given, is the usual one for the image size; the
-            other networks have none.
+        **settings: settings of :class:`ConvNet`, whose default depth is the usual one for the image size; the other
+            networks have none.
 
     Raises:
-        ValueError: an unknown name or setting, or images that the network is not made for.
+        ValueError: an unknown name or setting, or an image size that the network does not accept.
     """
     if name not in NETWORKS:
         raise ValueError(f"network must be one of {', '.join(NETWORKS)}; got {name!r}")
@@ -49,7 +49,7 @@ def make_network(
 
 
 def convnet_search_space() -> Iterator[dict[str, object]]:
-    """Settings of the 720 ConvNets that the ATOM paper's Table 6 searches, for 32×32 images."""
+    """Yield the settings of the 720 ConvNets that the ATOM paper's Table 6 searches, for 32×32 images."""
     choices = {
         "depth": (1, 2, 3, 4),
         "width": (32, 64, 128, 256),

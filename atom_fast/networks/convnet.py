@@ -1,17 +1,16 @@
-"""The ConvNet of the distillation literature: logits, or the embedding and the feature maps for attention."""
+"""The ConvNet of the distillation literature: logits, embeddings, feature maps and attention maps."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from atom_fast.names import INITIALIZATIONS, NORMS, POOLINGS
-
-if TYPE_CHECKING:
-    from .fused_convnet import FusedConvNet
+from atom_fast.networks.blocks import ConvBlock
+from atom_fast.ops.attention import attention_maps
+from atom_fast.ops.norm_block import check_powers
 
 ACTIVATIONS = ("relu", "leakyrelu", "sigmoid")
 GROUPS = 4  # of norm "group", as in the DC and DM code
@@ -26,35 +25,15 @@ _INITIAL_SCALES = {
 }
 
 
-class ConvBlock(nn.Module):
-    """3×3 convolution, normalisation, activation, pooling.
-
-    Attributes:
-        convolution, norm, activation, pool: the four modules; what a setting leaves out is an ``nn.Identity``.
-    """
-
-    def __init__(self, convolution: nn.Conv2d, norm: nn.Module, activation: nn.Module, pool: nn.Module):
-        super().__init__()
-        self.convolution = convolution
-        self.norm = norm
-        self.activation = activation
-        self.pool = pool
-
-    def feature_map(self, x: Tensor) -> Tensor:
-        """The activation's output before pooling: [B, C_in, H, W] -> [B, C, H, W]."""
-        return self.activation(self.norm(self.convolution(x)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C_in, H, W] -> the pooled feature map."""
-        return self.pool(self.feature_map(x))
-
-
 class ConvNet(nn.Module):
     """``depth`` blocks of convolution, normalisation, activation and pooling, then a linear classifier.
 
     The default is the network of DC, DM, DataDAM and ATOM: 3×3 convolutions of 128 channels, InstanceNorm, ReLU,
     2×2 average pooling; depth 3 at 32×32 and 4 at 64×64. Every point of the search space of the ATOM paper's Table 6
     is a setting of this class.
+
+    Operations are fused where the blocks allow it: the same results to rounding, in fewer passes over memory. Fused
+    results are differentiable once; run under ``atom_fast.backend("reference")`` for second derivatives.
 
     Args:
         channels: channels of the images.
@@ -63,8 +42,8 @@ class ConvNet(nn.Module):
         width: channels of every block.
         depth: number of blocks.
         activation: ``"relu"``, ``"leakyrelu"`` (slope 0.01) or ``"sigmoid"``.
-        norm: ``"instance"`` (one group a channel), ``"batch"``, ``"layer"`` (over C, H and W), ``"group"`` (4 groups),
-            all with scale and shift, or ``"none"``.
+        norm: ``"instance"`` (one group per channel), ``"batch"``, ``"layer"`` (over C, H and W), ``"group"``
+            (4 groups), all with scale and shift, or ``"none"``.
         pooling: ``"avg2"`` (2×2 mean), ``"avg3"`` (3×3 mean, stride 2, padding 1: the one the ATOM paper describes),
             ``"max2"`` or ``"none"``.
         initialization: ``"default"`` (PyTorch's: uniform within ±1/√fan_in, biases too), ``"normal"`` (He normal, zero
@@ -117,17 +96,24 @@ class ConvNet(nn.Module):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [B, num_classes] of images [B, channels, H, W]."""
+        """Return the logits [B, num_classes] of images [B, channels, H, W].
+
+        A convolution's bias that InstanceNorm subtracts has no gradient (None).
+        """
+        return self.classifier(self.embed(x))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Return the flattened pooled output of the last block [B, embedding_size]."""
         for block in self.blocks:
             x = block(x)
-        return self.classifier(x.flatten(1))
+        return x.flatten(1)
 
     def features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The embedding and the feature maps of images [B, channels, H, W].
+        """Return the embedding and the feature maps of images [B, channels, H, W], module by module.
 
         Returns:
             The flattened pooled output of the last block [B, embedding_size], and the activations of every block before
-            pooling, [B, width, H_l, W_l] each. ATOM's attention is taken of all but the last.
+            pooling, [B, width, H_l, W_l] each.
         """
         maps = []
         for block in self.blocks:
@@ -135,24 +121,53 @@ class ConvNet(nn.Module):
             x = block.pool(maps[-1])
         return x.flatten(1), maps
 
-    def fused(self, spatial_power: float | None = 4.0, channel_power: float | None = 4.0) -> FusedConvNet:
-        """This network with its attention maps taken while it computes; weights are shared, ``.network`` leads back.
+    def attention(
+        self, x: Tensor, spatial_power: float | None = 4.0, channel_power: float | None = 4.0
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the embedding and the normalised attention maps of images [B, channels, H, W].
+
+        Where `unfused_reason` is None, no feature map is written to memory. Then BatchNorm uses the statistics of the
+        batch and leaves its running statistics alone. Otherwise the maps come from `features`.
+
+        Args:
+            spatial_power: exponent p_s of the spatial maps, in [1, 16]; None leaves them out.
+            channel_power: exponent p_c of the channel maps, likewise.
+
+        Returns:
+            The embedding [B, embedding_size], and for every block but the last the maps [B, M] that
+            `atom_fast.attention_matching_from_maps` compares: the spatial map (H_l W_l values), then the channel map
+            (width values), each of L2 norm 1. Differentiable once.
 
         Raises:
-            ValueError: a block is not 3×3 convolution, InstanceNorm or BatchNorm (in training mode), ReLU and 2×2
-                average pooling, with the reason.
+            ValueError: a power is not accepted.
         """
-        from .fused_convnet import FusedConvNet
+        check_powers(spatial_power, channel_power)
+        if self.unfused_reason() is not None:
+            embedding, features = self.features(x)
+            return embedding, [attention_maps(feature, spatial_power, channel_power) for feature in features[:-1]]
+        maps = []
+        for block in self.blocks[:-1]:
+            x, attention = block.attention(x, spatial_power, channel_power)
+            maps.append(attention)
+        return self.blocks[-1].attention(x, None, None).pooled.flatten(1), maps
 
-        return FusedConvNet(self, spatial_power, channel_power)
+    def unfused_reason(self) -> str | None:
+        """Return why `attention` cannot run fused here and now; None if it can."""
+        for index, block in enumerate(self.blocks, start=1):
+            reason = block.attention_refusal()
+            if reason:
+                return f"block {index} cannot be fused: {reason}"
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
+            return "a parameter requires a gradient, which fused blocks give to their images only"
+        return None
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw a new network in place, from ``initialization``, on the device the parameters are on.
+        """Draw new parameters in place, from ``initialization``, on the parameters' device.
 
-        One draw in float32 serves all parameters, so a call is a handful of kernels, reads nothing back, can be
-        captured in a CUDA graph, and gives the same network in every dtype. Running statistics of BatchNorm are reset
-        too.
+        One draw in float32 serves all parameters, so that a call is a handful of kernels, reads nothing back, can be
+        captured in a CUDA graph, and gives the same network in every dtype. It also resets the running statistics of
+        BatchNorm.
 
         Args:
             generator: on the parameters' device; None draws from PyTorch's default generator.
@@ -176,7 +191,7 @@ class ConvNet(nn.Module):
             flat.normal_(generator=generator)
         else:
             flat.uniform_(-1, 1, generator=generator)
-        values = [piece.view_as(p) for piece, p in zip(flat.split([p.numel() for p in drawn]), drawn, strict=True)]
+        values = [part.view_as(p) for part, p in zip(flat.split([p.numel() for p in drawn]), drawn, strict=True)]
         torch._foreach_mul_(values, scales)
         torch._foreach_copy_(drawn, values)
         if zeros or ones:
@@ -186,7 +201,7 @@ class ConvNet(nn.Module):
 
 
 def default_depth(height: int, width: int) -> int:
-    """The depth of the literature for an image size: 3 blocks up to 32×32, 4 at 64×64, one more per doubling."""
+    """Return the depth of the literature for an image size: 3 blocks up to 32×32, 4 at 64×64, one more per doubling."""
     return max(3, round(math.log2(min(height, width))) - 2)
 
 
@@ -196,7 +211,7 @@ def _check_choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
 
 
 def _pooled(size: tuple[int, int], pooling: str) -> tuple[int, int]:
-    """Height and width after one pooling."""
+    """Return height and width after one pooling."""
     if pooling == "none":
         return size
     if pooling == "avg3":
@@ -205,7 +220,7 @@ def _pooled(size: tuple[int, int], pooling: str) -> tuple[int, int]:
 
 
 def _block_sizes(size: tuple[int, int], depth: int, pooling: str, norm: str) -> list[tuple[int, int]]:
-    """Height and width of every block's feature map."""
+    """Return height and width of every block's feature map."""
     sizes = [size]
     for _ in range(depth - 1):
         sizes.append(_pooled(sizes[-1], pooling))

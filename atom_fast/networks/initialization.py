@@ -1,4 +1,4 @@
-"""Drawing a network's weights anew, in place and on its device."""
+"""Drawing new weights of a network in place, on its device."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def draw_parameters(module: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Give every layer of a network PyTorch's default initialisation, and standard normal values to its own parameters.
+    """Draw every layer of a network from PyTorch's default initialisation, other parameters from a standard normal.
 
-    Convolutions and linear layers are uniform within ±1/√fan_in, biases too; norms get scale 1 and shift 0, and
-    BatchNorm its initial running statistics. Parameters that belong to no such layer, such as a class token, are
-    standard normal. The draws of a kind are one, in float32, so that the network is the same in every dtype; nothing
-    is read back to the host.
+    Weights and biases of convolutions and linear layers are uniform within ±1/√fan_in. Norms get scale 1 and shift 0,
+    and BatchNorm its initial running statistics. Parameters outside such layers, such as a class token, are standard
+    normal. One draw in float32 serves all uniform parameters, and one all normal ones, so that the network is the same
+    in every dtype. Nothing is read back to the host.
 
     Args:
         module: on any device, drawn in place.
@@ -43,8 +43,8 @@ def _size(parameters: list[Tensor]) -> int:
 
 
 def _fill(parameters: list[Tensor], values: Tensor, scales: list[float]) -> None:
-    """Write the values, in float32 times their parameter's scale, into the parameters."""
-    pieces = values.split([parameter.numel() for parameter in parameters])
-    pieces = [piece.view_as(parameter) for piece, parameter in zip(pieces, parameters, strict=True)]
-    torch._foreach_mul_(pieces, scales)
-    torch._foreach_copy_(parameters, pieces)
+    """Write float32 values times their parameter's scale into the parameters."""
+    parts = values.split([parameter.numel() for parameter in parameters])
+    parts = [part.view_as(parameter) for part, parameter in zip(parts, parameters, strict=True)]
+    torch._foreach_mul_(parts, scales)
+    torch._foreach_copy_(parameters, parts)

@@ -18,18 +18,18 @@ class _Block(nn.Module):
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
         self.norm1 = InstanceNorm(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.norm2 = InstanceNorm(outputs, rectify=False)
+        self.norm2 = InstanceNorm(outputs, relu=False)
         self.shortcut = nn.Identity()
         if stride != 1 or inputs != outputs:
             projection = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
-            self.shortcut = nn.Sequential(projection, InstanceNorm(outputs, rectify=False))
+            self.shortcut = nn.Sequential(projection, InstanceNorm(outputs, relu=False))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.norm2(self.conv2(self.norm1(self.conv1(x)))) + self.shortcut(x))
 
 
 class ResNet18(LayeredNetwork):
-    """A 3×3 convolution, eight residual blocks of 64 to 512 channels with GroupNorm(C, C), mean over places, a linear.
+    """A 3×3 convolution, eight residual blocks of 64 to 512 channels with GroupNorm(C, C), global mean, a linear layer.
 
     Args:
         channels: channels of the images.
@@ -42,7 +42,7 @@ class ResNet18(LayeredNetwork):
 
     def __init__(self, channels: int, num_classes: int, image_size: int | tuple[int, int]):
         size = check_image_size(image_size, 8, "ResNet-18")
-        if min(size) < 16:  # InstanceNorm of the last stage's single pixel would be zero whatever the image
+        if min(size) < 16:  # InstanceNorm of the last stage's single pixel is zero for every image
             raise ValueError(f"ResNet-18 needs images of 16x16 or larger; got {size[0]}x{size[1]}")
         layers = [nn.Conv2d(channels, 64, 3, padding=1, bias=False), InstanceNorm(64)]
         channels = 64
@@ -52,5 +52,5 @@ class ResNet18(LayeredNetwork):
         super().__init__(layers, channels, num_classes)
 
     def embed(self, x: Tensor) -> Tensor:
-        """Images [B, channels, H, W] -> [B, embedding_size]."""
+        """Return the embedding [B, embedding_size] of images [B, channels, H, W]."""
         return self.layers(x).mean((2, 3))

@@ -75,7 +75,7 @@ class ViT(nn.Module):
         self.reset_parameters()
 
     def embed(self, x: Tensor) -> Tensor:
-        """Images [B, channels, H, W] -> [B, embedding_size], the class token after the last layer."""
+        """Return the class token after the last layer [B, embedding_size] of images [B, channels, H, W]."""
         tokens = self.patches(x).flatten(2).transpose(1, 2)
         tokens = torch.cat((self.class_token.expand(len(x), -1, -1).to(tokens.dtype), tokens), 1)
         tokens = self.dropout(tokens + self.positions)
@@ -84,13 +84,13 @@ class ViT(nn.Module):
         return self.norm(tokens[:, 0])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [B, num_classes] of images [B, channels, H, W]."""
+        """Return the logits [B, num_classes] of images [B, channels, H, W]."""
         return self.classifier(self.embed(x))
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw a new network in place; see :func:`~atom_fast.networks.initialization.draw_parameters`.
+        """Draw new parameters in place; see :func:`~atom_fast.networks.initialization.draw_parameters`.
 
-        The masks of dropout, too, come from ``generator`` from then on.
+        From then on the masks of dropout also come from ``generator``.
         """
         draw_parameters(self, generator)
         for module in self.modules():

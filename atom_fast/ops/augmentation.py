@@ -1,7 +1,7 @@
-"""Differentiable siamese augmentation as one operator, whose derivative is itself, transposed.
+"""Differentiable siamese augmentation as one operator, whose derivative is the same operator, transposed.
 
 Every operation is ``mask * colour(bilinear(image, source(pixel)))``, affine in the image. ``source`` maps an output
-pixel to where it is read, ``pixel + M (pixel - centre) + shift`` in pixels, and zeros lie around the image.
+pixel to the position that it reads, ``pixel + M (pixel - centre) + shift`` in pixels; the image is padded with zeros.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _native
 from ..names import OPERATIONS
+from . import native
+from .dispatch import dispatch, register
 from .launching import device_of
 
 COLOR, CROP, CUTOUT, FLIP, SCALE, ROTATE = range(len(OPERATIONS))
@@ -25,7 +26,7 @@ CUTOUT_FRACTION = 0.5
 MAX_SCALE = 1.2
 MAX_ANGLE = math.radians(15)
 
-BLOCK_PIXELS = 2**18  # pixels whose taps PyTorch operators work on at a time: some tens of megabytes
+CHUNK_PIXELS = 2**18  # pixels whose taps PyTorch's operators handle at a time: some tens of megabytes
 
 
 class Extent(NamedTuple):
@@ -33,11 +34,11 @@ class Extent(NamedTuple):
 
     pad: tuple[int, int]  # largest shift of a crop
     cut: tuple[int, int]  # sides of a cutout
-    reach: tuple[int, int]  # how far around a pixel's own image the output pixels that read it lie
+    reach: tuple[int, int]  # largest distance of the output pixels that read a pixel from that pixel's own image
 
 
 def extent(height: int, width: int) -> Extent:
-    """The sizes for images [height, width]."""
+    """Return the sizes for images [height, width]."""
     return Extent(
         pad=(int(CROP_FRACTION * height + 0.5), int(CROP_FRACTION * width + 0.5)),
         cut=(int(CUTOUT_FRACTION * height + 0.5), int(CUTOUT_FRACTION * width + 0.5)),
@@ -46,7 +47,7 @@ def extent(height: int, width: int) -> Extent:
 
 
 def _reach(aspect: float) -> int:
-    """Whole pixels within the inverse image of a bilinear tent, around the pixel nearest to its middle.
+    """Return the whole pixels within the inverse image of a bilinear tent, around the pixel nearest to its middle.
 
     A tent spans one pixel each way. Scaling stretches that to ``MAX_SCALE``; a rotation by t, in coordinates
     from -1 to 1, to cos t + aspect sin t.
@@ -56,11 +57,35 @@ def _reach(aspect: float) -> int:
     return int(stretched + 0.5)
 
 
+def augment(
+    images: Tensor, operation: Tensor, uniforms: Tensor, groups: Tensor | None, transposed: bool, offset: bool
+) -> Tensor:
+    """Run `augment_op` with the implementation that the backend asks for."""
+    return dispatch("augmentation", images, operation, uniforms, groups, transposed, offset)
+
+
+def _run_triton(*arguments):
+    return augment_op(*arguments, "triton")
+
+
+def _run_c(images, *arguments):
+    if native.upcasts(images):
+        return augment_op(images.float(), *arguments, "c").to(images.dtype)
+    return augment_op(images, *arguments, "c") if native.supports(images) else NotImplemented
+
+
+def _run_eager(*arguments):
+    return augment_op(*arguments, "eager")
+
+
+register("augmentation", plain=(), triton=_run_triton, c=_run_c, eager=_run_eager)
+
+
 @torch.library.custom_op(
     "atom_fast::augment",
     mutates_args=(),
     schema="(Tensor images, Tensor operation, Tensor uniforms, Tensor? groups, bool transposed, bool offset, "
-    "str backend) -> Tensor",
+    "str implementation) -> Tensor",
 )
 def augment_op(
     images: Tensor,
@@ -69,48 +94,43 @@ def augment_op(
     groups: Tensor | None,
     transposed: bool,
     offset: bool,
-    backend: str,
+    implementation: str,
 ) -> Tensor:
     """Apply each image's operation, or the transpose of its linear part.
 
     Args:
         images: [B, C, H, W], floating point, any strides.
-        operation: int64 [G], places in ``OPERATIONS``; images of any other stay as they are.
+        operation: int64 [G], indices into ``OPERATIONS``; any other number leaves an image as it is.
         uniforms: float32 [G, 3] in [0, 1).
-        groups: int64 [B], each image's group; None where image i is of group i.
+        groups: int64 [B], each image's group; None if image i belongs to group i.
         transposed: apply the transpose, as a gradient needs it.
-        offset: add the brightness, the one part that does not depend on the image; a derivative is without it.
-        backend: "triton" and "native" run their kernels, the second for float32 alone; everything else runs PyTorch
-            operators.
+        offset: add the brightness, the only part that does not depend on the image; a derivative omits it.
+        implementation: "triton", "c" (float32 on a CPU) or "eager" (PyTorch's operators).
 
     Returns:
-        [B, C, H, W] of the same type, channels_last where ``images`` is.
+        [B, C, H, W] of the same dtype, channels_last if ``images`` is.
     """
     output = _empty_result(images)
     if images.numel() == 0:
         return output
-    if backend == "triton":
-        _launch(images, operation.contiguous(), uniforms.contiguous(), groups, transposed, offset, output)
-    elif backend == "native" and _native.takes(images):
-        _run_native(images, operation, uniforms, groups, transposed, offset, output)
-    else:
-        _gather(images, operation, uniforms, groups, transposed, offset, output)
+    forward = {"triton": _forward_triton, "c": _forward_c, "eager": _forward_eager}[implementation]
+    forward(images, operation, uniforms, groups, transposed, offset, output)
     return output
 
 
 @augment_op.register_fake
-def _(images, operation, uniforms, groups, transposed, offset, backend):
+def _(images, operation, uniforms, groups, transposed, offset, implementation):
     return _empty_result(images)
 
 
 def _save(ctx, inputs, output):
-    _, operation, uniforms, groups, ctx.transposed, _, ctx.backend = inputs
+    _, operation, uniforms, groups, ctx.transposed, _, ctx.implementation = inputs
     ctx.save_for_backward(operation, uniforms, groups)
 
 
 def _differentiate(ctx, gradient):
     operation, uniforms, groups = ctx.saved_tensors
-    gradient = augment_op(gradient, operation, uniforms, groups, not ctx.transposed, False, ctx.backend)
+    gradient = augment_op(gradient, operation, uniforms, groups, not ctx.transposed, False, ctx.implementation)
     return gradient, None, None, None, None, None, None
 
 
@@ -118,7 +138,7 @@ augment_op.register_autograd(_differentiate, setup_context=_save)
 
 
 def _empty_result(images: Tensor) -> Tensor:
-    """Uninitialised, in the layout that the next convolution gets the images in."""
+    """Allocate the result, in the layout in which the next convolution reads the images."""
     return torch.empty_like(images, memory_format=_layout(images))
 
 
@@ -128,7 +148,7 @@ def _layout(images: Tensor) -> torch.memory_format:
     return torch.channels_last
 
 
-def _launch(images, operation, uniforms, groups, transposed, offset, output):
+def _forward_triton(images, operation, uniforms, groups, transposed, offset, output):
     """Fill ``output`` by the Triton kernel."""
     from atom_fast.kernels.augmentation import BLOCK, WARPS, augmentation_kernel, split
 
@@ -138,8 +158,8 @@ def _launch(images, operation, uniforms, groups, transposed, offset, output):
     with device_of(images):
         augmentation_kernel[(batch, programs)](
             images,
-            operation,
-            uniforms,
+            operation.contiguous(),
+            uniforms.contiguous(),
             operation if groups is None else groups.contiguous(),
             output,
             *images.stride(),
@@ -164,21 +184,21 @@ def _launch(images, operation, uniforms, groups, transposed, offset, output):
         )
 
 
-def _run_native(images, operation, uniforms, groups, transposed, offset, output):
+def _forward_c(images, operation, uniforms, groups, transposed, offset, output):
     """Fill ``output`` by the kernel in C."""
     height, width = images.shape[2:]
     sizes = extent(height, width)
     if groups is not None:
         operation, uniforms = operation.index_select(0, groups), uniforms.index_select(0, groups)
     layout = _layout(images)
-    _native.run(
+    native.run(
         "augment",
         len(images),
         images.contiguous(memory_format=layout),
         operation.contiguous(),
         uniforms.contiguous(),
         output,
-        images.new_empty(_native.threads_for(len(images)), 4 * (height * width + 1) + 8 * width),
+        images.new_empty(native.threads_for(len(images)), 4 * (height * width + 1) + 8 * width),
         *images.shape,
         layout == torch.channels_last,
         *sizes.pad,
@@ -191,43 +211,43 @@ def _run_native(images, operation, uniforms, groups, transposed, offset, output)
 
 
 class _Table(NamedTuple):
-    """What each of G groups does to its images: weighted sums of pixels, plus the means that color needs."""
+    """The map of images of each of G groups: weighted sums of pixels, plus the means that color needs."""
 
     place: Tensor  # int32 [G, H * W, taps], the pixels that each output pixel sums
     weight: Tensor  # [G, H * W, taps]
-    pixel: Tensor  # [G, 1, 1], factor of a pixel's mean over its channels
-    level: Tensor  # [G, 1, 1], factor of an image's mean
+    pixel_mean: Tensor  # [G, 1, 1], factor of a pixel's mean over its channels
+    image_mean: Tensor  # [G, 1, 1], factor of an image's mean
     brightness: Tensor  # [G, 1, 1]
 
     def select(self, groups: Tensor | slice) -> _Table:
-        """The same for chosen groups."""
+        """Return the table of chosen groups."""
         return _Table(*(entry[groups] for entry in self))
 
 
-def _gather(images, operation, uniforms, groups, transposed, offset, output):
-    """Fill ``output`` by PyTorch operators, a block of images at a time to keep the tables small."""
+def _forward_eager(images, operation, uniforms, groups, transposed, offset, output):
+    """Fill ``output`` by PyTorch's operators, in chunks of images that keep the tables small."""
     batch, _, height, width = images.shape
     compute = torch.float64 if images.dtype == torch.float64 else torch.float32
     constants = height, width, transposed, compute
     if groups is not None and operation.shape[0] >= batch:
         operation, uniforms, groups = operation[groups], uniforms[groups], None
     shared = None if groups is None else _table(operation, uniforms, *constants)
-    block = max(1, BLOCK_PIXELS // (height * width))
-    for first in range(0, batch, block):
-        rows = slice(first, first + block)
+    chunk = max(1, CHUNK_PIXELS // (height * width))
+    for first in range(0, batch, chunk):
+        rows = slice(first, first + chunk)
         table = _table(operation[rows], uniforms[rows], *constants) if groups is None else shared.select(groups[rows])
         source = images[rows].to(compute).flatten(2)
         result = _weighted_sums(source, table)
         # Contiguous, so that the rounding of an image's mean does not depend on where the image came from.
         means = (sum(source.unbind(1)) / source.shape[1]).contiguous()
-        colour = table.pixel[:, 0] * means + table.level[:, 0] * means.mean(1, keepdim=True)
+        colour = table.pixel_mean[:, 0] * means + table.image_mean[:, 0] * means.mean(1, keepdim=True)
         if offset:
             colour += table.brightness[:, 0]
         output[rows] = (result + colour[:, None]).view(output[rows].shape)
 
 
 def _weighted_sums(images: Tensor, table: _Table) -> Tensor:
-    """Images [B, C, H * W] with every pixel replaced by the sum that a table holds for it, in the order of its taps."""
+    """Replace every pixel of images [B, C, H * W] by the weighted sum of its taps, in their order."""
     count, channels, pixels = images.shape
     first = torch.arange(count, device=images.device, dtype=table.place.dtype) * pixels
     sums = F.embedding_bag(
@@ -240,19 +260,19 @@ def _weighted_sums(images: Tensor, table: _Table) -> Tensor:
 
 
 class _Coefficients(NamedTuple):
-    """Of each group, [G, 1] each."""
+    """Coefficients of each group, [G, 1] each."""
 
-    move: tuple[Tensor, ...]  # from an output pixel to where it is read, see ``_displacement``
-    back: tuple[Tensor, ...]  # from an input pixel to where it appears
+    move: tuple[Tensor, ...]  # from an output pixel to the position that it reads, see ``_displacement``
+    back: tuple[Tensor, ...]  # from an input pixel to the position where it appears
     corner: tuple[Tensor, Tensor]  # first row and column of the cleared square; beyond the image without cutout
     own: Tensor  # factor of a value
-    pixel: Tensor
-    level: Tensor
+    pixel_mean: Tensor
+    image_mean: Tensor
     brightness: Tensor
 
 
 def _coefficients(operation: Tensor, uniforms: Tensor, height: int, width: int, compute: torch.dtype) -> _Coefficients:
-    """Each group's map of pixels, cleared square and colour factors, from its operation and its three uniforms."""
+    """Derive each group's coefficients from its operation and its three uniforms."""
     sizes = extent(height, width)
     operation = operation[:, None]
     drawn = uniforms[:, None].unbind(-1)
@@ -283,16 +303,16 @@ def _coefficients(operation: Tensor, uniforms: Tensor, height: int, width: int, 
         back=(turn + unstretch_y, -skew_y, -skew_x, turn + unstretch_x, -shift_y, -shift_x),
         corner=(corner_y, corner_x),
         own=contrast * saturation,
-        pixel=contrast * (1 - saturation),
-        level=1 - contrast,
+        pixel_mean=contrast * (1 - saturation),
+        image_mean=1 - contrast,
         brightness=when(COLOR, down - 0.5, 0.0),
     )
 
 
 def _displacement(move: tuple[Tensor, ...], y: Tensor, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """How far down and across a map takes pixels: a 2x2 matrix times their place from the centre, plus a shift.
+    """Return how far down and across pixels move: a 2x2 matrix times their offset from the centre, plus a shift.
 
-    A displacement is some pixels where a position may be a hundred, so its fraction has more correct digits.
+    A displacement is a few pixels where a position may be a hundred, so its fraction has more correct digits.
     """
     yy, yx, xy, xx, shift_y, shift_x = move
     y, x = y - (height - 1) / 2, x - (width - 1) / 2
@@ -300,9 +320,9 @@ def _displacement(move: tuple[Tensor, ...], y: Tensor, x: Tensor, height: int, w
 
 
 def _table(operation, uniforms, height, width, transposed, compute) -> _Table:
-    """Every group's sums and factors.
+    """Build every group's taps and factors.
 
-    The taps of the transpose are the output pixels that read an input pixel: a gather too, so the order is fixed.
+    The taps of the transpose are the output pixels that read an input pixel: also a gather, so the order is fixed.
     """
     coefficients = _coefficients(operation, uniforms, height, width, compute)
     pixels = torch.arange(height * width, device=operation.device)
@@ -328,23 +348,23 @@ def _table(operation, uniforms, height, width, transposed, compute) -> _Table:
 
 
 def _steps(whole: Tensor, first: int, last: int) -> Tensor:
-    """``whole`` plus each whole number from ``first`` to ``last``, along a new first dimension."""
+    """Return ``whole`` plus each whole number from ``first`` to ``last``, along a new first dimension."""
     return whole + torch.arange(first, last + 1, device=whole.device).view(-1, *(1,) * whole.dim())
 
 
 def _taps_last(taps: Tensor) -> Tensor:
-    """[down, across, G, P] as [G, P, down * across], by way of two dimensions, which PyTorch transposes fast."""
+    """Reorder [down, across, G, P] to [G, P, down * across] through two dimensions, which PyTorch transposes fast."""
     down, across, groups, pixels = taps.shape
     return taps.view(down * across, groups * pixels).t().contiguous().view(groups, pixels, down * across)
 
 
 def _cleared(corner: tuple[Tensor, Tensor], y: Tensor, x: Tensor, height: int, width: int) -> Tensor:
-    """Which pixels lie in a cutout's square."""
+    """Return a mask of the pixels inside a cutout's square."""
     cut_y, cut_x = extent(height, width).cut
     corner_y, corner_x = corner
     return (y >= corner_y) & (y < corner_y + cut_y) & (x >= corner_x) & (x < corner_x + cut_x)
 
 
 def _tent(distance: Tensor) -> Tensor:
-    """The bilinear weight at a distance along one axis, pixels."""
+    """Return the bilinear weight at a distance along one axis, in pixels."""
     return (1 - distance.abs()).clamp_(min=0)

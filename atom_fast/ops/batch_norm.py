@@ -1,8 +1,8 @@
 """BatchNorm, ReLU and 2x2 average pooling as one operator, for training and for testing.
 
-The statistics are a pass of their own, since they are of the whole batch; the input and two numbers a channel are kept
-for the backward pass, and asking for a second derivative raises. That is on a GPU, and on a CPU for float32 in
-channels_last; elsewhere PyTorch's own operators run.
+The statistics take a pass over the whole batch before the operator. The backward pass keeps the input and two numbers
+per channel; a second derivative is not implemented and raises. Triton computes this on a GPU, C on a CPU in
+channels_last; other input, and evaluation mode with gradients, runs `atom_fast.reference.batch_norm`.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import _native
-from .._backend import resolve_backend
-from .instance_norm import check_input, empty_gradient, empty_output, rectified_and_pooled
-from .launching import accumulation_dtype, addressable, device_of, is_traced
+from .. import reference
+from . import native
+from .dispatch import dispatch, register
+from .instance_norm import check_input, empty_gradient, empty_output
+from .launching import accumulation_dtype, device_of, int32_indexable, is_traced
 from .norm_block import join_statistics, sums_passes
 
 
@@ -32,63 +32,82 @@ def batch_norm(
     training: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    rectify: bool = False,
+    relu: bool = False,
     pool: bool = False,
 ) -> Tensor:
-    """Normalise every channel, scale and shift it; then, as asked for, ReLU and 2x2 average pooling.
+    """Normalise every channel, scale and shift it; then, if asked for, apply ReLU and 2x2 average pooling.
 
-    What is normalised is ``x + offset``, as where a convolution's bias comes before the norm. Statistics of the batch
-    take it away again, so that it costs no pass: the running mean alone depends on it, and its gradient is zero.
+    The input of the norm is ``x + offset``; ``offset`` stands for the bias of a convolution before the norm. The
+    statistics of the batch cancel it without a pass over memory: only the running mean depends on it, and its gradient
+    is zero.
 
     Args:
         x: [B, C, H, W], floating point; fastest in channels_last. H and W even with ``pool``.
-        weight, bias: [C] scale and shift, in the type of ``x`` or a wider one.
+        weight, bias: [C] scale and shift, in the dtype of ``x`` or a wider one.
         running_mean, running_var: [C], both or neither. With ``training`` they are updated in place, as by
-            ``nn.BatchNorm2d``: the variance is the unbiased one.
-        offset: [C], added to every place of ``x``.
-        training: normalise by mean and variance of the batch, over B, H and W; otherwise by the running ones.
+            ``nn.BatchNorm2d``, with the unbiased variance.
+        offset: [C], added to every position of ``x``.
+        training: normalise by mean and variance of the batch, over B, H and W; otherwise by the running statistics.
         momentum: weight of this batch in the running statistics.
         eps: added to the variance.
-        rectify: apply ReLU.
+        relu: apply ReLU.
         pool: apply 2x2 average pooling, after ReLU.
 
     Returns:
-        [B, C, H, W], with ``pool`` [B, C, H / 2, W / 2], in the type and memory format of ``x``. Differentiable once,
+        [B, C, H, W], with ``pool`` [B, C, H / 2, W / 2], in the dtype and memory format of ``x``. Differentiable once,
         in ``x``, ``weight``, ``bias`` and ``offset``.
 
     Raises:
         ValueError: a shape does not fit, running statistics are missing, or a channel has fewer than two values to
-            train with.
+            train on.
     """
     _check(x, weight, bias, running_mean, running_var, offset, training, pool)
-    if not is_fused(x, training, weight, bias, running_mean, running_var, offset):
-        return reference_batch_norm(
-            x, weight, bias, running_mean, running_var, offset, training, momentum, eps, rectify, pool
-        )
-    native = resolve_backend(x) == "native"
-    if training:
-        if running_mean is None:  # updated for nobody
-            running_mean, running_var = torch.empty_like(weight), torch.empty_like(weight)
-        statistics = _statistics_native if native else batch_statistics_op
-        offset_alone = None if offset is None else offset.detach()
-        mean, rstd = statistics(x.detach(), offset_alone, running_mean, running_var, momentum, eps)
-    else:
+    return dispatch(
+        "batch_norm", x, weight, bias, running_mean, running_var, offset, training, momentum, eps, relu, pool
+    )
+
+
+def _run_triton(x, weight, bias, running_mean, running_var, offset, training, momentum, eps, relu, pool):
+    if _is_evaluated_with_gradients(training):
+        return NotImplemented
+    statistics = running_mean, running_var, offset, training, momentum, eps
+    mean, rstd = _mean_and_rstd(batch_statistics_op, x, weight, *statistics)
+    return batch_norm_op(x, weight, bias, offset, mean, rstd, relu, pool)
+
+
+def _run_c(x, weight, bias, running_mean, running_var, offset, training, momentum, eps, relu, pool):
+    contiguous = x.is_contiguous(memory_format=torch.channels_last)
+    if not contiguous or _is_evaluated_with_gradients(training) or is_traced():
+        return NotImplemented
+    statistics = running_mean, running_var, offset, training, momentum, eps
+    if native.upcasts(x) and native.supports(running_mean, running_var, offset):
+        parameters = native.upcast(weight), native.upcast(bias)
+        return _run_c(x.float(), *parameters, *statistics, relu, pool).to(x.dtype)
+    if not native.supports(x, weight, bias, running_mean, running_var, offset):
+        return NotImplemented
+    x = x.resolve_neg()
+    mean, rstd = _mean_and_rstd(_statistics_c, x, weight, *statistics)
+    return _BatchNorm.apply(x, weight, bias, offset, mean, rstd, relu, pool)
+
+
+register("batch_norm", triton=_run_triton, c=_run_c, eager=reference.batch_norm)
+
+
+def _is_evaluated_with_gradients(training: bool) -> bool:
+    """Return True for evaluation mode with gradients, whose backward pass the kernels do not compute."""
+    return not training and torch.is_grad_enabled()
+
+
+def _mean_and_rstd(batch_statistics, x, weight, running_mean, running_var, offset, training, momentum, eps):
+    """Return mean and 1 / standard deviation [C] that ``x`` is normalised with; update the running statistics."""
+    if not training:
         wide = accumulation_dtype(x.dtype)
-        mean = (running_mean if offset is None else running_mean - offset).to(wide)
-        rstd = (running_var + eps).rsqrt().to(wide)
-    apply = _BatchNorm.apply if native else batch_norm_op
-    return apply(x, weight, bias, offset, mean, rstd, rectify, pool)
-
-
-def is_fused(x: Tensor, training: bool, *vectors: Tensor | None) -> bool:
-    """Whether `batch_norm` of ``x``, with these vectors, is one operation and not PyTorch's own operators."""
-    backend = resolve_backend(x)
-    if not training and torch.is_grad_enabled():
-        return False
-    if backend == "native":
-        dense = x.is_contiguous(memory_format=torch.channels_last)
-        return dense and _native.takes(x, *vectors) and not is_traced() and not x.is_neg()
-    return backend == "triton"
+        mean = running_mean if offset is None else running_mean - offset
+        return mean.to(wide), (running_var + eps).rsqrt().to(wide)
+    if running_mean is None:  # updated and dropped
+        running_mean, running_var = torch.empty_like(weight), torch.empty_like(weight)
+    offset = None if offset is None else offset.detach()
+    return batch_statistics(x.detach(), offset, running_mean, running_var, momentum, eps)
 
 
 def _check(x, weight, bias, running_mean, running_var, offset, training, pool) -> None:
@@ -97,28 +116,19 @@ def _check(x, weight, bias, running_mean, running_var, offset, training, pool) -
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var go together; got one of them")
     if not training and running_mean is None:
-        raise ValueError("without training, running_mean and running_var are what x is normalised by; got None")
+        raise ValueError("without training, x is normalised by running_mean and running_var; got None")
     if training and x.shape[0] * x.shape[2] * x.shape[3] < 2:
-        raise ValueError(f"training needs two values a channel or more; got x of shape {tuple(x.shape)}")
-
-
-def reference_batch_norm(
-    x, weight, bias, running_mean, running_var, offset, training, momentum, eps, rectify, pool
-) -> Tensor:
-    """`batch_norm` in PyTorch's own operators."""
-    x = x if offset is None else x + offset.to(x.dtype)[:, None, None]
-    x = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    return rectified_and_pooled(x, rectify, pool)
+        raise ValueError(f"training needs at least two values per channel; got x of shape {tuple(x.shape)}")
 
 
 @torch.library.custom_op("atom_fast::batch_statistics", mutates_args=("running_mean", "running_var"))
 def batch_statistics_op(
     x: Tensor, offset: Tensor | None, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / standard deviation [C] of ``x``; updates the running statistics of ``x + offset``."""
+    """Return mean and 1 / standard deviation [C] of ``x``; update the running statistics of ``x + offset``."""
     from ..kernels.batch_norm import batch_norm_parts_kernel, batch_norm_statistics_kernel, statistics_launch
 
-    x = addressable(x)
+    x = int32_indexable(x)
     mean, rstd = _empty_statistics(x)
     rows, grid, constants = _launch(x)
     means, squares = mean.new_empty((2, rows, x.shape[1])).unbind()
@@ -151,44 +161,44 @@ def batch_norm_op(
     offset: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    rectify: bool,
+    relu: bool,
     pool: bool,
 ) -> Tensor:
-    """``x`` normalised by ``mean`` and ``rstd`` [C], of which the gradient takes for granted that they are the batch's.
+    """Normalise ``x`` with ``mean`` and ``rstd`` [C]. The backward pass assumes that they are this batch's statistics.
 
-    ``offset`` is there for its gradient alone, zero.
+    ``offset`` is an argument only to receive its gradient, zero.
     """
     from ..kernels.batch_norm import batch_norm_apply_kernel
 
     out = empty_output(x, pool)
     if x.numel() > 0:
-        x = addressable(x)
+        x = int32_indexable(x)
         _, grid, constants = _launch(x)
         with device_of(x):
             batch_norm_apply_kernel[grid](
-                x, weight, bias, mean, rstd, out, *x.stride(), *out.stride(), RECTIFY=rectify, POOL=pool, **constants
+                x, weight, bias, mean, rstd, out, *x.stride(), *out.stride(), RELU=relu, POOL=pool, **constants
             )
     return out
 
 
 @batch_norm_op.register_fake
-def _(x, weight, bias, offset, mean, rstd, rectify, pool):
+def _(x, weight, bias, offset, mean, rstd, relu, pool):
     return empty_output(x, pool)
 
 
 @torch.library.custom_op("atom_fast::batch_norm_backward", mutates_args=())
 def batch_norm_backward_op(
-    gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, rectify: bool, pool: bool
+    gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, relu: bool, pool: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of ``x`` [B, C, H, W], and of shift and scale [2, C]."""
+    """Return the gradients of ``x`` [B, C, H, W], and of shift and scale [2, C]."""
     from ..kernels.batch_norm import batch_norm_backward_kernel, batch_norm_sums_kernel
 
     rows, grid, constants = _launch(x)
-    constants |= {"RECTIFY": rectify, "POOL": pool}
-    # Each row's part, added afterwards in a fixed order.
+    constants |= {"RELU": relu, "POOL": pool}
+    # One part per row, added afterwards in a fixed order.
     parts = mean.new_empty((2, rows, x.shape[1]))
     grad_x = empty_gradient(x)
-    gradient, x = addressable(gradient), addressable(x)
+    gradient, x = int32_indexable(gradient), int32_indexable(x)
     with device_of(x):
         batch_norm_sums_kernel[grid](
             gradient, x, weight, bias, mean, rstd, parts, *gradient.stride(), *x.stride(), **constants
@@ -202,7 +212,7 @@ def batch_norm_backward_op(
 
 
 @batch_norm_backward_op.register_fake
-def _(gradient, x, weight, bias, mean, rstd, rectify, pool):
+def _(gradient, x, weight, bias, mean, rstd, relu, pool):
     return empty_gradient(x), mean.new_empty((2, x.shape[1]))
 
 
@@ -235,23 +245,23 @@ class _BatchNorm(torch.autograd.Function):
     """`batch_norm_op` in C, without the dispatch of an operator."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, offset, mean, rstd, rectify, pool):
+    def forward(ctx, x, weight, bias, offset, mean, rstd, relu, pool):
         out = empty_output(x, pool)
         vectors = (vector.contiguous() for vector in (weight, bias, mean, rstd))
-        _native.run("batch_norm_forward", len(x), x, *vectors, out, *x.shape, rectify, pool)
-        _setup_context(ctx, (x, weight, bias, offset, mean, rstd, rectify, pool), out)
+        native.run("batch_norm_forward", len(x), x, *vectors, out, *x.shape, relu, pool)
+        _setup_context(ctx, (x, weight, bias, offset, mean, rstd, relu, pool), out)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        return _gradients(_backward_native, ctx, gradient)
+        return _gradients(_backward_c, ctx, gradient)
 
 
-def _statistics_native(x, offset, running_mean, running_var, momentum, eps) -> tuple[Tensor, Tensor]:
-    """As `batch_statistics_op`."""
+def _statistics_c(x, offset, running_mean, running_var, momentum, eps) -> tuple[Tensor, Tensor]:
+    """Compute `batch_statistics_op` in C."""
     means, variances = x.new_empty((2, *x.shape[:2]))
-    _native.run("norm_block_statistics", len(x), x, means, variances, *x.shape)
+    native.run("norm_block_statistics", len(x), x, means, variances, *x.shape)
     mean, variance = join_statistics(means, variances)
     count = x.numel() / x.shape[1]
     running_mean.lerp_(mean if offset is None else mean + offset, momentum)
@@ -259,15 +269,15 @@ def _statistics_native(x, offset, running_mean, running_var, momentum, eps) -> t
     return mean, variance.add_(eps).rsqrt_()
 
 
-def _backward_native(gradient, x, weight, bias, mean, rstd, rectify, pool) -> tuple[Tensor, Tensor]:
-    """As `batch_norm_backward_op`."""
+def _backward_c(gradient, x, weight, bias, mean, rstd, relu, pool) -> tuple[Tensor, Tensor]:
+    """Compute `batch_norm_backward_op` in C."""
     gradient = gradient.contiguous(memory_format=torch.channels_last)
     inputs = gradient, x, weight.contiguous(), bias.contiguous(), mean, rstd
     grad_x = empty_gradient(x)
-    # Each sample's part, added afterwards in a fixed order.
+    # One part per sample, added afterwards in a fixed order.
     parts = x.new_empty((len(x), 2, x.shape[1]))
     for sums, mode in sums_passes("batch", parts):
-        _native.run("batch_norm_backward", len(x), *inputs, sums, grad_x, *x.shape, rectify, pool, mode)
+        native.run("batch_norm_backward", len(x), *inputs, sums, grad_x, *x.shape, relu, pool, mode)
     grad_bias, product = parts.sum(0)
     return grad_x, torch.stack((grad_bias, product * rstd))
 
@@ -276,7 +286,7 @@ def _backward_native(gradient, x, weight, bias, mean, rstd, rectify, pool) -> tu
 
 
 def _launch(x: Tensor) -> tuple[int, tuple[int], dict]:
-    """Rows of the kernels that walk ``x``, see kernels/batch_norm.py; their grid; and what they share."""
+    """Return the rows of the kernels that walk ``x`` (see kernels/batch_norm.py), their grid and their constants."""
     from ..kernels.batch_norm import batch_norm_launch
 
     batch, channels, height, width = x.shape

@@ -1,28 +1,23 @@
 """The first block from the image as one operator: 3x3 convolution, then the block of `atom_fast.ops.norm_block`.
 
-Nothing of the size of the convolution's output is written, forward or backward: it is recomputed from the image.
-Filters, scale and shift are constants, as they are while distilling. There is no formula for a second derivative.
+The convolution's output is never written to memory, forward or backward: it is recomputed from the image. Filters,
+scale and shift are constants, as they are during distillation. A second derivative is not implemented and raises.
 """
 
 from __future__ import annotations
-
-import functools
-import itertools
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _native
-from .._backend import resolve_backend
+from .. import reference
 from .._device import Chip, chip_of
-from . import norm_block
-from .launching import addressable, constant_power, device_of
+from . import native, norm_block
+from .dispatch import dispatch, register
+from .launching import constant_power, contiguous, device_of, int32_indexable
 from .norm_block import BlockOutput
-from .norm_block_torch import backward_torch, forward_torch, piece_bytes
 
-IMAGE_CHANNELS = 4  # at most, for the fused kernels
+IMAGE_CHANNELS = 4  # the most that the fused kernels accept
 
 
 def conv_block(
@@ -36,14 +31,14 @@ def conv_block(
     channel_power: float | None = 4.0,
     norm: str = "instance",
 ) -> BlockOutput:
-    """3x3 convolution with padding 1, then `atom_fast.ops.norm_block.norm_block`, fused.
+    """Apply a 3x3 convolution with padding 1, then `atom_fast.ops.norm_block.norm_block`.
 
-    The convolution takes no bias: the norm takes the mean of every plane or channel away, so nothing depends on one.
-    Precision is that of PyTorch's convolutions: autocast, and TF32 by ``torch.backends.cudnn.conv.fp32_precision``.
+    The convolution has no bias: the norm subtracts the mean of every plane or channel, so a bias has no effect.
+    Precision follows PyTorch's convolutions: autocast, and TF32 by ``torch.backends.cudnn.conv.fp32_precision``.
 
     Args:
-        images: [B, C_in, H, W], H and W at least 2, any floating dtype, rounded to that of the filters (but not by the
-            kernels in C, which compute narrower types in float32).
+        images: [B, C_in, H, W], H and W at least 2, any floating dtype, rounded to the dtype of the filters (except in
+            the kernels in C, which compute half precision in float32).
         filters: [C, C_in, 3, 3], constants; float64, float32, float16 or bfloat16.
         weight, bias, eps, spatial_power, channel_power, norm: as in `norm_block`.
 
@@ -52,7 +47,7 @@ def conv_block(
         ``images``.
 
     Raises:
-        TypeError: images or filters are no floating-point tensors.
+        TypeError: images or filters are not floating-point tensors.
         ValueError: a shape, power or norm is not accepted, or filters, scale or shift require a gradient.
     """
     norm_block.check_powers(spatial_power, channel_power)
@@ -61,26 +56,38 @@ def conv_block(
     _check_input(images, filters)
     if torch.is_autocast_enabled(images.device.type):
         filters = filters.to(torch.get_autocast_dtype(images.device.type))
-    backend = resolve_backend(images)
-    if backend == "native" and _native.widens(filters) and images.shape[1] <= IMAGE_CHANNELS:
-        wide = images.float(), filters.float(), _native.widened(weight), _native.widened(bias)
-        options = {"eps": eps, "spatial_power": spatial_power, "channel_power": channel_power, "norm": norm}
-        with torch.autocast(images.device.type, enabled=False):
-            pooled, maps = conv_block(*wide, **options)
-        return BlockOutput(pooled.to(filters.dtype), maps)
-    if backend == "native" and not _is_native(images, filters, weight, bias):
-        backend = "torch"
-    fusible = backend == "native" or norm == "instance"
-    if backend == "triton":
-        fusible = launch_kind(images.shape[1:], filters.shape[0], filters.dtype, images.device) != "apart"
-    if backend == "reference" or not fusible:
-        convolved = F.conv2d(images.to(filters.dtype), filters, padding=1)
-        return norm_block.norm_block(
-            convolved, weight, bias, eps=eps, spatial_power=spatial_power, channel_power=channel_power, norm=norm
-        )
     norm_block.check_affine(weight, bias, filters.shape[0])
-    pooled, maps, *_ = conv_block_op(images, filters, weight, bias, eps, spatial_power, channel_power, backend, norm)
-    return BlockOutput(pooled, maps)
+    arguments = images, filters, weight, bias, eps, spatial_power, channel_power, norm
+    return BlockOutput(*dispatch("conv_block", *arguments))
+
+
+def _run_triton(images, filters, *arguments):
+    if launch_kind(images.shape[1:], filters.shape[0], filters.dtype, images.device) == "apart":
+        return _run_apart(images, filters, *arguments)
+    return conv_block_op(images, filters, *arguments, "triton")[:2]
+
+
+def _run_c(images, filters, weight, bias, *options):
+    if images.shape[1] > IMAGE_CHANNELS:
+        return _run_apart(images, filters, weight, bias, *options)
+    if native.upcasts(filters):
+        wide = images.float(), filters.float(), native.upcast(weight), native.upcast(bias)
+        with torch.autocast(images.device.type, enabled=False):
+            pooled, maps, *_ = conv_block_op(*wide, *options, "c")
+        return pooled.to(filters.dtype), maps
+    if not native.supports(images, filters, weight, bias):
+        return NotImplemented
+    return conv_block_op(images, filters, weight, bias, *options, "c")[:2]
+
+
+def _run_apart(images, filters, weight, bias, eps, spatial_power, channel_power, norm):
+    """PyTorch's convolution, then `norm_block`."""
+    convolved = F.conv2d(images.to(filters.dtype), filters, padding=1)
+    powers = {"spatial_power": spatial_power, "channel_power": channel_power}
+    return norm_block.norm_block(convolved, weight, bias, eps=eps, **powers, norm=norm)
+
+
+register("conv_block", triton=_run_triton, c=_run_c, eager=reference.conv_block)
 
 
 def _check_input(images: Tensor, filters: Tensor) -> None:
@@ -106,9 +113,9 @@ def launch_kind(
 
     Args:
         channels: C of the filters.
-        dtype: of the filters.
+        dtype: dtype of the filters.
         device: a GPU, or the CPU that interprets the kernels.
-        chip: a GPU that is not here; None for the device's own.
+        chip: the GPU to answer for; None for the one at ``device``.
 
     Returns:
         ``"planes"``: convolution and block are one kernel that keeps an image's neighbourhoods on the chip.
@@ -138,20 +145,14 @@ def conv_block_op(
     eps: float,
     spatial_power: float | None,
     channel_power: float | None,
-    backend: str,
-    norm: str = "instance",
+    norm: str,
+    implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `atom_fast.ops.norm_block.norm_block_op` returns for the convolution of the images."""
-    norm_block.check_is_fused(norm, backend)
+    """Return what `atom_fast.ops.norm_block.norm_block_op` returns for the convolution of the images."""
     outputs = _empty_outputs(images, filters, spatial_power, channel_power)
     if images.numel() > 0:
-        if backend == "triton":
-            _forward_triton(images, filters, weight, bias, eps, spatial_power, channel_power, norm, outputs)
-        elif backend == "native":
-            _forward_native(images, filters, weight, bias, eps, spatial_power, channel_power, norm, *outputs)
-        else:
-            pieces = functools.partial(_convolved_pieces, images, filters)
-            forward_torch(pieces, weight, bias, eps, spatial_power, channel_power, outputs)
+        forward = _forward_triton if implementation == "triton" else _forward_c
+        forward(images, filters, weight, bias, eps, spatial_power, channel_power, norm, *outputs)
     return outputs
 
 
@@ -162,7 +163,7 @@ def _empty_outputs(images, filters, spatial_power, channel_power):
 
 
 @conv_block_op.register_fake
-def _(images, filters, weight, bias, eps, spatial_power, channel_power, backend, norm="instance"):
+def _(images, filters, weight, bias, eps, spatial_power, channel_power, norm, implementation):
     return _empty_outputs(images, filters, spatial_power, channel_power)
 
 
@@ -180,28 +181,15 @@ def conv_block_backward_op(
     statistics: Tensor,
     spatial_power: float | None,
     channel_power: float | None,
-    backend: str,
-    norm: str = "instance",
+    norm: str,
+    implementation: str,
 ) -> Tensor:
-    """Gradient [B, C_in, H, W] of the images; a gradient that is None is zero."""
+    """Return the gradient [B, C_in, H, W] of the images; a gradient that is None counts as zero."""
     if images.numel() == 0:
         return torch.empty_like(images, memory_format=torch.contiguous_format)
+    backward = _backward_triton if implementation == "triton" else _backward_c
     saved = weight, bias, maps, mean, rstd, statistics
-    if backend == "native":
-        powers = spatial_power, channel_power
-        return _backward_native(grad_pooled, grad_maps, images, filters, saved, powers, norm)
-    batch, _, height, width = images.shape
-    if grad_pooled is None:
-        grad_pooled = filters.new_zeros(()).expand(batch, filters.shape[0], height // 2, width // 2)
-    powers = (None, None) if grad_maps is None else (spatial_power, channel_power)
-    if backend == "triton":
-        return _backward_triton(grad_pooled, grad_maps, images, filters, saved, powers, norm)
-    gradient = torch.empty_like(images, memory_format=torch.contiguous_format)
-    pieces = ((rows, convolved, None) for rows, convolved in _convolved_pieces(images, filters))
-    for rows, grad_convolved in backward_torch(pieces, grad_pooled, grad_maps, *saved, *powers):
-        shape = gradient[rows].shape
-        gradient[rows] = torch.nn.grad.conv2d_input(shape, filters, grad_convolved, padding=1)
-    return gradient
+    return backward(grad_pooled, grad_maps, images, filters, saved, (spatial_power, channel_power), norm)
 
 
 @conv_block_backward_op.register_fake
@@ -230,56 +218,51 @@ conv_block_op.register_autograd(_backward, setup_context=_setup_context)
 # C: see kernels/conv_block.c.
 
 
-def _is_native(images: Tensor, filters: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether the kernel in C takes this input."""
-    return _native.takes(images, filters, weight, bias) and images.shape[1] <= IMAGE_CHANNELS
-
-
-def _forward_native(
+def _forward_c(
     images, filters, weight, bias, eps, spatial_power, channel_power, norm, pooled, maps, mean, rstd, statistics
 ):
-    own, image_values, values = _native_sizes(images, filters)
+    own, image_values, values = _c_sizes(images, filters)
     inputs, sizes = (images, _strides(images), own), (*images.shape, filters.shape[0])
     scratch = _scratch(images, image_values + values)
     if norm == "batch":
         means, variances = torch.empty_like(mean), torch.empty_like(mean)
-        _native.run("conv_block_statistics", len(images), *inputs, means, variances, scratch, *sizes)
+        native.run("conv_block_statistics", len(images), *inputs, means, variances, scratch, *sizes)
         norm_block.write_batch_statistics(means, variances, eps, mean, rstd)
-    _native.run(
-        "conv_block_forward", len(images), *inputs, norm_block.dense(weight), norm_block.dense(bias), pooled, maps,
+    native.run(
+        "conv_block_forward", len(images), *inputs, contiguous(weight), contiguous(bias), pooled, maps,
         mean, rstd, statistics, scratch, *sizes, eps,
-        *norm_block.native_powers(spatial_power, channel_power), norm == "batch",
+        *norm_block.c_powers(spatial_power, channel_power), norm == "batch",
     )  # fmt: skip
 
 
-def _backward_native(grad_pooled, grad_maps, images, filters, saved, powers, norm):
+def _backward_c(grad_pooled, grad_maps, images, filters, saved, powers, norm):
     weight, bias, maps, mean, rstd, statistics = saved
     gradient = torch.empty_like(images, memory_format=torch.contiguous_format)
-    own, image_values, values = _native_sizes(images, filters)
+    own, image_values, values = _c_sizes(images, filters)
     height, width = images.shape[2:]
     framed = (height + 2) * (width + 2) * own.shape[-1]
     scratch = _scratch(images, image_values + framed + values + _padded(maps.shape[1] + 2 * filters.shape[0]))
-    gradients = norm_block.native_gradients(grad_pooled, grad_maps)
-    saved = norm_block.dense(weight), norm_block.dense(bias), maps, mean, rstd, statistics
-    sizes = *images.shape, filters.shape[0], *norm_block.native_powers(*powers)
+    gradients = norm_block.c_gradients(grad_pooled, grad_maps)
+    saved = contiguous(weight), contiguous(bias), maps, mean, rstd, statistics
+    sizes = *images.shape, filters.shape[0], *norm_block.c_powers(*powers)
     for sums, mode in norm_block.sums_passes(norm, mean.new_empty((len(mean), 2, mean.shape[1]))):
-        _native.run(
+        native.run(
             "conv_block_backward", len(images), *gradients, images, _strides(images), own, *saved, sums, gradient,
             scratch, *sizes, mode,
         )  # fmt: skip
     return gradient
 
 
-def _native_sizes(images: Tensor, filters: Tensor) -> tuple[Tensor, int, int]:
-    """Filters as [3, 3, C_in, C], C filled up with zeros to whole vectors; values of a framed image, of its planes."""
+def _c_sizes(images: Tensor, filters: Tensor) -> tuple[Tensor, int, int]:
+    """Return filters [3, 3, C_in, C], C zero-padded to whole vectors; values of a framed image; and of its planes."""
     channels, (_, image_channels, height, width) = filters.shape[0], images.shape
     own = F.pad(filters.permute(2, 3, 1, 0), (0, _padded(channels) - channels)).contiguous()
     return own, _padded((height + 2) * (width + 2) * image_channels), height * width * own.shape[-1]
 
 
 def _padded(values: int) -> int:
-    """A number of values rounded up to whole vectors."""
-    return values + -values % _native.LANES
+    """Round a number of values up to whole vectors."""
+    return values + -values % native.LANES
 
 
 def _strides(images: Tensor) -> Tensor:
@@ -287,14 +270,16 @@ def _strides(images: Tensor) -> Tensor:
 
 
 def _scratch(images: Tensor, values: int) -> Tensor:
-    """Memory of each thread."""
-    return images.new_empty((_native.threads_for(len(images)), values))
+    """Allocate scratch memory for each thread."""
+    return images.new_empty((native.threads_for(len(images)), values))
 
 
 # Triton: see kernels/conv_block.py.
 
 
-def _forward_triton(images, filters, weight, bias, eps, spatial_power, channel_power, norm, outputs):
+def _forward_triton(
+    images, filters, weight, bias, eps, spatial_power, channel_power, norm, pooled, maps, mean, rstd, statistics
+):
     import triton
 
     from ..kernels import conv_block as kernels
@@ -302,8 +287,7 @@ def _forward_triton(images, filters, weight, bias, eps, spatial_power, channel_p
 
     batch, image_channels, height, width = images.shape
     channels = filters.shape[0]
-    pooled, maps, mean, rstd, statistics = outputs
-    images, filters = addressable(images), filters.contiguous()
+    images, filters = int32_indexable(images), filters.contiguous()
     constants = _constants(images, filters, weight, spatial_power, channel_power)
     launch = kernels.conv_block_launch(
         image_channels, channels, height, width, filters.element_size(), chip_of(images.device).shared
@@ -311,11 +295,11 @@ def _forward_triton(images, filters, weight, bias, eps, spatial_power, channel_p
     with device_of(images):
         if norm == "batch":
             _batch_statistics(images, filters, eps, constants, launch, mean, rstd)
-        inputs = images, filters, norm_block.dense(weight), norm_block.dense(bias)
+        inputs = images, filters, contiguous(weight), contiguous(bias)
         others = *images.stride(), *pooled.stride(), eps
         if launch is not None:
             kernels.conv_block_forward_kernel[(batch,)](
-                *inputs, *outputs, *others, **constants, GIVEN=norm == "batch",
+                *inputs, pooled, maps, mean, rstd, statistics, *others, **constants, USE_STATISTICS=norm == "batch",
                 EXACT=is_exact(channels, height, width, launch),
                 CHUNKS=triton.next_power_of_2(triton.cdiv(channels, launch["BLOCK_C"])), **launch,
             )  # fmt: skip
@@ -324,13 +308,13 @@ def _forward_triton(images, filters, weight, bias, eps, spatial_power, channel_p
         chunks = triton.cdiv(channels, launch["BLOCK_C"])
         sums = norm_block.chunk_sums(maps, chunks, (batch, channels, height, width), spatial_power, channel_power)
         kernels.tiled_conv_block_forward_kernel[(batch, chunks)](
-            *inputs, pooled, *sums, mean, rstd, *others, **constants, GIVEN=norm == "batch", **launch
+            *inputs, pooled, *sums, mean, rstd, *others, **constants, USE_STATISTICS=norm == "batch", **launch
         )
     norm_block.join_chunks(*sums, launch["BLOCK_C"], spatial_power, channel_power, maps, statistics)
 
 
 def _batch_statistics(images, filters, eps, constants, launch, mean, rstd) -> None:
-    """Write what `atom_fast.ops.norm_block` takes of a convolution's output, here of one that is nowhere in memory."""
+    """Write the batch statistics of the convolution's output, computed from the images."""
     import triton
 
     from ..kernels import conv_block as kernels
@@ -361,8 +345,12 @@ def _backward_triton(grad_pooled, grad_maps, images, filters, saved, powers, nor
     weight, bias, maps, mean, rstd, statistics = saved
     batch, image_channels, height, width = images.shape
     channels = filters.shape[0]
-    images, filters = addressable(images), filters.contiguous()
-    grad_pooled = addressable(grad_pooled)
+    if grad_pooled is None:
+        grad_pooled = filters.new_zeros(()).expand(batch, channels, height // 2, width // 2)
+    if grad_maps is None:
+        powers = None, None
+    images, filters = int32_indexable(images), filters.contiguous()
+    grad_pooled = int32_indexable(grad_pooled)
     constants = _constants(images, filters, weight, *powers)
     launch = kernels.conv_block_backward_launch(image_channels, chip_of(images.device).capability)
     tiles = triton.cdiv(triton.cdiv(height, 2) * triton.cdiv(width, 2), launch["BLOCK_P"])
@@ -372,7 +360,7 @@ def _backward_triton(grad_pooled, grad_maps, images, filters, saved, powers, nor
     gradient = torch.empty_like(images, memory_format=torch.contiguous_format)
     with device_of(images):
         weights = norm_block.map_weights(grad_maps, maps, statistics, shape, *powers)
-        affine = norm_block.dense(weight), norm_block.dense(bias)
+        affine = contiguous(weight), contiguous(bias)
         inputs = (images, filters, *affine, grad_pooled, weights, mean, rstd, statistics)
         strides = *images.stride(), *grad_pooled.stride()
         constants["EXACT"] = is_exact(channels, height, width, launch, tiles)
@@ -403,23 +391,3 @@ def _constants(images, filters, weight, spatial_power, channel_power) -> dict:
         "AFFINE": weight is not None,
         "PRECISION": "tf32" if tf32 and filters.dtype == torch.float32 else "ieee",
     }
-
-
-# Lean PyTorch: pieces of samples go through the convolution and the block while they are in the cache.
-
-
-def _sample_pieces(images: Tensor, filters: Tensor) -> list[slice]:
-    output_bytes = filters.shape[0] * images[0, 0].numel() * filters.element_size()
-    rows = max(2, piece_bytes(images.device) // output_bytes)
-    # A last piece of one image joins the one before it: PyTorch convolves a batch of one in another way, with other
-    # rounding, and an image's bits would depend on its place.
-    edges = [*range(0, max(images.shape[0] - 1, 1), rows), images.shape[0]]
-    return [slice(*piece) for piece in itertools.pairwise(edges)]
-
-
-def _convolved_pieces(images: Tensor, filters: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Runs of images, and their convolution."""
-    filters = filters.contiguous(memory_format=torch.channels_last)
-    for rows in _sample_pieces(images, filters):
-        piece = images[rows].to(filters.dtype).contiguous(memory_format=torch.channels_last)
-        yield rows, F.conv2d(piece, filters, padding=1)

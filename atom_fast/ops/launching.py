@@ -1,4 +1,4 @@
-"""What every operator needs to launch its Triton kernels: the device, and values as the kernels take them."""
+"""Shared by the operators that launch kernels: the device, dtypes, layouts and constants that the kernels expect."""
 
 from __future__ import annotations
 
@@ -16,18 +16,23 @@ T = TypeVar("T")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for every narrower floating dtype."""
+    """Return float64 for float64, and float32 for every narrower floating dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def addressable(x: Tensor) -> Tensor:
-    """``x``, copied if 32 bits do not address one of its samples (slices of far larger tensors)."""
+def int32_indexable(x: Tensor) -> Tensor:
+    """Return ``x``, or a copy if one of its samples (a slice of a far larger tensor) exceeds 32-bit offsets."""
     span = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
     return x.contiguous() if span >= 2**31 else x
 
 
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """Return ``x``, or None, as the kernels index a vector of parameters."""
+    return None if x is None else x.contiguous()
+
+
 def constant_power(power: float | None) -> float | int:
-    """A power as the kernels take it: whole numbers as int, so that 4 and 4.0 are one compilation; 0 for none."""
+    """Convert a power to a kernel's constant: int where it is whole, so that 4 and 4.0 compile once; 0 for None."""
     if power is None:
         return 0
     return int(power) if float(power).is_integer() else float(power)
@@ -56,7 +61,7 @@ def device_of(tensor: Tensor) -> Iterator[None]:
 
 @functools.cache
 def _refusals() -> tuple[type[Exception], ...]:
-    """What Triton raises for a kernel that asks for too much, or that it cannot compile; no RuntimeErrors."""
+    """Return the exceptions of Triton for a kernel that needs too much or does not compile; no RuntimeErrors."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 
@@ -66,7 +71,7 @@ def _refusals() -> tuple[type[Exception], ...]:
 def unfused_if_refused(work: Callable[[], T], device: torch.device) -> T:
     """Run ``work``; where a kernel does not run on ``device``, run it again with PyTorch's operators.
 
-    From then on they take the place of Triton's kernels on that device, which a warning says.
+    From then on PyTorch's operators replace Triton's kernels on that device, and a warning says so.
 
     Raises:
         KernelError: the kernels were asked for by `atom_fast.backend`.
@@ -82,12 +87,12 @@ def unfused_if_refused(work: Callable[[], T], device: torch.device) -> T:
 
 
 def triton_dtype(dtype: torch.dtype):
-    """Triton's float64 for float64, its float32 for every other dtype."""
+    """Return Triton's float64 for float64, and its float32 for every other dtype."""
     import triton.language as tl
 
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def is_traced() -> bool:
-    """Whether something wants to see the operator: a compiler, a tracer, or a mode such as that of fake tensors."""
+    """Return True if the call must go through the dispatcher: torch.compile, tracing, or a dispatch mode is active."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0

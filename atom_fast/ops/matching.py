@@ -1,4 +1,7 @@
-"""Custom operators for the squared distance of class means (equation 3 of the ATOM paper) and for grouping samples."""
+"""The squared distance of class means (equation 3 of the ATOM paper) as an operator, and the grouping of samples.
+
+There is no kernel in C yet: on a CPU, and on GPUs without Triton, PyTorch's operators run, with an analytic gradient.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import reference
+from .dispatch import dispatch, register
 from .launching import accumulation_dtype, device_of, triton_dtype
 
 
 class ClassGroups(NamedTuple):
-    """Which rows of two sides belong to one class. Classes that hold no row may stand at the end of the offsets."""
+    """Rows of the real and the synthetic side by class. The offsets may end with classes that hold no row."""
 
     real_order: Tensor  # int64 [B]: the real rows sorted by class
-    real_offsets: Tensor  # int64 [K + 1]: where each class starts in `real_order`
+    real_offsets: Tensor  # int64 [K + 1]: start of each class in `real_order`
     synthetic_order: Tensor  # int64 [B']
     synthetic_offsets: Tensor  # int64 [K + 1]
 
     def of_classes(self, count: int) -> ClassGroups:
-        """The same without the offsets behind those of ``count`` classes, which is all there are."""
+        """Return these groups with the offsets of the first ``count`` classes, which must be all that hold rows."""
         return self._replace(
             real_offsets=self.real_offsets[: count + 1], synthetic_offsets=self.synthetic_offsets[: count + 1]
         )
@@ -27,7 +32,7 @@ class ClassGroups(NamedTuple):
 
 @torch.library.custom_op("atom_fast::class_groups", mutates_args=())
 def class_groups_op(real_labels: Tensor, synthetic_labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Orders and offsets of two sides; as many offsets as there can be classes: shapes must not depend on data."""
+    """Return orders and offsets of two sides; one offset per synthetic row, since shapes must not depend on data."""
     real_classes, real_inverse = real_labels.unique(return_inverse=True)
     classes, inverse = synthetic_labels.unique(return_inverse=True)
     if not torch.equal(real_classes, classes):
@@ -62,36 +67,78 @@ def _class_mismatch(real: list[int], synthetic: list[int]) -> str:
     )
 
 
+def class_mean_distance(real: Tensor, synthetic: Tensor, groups: ClassGroups | None) -> Tensor:
+    """Return the squared distance between the class means of real [B, D] and synthetic [B', D], summed over classes.
+
+    Args:
+        real: a constant, floating point.
+        synthetic: floating point; the result is differentiable once with respect to it.
+        groups: the rows of each class; None if all rows are one class.
+
+    Returns:
+        A scalar, float64 for float64 input, otherwise float32.
+    """
+    return dispatch("matching", real, synthetic, *(groups or (None,) * 4))
+
+
+def _run_triton(*arguments):
+    return class_mean_distance_op(*arguments, "triton")[0]
+
+
+def _run_lean(*arguments):
+    return class_mean_distance_op(*arguments, "eager")[0]
+
+
+def _run_reference(real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offsets):
+    dtype = accumulation_dtype(synthetic.dtype)
+    real, synthetic = real.to(dtype), synthetic.to(dtype)
+    if synthetic_order is None:
+        return reference.class_mean_distance(real, synthetic) if len(synthetic) else synthetic.sum()
+    labels = _labels(real_order, real_offsets), _labels(synthetic_order, synthetic_offsets)
+    return reference.class_mean_distance(real, synthetic, *labels)
+
+
+def _labels(order: Tensor, offsets: Tensor) -> Tensor:
+    """Return the label of each row, from the rows sorted by class."""
+    positions = torch.arange(order.shape[0], device=order.device)
+    labels = torch.empty_like(order)
+    labels[order] = torch.searchsorted(offsets, positions, right=True) - 1
+    return labels
+
+
+register("matching", plain=("reference",), triton=_run_triton, eager=_run_lean, reference=_run_reference)
+
+
 @torch.library.custom_op("atom_fast::class_mean_distance", mutates_args=())
-def class_mean_distance(
+def class_mean_distance_op(
     real: Tensor,
     synthetic: Tensor,
     real_order: Tensor | None,
     real_offsets: Tensor | None,
     synthetic_order: Tensor | None,
     synthetic_offsets: Tensor | None,
-    backend: str,
+    implementation: str,
 ) -> tuple[Tensor, Tensor]:
-    """Distance (scalar) of real [B, D] and synthetic [B', D], and its gradient [B', D] for the synthetic side.
+    """Return the distance (scalar) of real [B, D] and synthetic [B', D], and its gradient [B', D] for the latter.
 
-    Without orders and offsets all rows are one class. Backend "triton" or "torch".
+    Without orders and offsets all rows are one class. The implementation is "triton" or "eager".
     """
     dtype = accumulation_dtype(synthetic.dtype)
     if real.numel() == 0 or synthetic.numel() == 0:
         return synthetic.new_zeros((), dtype=dtype), synthetic.new_zeros(synthetic.shape, dtype=dtype)
-    distance = _distance_triton if backend == "triton" else _distance_torch
+    distance = _distance_triton if implementation == "triton" else _distance_lean
     return distance(real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offsets, dtype)
 
 
-@class_mean_distance.register_fake
-def _(real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offsets, backend):
+@class_mean_distance_op.register_fake
+def _(real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offsets, implementation):
     dtype = accumulation_dtype(synthetic.dtype)
     return synthetic.new_empty((), dtype=dtype), synthetic.new_empty(synthetic.shape, dtype=dtype)
 
 
 @torch.library.custom_op("atom_fast::scaled_gradient", mutates_args=())
 def scaled_gradient(gradient: Tensor, scale: Tensor, like: Tensor) -> Tensor:
-    """gradient * scale in the dtype of ``like``: without a derivative of its own, so asking for a second raises."""
+    """Return gradient * scale in the dtype of ``like``; not differentiable, so that a second derivative raises."""
     return (gradient * scale).to(like.dtype)
 
 
@@ -112,7 +159,7 @@ def _backward(ctx, scale, _):
     return None, scaled_gradient(gradient, scale, ctx.like), None, None, None, None, None
 
 
-class_mean_distance.register_autograd(_backward, setup_context=_setup_context)
+class_mean_distance_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _distance_triton(real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offsets, dtype):
@@ -137,7 +184,7 @@ def _distance_triton(real, synthetic, real_order, real_offsets, synthetic_order,
     return partial.sum(), gradient
 
 
-def _distance_torch(real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offsets, dtype):
+def _distance_lean(real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offsets, dtype):
     real, synthetic = real.to(dtype), synthetic.to(dtype)
     if synthetic_offsets is None:
         difference = real.mean(0) - synthetic.mean(0)
@@ -152,16 +199,15 @@ def _distance_torch(real, synthetic, real_order, real_offsets, synthetic_order, 
     )
     rows = difference * (-2.0 / synthetic_offsets.diff().clamp(min=1))[:, None].to(dtype)
     gradient = torch.empty_like(synthetic, memory_format=torch.contiguous_format)
-    places = torch.arange(synthetic.shape[0], device=synthetic.device)
-    classes = torch.searchsorted(synthetic_offsets, places, right=True) - 1
-    gradient[synthetic_order] = rows[classes]
+    positions = torch.arange(synthetic.shape[0], device=synthetic.device)
+    gradient[synthetic_order] = rows[torch.searchsorted(synthetic_offsets, positions, right=True) - 1]
     return difference.square().sum(), gradient
 
 
 def _members(order: Tensor, offsets: Tensor) -> int:
-    """How many rows a class has where they lie class after class, as many of each; otherwise 0.
+    """Return the rows per class if every class has as many and they lie class after class; otherwise 0.
 
-    Only a CPU can tell without waiting.
+    A GPU always gets 0: reading the offsets would wait for it.
     """
     count = len(order)
     members = 0 if order.is_cuda else int(offsets[1])
@@ -173,5 +219,5 @@ def _members(order: Tensor, offsets: Tensor) -> int:
 
 
 def _segment_means(values: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
-    """Mean of the rows of each class; zero for a class without rows."""
+    """Return the mean of the rows of each class; zero for a class without rows."""
     return torch.segment_reduce(values[order], "mean", offsets=offsets, axis=0, initial=0.0)

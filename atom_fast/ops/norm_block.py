@@ -1,10 +1,11 @@
 """The block after a convolution as one operator: a norm, ReLU, both attention maps, 2x2 average pooling.
 
-The feature map between ReLU and pooling, which the maps are taken of, is never written. The backward pass keeps the
-convolution's output, the maps and a few numbers a plane, and recomputes the rest. Scale and shift of the norm are
-constants, as they are while distilling. There is no formula for a second derivative: asking for one raises.
+The feature map between ReLU and pooling, from which the maps are computed, is never written to memory. The backward
+pass keeps the convolution's output, the maps and a few numbers per plane, and recomputes the rest. Scale and shift of
+the norm are constants, as they are during distillation. A second derivative is not implemented and raises.
 
-The norm is InstanceNorm, or BatchNorm with the statistics of the batch; the latter is not one operator in PyTorch's.
+The norm is InstanceNorm, or BatchNorm with the statistics of the batch. Input that neither Triton nor C computes
+(float64 on a CPU, other layouts) runs `atom_fast.reference.norm_block`.
 """
 
 from __future__ import annotations
@@ -13,20 +14,19 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _native, reference
-from .._backend import resolve_backend
-from .attention import attention_maps, map_sizes
-from .launching import accumulation_dtype, addressable, constant_power, device_of
-from .norm_block_torch import backward_torch, forward_torch, is_channels_last, piece_bytes, unit_length
+from .. import reference
+from . import native
+from .attention import map_sizes
+from .dispatch import dispatch, register
+from .launching import accumulation_dtype, constant_power, contiguous, device_of, int32_indexable
 
 NORMS = ("instance", "batch")
 
 
 class BlockOutput(NamedTuple):
-    """What a block hands on."""
+    """Outputs of a block."""
 
     pooled: Tensor  # [B, C, H // 2, W // 2], the input's dtype
     maps: Tensor  # [B, M]: spatial map (H W values), then channel map (C values), each of L2 norm 1; float32 or float64
@@ -42,7 +42,7 @@ def norm_block(
     channel_power: float | None = 4.0,
     norm: str = "instance",
 ) -> BlockOutput:
-    """A norm, ReLU, attention maps (equations 1 to 3 of the ATOM paper) and 2x2 average pooling, fused.
+    """Apply a norm, ReLU and 2x2 average pooling, and take attention maps (equations 1 to 3 of the ATOM paper).
 
     Args:
         convolved: [B, C, H, W] output of a convolution, H and W at least 2; float64, float32, float16 or bfloat16, any
@@ -52,34 +52,43 @@ def norm_block(
         eps: added to the variance.
         spatial_power: exponent p_s of the spatial map, in [1, 16]; None leaves that map out of ``maps``.
         channel_power: exponent p_c of the channel map, likewise.
-        norm: ``"instance"`` takes mean and population variance over each plane, ``"batch"`` over a channel's planes of
-            all samples, as BatchNorm does in training; running statistics are neither read nor written.
+        norm: ``"instance"`` normalises by mean and population variance of each plane, ``"batch"`` by those of a channel
+            over all samples, as BatchNorm does in training; running statistics are neither read nor written.
 
     Returns:
         The pooled features and the maps. Differentiable once, in ``convolved``. A sample of zero features has zero
         maps.
 
     Raises:
-        TypeError: ``convolved`` is no floating-point tensor.
+        TypeError: ``convolved`` is not a floating-point tensor.
         ValueError: a shape, power or norm is not accepted, or the scale or shift requires a gradient.
     """
     check_powers(spatial_power, channel_power)
     check_norm(norm)
     check_constants(weight=weight, bias=bias)
     _check_input(convolved, weight, bias)
-    backend = resolve_backend(convolved)
-    if backend == "native" and _native.widens(convolved) and _has_channels_last(convolved):
-        options = {"eps": eps, "spatial_power": spatial_power, "channel_power": channel_power, "norm": norm}
-        pooled, maps = norm_block(convolved.float(), _native.widened(weight), _native.widened(bias), **options)
-        return BlockOutput(pooled.to(convolved.dtype), maps)
-    if backend == "native" and not _is_native(convolved, weight, bias):
-        backend = "torch"
-    if backend == "reference":
-        return reference_block(convolved, weight, bias, eps, spatial_power, channel_power, norm)
-    if norm == "batch" and backend == "torch":
-        return _unfused_batch_block(convolved, weight, bias, eps, spatial_power, channel_power)
-    pooled, maps, *_ = norm_block_op(convolved, weight, bias, eps, spatial_power, channel_power, backend, norm)
-    return BlockOutput(pooled, maps)
+    arguments = convolved, weight, bias, eps, spatial_power, channel_power, norm
+    return BlockOutput(*dispatch("norm_block", *arguments))
+
+
+def _run_triton(convolved, weight, bias, eps, spatial_power, channel_power, norm):
+    return norm_block_op(convolved, weight, bias, eps, spatial_power, channel_power, norm, "triton")[:2]
+
+
+def _run_c(convolved, weight, bias, eps, spatial_power, channel_power, norm):
+    if not _is_channels_last_view(convolved):
+        return NotImplemented
+    options = eps, spatial_power, channel_power, norm, "c"
+    if native.upcasts(convolved):
+        affine = native.upcast(weight), native.upcast(bias)
+        pooled, maps, *_ = norm_block_op(convolved.float(), *affine, *options)
+        return pooled.to(convolved.dtype), maps
+    if not native.supports(convolved, weight, bias):
+        return NotImplemented
+    return norm_block_op(convolved, weight, bias, *options)[:2]
+
+
+register("norm_block", triton=_run_triton, c=_run_c, eager=reference.norm_block)
 
 
 def check_powers(spatial_power: float | None, channel_power: float | None) -> None:
@@ -93,18 +102,6 @@ def check_norm(norm: str) -> None:
     """Raise ValueError for a norm that the blocks do not compute."""
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}; got {norm!r}")
-
-
-def _check_is_native(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    """Raise ValueError for what the kernel in C would misread."""
-    if not _is_native(x, weight, bias):
-        raise ValueError(f"backend 'native' takes float32 in channels_last; got {x.dtype} of strides {x.stride()}")
-
-
-def check_is_fused(norm: str, backend: str) -> None:
-    """Raise ValueError for a norm that PyTorch's operators do not compute in pieces."""
-    if norm == "batch" and backend == "torch":
-        raise ValueError(f"norm 'batch' is computed by backends 'triton' and 'native'; got {backend!r}")
 
 
 def check_constants(**parameters: Tensor | None) -> None:
@@ -136,51 +133,7 @@ def check_affine(weight: Tensor | None, bias: Tensor | None, channels: int) -> N
             raise ValueError(f"{name} must be [{channels}]; got {tuple(parameter.shape)}")
 
 
-def reference_block(
-    convolved: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    spatial_power: float | None,
-    channel_power: float | None,
-    norm: str = "instance",
-) -> BlockOutput:
-    """`norm_block` in plain PyTorch: what the fused block is compared with."""
-    if norm == "batch":
-        features = _batch_features(convolved, weight, bias, eps)
-    else:
-        features = F.relu(F.group_norm(convolved, convolved.shape[1], weight, bias, eps))
-    wide = features.to(accumulation_dtype(features.dtype))
-    maps = [wide.new_empty((wide.shape[0], 0))]
-    if spatial_power is not None:
-        maps.append(reference.spatial_attention(wide, spatial_power))
-    if channel_power is not None:
-        maps.append(reference.channel_attention(wide, channel_power))
-    return BlockOutput(F.avg_pool2d(features, 2), torch.cat(maps, dim=1))
-
-
-def _batch_features(convolved: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    return F.relu(F.batch_norm(convolved, None, None, weight, bias, training=True, eps=eps))
-
-
-def _unfused_batch_block(
-    convolved: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    spatial_power: float | None,
-    channel_power: float | None,
-) -> BlockOutput:
-    """`norm_block` with BatchNorm where it is not fused: the operators of PyTorch, and that of the maps."""
-    features = _batch_features(convolved, weight, bias, eps)
-    if spatial_power is None and channel_power is None:
-        maps = features.new_empty((features.shape[0], 0), dtype=accumulation_dtype(features.dtype))
-    else:
-        maps, _ = attention_maps(features, spatial_power, channel_power, True, "torch")
-    return BlockOutput(F.avg_pool2d(features, 2), maps)
-
-
-@torch.library.custom_op("atom_fast::block", mutates_args=())
+@torch.library.custom_op("atom_fast::norm_block", mutates_args=())
 def norm_block_op(
     x: Tensor,
     weight: Tensor | None,
@@ -188,32 +141,32 @@ def norm_block_op(
     eps: float,
     spatial_power: float | None,
     channel_power: float | None,
-    backend: str,
-    norm: str = "instance",
+    norm: str,
+    implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Pooled features; maps [B, M]; mean and 1 / standard deviation [B, C] that each plane is normalised with; and
-    [B, 3]: what features were divided by, and 1 / norm of each map of the features over it (1 if not taken).
+    """Compute a block and what its backward pass needs.
 
-    Norm "batch" is not computed with backend "torch".
+    Args:
+        implementation: "triton", or "c" for float32 in channels_last on a CPU.
+
+    Returns:
+        Pooled features [B, C, H // 2, W // 2]; maps [B, M]; mean and 1 / standard deviation [B, C], by which planes are
+        normalised; statistics [B, 3]: the peak that features are divided by, and 1 / norm of each map of the features
+        over the peak (1 for a map that is left out).
     """
-    check_is_fused(norm, backend)
     outputs = empty_outputs(x.shape, x, is_channels_last(x), spatial_power, channel_power)
+    if implementation == "c":
+        _check_layout(x)
     if x.numel() > 0:
-        if backend == "triton":
-            _forward_triton(x, weight, bias, eps, spatial_power, channel_power, norm, *outputs)
-        elif backend == "native":
-            _check_is_native(x, weight, bias)
-            _forward_native(x, weight, bias, eps, spatial_power, channel_power, norm, *outputs)
-        else:
-            pieces = [(rows, x[rows]) for rows in _sample_pieces(x)]
-            forward_torch(lambda: pieces, weight, bias, eps, spatial_power, channel_power, outputs)
+        forward = _forward_triton if implementation == "triton" else _forward_c
+        forward(x, weight, bias, eps, spatial_power, channel_power, norm, *outputs)
     return outputs
 
 
 def empty_outputs(
     shape: tuple[int, ...], like: Tensor, channels_last: bool, spatial_power: float | None, channel_power: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Memory for what a block returns for a convolution's output of this shape; dtype and device as ``like``."""
+    """Allocate the outputs of `norm_block_op` for a convolution's output of this shape; dtype, device as ``like``."""
     batch, channels, height, width = shape
     wide = {"dtype": accumulation_dtype(like.dtype), "device": like.device}
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -229,7 +182,7 @@ def empty_outputs(
 
 
 @norm_block_op.register_fake
-def _(x, weight, bias, eps, spatial_power, channel_power, backend, norm="instance"):
+def _(x, weight, bias, eps, spatial_power, channel_power, norm, implementation):
     return empty_outputs(x.shape, x, is_channels_last(x), spatial_power, channel_power)
 
 
@@ -246,33 +199,16 @@ def norm_block_backward_op(
     statistics: Tensor,
     spatial_power: float | None,
     channel_power: float | None,
-    backend: str,
-    norm: str = "instance",
+    norm: str,
+    implementation: str,
 ) -> Tensor:
-    """Gradient [B, C, H, W] of the convolution's output; a gradient that is None is zero."""
+    """Return the gradient [B, C, H, W] of the convolution's output; a gradient that is None counts as zero."""
     grad_x = _empty_gradient(x)
     if x.numel() > 0:
+        backward = _backward_triton if implementation == "triton" else _backward_c
         saved = weight, bias, maps, mean, rstd, statistics
-        if backend == "native":
-            _backward_native(grad_pooled, grad_maps, x, *saved, spatial_power, channel_power, norm, grad_x)
-            return grad_x
-        batch, channels, height, width = x.shape
-        if grad_pooled is None:
-            grad_pooled = x.new_zeros(()).expand(batch, channels, height // 2, width // 2)
-        powers = (None, None) if grad_maps is None else (spatial_power, channel_power)
-        if backend == "triton":
-            _backward_triton(grad_pooled, grad_maps, x, *saved, *powers, norm, grad_x)
-        else:
-            pieces = ((rows, x[rows], grad_x[rows]) for rows in _sample_pieces(x))
-            for _ in backward_torch(pieces, grad_pooled, grad_maps, *saved, *powers):
-                pass  # each writes its rows
+        backward(grad_pooled, grad_maps, x, *saved, spatial_power, channel_power, norm, grad_x)
     return grad_x
-
-
-def _sample_pieces(x: Tensor) -> list[slice]:
-    """Runs of samples that PyTorch operators work on at once."""
-    rows = max(1, piece_bytes(x.device) * x.shape[0] // (x.numel() * x.element_size()))
-    return [slice(start, start + rows) for start in range(0, x.shape[0], rows)]
 
 
 def _empty_gradient(x: Tensor) -> Tensor:
@@ -306,30 +242,31 @@ norm_block_op.register_autograd(_backward, setup_context=_setup_context)
 # C: see kernels/norm_block.c.
 
 
-def _is_native(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether the kernel in C takes this input."""
-    return _native.takes(x, weight, bias) and _has_channels_last(x)
-
-
-def _has_channels_last(x: Tensor) -> bool:
+def _is_channels_last_view(x: Tensor) -> bool:
     # As seen through a permutation: torch.func.vmap knows no memory format but the default.
     return x.permute(0, 2, 3, 1).is_contiguous()
 
 
-def _forward_native(x, weight, bias, eps, spatial_power, channel_power, norm, pooled, maps, mean, rstd, statistics):
+def _check_layout(x: Tensor) -> None:
+    """Raise ValueError for input that the kernel in C would misread."""
+    if x.dtype != torch.float32 or not _is_channels_last_view(x):
+        raise ValueError(f"the kernel in C takes float32 in channels_last; got {x.dtype} of strides {x.stride()}")
+
+
+def _forward_c(x, weight, bias, eps, spatial_power, channel_power, norm, pooled, maps, mean, rstd, statistics):
     if norm == "batch":
         means, variances = torch.empty_like(mean), torch.empty_like(mean)
-        _native.run("norm_block_statistics", len(x), x, means, variances, *x.shape)
+        native.run("norm_block_statistics", len(x), x, means, variances, *x.shape)
         write_batch_statistics(means, variances, eps, mean, rstd)
-    _native.run(
-        "norm_block_forward", len(x), x, dense(weight), dense(bias), pooled, maps, mean, rstd, statistics,
-        *x.shape, eps, *native_powers(spatial_power, channel_power), norm == "batch",
+    native.run(
+        "norm_block_forward", len(x), x, contiguous(weight), contiguous(bias), pooled, maps, mean, rstd, statistics,
+        *x.shape, eps, *c_powers(spatial_power, channel_power), norm == "batch",
     )  # fmt: skip
 
 
 def join_statistics(means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance [C] of channels over a batch, of those of its planes [B, C], which are used up."""
-    # Planes are of one size: the variance is the mean of theirs and the variance of their means.
+    """Return mean and variance [C] over a batch from those of its planes [B, C]; overwrites both arguments."""
+    # Planes have one size, so the variance is the mean of their variances plus the variance of their means.
     mean = means.mean(0)
     return mean, variances.add_(means.sub_(mean).square_()).mean(0)
 
@@ -341,21 +278,21 @@ def write_batch_statistics(means: Tensor, variances: Tensor, eps: float, mean: T
     rstd.copy_(torch.rsqrt(variance + eps))
 
 
-def _backward_native(
+def _backward_c(
     grad_pooled, grad_maps, x, weight, bias, maps, mean, rstd, statistics, spatial_power, channel_power, norm, grad_x
 ):
-    inputs = *native_gradients(grad_pooled, grad_maps), x, dense(weight), dense(bias), maps, mean, rstd, statistics
-    scratch = x.new_empty((_native.threads_for(len(x)), maps.shape[1]))
-    sizes = *x.shape, *native_powers(spatial_power, channel_power)
+    inputs = *c_gradients(grad_pooled, grad_maps), x, contiguous(weight), contiguous(bias), maps, mean, rstd, statistics
+    scratch = x.new_empty((native.threads_for(len(x)), maps.shape[1]))
+    sizes = *x.shape, *c_powers(spatial_power, channel_power)
     for sums, mode in sums_passes(norm, mean.new_empty((len(mean), 2, mean.shape[1]))):
-        _native.run("norm_block_backward", len(x), *inputs, sums, grad_x, scratch, *sizes, mode)
+        native.run("norm_block_backward", len(x), *inputs, sums, grad_x, scratch, *sizes, mode)
 
 
 OWN_SUMS, WRITE_SUMS, READ_SUMS = range(3)  # as in kernels/norm_block.h
 
 
 def sums_passes(norm: str, sums: Tensor) -> Iterator[tuple[Tensor, int]]:
-    """The calls that a backward kernel in C takes: the sums [B, 2, C] that it writes, or what it reads, and which."""
+    """Yield, for each call of a backward kernel in C, the sums [B, 2, C] that it writes or reads, and the mode."""
     if norm == "instance":
         yield sums, OWN_SUMS
     else:
@@ -363,15 +300,15 @@ def sums_passes(norm: str, sums: Tensor) -> Iterator[tuple[Tensor, int]]:
         yield sums.mean(0), READ_SUMS
 
 
-def native_powers(*powers: float | None) -> tuple[float, ...]:
-    """Powers as the kernels in C take them."""
+def c_powers(*powers: float | None) -> tuple[float, ...]:
+    """Convert powers to the arguments of the kernels in C: 0 for a map that is left out."""
     return tuple(0.0 if power is None else float(power) for power in powers)
 
 
-def native_gradients(grad_pooled: Tensor | None, grad_maps: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of a block's outputs as the kernels in C index them."""
+def c_gradients(grad_pooled: Tensor | None, grad_maps: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Lay out the gradients of a block's outputs as the kernels in C index them."""
     layout = torch.channels_last
-    return None if grad_pooled is None else grad_pooled.contiguous(memory_format=layout), dense(grad_maps)
+    return None if grad_pooled is None else grad_pooled.contiguous(memory_format=layout), contiguous(grad_maps)
 
 
 # Triton: see kernels/norm_block.py.
@@ -383,8 +320,8 @@ def _forward_triton(x, weight, bias, eps, spatial_power, channel_power, norm, po
     from ..kernels import norm_block as kernels
 
     batch, channels, height, width = x.shape
-    x, weight, bias = addressable(x), dense(weight), dense(bias)
-    constants = _constants(x, weight, spatial_power, channel_power) | {"GIVEN": norm == "batch"}
+    x, weight, bias = int32_indexable(x), contiguous(weight), contiguous(bias)
+    constants = _constants(x, weight, spatial_power, channel_power) | {"USE_STATISTICS": norm == "batch"}
     size = channels, height, width, x.element_size(), constants["CHANNELS_LAST"]
     launch = kernels.norm_block_launch(*size)
     with device_of(x):
@@ -407,10 +344,15 @@ def _forward_triton(x, weight, bias, eps, spatial_power, channel_power, norm, po
     join_chunks(*sums, launch["BLOCK_C"], spatial_power, channel_power, maps, statistics)
 
 
+def is_channels_last(x: Tensor) -> bool:
+    """Return True if a position's channels are adjacent in memory, and its neighbours in the plane are not."""
+    return x.stride(1) == 1 and x.stride(3) != 1
+
+
 def chunk_sums(
     maps: Tensor, chunks: int, shape: tuple[int, ...], spatial_power: float | None, channel_power: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for what `join_chunks` joins: spatial sums, channel sums and peaks, in the dtype of ``maps``."""
+    """Allocate the inputs of `join_chunks`: spatial sums, channel sums and peaks, in the dtype of ``maps``."""
     n_spatial, n_channel = map_sizes(shape, spatial_power, channel_power)
     spatial, channel = maps.new_empty((shape[0], chunks, n_spatial)), maps.new_empty((shape[0], n_channel))
     return spatial, channel, maps.new_empty((shape[0], chunks))
@@ -437,7 +379,7 @@ def join_chunks(
     maps: Tensor,
     statistics: Tensor,
 ) -> None:
-    """Bring the chunks of a sample to its largest feature, and its maps to unit length.
+    """Combine the chunks of a sample relative to its largest feature, and scale its maps to unit length.
 
     Args:
         spatial: [B, chunks, H W or 0] sums over a chunk's channels, relative to the chunk's peak.
@@ -458,6 +400,13 @@ def join_chunks(
         unit_length(total, statistics[:, 2], maps[:, n_spatial:])
 
 
+def unit_length(attention: Tensor, factor: Tensor, out: Tensor) -> None:
+    """Write the maps [B, M] with L2 norm 1 to ``out``, and 1 / norm (1 for a zero map) to ``factor`` [B]."""
+    norm = torch.linalg.vector_norm(attention, dim=1)
+    factor.copy_(norm.masked_fill(norm == 0, 1.0).reciprocal_())
+    torch.mul(attention, factor[:, None], out=out)
+
+
 def _backward_triton(
     grad_pooled, grad_maps, x, weight, bias, maps, mean, rstd, statistics, spatial_power, channel_power, norm, grad_x
 ):
@@ -466,7 +415,12 @@ def _backward_triton(
     from ..kernels import norm_block as kernels
 
     batch, channels, height, width = x.shape
-    x, grad_pooled, weight, bias = addressable(x), addressable(grad_pooled), dense(weight), dense(bias)
+    if grad_pooled is None:
+        grad_pooled = x.new_zeros(()).expand(batch, channels, height // 2, width // 2)
+    if grad_maps is None:
+        spatial_power = channel_power = None
+    x, grad_pooled = int32_indexable(x), int32_indexable(grad_pooled)
+    weight, bias = contiguous(weight), contiguous(bias)
     constants = _constants(x, weight, spatial_power, channel_power)
     strides = *x.stride(), *grad_pooled.stride(), *grad_x.stride()
     size = channels, height, width, x.element_size(), constants["CHANNELS_LAST"]
@@ -498,7 +452,7 @@ def map_weights(
     spatial_power: float | None,
     channel_power: float | None,
 ) -> Tensor:
-    """What multiplies (f / peak)^(p - 1) in the gradient of each feature: [B, M], laid out as the maps."""
+    """Return the factors [B, M] of (f / peak)^(p - 1) in the gradient of each feature, laid out as the maps."""
     from ..kernels import norm_block as kernels
 
     if grad_maps is None:
@@ -523,8 +477,3 @@ def _constants(x: Tensor, weight: Tensor | None, spatial_power: float | None, ch
         "AFFINE": weight is not None,
         "CHANNELS_LAST": is_channels_last(x),
     }
-
-
-def dense(parameter: Tensor | None) -> Tensor | None:
-    """A parameter as the kernels index it."""
-    return None if parameter is None else parameter.contiguous()

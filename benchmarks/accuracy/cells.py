@@ -26,7 +26,7 @@ from benchmarks.methods import configuration, get_method
 
 CELL_FILE = "cell.json"
 LOCK_FILE = ".lock"
-_FORMAT = "benchmarks.accuracy.cell"
+_FORMAT, _EARLIER_FORMAT = "benchmarks.accuracy.cell", "atom_fast.reproduce.cell"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +183,18 @@ def open_cell(folder: Path, cell: Cell, data_name: str, fingerprint: str) -> Non
         )
 
 
+def cells_of_earlier_versions(output: Path, cells: Iterable[Cell]) -> list[str]:
+    """Return folders of the same data sets, methods and seeds as ``cells`` that an earlier version named otherwise.
+
+    Its hash of the settings was another one, so that its distilled sets are not found by name.
+    """
+    names = {cell.folder_name for cell in cells}
+    kinds = {name.rpartition("-")[0] for name in names}
+    folders = sorted(path.parent for path in (output / "cells").glob(f"*/{CELL_FILE}"))
+    alike = [folder for folder in folders if folder.name not in names and folder.name.rpartition("-")[0] in kinds]
+    return [folder.name for folder in alike if read_note(folder)["format"] == _EARLIER_FORMAT]
+
+
 def check_same_images(
     output: Path, cells: Iterable[Cell], at_hand: Mapping[str, tuple[str, str]] | None = None
 ) -> None:
@@ -219,7 +231,8 @@ def read_note(folder: Path) -> dict:
         ValueError: it is damaged.
     """
     found = read_json(folder / CELL_FILE, "remove its folder to run the cell again")
-    if not isinstance(found, dict) or found.get("format") != _FORMAT or not {"data", "fingerprint"} <= set(found):
+    written_as = found.get("format") if isinstance(found, dict) else None
+    if written_as not in (_FORMAT, _EARLIER_FORMAT) or not {"data", "fingerprint"} <= set(found):
         raise ValueError(f"{folder / CELL_FILE} is not a cell's; remove its folder to run the cell again")
     return found
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from atom_fast._files import write_atomically
 from atom_fast.distillation import ranks
 from atom_fast.distillation.logs import log
-from benchmarks.accuracy.cells import check_same_images
+from benchmarks.accuracy.cells import cells_of_earlier_versions, check_same_images
 from benchmarks.accuracy.figures import draw_curves, draw_grids
 from benchmarks.accuracy.record import collect
 from benchmarks.accuracy.render import Record, render
@@ -70,6 +70,11 @@ def reproduce(
     units = _chosen(plan.units, only)
     missing = [unit for unit in units if not finished(output, *unit)]
     report(f"{plan.target}: {len(units)} cells, {len(units) - len(missing)} of them finished")
+    if earlier := cells_of_earlier_versions(output, (cell for cell, _ in missing)):
+        report(
+            f"{len(earlier)} cells of an earlier version, such as {earlier[0]}, are kept but not used: their folders "
+            "are named by another hash of the settings"
+        )
     _load_data(plan, missing, output, cache)
     failed: dict[str, str] = {}
     try:

@@ -167,9 +167,17 @@ def test_the_command_prints_the_table_and_keeps_the_figures(tmp_path):
         (["--shape", "2", "1", "0", "8"], "height must be at least 1; got 0"),
         (["--shape", "2", "1", "8", "8", "--dataset", "digits"], "give --shape or --dataset/--resolution, not both"),
         (["--ipc", "1000"], "1000 different ones per class were asked for"),
+        (["--device", "mps"], "no other kind is supported"),
+        (["--preset", "papre"], "Did you mean 'paper'?"),
     ],
 )
 def test_bad_input_is_refused(arguments, message, tmp_path):
     _, error = command("profile", *TINY, "--out", tmp_path / "none", *arguments, code=2)
     assert message in error
     assert not (tmp_path / "none").exists()
+
+
+def test_the_command_runs_in_one_process(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "profile runs in one process" in command("profile", *TINY, "--out", tmp_path / "none", code=2)[1]
+    assert not list(tmp_path.iterdir())

@@ -16,7 +16,6 @@ from PIL import Image
 from atom_fast.data.sources import load_data
 from atom_fast.distillation import ranks
 from atom_fast.distillation.checkpoint import latest_checkpoint, save_checkpoint
-from atom_fast.distillation.ranks import World
 from atom_fast.distillation.step import Distillation
 from atom_fast.evaluation.sets import select
 from benchmarks import paper
@@ -96,6 +95,25 @@ def test_a_finished_evaluation_of_the_version_before_is_read(table4, tmp_path):
     [record] = json.loads(path.read_text())
     path.write_text(json.dumps({name: value for name, value in record.items() if name != "hash"}))
     assert read_evaluation(output, cell, evaluation) == read_evaluation(table4[0], cell, evaluation)
+
+
+def test_cells_of_an_earlier_version_are_used_or_named(table4, tmp_path):
+    """Chosen images have the same folder as then; distilled sets have another, since their settings hash otherwise."""
+    output = tmp_path / "copy"
+    shutil.copytree(table4[0], output)
+    target = small("table4", ["random", "atom"])
+    for cell, _ in target.units:
+        note = cell_folder(output, cell) / CELL_FILE
+        note.write_text(json.dumps({**json.loads(note.read_text()), "format": "atom_fast.reproduce.cell"}))
+    [_, (atom, _)] = target.units
+    earlier = cell_folder(output, atom).rename(output / "cells" / "digits-ipc1-atom-seed0-01234567")
+    record, said = run(target, output)
+    assert "2 cells, 1 of them finished" in said[0]
+    assert said[1].startswith(f"1 cells of an earlier version, such as {earlier.name}, are kept but not used")
+    ours, before = (
+        one["sections"][0]["rows"][-1]["entries"]["digits:1"]["ours"]["accuracies"] for one in (record, table4[1])
+    )
+    assert ours == before and (earlier / CELL_FILE).exists()
 
 
 def test_an_interrupted_cell_is_resumed(tmp_path, monkeypatch):
@@ -276,10 +294,13 @@ def test_cells_on_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.count(f"{tmp_path / 'cells'} cannot be locked (No locks available)") == 1
 
 
-class SecondOfTwo(World):
+class SecondOfTwo:
     """A process beside another that has nothing to say."""
 
-    rank, size, local_rank, label = 1, 2, 1, "rank 1: "
+    rank, size, local_rank = 1, 2, 1
+
+    def all_gather_object(self, value):
+        return [value]
 
 
 def test_each_process_has_its_own_gpu_and_the_first_one_writes(table4, tmp_path, monkeypatch):
@@ -288,7 +309,7 @@ def test_each_process_has_its_own_gpu_and_the_first_one_writes(table4, tmp_path,
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.set_device", lambda index: None)
-    monkeypatch.setattr(ranks, "_current", SecondOfTwo())
+    monkeypatch.setattr(ranks, "_group", SecondOfTwo())
     devices = []
     monkeypatch.setattr("benchmarks.accuracy.run.DataCache", lambda *_, device, **options: devices.append(device))
     record = reproduce(small("table4"), output, progress=False, report=str)

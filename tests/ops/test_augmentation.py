@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from atom_fast._backend import backend
 from atom_fast.data.augmentation import AugmentationParameters, augment, draw_augmentation
 from atom_fast.ops import augmentation as operators
 from atom_fast.ops.augmentation import OPERATIONS, augment_op
+from atom_fast.ops.dispatch import backend
 from tests.cubin import CAPABILITIES, compile_kernel
 
 EACH = (*OPERATIONS, "none")
@@ -96,22 +96,25 @@ def assert_like_reference(images, parameters, groups, tolerance):
         torch.testing.assert_close(ours.double(), exact, rtol=tolerance, atol=tolerance)
 
 
-@pytest.fixture(params=["torch", "triton", "native"])
-def each_backend(request):
-    with backend(request.param):
+BACKENDS = {"eager": "reference", "triton": "triton", "c": "torch"}  # by implementation
+
+
+@pytest.fixture(params=BACKENDS)
+def implementation(request):
+    with backend(BACKENDS[request.param]):
         yield request.param
 
 
 @pytest.fixture
 def device(device, request):
-    """The CPU for the kernel in C; for everything else the device that all tests share."""
-    native = "each_backend" in request.fixturenames and request.getfixturevalue("each_backend") == "native"
-    return torch.device("cpu") if native else device
+    """The CPU for the kernel in C, otherwise the device that all tests share."""
+    c = "implementation" in request.fixturenames and request.getfixturevalue("implementation") == "c"
+    return torch.device("cpu") if c else device
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_every_operation_equals_its_definition(size, each_backend, device):
-    parameters = parameters_of(EACH * (1 if each_backend == "triton" else 20), device)
+def test_every_operation_equals_its_definition(size, implementation, device):
+    parameters = parameters_of(EACH * (1 if implementation == "triton" else 20), device)
     images = normal(len(parameters.operation), *size, device=device)
     assert_like_reference(images, parameters, None, 1e-5)
 
@@ -121,25 +124,25 @@ def test_every_operation_equals_its_definition(size, each_backend, device):
 def test_every_number_of_channels_in_both_layouts(size, memory_format):
     parameters = parameters_of(EACH * 4, seed=6)
     images = normal(len(parameters.operation), *size).contiguous(memory_format=memory_format)
-    with backend("native"):
+    with backend("torch"):
         assert_like_reference(images, parameters, None, 1e-5)
 
 
-def test_every_operation_in_float64(each_backend, device):
+def test_every_operation_in_float64(implementation, device):
     images = normal(len(EACH), 3, 5, 6, dtype=torch.float64, device=device)
     assert_like_reference(images, parameters_of(EACH, device, seed=3), None, 1e-12)
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-24])
-def test_ends_of_the_range(uniform, each_backend, device):
+def test_ends_of_the_range(uniform, implementation, device):
     operation, uniforms = parameters_of(EACH, device)
     parameters = AugmentationParameters(operation, torch.full_like(uniforms, uniform))
     assert_like_reference(normal(len(EACH), 1, 6, 9, device=device), parameters, None, 1e-5)
 
 
 @pytest.mark.parametrize("name", ["crop", "cutout", "flip", "none"])
-def test_whole_pixels_are_copied_exactly(name, each_backend, device):
-    count = 4 if each_backend == "triton" else 64
+def test_whole_pixels_are_copied_exactly(name, implementation, device):
+    count = 4 if implementation == "triton" else 64
     parameters = parameters_of([name] * count, device)
     images, gradient = normal(count, 2, 7, 6, device=device), normal(count, 2, 7, 6, device=device, seed=2)
     actual = with_gradient(augment, images, gradient, parameters)
@@ -147,13 +150,13 @@ def test_whole_pixels_are_copied_exactly(name, each_backend, device):
     assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
 
 
-def test_groups_give_each_image_its_parameters(each_backend, device):
+def test_groups_give_each_image_its_parameters(implementation, device):
     groups = torch.tensor([4, 0, 2, 2, 5, 1, 3, 0, 6], device=device)
     images = normal(len(groups), 3, 6, 6, device=device)
     assert_like_reference(images, parameters_of(EACH, device), groups, 1e-5)
 
 
-def test_both_sides_of_a_class_are_augmented_alike(each_backend, device):
+def test_both_sides_of_a_class_are_augmented_alike(implementation, device):
     parameters = parameters_of(EACH, device)
     real_groups = torch.arange(len(EACH), device=device).repeat_interleave(2)
     synthetic_groups = torch.arange(len(EACH), device=device)
@@ -189,7 +192,7 @@ def test_second_derivative_of_the_kernel(device, triton_backend):
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "sliced", "transposed"])
-def test_layouts_give_the_same_and_channels_last_is_kept(layout, each_backend, device):
+def test_layouts_give_the_same_and_channels_last_is_kept(layout, implementation, device):
     parameters = parameters_of(EACH, device)
     images = normal(len(EACH), 3, 5, 6, device=device)
     strided = {
@@ -205,7 +208,7 @@ def test_layouts_give_the_same_and_channels_last_is_kept(layout, each_backend, d
     assert actual[0].is_contiguous(memory_format=kept)
 
 
-def test_an_expanded_gradient(each_backend, device):
+def test_an_expanded_gradient(implementation, device):
     parameters = parameters_of(EACH, device)
     images = normal(len(EACH), 2, 4, 4, device=device).requires_grad_()
     augment(images, parameters).sum().backward()
@@ -214,7 +217,7 @@ def test_an_expanded_gradient(each_backend, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_computed_in_float32(dtype, each_backend, device):
+def test_half_precision_is_computed_in_float32(dtype, implementation, device):
     parameters = parameters_of(EACH, device)
     images = normal(len(EACH), 3, 4, 5, dtype=dtype, device=device)
     actual = augment(images, parameters)
@@ -223,19 +226,19 @@ def test_half_precision_is_computed_in_float32(dtype, each_backend, device):
     torch.testing.assert_close(actual.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
-def test_the_same_bits_twice(each_backend, device):
+def test_the_same_bits_twice(implementation, device):
     parameters = parameters_of(EACH, device)
     images, gradient = normal(len(EACH), 3, 5, 5, device=device), normal(len(EACH), 3, 5, 5, device=device, seed=2)
     first, second = (with_gradient(augment, images, gradient, parameters) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
 
-def test_the_block_size_does_not_change_the_bits(monkeypatch):
+def test_the_chunk_size_does_not_change_the_bits(monkeypatch):
     images, gradient = normal(35, 3, 6, 6), normal(35, 3, 6, 6, seed=2)
     settings = [(parameters_of(EACH * 5), None), (parameters_of(EACH), torch.arange(35) % 7)]
-    with backend("torch"):
+    with backend("reference"):
         whole = [with_gradient(augment, images, gradient, *setting) for setting in settings]
-        monkeypatch.setattr(operators, "BLOCK_PIXELS", 4 * 36)
+        monkeypatch.setattr(operators, "CHUNK_PIXELS", 4 * 36)
         blocks = [with_gradient(augment, images, gradient, *setting) for setting in settings]
     for one, other in zip(whole, blocks, strict=True):
         assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
@@ -255,7 +258,7 @@ def test_tiles_and_programs_share_an_image(programs, monkeypatch, device, triton
 
 
 @pytest.fixture(params=[torch.contiguous_format, torch.channels_last], ids=str)
-def native_case(request):
+def c_case(request):
     """Images, their gradients, parameters and groups; odd sizes, so that images start wherever in memory."""
     names = [name for name in EACH for _ in range(3)]
     images, gradient = (normal(45, 3, 7, 11, seed=s).contiguous(memory_format=request.param) for s in (1, 2))
@@ -272,7 +275,7 @@ def test_the_number_of_threads_does_not_change_the_bits(size):
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            with backend("native"):
+            with backend("torch"):
                 results.append(with_gradient(augment, images, gradient, parameters))
     finally:
         torch.set_num_threads(before)
@@ -281,11 +284,11 @@ def test_the_number_of_threads_does_not_change_the_bits(size):
 
 
 @pytest.mark.parametrize("size", [1, 2, 10])
-def test_other_images_do_not_change_an_image_s_bits(size, native_case):
-    images, gradient, parameters, groups = native_case
+def test_other_images_do_not_change_an_image_s_bits(size, c_case):
+    images, gradient, parameters, groups = c_case
     some = torch.randperm(len(images), generator=torch.Generator().manual_seed(3))
-    with backend("native"):
-        whole = with_gradient(augment, *native_case)
+    with backend("torch"):
+        whole = with_gradient(augment, *c_case)
         for own in some.split(size):
             layout = [x[own].contiguous(memory_format=operators._layout(x)) for x in (images, gradient)]
             part = with_gradient(augment, *layout, parameters, groups[own])
@@ -293,24 +296,24 @@ def test_other_images_do_not_change_an_image_s_bits(size, native_case):
 
 
 @pytest.mark.parametrize("size", [(3, 6, 7), (1, 12, 5), (4, 3, 19)], ids=str)
-def test_a_derivative_is_the_transpose(size, each_backend, device):
+def test_a_derivative_is_the_transpose(size, implementation, device):
     parameters = parameters_of(EACH * 2, device, seed=8)
     x, y = normal(14, *size, device=device), normal(14, *size, device=device, seed=2)
-    forward = augment_op(x, *parameters, None, False, False, each_backend)
-    back = augment_op(y, *parameters, None, True, False, each_backend)
+    forward = augment_op(x, *parameters, None, False, False, implementation)
+    back = augment_op(y, *parameters, None, True, False, implementation)
     actual, expected = ((a.double() * b).sum((1, 2, 3)) for a, b in ((forward, y), (x, back)))
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("each_backend", ["triton", "native"], indirect=True)
-def test_a_value_that_is_not_finite_reaches_what_has_a_weight_on_it(value, transposed, each_backend, device):
+@pytest.mark.parametrize("implementation", ["triton", "c"], indirect=True)
+def test_a_value_that_is_not_finite_reaches_what_has_a_weight_on_it(value, transposed, implementation, device):
     """A weight of zero is not multiplied: an infinity beside it would leave NaN."""
     names = [name for name in EACH if name != "color"]
     operation, uniforms = parameters_of(names * 6, device, seed=9)
     uniforms[-len(names) :] = 0.5  # rotation by nothing, whose other weights are zero
-    parameters = operation, uniforms, None, transposed, False, each_backend
+    parameters = operation, uniforms, None, transposed, False, implementation
     images, pulse = (torch.full((len(operation), 1, 5, 7), fill, device=device) for fill in (1.0, 0.0))
     images[:, :, 2, 4], pulse[:, :, 2, 4] = value, 1
     result, reached = augment_op(images, *parameters), augment_op(pulse, *parameters) != 0
@@ -319,7 +322,7 @@ def test_a_value_that_is_not_finite_reaches_what_has_a_weight_on_it(value, trans
     assert 0 < reached.sum(dim=(1, 2, 3)).float().mean() < 9
 
 
-def test_one_pixel_that_is_not_finite_is_in_the_mean_of_color(each_backend, device):
+def test_one_pixel_that_is_not_finite_is_in_the_mean_of_color(implementation, device):
     images = normal(2, 3, 4, 4, device=device)
     images[0, 1, 2, 3] = math.nan
     result = augment(images, parameters_of(["color"] * 2, device))
@@ -329,11 +332,17 @@ def test_one_pixel_that_is_not_finite_is_in_the_mean_of_color(each_backend, devi
 def test_groups_that_are_not_there_are_refused():
     images = torch.zeros(2, 1, 3, 3)
     for group in (-1, 7):
-        with backend("native"), pytest.raises(IndexError):
+        with backend("torch"), pytest.raises(IndexError):
             augment(images, parameters_of(EACH), torch.tensor([0, group]))
 
 
-def test_no_images(each_backend, device):
+def test_a_forward_mode_derivative_is_refused(implementation, device):
+    images = normal(len(EACH), 1, 4, 4, device=device)
+    with pytest.raises(NotImplementedError, match="augmentation has no forward-mode derivative"):
+        torch.func.jvp(lambda x: augment(x, parameters_of(EACH, device)), (images,), (images,))
+
+
+def test_no_images(implementation, device):
     images = torch.empty(0, 3, 4, 4, device=device, requires_grad=True)
     groups = torch.empty(0, dtype=torch.int64, device=device)
     result = augment(images, parameters_of(EACH, device), groups)
@@ -342,16 +351,16 @@ def test_no_images(each_backend, device):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_the_operator_is_registered_as_pytorch_wants(transposed, each_backend, device):
+def test_the_operator_is_registered_as_pytorch_wants(transposed, implementation, device):
     parameters = parameters_of(EACH[3:], device)
     groups = torch.tensor([2, 0, 3], device=device)
     images = normal(3, 2, 3, 3, device=device).requires_grad_()
-    torch.library.opcheck(augment_op, (images, *parameters, groups, transposed, True, each_backend))
+    torch.library.opcheck(augment_op, (images, *parameters, groups, transposed, True, implementation))
     last = images.detach().contiguous(memory_format=torch.channels_last)
-    torch.library.opcheck(augment_op, (last, *(p[:3] for p in parameters), None, transposed, False, each_backend))
+    torch.library.opcheck(augment_op, (last, *(p[:3] for p in parameters), None, transposed, False, implementation))
 
 
-def test_compiles_into_one_graph(each_backend, device):
+def test_compiles_into_one_graph(implementation, device):
     parameters = parameters_of(EACH, device)
     images, gradient = normal(len(EACH), 1, 4, 4, device=device), normal(len(EACH), 1, 4, 4, device=device, seed=2)
     compiled = torch.compile(augment, fullgraph=True, backend="aot_eager")
@@ -606,7 +615,7 @@ def test_real_sizes(size, channels_last, device):
     with backend("triton"):
         fused, again = (with_gradient(augment, images, gradient, parameters, groups) for _ in range(2))
     assert torch.equal(fused[0], again[0]) and torch.equal(fused[1], again[1])
-    with backend("torch"):
+    with backend("reference"):
         plain = with_gradient(augment, images, gradient, parameters, groups)
     torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
     some = slice(0, 40)

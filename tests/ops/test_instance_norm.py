@@ -4,12 +4,13 @@ import pytest
 import torch
 
 import atom_fast as af
+from atom_fast import reference
 from atom_fast.kernels.instance_norm import instance_norm_launch
-from atom_fast.ops.instance_norm import instance_norm, instance_norm_op, reference_instance_norm
-from atom_fast.ops.launching import addressable
+from atom_fast.ops.instance_norm import instance_norm, instance_norm_op
+from atom_fast.ops.launching import int32_indexable
 from tests.cubin import CAPABILITIES, compile_kernel
 
-BACKENDS = ["triton", "native", "torch"]
+BACKENDS = ["triton", "torch"]  # on a CPU, "torch" stands for the kernels in C
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
@@ -24,7 +25,7 @@ def inputs(*shape, device="cpu", dtype=torch.float64, layout="channels_last", me
 
 def dtype_of(backend):
     """What a backend computes most precisely."""
-    return torch.float32 if backend == "native" else torch.float64
+    return torch.float32 if backend == "torch" else torch.float64
 
 
 def assert_equal(got, expected):
@@ -39,20 +40,20 @@ def results(function, x, weight, bias, **options):
     return output, *torch.autograd.grad(output, (x, weight, bias), direction)
 
 
-def expected_results(x, weight, bias, rectify, pool):
+def expected_results(x, weight, bias, relu, pool):
     double = [tensor.detach().double().requires_grad_() for tensor in (x, weight, bias)]
-    return results(reference_instance_norm, *double, eps=1e-5, rectify=rectify, pool=pool)
+    return results(reference.instance_norm, *double, eps=1e-5, relu=relu, pool=pool)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rectify, pool", [(False, False), (True, False), (False, True), (True, True)])
-@pytest.mark.parametrize("shape", [(3, 5, 4, 6), (2, 40, 12, 10), (1, 3, 2, 2)])
+@pytest.mark.parametrize("relu, pool", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("shape", [(2, 40, 12, 10), (1, 3, 2, 2)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_equals_the_equations(layout, shape, rectify, pool, backend, place):
+def test_equals_the_equations(layout, shape, relu, pool, backend, place):
     tensors = inputs(*shape, device=place, dtype=dtype_of(backend), layout=layout)
     with af.backend(backend):
-        got = results(instance_norm, *tensors, rectify=rectify, pool=pool)
-    assert_equal(got, expected_results(*tensors, rectify, pool))
+        got = results(instance_norm, *tensors, relu=relu, pool=pool)
+    assert_equal(got, expected_results(*tensors, relu, pool))
     assert got[0].is_contiguous(memory_format=LAYOUTS[layout])
 
 
@@ -60,7 +61,7 @@ def test_equals_the_equations(layout, shape, rectify, pool, backend, place):
 def test_odd_planes_without_pooling(backend, place):
     tensors = inputs(2, 6, 5, 7, device=place, dtype=dtype_of(backend))
     with af.backend(backend):
-        got = results(instance_norm, *tensors, rectify=True)
+        got = results(instance_norm, *tensors, relu=True)
     assert_equal(got, expected_results(*tensors, True, False))
 
 
@@ -69,7 +70,7 @@ def test_odd_planes_without_pooling(backend, place):
 def test_narrow_types_are_computed_in_float32(dtype, tolerance, backend, place):
     x, weight, bias = inputs(3, 8, 8, 8, device=place, dtype=dtype)
     with af.backend(backend):
-        got = results(instance_norm, x, weight, bias, rectify=True, pool=True)
+        got = results(instance_norm, x, weight, bias, relu=True, pool=True)
     assert [tensor.dtype for tensor in got] == [dtype, dtype, torch.float32, torch.float32]
     for a, b in zip(got, expected_results(x, weight, bias, True, True), strict=True):
         assert (a.double() - b).abs().max() <= tolerance * b.abs().max()
@@ -90,7 +91,7 @@ def test_not_a_number_is_passed_on(backend, place):
     with torch.no_grad():
         x[1, 2, 0, 0] = torch.nan
     with af.backend(backend):
-        output = instance_norm(x, weight, bias, rectify=True, pool=True)
+        output = instance_norm(x, weight, bias, relu=True, pool=True)
     assert output[1, 2].isnan().all() and output.isnan().sum() == output[1, 2].numel()
 
 
@@ -98,8 +99,8 @@ def test_not_a_number_is_passed_on(backend, place):
 def test_same_input_same_bits(backend, place):
     tensors = inputs(5, 33, 8, 8, device=place, dtype=torch.float32)
     with af.backend(backend):
-        first = results(instance_norm, *tensors, rectify=True, pool=True)
-        again = results(instance_norm, *tensors, rectify=True, pool=True)
+        first = results(instance_norm, *tensors, relu=True, pool=True)
+        again = results(instance_norm, *tensors, relu=True, pool=True)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -108,21 +109,25 @@ def test_operator_contract(backend, place):
     x, weight, bias = inputs(2, 4, 4, 4, device=place, dtype=dtype_of(backend))
     torch.library.opcheck(
         instance_norm_op,
-        (x, weight, bias, 1e-5, True, True, backend),
+        (x, weight, bias, 1e-5, True, True, {"torch": "c"}.get(backend, backend)),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 
 
-def test_a_second_derivative_is_refused(device):
-    x, weight, bias = inputs(2, 4, 4, 4, device=device)
-    (gradient,) = torch.autograd.grad(instance_norm(x, weight, bias).sum(), x, create_graph=True)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_second_derivative_is_refused(backend, place):
+    x, weight, bias = inputs(2, 4, 4, 4, device=place, dtype=dtype_of(backend))
+    with af.backend(backend):
+        (gradient,) = torch.autograd.grad(instance_norm(x, weight, bias).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(gradient.square().sum(), x)
 
 
-def test_an_empty_batch(device):
-    x, weight, bias = inputs(0, 4, 4, 4, device=device)
-    output, *gradients = results(instance_norm, x, weight, bias, rectify=True, pool=True)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_batch(backend, place):
+    x, weight, bias = inputs(0, 4, 4, 4, device=place, dtype=dtype_of(backend))
+    with af.backend(backend):
+        output, *gradients = results(instance_norm, x, weight, bias, relu=True, pool=True)
     assert output.shape == (0, 4, 2, 2) and gradients[0].shape == x.shape
     assert not gradients[1].any() and not gradients[2].any()
 
@@ -142,11 +147,11 @@ def test_what_does_not_fit_is_refused(shape, width, options, message):
 
 def test_samples_that_32_bits_do_not_address_are_copied():
     far, near = (torch.empty_strided((2, 3, 4, 4), (1, step, 4, 1), device="meta") for step in (2**30, 2**29))
-    assert addressable(far).is_contiguous() and addressable(near) is near
+    assert int32_indexable(far).is_contiguous() and int32_indexable(near) is near
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("size, pool", [(32, True), (8, True), (16, False)])
+@pytest.mark.parametrize("size, pool", [(32, True), (16, False)])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_kernels_read_128_bits_and_do_not_spill(direction, dtype, size, pool, capability):
@@ -164,7 +169,7 @@ def test_kernels_read_128_bits_and_do_not_spill(direction, dtype, size, pool, ca
     strides = [f"{side}stride_{axis}" for side in sides for axis in "bchw"]
     signature = pointers | {name: "constexpr" if name.endswith("_c") else "i32" for name in strides}
     signature |= {"eps": "fp32"} if direction == "forward" else {}
-    constants = {"C": 128, "H": size, "W": size, "RECTIFY": True, "POOL": pool, **launch}
+    constants = {"C": 128, "H": size, "W": size, "RELU": True, "POOL": pool, **launch}
     signature |= dict.fromkeys(constants, "constexpr")
     constants |= {name: 1 for name in strides if name.endswith("_c")}
     report = compile_kernel(

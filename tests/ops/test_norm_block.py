@@ -4,19 +4,21 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import atom_fast as af
+from atom_fast import reference
 from atom_fast.kernels import norm_block as kernels
-from atom_fast.ops.norm_block import NORMS, norm_block, norm_block_op, reference_block
+from atom_fast.ops.norm_block import NORMS, norm_block, norm_block_op
 from benchmarks.roofline import norm_block_bytes
 from tests.cubin import CAPABILITIES, check_report
 from tests.launches import compile_launch, recorded
 
-BACKENDS = ("torch", "triton")
-FUSED = [("torch", "instance"), *((backend, norm) for backend in ("native", "triton") for norm in NORMS)]
+BACKENDS = ("torch", "triton")  # on a CPU, "torch" stands for the kernels in C: float32 in channels_last
+IMPLEMENTATIONS = {"torch": "c", "triton": "triton"}
+FUSED = [(backend, norm) for backend in BACKENDS for norm in NORMS]
+PRECISE = {"torch": (torch.float32, 1e-5), "triton": (torch.float64, 1e-10)}  # dtype and relative error
 
 
 def draw(shape, device, dtype=torch.float64, channels_last=True, seed=0):
@@ -46,7 +48,7 @@ def fused(backend, x, weight, bias, spatial_power=4.0, channel_power=4.0, norm="
 
 def exact(x, weight, bias, spatial_power=4.0, channel_power=4.0, norm="instance"):
     weight, bias = (None if p is None else p.double() for p in (weight, bias))
-    return run(lambda x: reference_block(x, weight, bias, 1e-5, spatial_power, channel_power, norm), x.double())
+    return run(lambda x: reference.norm_block(x, weight, bias, 1e-5, spatial_power, channel_power, norm), x.double())
 
 
 def assert_equal(actual, expected, tolerance=1e-10):
@@ -57,63 +59,58 @@ def assert_equal(actual, expected, tolerance=1e-10):
 POWERS = st.sampled_from([None, 1.0, 2.0, 2.5, 4.0, 8.0, 16.0])
 
 
-@given(
-    shape=st.tuples(st.integers(1, 2), st.integers(1, 20), st.integers(2, 12), st.integers(2, 12)),
-    channels_last=st.booleans(),
-    affine=st.booleans(),
-    powers=st.tuples(POWERS, POWERS),
-)
-@settings(max_examples=25)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_results_and_gradient_equal_the_equations(backend, shape, channels_last, affine, powers, device):
-    x, weight, bias = draw(shape, device, channels_last=channels_last)
-    weight, bias = (weight, bias) if affine else (None, None)
-    assert_equal(fused(backend, x, weight, bias, *powers), exact(x, weight, bias, *powers))
+SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(2, 12), st.integers(2, 12))
 
 
 @given(
-    shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(2, 12), st.integers(2, 12)),
-    channels_last=st.booleans(),
-    affine=st.booleans(),
-    powers=st.tuples(POWERS, POWERS),
+    shape=SHAPES, channels_last=st.booleans(), affine=st.booleans(), powers=st.tuples(POWERS, POWERS),
     norm=st.sampled_from(NORMS),
-)
-@settings(max_examples=100)
-def test_native_float32_is_as_exact_as_unfused(shape, channels_last, affine, powers, norm):
-    x, weight, bias = draw(shape, "cpu", torch.float32, channels_last)
+)  # fmt: skip
+@settings(max_examples=20)
+def test_results_and_gradient_equal_the_equations(shape, channels_last, affine, powers, norm, device):
+    x, weight, bias = draw(shape, device, channels_last=channels_last)
+    arguments = x, *((weight, bias) if affine else (None, None)), *powers, norm
+    assert_equal(fused("triton", *arguments), exact(*arguments))
+
+
+@given(shape=SHAPES, affine=st.booleans(), powers=st.tuples(POWERS, POWERS), norm=st.sampled_from(NORMS))
+@settings(max_examples=25)
+def test_float32_in_c_is_as_exact_as_unfused(shape, affine, powers, norm):
+    x, weight, bias = draw(shape, "cpu", torch.float32)
     arguments = x, *((weight, bias) if affine else (None, None)), *powers, norm
     expected, plain = exact(*arguments), fused("reference", *arguments)
-    for got, unfused, wanted in zip(fused("native", *arguments), plain, expected, strict=True):
+    for got, unfused, wanted in zip(fused("torch", *arguments), plain, expected, strict=True):
         assert (got - wanted).norm() <= 4 * (unfused - wanted).norm() + 2e-6 * wanted.norm()
 
 
-@given(
-    shape=st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(2, 12), st.integers(2, 12)),
-    channels_last=st.booleans(),
-    affine=st.booleans(),
-    powers=st.tuples(POWERS, POWERS),
-)
-@settings(max_examples=10)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_batch_norm_is_that_of_the_batch(backend, shape, channels_last, affine, powers, device):
-    x, weight, bias = draw(shape, device, channels_last=channels_last)
-    weight, bias = (weight, bias) if affine else (None, None)
-    features = F.relu(F.batch_norm(x, None, None, weight, bias, training=True))
-    actual = fused(backend, x, weight, bias, *powers, norm="batch")
-    assert_equal(actual[:1], [F.avg_pool2d(features, 2)])
-    assert_equal(actual, exact(x, weight, bias, *powers, norm="batch"))
+def test_the_reference_is_its_equations():
+    x, weight, bias = draw((3, 4, 7, 6), "cpu")
+    for norm, dims in (("instance", (2, 3)), ("batch", (0, 2, 3))):
+        centred = x - x.mean(dims, keepdim=True)
+        normalized = centred / (centred.square().mean(dims, keepdim=True) + 1e-5).sqrt()
+        features = (normalized * weight[:, None, None] + bias[:, None, None]).clamp(min=0)
+        pooled, maps = reference.norm_block(x, weight, bias, norm=norm)
+        torch.testing.assert_close(pooled, features[..., :6, :].unflatten(3, (3, 2)).unflatten(2, (3, 2)).mean((3, 5)))
+        both = reference.spatial_attention(features, 4.0), reference.channel_attention(features, 4.0)
+        torch.testing.assert_close(maps, torch.cat(both, 1))
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
+def test_float64_and_other_layouts_on_a_cpu_are_the_reference():
+    """"torch" computes what C does not by the equations; so it does for contiguous float32."""
+    for x in (draw((2, 3, 6, 6), "cpu")[0], draw((2, 3, 6, 6), "cpu", torch.float32, channels_last=False)[0]):
+        assert_equal(fused("torch", x, None, None), fused("reference", x, None, None), 0)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_both_norms_are_the_same_for_one_sample(backend, channels_last, device):
-    x, weight, bias = draw((1, 6, 9, 12), device, channels_last=channels_last)
-    assert_equal(*(fused(backend, x, weight, bias, norm=norm) for norm in NORMS))
+def test_both_norms_are_the_same_for_one_sample(backend, place):
+    dtype, tolerance = PRECISE[backend]
+    x, weight, bias = draw((1, 6, 9, 12), place, dtype)
+    assert_equal(*(fused(backend, x, weight, bias, norm=norm) for norm in NORMS), tolerance)
 
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("shape", [(1, 6, 32, 32), (2, 3, 64, 48), (1, 2, 128, 128), (2, 2, 65, 127)])
+@pytest.mark.parametrize("shape", [(1, 3, 64, 48), (2, 2, 65, 127)])
 def test_planes_of_every_size(shape, channels_last, norm, device):
     x, weight, bias = draw(shape, device, channels_last=channels_last)
     assert_equal(fused("triton", x, weight, bias, norm=norm), exact(x, weight, bias, norm=norm))
@@ -147,53 +144,45 @@ def fused_in_tiles(*arguments, **options):
 
 
 @pytest.mark.parametrize(("backend", "norm"), FUSED)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_costs_at_most_twice_what_it_costs_unfused(backend, norm, dtype, place):
-    x, weight, bias = draw((3, 24, 16, 16), place, dtype)
+    x, weight, bias = draw((3, 24, 12, 12), place, dtype)
     expected = exact(x, weight, bias, norm=norm)
-    plain = run(lambda x: reference_block(x, weight, bias, 1e-5, 4.0, 4.0, norm), x)
+    plain = run(lambda x: reference.norm_block(x, weight, bias, 1e-5, 4.0, 4.0, norm), x)
     actual = fused(backend, x, weight.float(), bias.float(), norm=norm)
     for got, unfused, wanted in zip(actual, plain, expected, strict=True):
         assert (got - wanted).norm() <= 2 * (unfused - wanted).norm() + 1e-6 * wanted.norm()
 
 
-@pytest.mark.parametrize("backend", ["native", *BACKENDS])
-@pytest.mark.parametrize("power", [1.0, 4.0, 16.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("power", [1.0, 16.0])
 @pytest.mark.parametrize("magnitude", [1e-6, 1.0, 1e6])
 def test_maps_are_accurate_at_every_magnitude(backend, power, magnitude, place):
-    x, weight, bias = draw((2, 8, 16, 16), place, torch.float32)
+    x, weight, bias = draw((2, 8, 12, 12), place, torch.float32)
     x[0, :, 3, 5] += 1e3  # one outlier: the others lie near 1/16 of it after the norm
     scaled = fused(backend, x, magnitude * weight, magnitude * bias, power, power)
     assert all(value.isfinite().all() for value in scaled)
     assert_equal(scaled, exact(x, magnitude * weight, magnitude * bias, power, power), 2e-5)
 
 
-@pytest.mark.parametrize("backend", ["native", *BACKENDS])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("magnitude", [1e-12, 1e12])
 def test_powers_that_would_leave_the_range_are_scaled(magnitude, backend, place):
-    """(1e12)^8 is beyond float32, (1e-12)^8 below it: the maps are of the features over their level then."""
+    """(1e12)^8 is beyond float32, (1e-12)^8 below it: the maps are of the features over their peak then."""
     x, weight, bias = draw((3, 8, 6, 6), place, torch.float32)
     weight, bias = magnitude * weight, magnitude * bias
     assert_equal(fused(backend, x, weight, bias, 8.0, 4.0), exact(x, weight, bias, 8.0, 4.0), 2e-5)
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("powers", [(4.0, 4.0), (2.0, 3.5), (None, 8.0), (None, None)], ids=str)
-def test_pieces_give_what_the_whole_gives(powers, channels_last, device, monkeypatch):
-    """Two samples a piece, and one in the last."""
-    x, weight, bias = draw((5, 8, 5, 7), device, channels_last=channels_last)
-    monkeypatch.setattr("atom_fast.ops.norm_block.piece_bytes", lambda device: 2 * x[0].numel() * x.element_size())
-    assert_equal(fused("torch", x, weight, bias, *powers), exact(x, weight, bias, *powers))
-
-
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_constant_planes_and_zero_samples(backend, norm, device):
-    x, weight, bias = draw((3, 6, 8, 8), device)
+def test_constant_planes_and_zero_samples(backend, norm, place):
+    dtype, tolerance = PRECISE[backend]
+    x, weight, bias = draw((3, 6, 8, 8), place, dtype)
     x[:, 2] = 7.0  # zero variance: the feature is max(shift, 0)
     x[1] = 7.0
     bias[:3], bias[3:] = 0.5, -0.5
-    assert_equal(fused(backend, x, weight, bias, norm=norm), exact(x, weight, bias, norm=norm))
+    assert_equal(fused(backend, x, weight, bias, norm=norm), exact(x, weight, bias, norm=norm), tolerance)
     silent = fused(backend, x, weight * 0, -bias.abs(), norm=norm)
     assert all((value == 0).all() for value in silent)
 
@@ -204,7 +193,7 @@ def test_batch_statistics_are_accurate_far_from_zero(device):
     assert_equal(fused("triton", x, weight, bias, norm="batch"), exact(x, weight, bias, norm="batch"), 1e-4)
 
 
-@pytest.mark.parametrize("backend", ["native", *BACKENDS])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_is_not_hidden(backend, place):
     x, weight, bias = draw((2, 4, 8, 8), place, torch.float32)
     x[0, 1, 0, 0] = torch.nan
@@ -217,10 +206,11 @@ def test_nan_is_not_hidden(backend, place):
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_strided_inputs_and_gradients_without_stride(backend, norm, device):
-    x, weight, bias = draw((2, 6, 10, 12), device)
+def test_strided_inputs_and_gradients_without_stride(backend, norm, place):
+    dtype, tolerance = PRECISE[backend]
+    x, weight, bias = draw((2, 6, 10, 12), place, dtype)
     sliced = x[:, ::2, 1:9, ::2], weight[::2], bias[::2]
-    assert_equal(fused(backend, *sliced, norm=norm), exact(*sliced, norm=norm))
+    assert_equal(fused(backend, *sliced, norm=norm), exact(*sliced, norm=norm), tolerance)
 
     gradients = []
     for name in (backend, "reference"):
@@ -229,13 +219,13 @@ def test_strided_inputs_and_gradients_without_stride(backend, norm, device):
             block = norm_block(leaf, weight, bias, norm=norm)
         (block.pooled.sum() + block.maps.sum()).backward()
         gradients.append(leaf.grad)
-    assert_equal(gradients[:1], gradients[1:])
+    assert_equal(gradients[:1], gradients[1:], tolerance)
 
 
 @pytest.mark.parametrize(("backend", "norm"), FUSED)
 @pytest.mark.parametrize("used", ["pooled", "maps"])
 def test_an_output_that_is_not_used_has_no_gradient(backend, norm, used, place):
-    dtype, tolerance = (torch.float32, 1e-5) if backend == "native" else (torch.float64, 1e-10)
+    dtype, tolerance = PRECISE[backend]
     x, weight, bias = draw((2, 6, 8, 8), place, dtype)
     gradients = []
     for name in (backend, "reference"):
@@ -258,8 +248,8 @@ def test_layout_is_kept_and_bits_repeat(backend, norm, place):
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_an_empty_batch(backend, norm, device):
-    x, weight, bias = draw((0, 4, 8, 8), device)
+def test_an_empty_batch(backend, norm, place):
+    x, weight, bias = draw((0, 4, 8, 8), place, torch.float32)
     pooled, maps, gradient = fused(backend, x, weight, bias, norm=norm)
     assert pooled.shape == (0, 4, 4, 4) and maps.shape == (0, 68) and gradient.shape == x.shape
 
@@ -280,7 +270,7 @@ def test_only_the_gradient_keeps_anything(backend, norm, place):
 @pytest.mark.parametrize(("backend", "norm"), FUSED)
 def test_operator_passes_opcheck_and_compiles_as_one_graph(backend, norm, place):
     x, weight, bias = draw((2, 4, 8, 8), place, torch.float32)
-    torch.library.opcheck(norm_block_op, (x.requires_grad_(), weight, bias, 1e-5, 4.0, None, backend, norm))
+    torch.library.opcheck(norm_block_op, (x.requires_grad_(), weight, bias, 1e-5, 4.0, None, norm, IMPLEMENTATIONS[backend]))
 
     def loss(x):
         pooled, maps = norm_block(x, weight, bias, norm=norm)
@@ -300,6 +290,12 @@ def test_a_second_derivative_is_refused(backend, norm, place):
     (gradient,) = torch.autograd.grad(maps.cumsum(1).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError):
         gradient.sum().backward()
+
+
+def test_a_forward_mode_derivative_is_refused(triton_backend, device):
+    x, weight, bias = draw((1, 4, 8, 8), device)
+    with pytest.raises(NotImplementedError, match="norm_block has no forward-mode derivative .*backend\\('reference'\\)"):
+        torch.func.jvp(lambda x: norm_block(x, weight, bias).maps, (x,), (x,))
 
 
 @pytest.mark.parametrize(
@@ -371,7 +367,7 @@ def test_bytes_are_at_most_a_quarter_above_the_roofline(shape, dtype, channels_l
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is launched is recorded through the interpreter")
-@pytest.mark.parametrize(("dtype", "capability"), [(torch.float32, 80), (torch.float32, 90), (torch.bfloat16, 90)])
+@pytest.mark.parametrize(("dtype", "capability"), [(torch.float32, 86), (torch.bfloat16, 90)])
 def test_kernels_of_batch_norm_fit_registers_and_read_128_bits(dtype, capability):
     for launch in launches_of((1, 128, 16, 16), dtype, norm="batch"):
         report = compile_launch(launch, capability)

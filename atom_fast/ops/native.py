@@ -11,7 +11,9 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,31 +21,34 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import kernels
+from .. import kernels
 
 LANES = 16  # floats in the kernels' vectors, see kernels/vectors.h
 _COMPILERS = ("cc", "gcc", "clang")
-_PATIENCE = 120  # seconds that a compiler may take
+_TIMEOUT = 120  # seconds for one run of a compiler
+_QUIET = 4  # seconds of compiling without a message
+_ROOM = 32 << 20  # bytes that building takes at most: assembly, object files, the library
+_STALE = 3600  # seconds after which a build's folder belongs to a process that was killed
 # Sums may be taken in vectors, and products added in one rounding; NaN and infinity stay what they are.
 _FLAGS = (
     "-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
     "-fassociative-math", "-fPIC", "-shared", "-w",
 )  # fmt: skip
-# The first that a compiler takes: Apple's has no OpenMP, and some name the processor otherwise.
+# The first set that the compiler accepts: Apple's has no OpenMP, and some name the processor by -mcpu.
 _TARGETS = ("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",)
 
 
 def is_built() -> bool:
-    """Whether the kernels are there; builds them at the first call, and where that fails warns once and says why."""
+    """Return True if the kernels can be called; build them at the first call, and warn once if that fails."""
     return _library() is not None
 
 
-# What torch.compiler.assume_constant_result sets, without the seconds that importing the compiler takes.
+# As torch.compiler.assume_constant_result would set it, without the seconds that importing the compiler takes.
 is_built._dynamo_marked_constant = True
 
 
 def compiler_version() -> str | None:
-    """Return the first line that the C compiler says of itself; None where there is none."""
+    """Return the first line of the C compiler's ``--version``; None if there is no compiler."""
     try:
         return _output([*_compiler(), "--version"]).partition("\n")[0]
     except (OSError, RuntimeError, subprocess.SubprocessError):
@@ -51,7 +56,7 @@ def compiler_version() -> str | None:
 
 
 def description() -> str:
-    """Return where the library is, and whether it runs on several threads."""
+    """Return the library's path, and whether it uses several threads."""
     library = _library()
     if library is None:
         return "not built: see the warning"
@@ -59,23 +64,23 @@ def description() -> str:
     return f"{library._name} ({'several threads' if threaded else 'one thread: the compiler has no OpenMP'})"
 
 
-def takes(*tensors: Tensor | None) -> bool:
-    """Whether the kernels are there and compute with these tensors' device and types; None is taken."""
+def supports(*tensors: Tensor | None) -> bool:
+    """Return True if the kernels compute with tensors of these devices and dtypes; None is accepted."""
     return all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors) and is_built()
 
 
-def widens(x: Tensor) -> bool:
-    """Whether blocks of this type are computed by the kernels, in float32."""
+def upcasts(x: Tensor) -> bool:
+    """Return True if the kernels compute ``x`` in float32: half precision on a CPU."""
     return x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16) and is_built()
 
 
-def widened(parameter: Tensor | None) -> Tensor | None:
-    """A parameter beside input of a narrow type."""
+def upcast(parameter: Tensor | None) -> Tensor | None:
+    """Return a parameter, or None, in float32, as it accompanies an upcast input."""
     return None if parameter is None else parameter.float()
 
 
 def threads_for(samples: int) -> int:
-    """How many of PyTorch's threads work on so many samples."""
+    """Return how many of PyTorch's threads work on this number of samples."""
     return max(1, min(torch.get_num_threads(), samples))
 
 
@@ -84,12 +89,12 @@ def run(name: str, samples: int, *arguments: Tensor | int | float | None) -> Non
 
     Args:
         name: a function of ``kernels/*.c``.
-        samples: how many there are.
-        arguments: in its order, without the number of threads, which comes last: tensors and None as pointers, int and
-            bool as int64_t, float as float.
+        samples: their number.
+        arguments: in the function's order, without the number of threads, which comes last: tensors and None as
+            pointers, int and bool as int64_t, float as float.
 
     Raises:
-        TypeError: a tensor is not of float32 or int64 in a CPU's memory.
+        TypeError: a tensor is not float32 or int64 in a CPU's memory.
     """
     converted = [_converted(argument) for argument in arguments]
     getattr(_library(), name)(*converted, ctypes.c_int64(threads_for(samples)))
@@ -114,8 +119,11 @@ def _library() -> ctypes.CDLL | None:
         try:
             with folder() as place:
                 return _loaded(Path(place) / _name())
-        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        except OSError as error:  # of the place: no room, not writable, not executable
             reasons.append(str(error))
+        except (RuntimeError, subprocess.SubprocessError) as error:  # of the compiler, in every place
+            reasons.append(str(error))
+            break
     warnings.warn(
         f"the fused kernels for a CPU could not be built, so PyTorch's operators are used instead, several times "
         f"slower: {'; '.join(dict.fromkeys(reasons))}",
@@ -125,14 +133,14 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _loaded(path: Path) -> ctypes.CDLL:
-    """The library at ``path``, which is built unless it is there and whole."""
+    """Load the library at ``path``; build it unless it is there and whole."""
     if not _is_whole(path):
         _build(path)
     return ctypes.CDLL(str(path))
 
 
 def _name() -> str:
-    """Tells apart the libraries of these sources, this compiler and this processor from others."""
+    """Return a file name that depends on the sources, the compiler and the processor."""
     digest = hashlib.sha256(f"{_compiler()} {_FLAGS} {_TARGETS} {platform.machine()} {_processor()}".encode())
     digest.update(_output([*_compiler(), "--version"]).encode())
     for file in _sources("*.[ch]"):
@@ -141,23 +149,44 @@ def _name() -> str:
 
 
 def _build(path: Path) -> None:
-    # Beside its place, then moved: another process sees a whole library or none.
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+    # In a folder beside its place, then moved: another process sees a whole library or none.
+    with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as scratch:
+        _check_room(Path(scratch))
         made = Path(scratch) / path.name
-        for target in _TARGETS:
-            try:
-                _output([*_compiler(), *_FLAGS, *target, *map(str, _sources("*.c")), "-o", str(made), "-lm"])
-                break
-            except RuntimeError:
-                if target == _TARGETS[-1]:
-                    raise
+        _compile(made)
+        _check_loads(made)
         with made.open("ab") as file:
             file.write(hashlib.sha256(made.read_bytes()).digest())
         os.replace(made, path)
 
 
+def _check_room(folder: Path) -> None:
+    """Raise OSError without room for a build, which the compiler would run out of after half a minute."""
+    file = folder / "room"
+    with file.open("wb") as opened:
+        for _ in range(_ROOM >> 20):
+            opened.write(bytes(1 << 20))
+    file.unlink()
+
+
+def _compile(made: Path) -> None:
+    sources = [str(source) for source in _sources("*.c")]
+    for target in _TARGETS:
+        try:
+            _output([*_compiler(), *_FLAGS, *target, *sources, "-o", str(made), "-lm"], scratch=made.parent)
+            return
+        except RuntimeError:
+            if target == _TARGETS[-1]:
+                raise
+
+
+def _check_loads(library: Path) -> None:
+    """Raise RuntimeError for a library that ends the process that loads it, as one with a sanitizer does."""
+    _output([sys.executable, "-c", "import ctypes, sys; ctypes.CDLL(sys.argv[1])", str(library)])
+
+
 def _is_whole(path: Path) -> bool:
-    """Whether a library is there and ends with its checksum: half a library may load, and end the process later."""
+    """Return True if a library ends with its checksum: half a library may load, and end the process later."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -180,17 +209,40 @@ def _compiler() -> list[str]:
     )
 
 
-def _output(command: list[str]) -> str:
-    done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=_PATIENCE
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} ended with status {done.returncode}: {done.stderr.strip()[-2000:]}")
-    return done.stdout
+def _output(command: list[str], scratch: Path | None = None) -> str:
+    """Run a command and return its standard output.
+
+    Args:
+        scratch: given for a compilation: the folder for its temporary files. After a few seconds, stderr says that it
+            runs.
+
+    Raises:
+        RuntimeError: the command fails.
+        subprocess.TimeoutExpired: it takes longer than two minutes.
+    """
+    environment = os.environ if scratch is None else {**os.environ, "TMPDIR": str(scratch)}
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
+        env=environment,
+    ) as process:  # fmt: skip
+        try:
+            try:
+                printed, errors = process.communicate(timeout=_QUIET if scratch else _TIMEOUT)
+            except subprocess.TimeoutExpired:
+                if scratch is None:
+                    raise
+                print("atom_fast: compiling the kernels for this CPU, once: up to a minute", file=sys.stderr)
+                printed, errors = process.communicate(timeout=_TIMEOUT - _QUIET)
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode != 0:
+        raise RuntimeError(f"{shlex.join(command)} ended with status {process.returncode}: {errors.strip()[-2000:]}")
+    return printed
 
 
 def _processor() -> str:
-    """What tells apart processors that one machine's library may not run on."""
+    """Return the processor's features: a library runs only on processors that have those of its own."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -200,14 +252,23 @@ def _processor() -> str:
 
 @contextlib.contextmanager
 def _cache() -> Iterator[Path]:
-    """The folder for what this user's programs keep, of which nobody else is the owner: code is loaded from it."""
+    """Yield this user's cache folder. Code is loaded from it, so nobody else may own it."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atom_fast"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
-        raise RuntimeError(f"{folder} belongs to another user")
+        raise PermissionError(f"{folder} belongs to another user")
+    _remove_stale_builds(folder)
     yield folder
 
 
+def _remove_stale_builds(folder: Path) -> None:
+    """Remove the folders of builds that were killed; ``tmp*`` is what they were called before."""
+    for build in (*folder.glob("build-*"), *folder.glob("tmp*")):
+        with contextlib.suppress(OSError):  # another process removes it too, or has just finished
+            if time.time() - build.stat().st_mtime > _STALE:
+                shutil.rmtree(build)
+
+
 def _temporary_folder() -> contextlib.AbstractContextManager[str]:
-    """For this process alone; a library that is loaded needs its file no longer."""
+    """Make a folder for this process alone; a loaded library does not need its file."""
     return tempfile.TemporaryDirectory(prefix="atom_fast-")

@@ -1,0 +1,99 @@
+"""The block of the ConvNet, and where it runs fused."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from atom_fast.networks.layers import is_instance_norm
+from atom_fast.ops.batch_norm import batch_norm
+from atom_fast.ops.conv_block import conv_block
+from atom_fast.ops.instance_norm import instance_norm
+from atom_fast.ops.norm_block import BlockOutput
+
+
+class ConvBlock(nn.Module):
+    """3×3 convolution, normalisation, activation, pooling.
+
+    Attributes:
+        convolution, norm, activation, pool: the four modules; ``nn.Identity`` for one that a setting leaves out.
+    """
+
+    def __init__(self, convolution: nn.Conv2d, norm: nn.Module, activation: nn.Module, pool: nn.Module):
+        super().__init__()
+        self.convolution = convolution
+        self.norm = norm
+        self.activation = activation
+        self.pool = pool
+
+    def feature_map(self, x: Tensor) -> Tensor:
+        """Return the activation's output before pooling, module by module: [B, C_in, H, W] -> [B, C, H, W]."""
+        return self.activation(self.norm(self.convolution(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the pooled feature map; norm, ReLU and pooling run as one operation where `_trains_fused`."""
+        if not self._trains_fused():
+            return self.pool(self.feature_map(x))
+        # The norm subtracts the convolution's bias; BatchNorm's running mean needs it.
+        c, norm = self.convolution, self.norm
+        x = F.conv2d(x, c.weight, None, c.stride, c.padding, c.dilation, c.groups)
+        pool = _is_2x2_average(self.pool) and x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
+        if isinstance(norm, nn.GroupNorm):
+            x = instance_norm(x, norm.weight, norm.bias, norm.eps, relu=True, pool=pool)
+        else:
+            if norm.training and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.add_(1)
+            x = batch_norm(
+                x, norm.weight, norm.bias, norm.running_mean, norm.running_var, offset=c.bias,
+                training=norm.training, momentum=norm.momentum, eps=norm.eps, relu=True, pool=pool,
+            )  # fmt: skip
+        return x if pool else self.pool(x)
+
+    def _trains_fused(self) -> bool:
+        """Return True if norm and ReLU are those of a fused operation, and nothing hooks on to the modules."""
+        norm = self.norm
+        batch = isinstance(norm, nn.BatchNorm2d) and norm.momentum is not None and norm.track_running_stats
+        accepted = (batch or is_instance_norm(norm)) and norm.affine and isinstance(self.activation, nn.ReLU)
+        return accepted and not any(map(_has_hooks, self.children()))
+
+    def attention(self, x: Tensor, spatial_power: float | None, channel_power: float | None) -> BlockOutput:
+        """Return the pooled feature map and its attention maps without writing the feature map.
+
+        Parameters are constants. BatchNorm uses the statistics of the batch and leaves its running statistics alone.
+        """
+        return conv_block(
+            x, self.convolution.weight, self.norm.weight, self.norm.bias, eps=self.norm.eps,
+            spatial_power=spatial_power, channel_power=channel_power,
+            norm="batch" if isinstance(self.norm, nn.BatchNorm2d) else "instance",
+        )  # fmt: skip
+
+    def attention_refusal(self) -> str | None:
+        """Return why `attention` does not compute this block; None if it does."""
+        convolution, norm, pool = self.convolution, self.norm, self.pool
+        geometry = convolution.kernel_size, convolution.stride, convolution.padding, convolution.dilation
+        if geometry != ((3, 3), (1, 1), (1, 1), (1, 1)) or convolution.groups != 1:
+            return f"its convolution is not 3x3 with stride 1 and padding 1, but {convolution}"
+        if not is_instance_norm(norm) and not isinstance(norm, nn.BatchNorm2d):
+            return f"its norm is not InstanceNorm (a GroupNorm with one group per channel) or BatchNorm2d, but {norm}"
+        if isinstance(norm, nn.BatchNorm2d) and not norm.training and norm.running_mean is not None:
+            return "its BatchNorm is in evaluation mode and uses running statistics"
+        if not isinstance(self.activation, nn.ReLU):
+            return f"its activation is not ReLU, but {self.activation}"
+        if not _is_2x2_average(pool):
+            return f"its pooling is not 2x2 average pooling, but {pool}"
+        if any(map(_has_hooks, self.children())):
+            return "its modules have hooks"
+        return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _is_2x2_average(pool: nn.Module) -> bool:
+    if not isinstance(pool, nn.AvgPool2d) or pool.ceil_mode or pool.divisor_override:
+        return False
+    pair = nn.modules.utils._pair
+    return (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding)) == ((2, 2), (2, 2), (0, 0))

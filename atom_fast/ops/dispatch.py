@@ -1,0 +1,176 @@
+"""Which implementation an operation runs: one table of implementations, and the `backend` that chooses among them.
+
+Every operation of this package is a row of ``TABLE``. Its module adds the row with `register`, and its public function
+calls `dispatch`:
+
+=========== ============================================================================================================
+"triton"    kernels for a GPU, ``kernels/*.py``
+"c"         kernels for a CPU, ``kernels/*.c``: float32, and half precision computed in float32
+"eager"     PyTorch's operators under autograd, `atom_fast.reference`; attention maps and class means, which have no
+            kernel in C, use a lean form with analytic gradients here
+"reference" the equations, where "eager" is not already that
+=========== ============================================================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .._device import HAS_TRITON, triton_refusal
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+TABLE: dict[str, dict[str, Callable]] = {}
+_PLAIN: dict[str, tuple[str, ...]] = {}  # the columns of a row that PyTorch's own operators compute
+_ORDER = {"triton": ("triton", "eager"), "torch": ("c", "eager"), "reference": ("reference", "eager")}
+
+
+class _Choice:
+    """One ``with backend(name)`` that is entered; inactive once it is left."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.active = True
+
+
+# Per thread and asyncio task. Choices need not be left in the order they were entered (a suspended generator may hold
+# one), so leaving one marks it inactive, and the latest active one counts.
+_choices: contextvars.ContextVar[tuple[_Choice, ...]] = contextvars.ContextVar("atom_fast_backend", default=())
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run the enclosed calls of this thread (or asyncio task) with one backend.
+
+    Backends differ in speed, memory and rounding, not in what they compute. Contexts nest; the innermost one that has
+    not ended counts. A generator suspended inside the context keeps it active for its thread until it is resumed and
+    leaves it, or is closed.
+
+    Args:
+        name: one of
+
+            - ``"auto"``: Triton on CUDA tensors if its kernels run there, otherwise as ``"torch"``.
+            - ``"triton"``: the fused kernels for a GPU. An operation that they do not compute runs in PyTorch, with a
+              warning.
+            - ``"torch"``: on a CPU, kernels in C for the operations and dtypes that they compute (float32; half
+              precision, computed in float32); for everything else PyTorch's operators, without a warning.
+            - ``"reference"``: the equations of the paper (`atom_fast.reference`) under autograd.
+
+    Raises:
+        ValueError: ``name`` is none of these.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+    choice = _Choice(name)
+    _choices.set((*(other for other in _choices.get() if other.active), choice))
+    try:
+        yield
+    finally:
+        choice.active = False
+
+
+def resolve_backend(x: Tensor) -> str:
+    """Return the backend for work on ``x``: ``"triton"``, ``"torch"`` or ``"reference"``.
+
+    Raises:
+        RuntimeError: ``"triton"`` was asked for, and its kernels cannot run on the device of ``x``.
+    """
+    name = _asked_for()
+    if name == "auto":
+        return _fastest(x)
+    if name == "triton":
+        _check_triton(x)
+    return name
+
+
+def _asked_for() -> str:
+    for choice in reversed(_choices.get()):
+        if choice.active:
+            return choice.name
+    return "auto"
+
+
+def _fastest(x: Tensor) -> str:
+    return "triton" if x.is_cuda and HAS_TRITON and not triton_refusal(x.device) else "torch"
+
+
+def _check_triton(x: Tensor) -> None:
+    if not HAS_TRITON:
+        raise RuntimeError("backend 'triton' needs the triton package, which cannot be imported; use 'torch'")
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        raise RuntimeError(
+            f"backend 'triton' needs CUDA tensors, got one on {x.device}; "
+            "use backend 'torch', or set TRITON_INTERPRET=1 before starting Python to interpret the kernels"
+        )
+    refusal = triton_refusal(x.device) if x.is_cuda else None
+    if refusal:
+        raise RuntimeError(f"backend 'triton' does not run on {x.device}: {refusal}; use backend 'torch'")
+
+
+def register(operation: str, *, plain: tuple[str, ...] = ("eager",), **implementations: Callable) -> None:
+    """Add a row to ``TABLE``.
+
+    Args:
+        operation: the stem of the operation's files.
+        plain: the columns that consist of PyTorch's own operators, which have forward-mode derivatives.
+        **implementations: functions by column, all with the same arguments, "eager" among them. A function returns
+            NotImplemented for arguments that it does not compute.
+    """
+    TABLE[operation] = implementations
+    _PLAIN[operation] = plain
+
+
+def dispatch(operation: str, x: Tensor, *arguments):
+    """Run an operation of ``TABLE`` on ``x`` with the implementation that the backend asks for.
+
+    Raises:
+        RuntimeError: the backend cannot run on the device of ``x``.
+        NotImplementedError: ``x`` carries a forward-mode tangent, and the implementation has no rule for it.
+    """
+    row = TABLE[operation]
+    resolved = resolve_backend(x)
+    for column in _ORDER[resolved]:
+        if column not in row:
+            continue
+        if forward_ad._current_level >= 0 and column not in _PLAIN[operation]:
+            _refuse_tangents(operation, x, *arguments)
+        result = row[column](x, *arguments)
+        if result is not NotImplemented:
+            if column == "eager" and _asked_for() == "triton" and not torch.compiler.is_compiling():
+                _warn_of_eager(operation)
+            return result
+    raise AssertionError(f"{operation} has no implementation")
+
+
+def _refuse_tangents(operation: str, *arguments) -> None:
+    for argument in arguments:
+        if isinstance(argument, Tensor) and _has_tangent(argument):
+            raise NotImplementedError(
+                f"{operation} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, torch.autograd."
+                "forward_ad); use reverse mode, or run the call under atom_fast.backend('reference')"
+            )
+
+
+def _has_tangent(x: Tensor) -> bool:
+    if forward_ad.unpack_dual(x).tangent is not None:
+        return True
+    # A transform inside jvp, such as grad in a Hessian, wraps the tensor that carries the tangent.
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(x) and _has_tangent(functorch.get_unwrapped(x))
+
+
+@functools.cache
+def _warn_of_eager(operation: str) -> None:
+    warnings.warn(
+        f"backend 'triton' has no kernel for this call of {operation} (its dtype, mode or layout): PyTorch's operators "
+        "run it, under this backend too. This is said once",
+        stacklevel=4,
+    )
