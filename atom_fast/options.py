@@ -25,7 +25,7 @@ class Choice(click.Choice):
         except click.BadParameter as error:
             nearest = difflib.get_close_matches(str(value), list(self.choices), n=1)
             if nearest:
-                error.message += f" Did you mean {nearest[0]!r}?"
+                error.message += f" Did you mean {nearest[0]!r}?"  # pyrefly: ignore[read-only]
             raise
 
 
@@ -60,8 +60,8 @@ class FilePath(click.Path):
     def __init__(self):
         super().__init__(path_type=Path)
 
-    def convert(self, value, param, ctx):
-        path = super().convert(value, param, ctx)
+    def convert(self, value, param, ctx) -> Path:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
         try:
             str(path).encode("utf-8")
         except UnicodeEncodeError:
@@ -93,7 +93,7 @@ class Commands(click.Group):
             if os.environ.get("ATOM_FAST_DEBUG") == "1":
                 raise
             failure = click.ClickException(_rank() + _one_line(error))
-            failure.exit_code = 2
+            failure.exit_code = 2  # pyrefly: ignore[read-only]
             raise failure from error
 
 

@@ -36,7 +36,7 @@ _REMOVED_STARTS = {
 
 
 def _setting(
-    default: Any, help: str, *, unit: str = "", source: str = "", affects_result: bool = True, **limits: float
+    default: Any, help: str, *, unit: str = "", source: str = "", affects_result: bool = True, **limits: Any
 ) -> Any:
     """A field whose JSON schema also has its unit, the source of its default, and if the images depend on it."""
     extra = {"unit": unit, "source": source, "affects_result": affects_result}
@@ -55,7 +55,7 @@ def _explained(cls: type) -> type:
         except pydantic.ValidationError as error:
             raise ValueError(_explanation(error.errors(include_url=False)[0])) from None
 
-    cls.__init__ = __init__
+    cls.__init__ = __init__  # pyrefly: ignore[bad-assignment]  it takes any keyword, and checks it
     return cls
 
 
@@ -339,7 +339,7 @@ def default_initialization(norm: str) -> str:
 
 
 # Settings in which papers and released code differ; settings not named are the paper's.
-PRESETS: dict[str, dict[str, object]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "channel": {"spatial_power": None},
     "datadam-code": {
@@ -396,7 +396,7 @@ def check_names(settings: Mapping[str, object]) -> None:
             raise ValueError(f"unknown setting {name!r}{hint}")
 
 
-def drop_removed_settings(settings: Mapping[str, object]) -> dict[str, object]:
+def drop_removed_settings(settings: Mapping[str, object]) -> dict[str, Any]:
     """Return settings that an earlier version wrote without the ones that are gone.
 
     Raises:
@@ -412,7 +412,7 @@ def drop_removed_settings(settings: Mapping[str, object]) -> dict[str, object]:
     return kept
 
 
-def from_yaml(settings: Mapping[str, object]) -> dict[str, object]:
+def from_yaml(settings: Mapping[str, object]) -> dict[str, Any]:
     """Interpret text that YAML leaves as text: the words none and auto, and numbers such as 1e-3.
 
     Raises:
@@ -438,7 +438,7 @@ def none_word(setting: Mapping[str, Any]) -> str:
     return "auto" if setting["default"] is None else "none"
 
 
-def read_settings(path: str | os.PathLike) -> dict[str, object]:
+def read_settings(path: str | os.PathLike) -> dict[str, Any]:
     """Read a YAML file of settings: a mapping of names to values, and perhaps the name of a ``preset``.
 
     Raises:

@@ -194,6 +194,7 @@ class Distillation:
             with convolution_precision(config.precision, images.device, config.deterministic):
                 attention, mmd = matching_terms(self.extractor, real, synthetic, config, chunk.groups)  # 5
                 with stage("loss"):
+                    # pyrefly: ignore[unsupported-operation]  both are numbers in resolved settings
                     loss = config.loss_scale * (attention + config.mmd_weight * mmd)  # 6
                 with stage("backward"):
                     (self._gradient[chunk.rows],) = torch.autograd.grad(loss, images)
@@ -285,7 +286,7 @@ class Distillation:
         average = {} if self.average is None else {"average": self.average}
         return {"images": self.images, "momentum": self.momentum, **average}
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
+    def restore(self, state: Mapping[str, Tensor | None]) -> None:
         """Continue from tensors as `state` returns them.
 
         Raises:
@@ -351,13 +352,13 @@ def pad_batch_of_one(images: Tensor) -> Tensor:
 
 def make_network(config: DistillConfig, data: ImageData) -> ConvNet:
     """Return the ConvNet whose weights every step draws again; they are constants, only images get a gradient."""
-    channels, *size = data.image_shape
+    channels, height, width = data.image_shape
     network = ConvNet(
         channels,
         data.num_classes,
-        tuple(size),
+        (height, width),
         width=config.width,
-        depth=config.depth,
+        depth=config.depth,  # pyrefly: ignore[bad-argument-type]  a number in resolved settings
         norm=config.norm,
         pooling=config.pooling,
         initialization=config.network_init,

@@ -72,9 +72,14 @@ def select(
             raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {value!r}")
     if method != "full":
         check_class_sizes(data, ipc)  # before a network is trained
-    space = preprocessing
-    if not isinstance(space, Preprocessing):
-        kind = DistillConfig(preprocessing=preprocessing).for_data(data.image_shape, data.name).preprocessing
+    if isinstance(preprocessing, Preprocessing):
+        space = preprocessing
+    else:
+        kind = (
+            DistillConfig.from_dict({"preprocessing": preprocessing})
+            .for_data(data.image_shape, data.name)
+            .preprocessing
+        )
         space = fit_preprocessing(data.train_images, kind, progress=progress)
     settings = {"protocol": protocol, "epochs": epochs, "seed": seed, "device": device, "progress": progress}
     if method == "full":
@@ -90,7 +95,7 @@ def select(
         else:
             rows = space.to_model(data.train_images).flatten(1)
         chosen = {"herding": herding_selection, "k-center": k_center_selection}[method](rows, data, ipc)
-    details = {"seed": seed}
+    details: dict[str, object] = {"seed": seed}
     if method in ("herding", "k-center"):
         details["features"] = features
     if method not in ("random", "full") and details.get("features") != "pixels":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ def network_seed(seed: int, index: int) -> int:
 @contextlib.contextmanager
 def repeatable_convolutions() -> Iterator[None]:
     """Restrict cuDNN to algorithms that give the same bits in every run, within this context; TF32 is allowed."""
-    cudnn = torch.backends.cudnn
+    cudnn: Any = torch.backends.cudnn  # PyTorch's stubs lack `conv`
     before = cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision
     cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision = True, False, "tf32"
     try:
@@ -60,7 +61,7 @@ class Trainer:
     def __init__(
         self, network: nn.Module, images: Tensor, labels: Tensor, protocol: Protocol, *, precision: str = "float32"
     ):
-        self.network = network.train()
+        self.network: Any = network.train()
         self.images = images
         self.labels = labels
         self.protocol = protocol
