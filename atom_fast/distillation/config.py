@@ -39,7 +39,7 @@ def _setting(
     default: Any, help: str, *, unit: str = "", source: str = "", affects_result: bool = True, **limits: Any
 ) -> Any:
     """A field whose JSON schema also has its unit, the source of its default, and if the images depend on it."""
-    extra = {"unit": unit, "source": source, "affects_result": affects_result}
+    extra: dict[str, Any] = {"unit": unit, "source": source, "affects_result": affects_result}
     return pydantic.Field(default, description=help, json_schema_extra=extra, **limits)
 
 

@@ -113,6 +113,7 @@ class Distillation:
         self.average = self.images.clone() if config.image_average else None
         self._gradient = torch.empty_like(self.images)  # kept, so that a chunk needs memory for its own part only
         self.labels = torch.arange(classes.start, classes.stop, device=device).repeat_interleave(config.ipc)
+        # pyrefly: ignore[no-matching-overload]  PyTorch's stubs lack a device beside a memory format
         self.network = make_network(config, data).to(device, memory_format=layout)
         self.extractor, self.fusion = fused_if_possible(self.network, config, self.images)
         self.gather_real = real_image_gatherer(
