@@ -15,12 +15,13 @@ from click.testing import CliRunner
 from triton.runtime.errors import OutOfResources
 
 import atom_fast as af
-from atom_fast import _backend, _device, doctor
+from atom_fast import _device, doctor
 from atom_fast.cli import main
 from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.distillation.config import preset
 from atom_fast.distillation.loop import distill
 from atom_fast.evaluation import evaluate
+from atom_fast.ops import dispatch
 from atom_fast.ops.launching import KernelError, device_of
 from tests import workloads
 from tests.cubin import check_report
@@ -112,7 +113,7 @@ def test_a_kernel_that_does_not_fit_after_all_is_replaced_and_that_is_said_once(
 
     # As on a GPU, where "auto" stands for Triton until it is refused.
     monkeypatch.setattr(
-        _backend, "_fastest", lambda tensor: "torch" if _device.triton_refusal(tensor.device) else "triton"
+        dispatch, "_fastest", lambda tensor: "torch" if _device.triton_refusal(tensor.device) else "triton"
     )
     monkeypatch.setattr(_device, "_refused", {})
     with af.backend("reference"):
@@ -224,12 +225,12 @@ def test_a_gpu_that_triton_cannot_serve_is_said_once_and_runs_unfused(hip, capab
     tensor = SimpleNamespace(device=torch.device("cuda", 0), is_cuda=True, dtype=torch.float32)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        names = {_backend.resolve_backend(tensor) for _ in range(3)}
+        names = {dispatch.resolve_backend(tensor) for _ in range(3)}
     assert names == {"torch" if reason else "triton"}
     assert [reason in str(warning.message) for warning in caught] == ([True] if reason else [])
     if reason:
         with af.backend("triton"), pytest.raises(RuntimeError, match=f"does not run on cuda:0: .*{reason}.*'torch'"):
-            _backend.resolve_backend(tensor)
+            dispatch.resolve_backend(tensor)
 
 
 @WITHOUT_GPU

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 import atom_fast as af
 from atom_fast import reference
 from atom_fast.ops import attention as attention_ops
-from atom_fast.ops import matching as matching_ops
 
 BACKENDS = ("triton", "torch")
 # Relative error of the whole result: rounding of the accumulation dtype, times a few dozen operations.
@@ -61,7 +60,7 @@ def features(draw, dtype=dtypes):
     return in_layout((values * magnitude).to(dtype), draw(layouts))
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(f=features(), power=powers, normalize=st.booleans(), spatial=st.booleans())
 @pytest.mark.parametrize("name", BACKENDS)
 def test_attention_equals_the_float64_equation(name, f, power, normalize, spatial, device):
@@ -90,7 +89,7 @@ def test_attention_equals_the_float64_equation(name, f, power, normalize, spatia
         assert error <= GRADIENT_TOLERANCE[f.dtype] * expected_gradient.norm() + floor
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     real=features(st.just(torch.float32)),
     seed=st.integers(0, 1000),
@@ -137,8 +136,8 @@ def test_loss_equals_the_float64_equation(name, real, seed, spatial_power, chann
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 131, 3, 5), (2, 3, 67, 61), (1, 300, 2, 2), (3, 128, 8, 8)])
-@pytest.mark.parametrize("power", [(4.0, 4.0), (1.0, 8.0), (2.5, 1.0)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 131, 3, 5), (2, 3, 67, 61)])
+@pytest.mark.parametrize("power", [(4.0, 4.0), (2.5, 1.0)])
 def test_tiles_that_do_not_divide_the_shape(name, shape, power, device):
     f = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     wide = f.clone().requires_grad_()
@@ -216,23 +215,17 @@ def test_gradcheck(name, device):
             assert torch.autograd.gradcheck(
                 lambda x, p=power: af.attention_matching_loss(real, x, spatial_power=p[0], channel_power=p[1]), (f,)
             )
-            assert torch.autograd.gradcheck(lambda x: af.mean_matching_loss(real.flatten(1), x.flatten(1)), (f,))
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_operators_are_registered_as_pytorch_asks(name, device):
+    implementation = {"torch": "eager"}.get(name, name)
     f = torch.randn(3, 5, 4, 3, device=device, requires_grad=True)
-    torch.library.opcheck(attention_ops.attention_maps, (f, 4.0, 1.5, True, name))
-    maps, statistics = attention_ops.attention_maps(f.detach(), 4.0, None, True, name)
+    torch.library.opcheck(attention_ops.attention_maps_op, (f, 4.0, 1.5, True, implementation))
+    maps, statistics = attention_ops.attention_maps_op(f.detach(), 4.0, None, True, implementation)
     torch.library.opcheck(
-        attention_ops.attention_maps_backward, (f.detach(), maps * 2, maps, statistics, 4.0, None, True, name)
+        attention_ops.attention_maps_backward, (f.detach(), maps * 2, maps, statistics, 4.0, None, True, implementation)
     )
-    labels = torch.tensor([1, 0, 1], device=device)
-    torch.library.opcheck(matching_ops.class_groups_op, (labels, labels.flip(0)))
-    groups = af.class_groups(labels, labels.flip(0))
-    real, synthetic = torch.randn(3, 7, device=device), torch.randn(3, 7, device=device, requires_grad=True)
-    torch.library.opcheck(matching_ops.class_mean_distance, (real, synthetic, *groups, name))
-    torch.library.opcheck(matching_ops.class_mean_distance, (real, synthetic, None, None, None, None, name))
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -257,11 +250,28 @@ def test_a_second_derivative_is_refused(name, device):
         for loss in (
             af.spatial_attention(f, 4.0)[:, 0].sum(),
             af.attention_matching_loss(f.detach() + 1, f),
-            af.mean_matching_loss(f.detach().flatten(1) + 1, f.flatten(1)),
         ):
             (gradient,) = torch.autograd.grad(loss, f, create_graph=True)
             with pytest.raises(RuntimeError, match="no autograd formula|does not require grad"):
                 torch.autograd.grad(gradient.square().sum(), f)
+
+
+def hessian_of(function):
+    return torch.func.hessian(lambda f: function(f).sum())
+
+
+@pytest.mark.parametrize("transform", [torch.func.jacfwd, hessian_of])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_forward_mode_derivative_is_refused_and_never_zero(name, transform, device):
+    real, f = torch.randn(2, 3, 2, 2, device=device), torch.randn(2, 3, 2, 2, device=device)
+    for function in (af.spatial_attention, lambda f: af.ATOMLoss()([real], [f])):
+        with (
+            af.backend(name),
+            pytest.raises(NotImplementedError, match=r"no forward-mode derivative .*backend\('reference'\)"),
+        ):
+            transform(function)(f)
+        with af.backend("reference"):
+            assert transform(function)(f).abs().sum() > 0
 
 
 def test_a_power_may_be_a_number_of_numpy():
@@ -380,12 +390,6 @@ def test_the_reference_backend_is_the_equations(device):
             lambda f, y: af.attention_matching_loss(f[:3], f, groups=af.class_groups(y, y)),
             ValueError,
             "made for 4 real and 4 synthetic samples; got 3 and 4",
-        ),
-        (lambda f, y: af.mean_matching_loss(f, f), ValueError, r"must be \[B, D\]"),
-        (
-            lambda f, y: af.mean_matching_loss(f.flatten(1), f.flatten(1)[:, 1:]),
-            ValueError,
-            r"agree in size; got \(4, 75\) and \(4, 74\)",
         ),
         (lambda f, y: af.class_groups(y[None], y), ValueError, "one-dimensional"),
     ],

@@ -197,7 +197,7 @@ def _distance_lean(real, synthetic, real_order, real_offsets, synthetic_order, s
     difference = _segment_means(real, real_order, real_offsets) - _segment_means(
         synthetic, synthetic_order, synthetic_offsets
     )
-    rows = difference * (-2.0 / synthetic_offsets.diff().clamp(min=1))[:, None].to(dtype)
+    rows = difference * (-2.0 / synthetic_offsets.diff().clamp(min=1).to(dtype))[:, None]
     gradient = torch.empty_like(synthetic, memory_format=torch.contiguous_format)
     positions = torch.arange(synthetic.shape[0], device=synthetic.device)
     gradient[synthetic_order] = rows[torch.searchsorted(synthetic_offsets, positions, right=True) - 1]

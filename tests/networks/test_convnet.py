@@ -41,7 +41,8 @@ def test_logits_are_the_classifier_of_the_embedding(norm, activation, device):
     network = ConvNet(3, 4, 8, width=8, depth=2, norm=norm, activation=activation).to(device)
     x = images(6, 3, 8, 8, device=device)
     embedding, maps = network.features(x)
-    torch.testing.assert_close(network(x), network.classifier(embedding), rtol=0, atol=0)
+    torch.testing.assert_close(network(x), network.classifier(embedding))
+    torch.testing.assert_close(network.embed(x), embedding)
     torch.testing.assert_close(network.blocks[-1].pool(maps[-1]).flatten(1), embedding, rtol=0, atol=0)
 
 

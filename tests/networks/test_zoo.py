@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import atom_fast as af
-from atom_fast.networks import NETWORKS, ConvNet, convnet_search_space, lean, make_network
+from atom_fast.networks import NETWORKS, ConvNet, convnet_search_space, make_network
 from atom_fast.networks.convnet import default_depth
-from atom_fast.networks.layers import Dropout
+from atom_fast.networks.layers import Dropout, memory_format
 
 OTHERS = [name for name in NETWORKS if name != "convnet"]
 SMALLEST = {"alexnet": 8, "vgg11": 32, "resnet18": 16, "vit": 4}
@@ -42,7 +42,7 @@ def seeded(seed, device="cpu"):
 def test_shapes_at_32_and_64_pixels(name, size, device):
     network = make_network(name, 3, 7, size).to(device)
     x = torch.randn(2, 3, size, size, device=device)
-    embedding = lean.embed(network, x)
+    embedding = network.embed(x)
     assert embedding.shape == (2, network.embedding_size)
     assert network(x).shape == (2, 7)
 
@@ -166,17 +166,17 @@ def test_the_search_space_holds_720_networks_that_fit():
 @pytest.mark.parametrize(
     "activation, pooling, size", [("relu", "avg2", 8), ("relu", "max2", 8), ("relu", "avg3", 9), ("sigmoid", "avg2", 9)]
 )
-def test_lean_logits_are_those_of_the_network(activation, pooling, size, norm, device):
+def test_fused_logits_are_those_of_the_modules(activation, pooling, size, norm, device):
     network = ConvNet(2, 3, size, width=8, depth=2, norm=norm, activation=activation, pooling=pooling)
     network = network.to(device, torch.float64)
-    layout = lean.memory_format(network, device)
+    layout = memory_format(network, device)
     x = torch.randn(3, 2, size, size, dtype=torch.float64, device=device)
-    expected = network(x)
+    expected = network.classifier(network.features(x)[0])
     gradients = torch.autograd.grad(expected.square().sum(), list(network.parameters()))
-    got = lean.logits(network.to(memory_format=layout), x.contiguous(memory_format=layout))
-    lean_gradients = torch.autograd.grad(got.square().sum(), list(network.parameters()), allow_unused=True)
+    got = network.to(memory_format=layout)(x.contiguous(memory_format=layout))
+    fused_gradients = torch.autograd.grad(got.square().sum(), list(network.parameters()), allow_unused=True)
     torch.testing.assert_close(got, expected)
-    for a, b in zip(lean_gradients, gradients, strict=True):
+    for a, b in zip(fused_gradients, gradients, strict=True):
         # Without a gradient: a bias that InstanceNorm takes away.
         torch.testing.assert_close(torch.zeros_like(b) if a is None else a, b, rtol=1e-7, atol=1e-9)
 

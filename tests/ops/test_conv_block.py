@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import math
 import re
 
 import pytest
@@ -21,7 +20,7 @@ from atom_fast.kernels import norm_block as norm_block_kernels
 from atom_fast.ops.conv_block import _constants, conv_block, conv_block_op, launch_kind
 from atom_fast.ops.launching import int32_indexable
 from atom_fast.ops.norm_block import NORMS
-from tests.cubin import CAPABILITIES, LOST_CONSTANT, assemble, check_report, disassemble
+from tests.cubin import LOST_CONSTANT, assemble, check_report, disassemble
 from tests.launches import compile_launch, recorded
 from tests.ops.test_norm_block import BACKENDS, FUSED, IMPLEMENTATIONS, PRECISE, assert_equal, run
 from tests.workloads import pretended
@@ -69,7 +68,7 @@ SHAPES = st.tuples(*(st.integers(*ends) for ends in ((1, 3), (1, 4), (1, 20), (2
 
 
 @given(shape=SHAPES, affine=st.booleans(), powers=st.tuples(POWERS, POWERS), norm=st.sampled_from(NORMS))
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_results_and_gradient_equal_the_equations(shape, affine, powers, norm, device):
     images, filters, weight, bias = draw(*shape, device)
     inputs = images, filters, *((weight, bias) if affine else (None, None)), *powers
@@ -90,8 +89,6 @@ def test_float32_in_c_is_as_exact_as_unfused(shape, affine, powers, norm):
     ("batch", "image_channels", "size", "norm"),
     [
         (1, 1, 28, "instance"),
-        (1, 3, 64, "instance"),
-        (2, 1, 28, "batch"),
         (2, 6, 8, "batch"),
     ],
 )
@@ -102,7 +99,7 @@ def test_sizes_and_channels_beyond_the_kernels_too(batch, image_channels, size, 
 
 @pytest.mark.parametrize(("backend", "norm"), FUSED)
 def test_float32_and_channels_last_images(backend, norm, place):
-    images, filters, weight, bias = draw(3, 3, 24, 16, 16, place, torch.float32)
+    images, filters, weight, bias = draw(2, 3, 20, 9, 8, place, torch.float32)
     images += 2 * torch.arange(3, device=place).view(3, 1, 1, 1)  # the planes' means differ
     expected = exact(images, filters, weight, bias, norm=norm)
     with products("ieee"):
@@ -163,7 +160,7 @@ def test_nothing_of_the_convolutions_size_is_kept(backend, norm, place):
 
 @pytest.mark.parametrize(("backend", "norm"), FUSED)
 def test_operator_passes_opcheck_and_compiles_as_one_graph(backend, norm, place):
-    images, filters, weight, bias = draw(2, 3, 8, 8, 8, place, torch.float32)
+    images, filters, weight, bias = draw(2, 3, 4, 4, 4, place, torch.float32)
     inputs = images.requires_grad_(), filters, weight, bias
     torch.library.opcheck(conv_block_op, (*inputs, 1e-5, None, 4.0, norm, IMPLEMENTATIONS[backend]))
 
@@ -225,8 +222,6 @@ RECORDING = pytest.mark.skipif(torch.cuda.is_available(), reason="what is launch
         (3, 32, torch.float32, "tf32", 86),
         (3, 32, torch.float32, "tf32", 90),
         (3, 32, torch.bfloat16, "tf32", 86),
-        (3, 32, torch.float32, "ieee", 90),
-        (1, 8, torch.float32, "tf32", 90),
     ],
 )
 def test_kernels_fit_and_use_the_tensor_cores(image_channels, size, dtype, precision, capability):
@@ -241,15 +236,9 @@ def test_kernels_fit_and_use_the_tensor_cores(image_channels, size, dtype, preci
 
 
 @RECORDING
-@pytest.mark.parametrize(
-    ("dtype", "precision", "capability"),
-    [
-        (torch.float32, "tf32", 86),
-        (torch.float32, "ieee", 90),
-    ],
-)
-def test_kernels_of_batch_norm_fit_and_use_the_tensor_cores(dtype, precision, capability):
-    statistics, forward, *backward = launches_of(3, 32, dtype, precision, "batch", capability)
+def test_kernels_of_batch_norm_fit_and_use_the_tensor_cores():
+    capability = 86
+    statistics, forward, *backward = launches_of(3, 32, torch.float32, "tf32", "batch", capability)
     assert statistics.kernel.removeprefix("tiled_") == "conv_block_statistics_kernel"
     assert [launch.kernel for launch in backward] == [
         "conv_block_sums_kernel", "conv_block_columns_kernel", "fold_kernel"
@@ -257,7 +246,7 @@ def test_kernels_of_batch_norm_fit_and_use_the_tensor_cores(dtype, precision, ca
     for launch in (statistics, forward, backward[1]):  # the other two are those of InstanceNorm
         report = compile_launch(launch, capability)
         check_report(report, capability, launch.kernel)
-        assert report.tensor_core == (precision == "tf32"), launch.kernel
+        assert report.tensor_core, launch.kernel
 
 
 @RECORDING
@@ -284,9 +273,7 @@ def test_planes_are_kept_on_the_chip_where_they_fit(capability, dtype, image_cha
 
 
 @RECORDING
-@pytest.mark.parametrize(
-    ("image_channels", "channels", "size"), [(3, 128, 32), (3, 16, 12)]
-)
+@pytest.mark.parametrize(("image_channels", "channels", "size"), [(3, 128, 32), (3, 16, 12)])
 def test_launch_table_knows_how_much_shared_memory_is_asked_for(image_channels, channels, size):
     """No table that says "fits" may be wrong: the kernel would not start on the GPU that it is for."""
     images, filters, *_ = draw(1, image_channels, channels, size, size, dtype=torch.float32)
@@ -321,7 +308,7 @@ def test_a_lost_constant_is_found(tmp_path):
 
 
 @RECORDING
-@pytest.mark.parametrize("tile", [(16, 16, 1), (32, 16, 2), (64, 16, 4)])
+@pytest.mark.parametrize("tile", [(16, 16, 1)])
 def test_no_tile_loses_a_constant(tile, monkeypatch):
     """Tiles whose gradients were wrong on an H100 with Triton 3.6, by offsets that were divisions."""
     names = dict(zip(("BLOCK_P", "BLOCK_C", "num_warps"), tile, strict=True))
@@ -355,10 +342,8 @@ def test_tf32_is_used_where_pytorch_would(switch, name, tf32):
 @pytest.mark.parametrize(
     ("batch", "image_channels", "channels", "size", "norm"),
     [
-        (1, 3, 16, 32, "instance"),
-        (2, 3, 70, 10, "instance"),
-        (2, 1, 20, 14, "batch"),
-        (2, 4, 70, 7, "batch"),
+        (2, 1, 20, 10, "batch"),
+        (1, 4, 40, 7, "instance"),
         (2, 2, 8, 2, "instance"),
     ],
 )
@@ -370,7 +355,7 @@ def test_tiles_equal_the_equations(batch, image_channels, channels, size, norm, 
     assert_equal(actual, exact(*inputs, norm=norm))
 
 
-@pytest.mark.parametrize(("image_channels", "size"), [(1, 22), (2, 10), (3, 11), (4, 21)])
+@pytest.mark.parametrize(("image_channels", "size"), [(2, 10), (3, 11)])
 def test_offsets_of_neighbourhoods_equal_the_equations(image_channels, size, device):
     """Sizes that were kept from matrix instructions as long as the cause of the wrong gradients was not known."""
     inputs = draw(1, image_channels, 16, size, size, device)
@@ -380,7 +365,9 @@ def test_offsets_of_neighbourhoods_equal_the_equations(image_channels, size, dev
 def test_gradients_that_32_bits_do_not_address_are_copied(device, monkeypatch):
     """Of the pooled features, as of every other tensor."""
     seen = []
-    monkeypatch.setattr("atom_fast.ops.conv_block.int32_indexable", lambda x: seen.append(x.shape) or int32_indexable(x))
+    monkeypatch.setattr(
+        "atom_fast.ops.conv_block.int32_indexable", lambda x: seen.append(x.shape) or int32_indexable(x)
+    )
     inputs = draw(1, 3, 4, 8, 8, device)
     fused("triton", *inputs)
     assert (1, 4, 4, 4) in seen
@@ -446,7 +433,7 @@ def test_a_tile_that_was_wrong_on_a_gpu(divided, device, monkeypatch):
     assert error > 0.2 if divided else error < 5e-2
 
 
-@pytest.mark.parametrize("size", [8, 11])
+@pytest.mark.parametrize("size", [8])
 def test_divided_offsets_are_the_same_offsets(size, device, monkeypatch):
     """What is kept beside the comparisons computes the same, where nothing miscompiles it."""
     inputs = draw(1, 3, 16, size, size, device)

@@ -151,8 +151,7 @@ def test_samples_that_32_bits_do_not_address_are_copied():
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("size, pool", [(32, True), (16, False)])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype, size, pool", [("fp32", 32, True), ("bf16", 16, False)])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_kernels_read_128_bits_and_do_not_spill(direction, dtype, size, pool, capability):
     launch = instance_norm_launch(128, size * size, {"fp32": 4, "bf16": 2}[dtype])

@@ -12,7 +12,7 @@ from atom_fast import reference
 from atom_fast.kernels import norm_block as kernels
 from atom_fast.ops.norm_block import NORMS, norm_block, norm_block_op
 from benchmarks.roofline import norm_block_bytes
-from tests.cubin import CAPABILITIES, check_report
+from tests.cubin import check_report
 from tests.launches import compile_launch, recorded
 
 BACKENDS = ("torch", "triton")  # on a CPU, "torch" stands for the kernels in C: float32 in channels_last
@@ -66,7 +66,7 @@ SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(2, 12), st
     shape=SHAPES, channels_last=st.booleans(), affine=st.booleans(), powers=st.tuples(POWERS, POWERS),
     norm=st.sampled_from(NORMS),
 )  # fmt: skip
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_results_and_gradient_equal_the_equations(shape, channels_last, affine, powers, norm, device):
     x, weight, bias = draw(shape, device, channels_last=channels_last)
     arguments = x, *((weight, bias) if affine else (None, None)), *powers, norm
@@ -96,7 +96,7 @@ def test_the_reference_is_its_equations():
 
 
 def test_float64_and_other_layouts_on_a_cpu_are_the_reference():
-    """"torch" computes what C does not by the equations; so it does for contiguous float32."""
+    """ "torch" computes what C does not by the equations; so it does for contiguous float32."""
     for x in (draw((2, 3, 6, 6), "cpu")[0], draw((2, 3, 6, 6), "cpu", torch.float32, channels_last=False)[0]):
         assert_equal(fused("torch", x, None, None), fused("reference", x, None, None), 0)
 
@@ -117,7 +117,7 @@ def test_planes_of_every_size(shape, channels_last, norm, device):
 
 
 @given(
-    shape=st.tuples(st.just(2), st.integers(1, 40), st.integers(2, 20), st.integers(2, 9)),
+    shape=st.tuples(st.just(2), st.integers(1, 24), st.integers(2, 10), st.integers(2, 9)),
     channels_last=st.booleans(),
     powers=st.tuples(st.sampled_from([None, 4.0]), st.sampled_from([None, 2.5])),
     norm=st.sampled_from(NORMS),
@@ -270,7 +270,9 @@ def test_only_the_gradient_keeps_anything(backend, norm, place):
 @pytest.mark.parametrize(("backend", "norm"), FUSED)
 def test_operator_passes_opcheck_and_compiles_as_one_graph(backend, norm, place):
     x, weight, bias = draw((2, 4, 8, 8), place, torch.float32)
-    torch.library.opcheck(norm_block_op, (x.requires_grad_(), weight, bias, 1e-5, 4.0, None, norm, IMPLEMENTATIONS[backend]))
+    torch.library.opcheck(
+        norm_block_op, (x.requires_grad_(), weight, bias, 1e-5, 4.0, None, norm, IMPLEMENTATIONS[backend])
+    )
 
     def loss(x):
         pooled, maps = norm_block(x, weight, bias, norm=norm)
@@ -294,7 +296,9 @@ def test_a_second_derivative_is_refused(backend, norm, place):
 
 def test_a_forward_mode_derivative_is_refused(triton_backend, device):
     x, weight, bias = draw((1, 4, 8, 8), device)
-    with pytest.raises(NotImplementedError, match="norm_block has no forward-mode derivative .*backend\\('reference'\\)"):
+    with pytest.raises(
+        NotImplementedError, match="norm_block has no forward-mode derivative .*backend\\('reference'\\)"
+    ):
         torch.func.jvp(lambda x: norm_block(x, weight, bias).maps, (x,), (x,))
 
 
@@ -338,11 +342,11 @@ STREAMING = [
     ((1, 128, 16, 16), torch.bfloat16, True),
     ((1, 128, 8, 8), torch.float32, True),
 ]
+COMPILED = [(*STREAMING[0], 90), (*STREAMING[1], 86), (*STREAMING[3], 90), (*STREAMING[4], 86)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is launched is recorded through the interpreter")
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize(("shape", "dtype", "channels_last"), STREAMING)
+@pytest.mark.parametrize(("shape", "dtype", "channels_last", "capability"), COMPILED)
 def test_kernels_fit_registers_and_access_128_bits(shape, dtype, channels_last, capability):
     for launch in launches_of(shape, dtype, channels_last):
         report = compile_launch(launch, capability)
@@ -367,7 +371,7 @@ def test_bytes_are_at_most_a_quarter_above_the_roofline(shape, dtype, channels_l
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is launched is recorded through the interpreter")
-@pytest.mark.parametrize(("dtype", "capability"), [(torch.float32, 86), (torch.bfloat16, 90)])
+@pytest.mark.parametrize(("dtype", "capability"), [(torch.float32, 90)])
 def test_kernels_of_batch_norm_fit_registers_and_read_128_bits(dtype, capability):
     for launch in launches_of((1, 128, 16, 16), dtype, norm="batch"):
         report = compile_launch(launch, capability)
@@ -380,7 +384,7 @@ def test_kernels_of_batch_norm_fit_registers_and_read_128_bits(dtype, capability
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is launched is recorded through the interpreter")
 @pytest.mark.parametrize(
     ("shape", "channels_last", "norm"),
-    [((1, 128, 128, 128), True, "instance"), ((1, 64, 31, 33), False, "instance"), ((1, 128, 128, 128), True, "batch")],
+    [((1, 64, 31, 33), False, "instance"), ((1, 128, 128, 128), True, "batch")],
 )
 def test_tiled_and_odd_planes_do_not_spill(shape, channels_last, norm):
     for launch in launches_of(shape, channels_last=channels_last, norm=norm):
