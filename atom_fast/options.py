@@ -25,7 +25,7 @@ class Choice(click.Choice):
         except click.BadParameter as error:
             nearest = difflib.get_close_matches(str(value), list(self.choices), n=1)
             if nearest:
-                error.message += f" Did you mean {nearest[0]!r}?"  # pyrefly: ignore[read-only]
+                self.fail(f"{error.message} Did you mean {nearest[0]!r}?", param, ctx)
             raise
 
 
@@ -77,6 +77,10 @@ class SetFile(FilePath):
         return path / SYNTHETIC_FILE if (path / SYNTHETIC_FILE).is_file() else path
 
 
+class _Failure(click.ClickException):
+    exit_code = 2
+
+
 class Commands(click.Group):
     """Commands that report expected failures in one line on standard error, with exit code 2."""
 
@@ -92,9 +96,7 @@ class Commands(click.Group):
         except (ValueError, OSError, RuntimeError, ImportError) as error:
             if os.environ.get("ATOM_FAST_DEBUG") == "1":
                 raise
-            failure = click.ClickException(_rank() + _one_line(error))
-            failure.exit_code = 2  # pyrefly: ignore[read-only]
-            raise failure from error
+            raise _Failure(_rank() + _one_line(error)) from error
 
 
 def _one_line(error: Exception) -> str:
@@ -212,5 +214,5 @@ def configuration(
         for name, value in options.items()
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE  # also where the value is None
     }
-    preset_name = preset_name or preset_in_file
-    return preset(preset_name, **{**in_file, **given}), preset_name
+    name = preset_name or preset_in_file
+    return preset(name, **{**in_file, **given}), name

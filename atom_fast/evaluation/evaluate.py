@@ -122,7 +122,7 @@ def evaluate(
 
     bar_total = len(ranks.own_jobs(jobs)) * protocol.epochs
     with repeatable_convolutions(), tqdm(total=bar_total, desc=network, unit="epoch", disable=not progress) as bar:
-        options: dict[str, Any] = {"evaluate_every": evaluate_every, "together": together, "advance": bar.update}
+        options = {"evaluate_every": evaluate_every, "together": together, "advance": bar.update}
         train = functools.partial(train_networks, task.make_trainer, start=task.start, test=task.test, **options)
         for index, curve in ranks.share(jobs, train):
             curves[index] = dict(curve)
@@ -151,7 +151,7 @@ def architecture_of(synthetic: SyntheticSet, dataset: str) -> dict[str, Any]:
     names = {"width": "width", "depth": "depth", "norm": "norm", "pooling": "pooling", "network_init": "initialization"}
     recorded = {setting: config[setting] for setting in names if config.get(setting) is not None}
     per_class = max(1, len(synthetic) // len(synthetic.class_names))  # the mean, where classes differ in size
-    channels, height, width = synthetic.images.shape[1:]
+    _, channels, height, width = synthetic.images.shape
     config = preset("paper", ipc=per_class, **recorded).for_data((channels, height, width), dataset)
     return {name: getattr(config, setting) for setting, name in names.items()}
 
@@ -278,7 +278,8 @@ def _hash(task: _Task, synthetic: SyntheticSet, evaluate_every: int | None) -> s
     tensors = {"images": synthetic.images, "labels": synthetic.labels, **synthetic.preprocessing.tensors()}
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+        content: Any = tensor.detach().cpu().contiguous().numpy()
+        digest.update(content)
     return digest.hexdigest()
 
 

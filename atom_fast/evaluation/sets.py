@@ -15,7 +15,7 @@ from atom_fast.data.decoding import decode_images
 from atom_fast.data.sampling import check_class_sizes, describe_small_classes
 from atom_fast.data.sources import _class_names, _labelled_files
 from atom_fast.data.whitening import Preprocessing, fit_preprocessing
-from atom_fast.distillation.config import DistillConfig
+from atom_fast.distillation.config import preset
 from atom_fast.evaluation.coresets import (
     forgetting_selection,
     herding_selection,
@@ -72,14 +72,9 @@ def select(
             raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {value!r}")
     if method != "full":
         check_class_sizes(data, ipc)  # before a network is trained
-    if isinstance(preprocessing, Preprocessing):
-        space = preprocessing
-    else:
-        kind = (
-            DistillConfig.from_dict({"preprocessing": preprocessing})
-            .for_data(data.image_shape, data.name)
-            .preprocessing
-        )
+    space = preprocessing
+    if not isinstance(space, Preprocessing):
+        kind = preset(preprocessing=preprocessing).for_data(data.image_shape, data.name).preprocessing
         space = fit_preprocessing(data.train_images, kind, progress=progress)
     settings = {"protocol": protocol, "epochs": epochs, "seed": seed, "device": device, "progress": progress}
     if method == "full":

@@ -32,7 +32,7 @@ def network_seed(seed: int, index: int) -> int:
 @contextlib.contextmanager
 def repeatable_convolutions() -> Iterator[None]:
     """Restrict cuDNN to algorithms that give the same bits in every run, within this context; TF32 is allowed."""
-    cudnn: Any = torch.backends.cudnn  # PyTorch's stubs lack `conv`
+    cudnn: Any = torch.backends.cudnn  # its stubs lack conv
     before = cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision
     cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision = True, False, "tf32"
     try:
@@ -61,7 +61,7 @@ class Trainer:
     def __init__(
         self, network: nn.Module, images: Tensor, labels: Tensor, protocol: Protocol, *, precision: str = "float32"
     ):
-        self.network: Any = network.train()
+        self.network = network.train()
         self.images = images
         self.labels = labels
         self.protocol = protocol
@@ -87,7 +87,8 @@ class Trainer:
     def restart(self, seed: int) -> None:
         """Draw a new network from ``seed`` and reset the momentum."""
         self.generator.manual_seed(seed)
-        self.network.reset_parameters(self.generator)
+        network: Any = self.network
+        network.reset_parameters(self.generator)
         for state in self._optimizer.state.values():
             state["momentum_buffer"].zero_()
 
