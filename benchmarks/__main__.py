@@ -171,7 +171,7 @@ def parse_settings(given: tuple[str, ...]) -> dict[str, object]:
             raise ValueError(f"--set takes NAME=VALUE; got {pair!r}")
         try:
             settings[name.strip().replace("-", "_")] = yaml.safe_load(value)
-        except Exception as error:  # YAML's errors, and those of its constructors
+        except Exception as error:  # YAML's errors, and errors of its constructors
             raise ValueError(f"--set {pair!r} is not readable as YAML") from error
     return from_yaml(settings)
 
