@@ -1,4 +1,4 @@
-"""One ATOM step, every implementation side by side: ``python -m benchmarks.step --classes 2 --ipc 50``.
+"""One ATOM step, every implementation side by side: ``python -m benchmarks step --classes 2 --ipc 50``.
 
 Prints the time of a step, its ratio to the eager step of the same run (all classes at once, equations 1 to 4 in plain
 PyTorch), and the memory of the tensors it makes. On a CPU the bytes are counted operation by operation and do not
@@ -22,7 +22,7 @@ EAGER = "eager-batched"
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print a line each, and keep the records."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks step", description=__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run (default cpu)")
     parser.add_argument("--classes", type=int, default=10, help="number of classes (default 10)")
     parser.add_argument("--ipc", type=int, default=50, help="synthetic images per class (default 50)")
