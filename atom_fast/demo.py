@@ -1,4 +1,4 @@
-"""The demonstration: digits distilled at 1 and 10 images a class, evaluated beside Random, with pictures."""
+"""The demonstration: digits distilled at 1 and 10 images per class, evaluated beside Random, with pictures."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from atom_fast.pictures import comparison_table, result_line, save_run_pictures
 IPCS = (1, 10)
 NETWORKS = 3
 
-# The preset "paper" but for what lets it finish in minutes on a CPU, and what handwritten digits do not bear: there are
-# about 140 real ones a class, and a mirrored one is another sign.
+# What differs from the preset "paper": fewer steps and real images, to finish in minutes on a CPU (a class has about
+# 140), and no flip, since a mirrored digit is another sign.
 OVERRIDES = {"iterations": 300, "real_batch": 64, "augmentation": "color_crop_cutout_scale_rotate"}
 
 _RECORD = "demo.json"
@@ -34,20 +34,20 @@ _RECORD = "demo.json"
 def run_demo(
     output: Path, *, device: torch.device | str | None = None, progress: bool = True, ipcs=IPCS, overrides=None
 ) -> list[dict]:
-    """Run what is missing of the demonstration, and print one line for each number of images a class.
+    """Run the missing parts of the demonstration, and print one line for each number of images per class.
 
-    A part that an earlier demonstration finished with the same settings is kept, an unfinished one resumed, one with
-    other settings made anew. Folders that no demonstration made are never touched.
+    Keep a part that an earlier demonstration finished with the same settings, resume an unfinished one, and replace one
+    with other settings. Folders that no demonstration made are never touched.
 
     Args:
         output: folder; holds ``summary.json``, ``summary.md`` and a run's folder for each part.
         device: where to compute; None: the GPU, if there is one.
         progress: show progress bars on standard error.
-        ipcs: images a class of each part.
-        overrides: settings in place of ``OVERRIDES``.
+        ipcs: images per class of each part.
+        overrides: settings instead of ``OVERRIDES``.
 
     Returns:
-        What ``summary.json`` holds: for every part ``dataset``, ``ipc``, ``method``, ``accuracy_mean``,
+        The content of ``summary.json``: for every part ``dataset``, ``ipc``, ``method``, ``accuracy_mean``,
         ``accuracy_std``, ``random_mean``, ``random_std`` (per cent), ``seconds`` (of the distillation), ``device`` and
         ``config_hash``.
 
@@ -69,7 +69,7 @@ def run_demo(
 
 
 def _part(output: Path, data: ImageData, config: DistillConfig, device, progress: bool) -> dict:
-    """One number of images a class: its result, as kept or as computed now."""
+    """Return the result at one number of images per class, from an earlier demonstration or computed now."""
     folder = output / f"{data.name}-ipc{config.ipc}"
     settings = {"version": __version__, "networks": NETWORKS, "config": config.to_dict()}
     resume = _prepare(output, folder, settings)
@@ -96,7 +96,7 @@ def _part(output: Path, data: ImageData, config: DistillConfig, device, progress
 
 
 def _prepare(output: Path, folder: Path, settings: dict) -> bool:
-    """Make sure that ``folder`` may be used and note that it is the demo's; whether to go on with what is in it."""
+    """Check that ``folder`` may be used and record it as the demo's; return True to continue the run in it."""
     record = _read_record(output / _RECORD)
     known = record.get(folder.name)
     started = folder.is_dir() and any(folder.iterdir())

@@ -24,17 +24,17 @@ BEGIN, END = "<!-- faults: written by python -m tests.faults -->", "<!-- end of 
 
 
 def faults() -> dict[str, list[tuple[str, str, str]]]:
-    """For every group (what is done, what happens, the test that shows it) in the order of the files.
+    """Return (what is done, what happens, the test that shows it) of every group, in the order of the files.
 
     Raises:
-        ValueError: a marker has not three texts, or names another group.
+        ValueError: a marker does not hold three texts, or names another group.
     """
     found: dict[str, list[tuple[str, str, str]]] = {group: [] for group in GROUPS}
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
+    for path in sorted((ROOT / "tests").rglob("test_*.py"), key=lambda path: path.name):
         for node in ast.parse(path.read_text("utf-8")).body:
             for decorator in getattr(node, "decorator_list", ()):
                 if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "pytest.mark.fault":
-                    place = f"{path.name}::{node.name}"
+                    place = f"{path.relative_to(ROOT / 'tests')}::{node.name}"
                     texts = [argument.value for argument in decorator.args if isinstance(argument, ast.Constant)]
                     if len(texts) != 3 or texts[0] not in found:
                         raise ValueError(f"{place}: a fault needs one of the groups {', '.join(GROUPS)}, and two texts")
@@ -43,7 +43,7 @@ def faults() -> dict[str, list[tuple[str, str, str]]]:
 
 
 def table() -> str:
-    """The faults as Markdown."""
+    """Return the faults as Markdown."""
     parts = [BEGIN, "\n<details><summary>All faults that the tests try, by group</summary>"]
     for group, rows in faults().items():
         if rows:
@@ -53,7 +53,7 @@ def table() -> str:
 
 
 def page() -> str:
-    """The page with its table as it is to be now."""
+    """Return the page with its table brought up to date."""
     text = PAGE.read_text("utf-8")
     before, rest = text.split(BEGIN)
     return before + table() + rest.split(END)[1]

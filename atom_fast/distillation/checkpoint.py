@@ -1,4 +1,4 @@
-"""Checkpoints of a distillation: complete or not there, with a checksum inside, and nothing executed on reading."""
+"""Checkpoints of a distillation: written completely or not at all, with a checksum; reading one executes nothing."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class DamagedCheckpointError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """All that a distillation needs to go on as if it had never stopped.
+    """All that a distillation needs to continue as if it had never stopped.
 
     Attributes:
         iteration: the last one that was finished; 0 before the first.
-        tensors: what `Distillation.state` returned.
+        tensors: those of `Distillation.state`, of all classes.
         config: every setting, resolved.
         data_fingerprint: ``ImageData.fingerprint`` of the real images.
         seconds: spent on the iterations so far.
@@ -51,7 +51,7 @@ class Checkpoint:
 def save_checkpoint(folder: str | os.PathLike, checkpoint: Checkpoint, *, keep: int = KEEP) -> Path:
     """Write a checkpoint and remove all but the newest ``keep`` up to it.
 
-    Later iterations' files are left alone: a run that went on from before them found them damaged.
+    Later iterations' files are left alone: a run that continued from before them found them damaged.
 
     Args:
         folder: made where it is missing.
@@ -128,11 +128,11 @@ def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
 
 def latest_checkpoint(folder: str | os.PathLike, report: Callable[[str], None] = print) -> Checkpoint | None:
-    """The newest intact checkpoint, or None where there is none at all.
+    """Return the newest intact checkpoint, or None where there is none at all.
 
     Args:
         folder: where `save_checkpoint` wrote.
-        report: is told about each damaged checkpoint that is passed over.
+        report: called with a message for each damaged checkpoint that is skipped.
 
     Raises:
         RuntimeError: there are checkpoints, but every one is damaged.
@@ -149,14 +149,14 @@ def latest_checkpoint(folder: str | os.PathLike, report: Callable[[str], None] =
 
 
 def remove_unfinished(folder: str | os.PathLike) -> None:
-    """Remove what a killed process left half written. Only for who holds the run's lock."""
+    """Remove the half-written files of a killed process. Only for the process that holds the run's lock."""
     for path in Path(folder).glob(".*.part"):
         with contextlib.suppress(OSError):
             path.unlink()
 
 
 def _files(folder: Path) -> list[Path]:
-    """Checkpoint files, newest first."""
+    """Return the checkpoint files, newest first."""
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=_iteration, reverse=True)
@@ -167,7 +167,7 @@ def _iteration(path: Path) -> int:
 
 
 def _check_types(checkpoint: Checkpoint) -> None:
-    """Refuse what has a checksum and yet is not what `save_checkpoint` writes."""
+    """Raise TypeError for a field that `save_checkpoint` would not write, whatever its checksum."""
     kinds = {"iteration": int, "config": dict, "data_fingerprint": str, "seconds": (int, float), "versions": dict}
     for name, kind in kinds.items():
         value = getattr(checkpoint, name)
@@ -178,7 +178,7 @@ def _check_types(checkpoint: Checkpoint) -> None:
 
 
 def _header(content: bytes) -> dict[str, str]:
-    """The metadata of a safetensors file: after eight bytes of length, JSON with ``__metadata__``."""
+    """Return the metadata of a safetensors file: after eight bytes of length, JSON with ``__metadata__``."""
     length = int.from_bytes(content[:8], "little")
     return json.loads(content[8 : 8 + length])["__metadata__"]
 

@@ -60,14 +60,11 @@ def matching_terms(
         groups: the rows of each class (`atom_fast.functional.class_groups`).
     """
     powers = config.spatial_power, config.channel_power
-
-    def layers_of(images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        return extractor.features(images) if config.feature_maps else extractor.attention(images, *powers)
-
+    layers_of, options = (extractor.features, ()) if config.feature_maps else (extractor.attention, powers)
     with stage("real"), torch.no_grad():
-        real_embedding, real_layers = layers_of(real)
+        real_embedding, real_layers = layers_of(real, *options)
     with stage("synthetic"):
-        synthetic_embedding, synthetic_layers = layers_of(synthetic)
+        synthetic_embedding, synthetic_layers = layers_of(synthetic, *options)
     with stage("loss"):
         mmd = mean_matching_loss(real_embedding, synthetic_embedding, groups=groups)
         if config.feature_maps:

@@ -7,9 +7,7 @@ from torch import Tensor, nn
 
 from atom_fast.networks.layers import is_instance_norm
 from atom_fast.ops.batch_norm import batch_norm
-from atom_fast.ops.conv_block import conv_block
 from atom_fast.ops.instance_norm import instance_norm
-from atom_fast.ops.norm_block import BlockOutput
 
 
 class ConvBlock(nn.Module):
@@ -56,19 +54,8 @@ class ConvBlock(nn.Module):
         accepted = (batch or is_instance_norm(norm)) and norm.affine and isinstance(self.activation, nn.ReLU)
         return accepted and not any(map(_has_hooks, self.children()))
 
-    def attention(self, x: Tensor, spatial_power: float | None, channel_power: float | None) -> BlockOutput:
-        """Return the pooled feature map and its attention maps without writing the feature map.
-
-        Parameters are constants. BatchNorm uses the statistics of the batch and leaves its running statistics alone.
-        """
-        return conv_block(
-            x, self.convolution.weight, self.norm.weight, self.norm.bias, eps=self.norm.eps,
-            spatial_power=spatial_power, channel_power=channel_power,
-            norm="batch" if isinstance(self.norm, nn.BatchNorm2d) else "instance",
-        )  # fmt: skip
-
     def attention_refusal(self) -> str | None:
-        """Return why `attention` does not compute this block; None if it does."""
+        """Return why `ConvNet.attention` cannot run this block fused; None if it can."""
         convolution, norm, pool = self.convolution, self.norm, self.pool
         geometry = convolution.kernel_size, convolution.stride, convolution.padding, convolution.dilation
         if geometry != ((3, 3), (1, 1), (1, 1), (1, 1)) or convolution.groups != 1:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atom_fast.names import INITIALIZATIONS, NORMS, POOLINGS
 from atom_fast.networks.blocks import ConvBlock
 from atom_fast.ops.attention import attention_maps
-from atom_fast.ops.norm_block import check_powers
+from atom_fast.ops.conv_block import conv_block
+from atom_fast.ops.norm_block import check_powers, norm_block
 
 ACTIVATIONS = ("relu", "leakyrelu", "sigmoid")
 GROUPS = 4  # of norm "group", as in the DC and DM code
@@ -146,10 +148,21 @@ class ConvNet(nn.Module):
             embedding, features = self.features(x)
             return embedding, [attention_maps(feature, spatial_power, channel_power) for feature in features[:-1]]
         maps = []
-        for block in self.blocks[:-1]:
-            x, attention = block.attention(x, spatial_power, channel_power)
+        for index, block in enumerate(self.blocks):
+            last = index == len(self.blocks) - 1
+            norm, filters = block.norm, block.convolution.weight
+            options = {
+                "eps": norm.eps,
+                "spatial_power": None if last else spatial_power,
+                "channel_power": None if last else channel_power,
+                "norm": "batch" if isinstance(norm, nn.BatchNorm2d) else "instance",
+            }
+            if index == 0:  # the only convolution of few enough channels to be recomputed instead of stored
+                x, attention = conv_block(x, filters, norm.weight, norm.bias, **options)
+            else:
+                x, attention = norm_block(F.conv2d(x, filters, padding=1), norm.weight, norm.bias, **options)
             maps.append(attention)
-        return self.blocks[-1].attention(x, None, None).pooled.flatten(1), maps
+        return x.flatten(1), maps[:-1]
 
     def unfused_reason(self) -> str | None:
         """Return why `attention` cannot run fused here and now; None if it can."""

@@ -1,13 +1,14 @@
 """Checkpoints: the same bits back, damage noticed, and nothing lost when the disk is full."""
 
+import errno
+import io
 import os
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
 
+from atom_fast import _files
 from atom_fast.distillation.checkpoint import (
     Checkpoint,
     DamagedCheckpointError,
@@ -150,26 +151,17 @@ def test_a_file_from_elsewhere_is_not_executed(tmp_path):
     assert not (tmp_path / "trapped").exists()
 
 
-FULL_DISK = """
-import resource, sys
-sys.path.insert(0, sys.argv[2])
-from tests.distillation.test_checkpoint import make_checkpoint, save_checkpoint
-save_checkpoint(sys.argv[1], make_checkpoint(1))
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-try:
-    save_checkpoint(sys.argv[1], make_checkpoint(2, size=64))
-except OSError as error:
-    print(error)
-"""
+class _FullDisk(io.FileIO):
+    def write(self, content):
+        super().write(content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_full_disk_is_a_clear_error_and_loses_nothing(tmp_path, request):
-    pytest.importorskip("resource")
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path), str(request.config.rootpath)]
-    message = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "cannot write" in message
-    assert "iteration-00000002" in message
-    assert "the newest checkpoint is still" in message
-    assert "iteration-00000001" in message
+def test_a_full_disk_is_a_clear_error_and_loses_nothing(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, make_checkpoint(1))
+    monkeypatch.setattr(_files, "open", _FullDisk, raising=False)
+    with pytest.raises(OSError, match="cannot write .*iteration-00000002.*No space left") as error:
+        save_checkpoint(tmp_path, make_checkpoint(2))
+    assert f"the newest checkpoint is still {tmp_path}/iteration-00000001" in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["iteration-00000001.safetensors"]
     assert_same(latest_checkpoint(tmp_path), make_checkpoint(1))

@@ -9,7 +9,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import atom_fast as af
-from atom_fast import _native
 from atom_fast._device import convolution_precision
 from atom_fast._seeds import derive_seed
 from atom_fast.data.dataset import ImageData
@@ -19,6 +18,7 @@ from atom_fast.distillation.config import preset
 from atom_fast.distillation.loop import distill
 from atom_fast.distillation.start import initial_images
 from atom_fast.distillation.step import Distillation, DivergenceError
+from atom_fast.ops import native
 from benchmarks.digits import plain_loop
 
 
@@ -152,21 +152,21 @@ def test_a_step_dispatches_as_many_operators_for_2_classes_as_for_100_and_reads_
 
 
 def test_nine_frames_lead_from_distill_to_a_kernel(tmp_path, monkeypatch):
-    """Of this package; PyTorch's own between an operator's call and its body are not counted."""
-    if not _native.is_built():
+    """Of this package, below `distill`; PyTorch's own between an operator's call and its body are not counted."""
+    if not native.is_built():
         pytest.skip("needs the kernels in C")
     package, depths = str(Path(af.__file__).parent), []
-    run = _native.run
+    run = native.run
 
     def counted(*arguments):
         frame, names = sys._getframe(1), []
         while frame.f_code is not distill.__code__:
             names += [frame.f_code.co_name] if frame.f_code.co_filename.startswith(package) else []
             frame = frame.f_back
-        depths.append(["distill", *names[::-1]])
+        depths.append(names[::-1])
         return run(*arguments)
 
-    monkeypatch.setattr(_native, "run", counted)
+    monkeypatch.setattr(native, "run", counted)
     config = preset(ipc=2, real_batch=4, width=16, depth=2, iterations=1)
     distill(make_data(), config, tmp_path / "run", progress=False, device="cpu")
     assert len(depths) >= 6
