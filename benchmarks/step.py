@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 from pathlib import Path
 
-from .harness import Plan, environment, run_cell, save_results
+from .harness import Timing, environment, run_cell, save_results
 from .methods import Workload
 
 EAGER = "eager-batched"
@@ -47,9 +47,9 @@ def main(arguments: list[str] | None = None) -> None:
     for keep_memory in (True,) if options.device == "cuda" else (False, True):
         if options.device == "cpu":
             print(f"freed memory is {'kept' if keep_memory else 'given back'}:")
-        plan, eager = Plan(options.iterations, 120, 900, keep_memory), None
+        timing, eager = Timing(options.iterations, 120, 900, keep_memory), None
         for implementation, precision in itertools.product(implementations, options.precision or ["float32"]):
-            cell = run_cell(dataclasses.replace(workload, implementation=implementation, precision=precision), plan)
+            cell = run_cell(dataclasses.replace(workload, implementation=implementation, precision=precision), timing)
             record["cells"].append(
                 {"implementation": implementation, "precision": precision, "keep_memory": keep_memory, **cell}
             )
