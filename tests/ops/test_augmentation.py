@@ -11,10 +11,10 @@ from atom_fast.data.augmentation import AugmentationParameters, augment, draw_au
 from atom_fast.ops import augmentation as operators
 from atom_fast.ops.augmentation import OPERATIONS, augment_op
 from atom_fast.ops.dispatch import backend
-from tests.cubin import CAPABILITIES, compile_kernel
+from tests.cubin import compile_kernel
 
 EACH = (*OPERATIONS, "none")
-SIZES = [(3, 8, 8), (1, 7, 9), (3, 5, 12), (2, 1, 1), (4, 3, 2), (1, 13, 3)]
+SIZES = [(3, 8, 8), (3, 5, 12), (2, 1, 1), (1, 13, 3)]
 
 
 def augment_reference(images, parameters, groups=None, align_corners=False):
@@ -176,7 +176,7 @@ def test_align_corners_does_not_matter_for_square_images():
 
 def test_gradients_of_every_order():
     parameters = parameters_of(EACH, seed=5)
-    images = normal(len(EACH), 2, 4, 5, dtype=torch.float64).requires_grad_()
+    images = normal(len(EACH), 2, 2, 3, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: augment(x, parameters), images)
     assert torch.autograd.gradgradcheck(lambda x: augment(x, parameters).square(), images)
 
@@ -295,7 +295,7 @@ def test_other_images_do_not_change_an_image_s_bits(size, c_case):
             assert torch.equal(part[0], whole[0][own]) and torch.equal(part[1], whole[1][own])
 
 
-@pytest.mark.parametrize("size", [(3, 6, 7), (1, 12, 5), (4, 3, 19)], ids=str)
+@pytest.mark.parametrize("size", [(3, 6, 7), (1, 3, 12)], ids=str)
 def test_a_derivative_is_the_transpose(size, implementation, device):
     parameters = parameters_of(EACH * 2, device, seed=8)
     x, y = normal(14, *size, device=device), normal(14, *size, device=device, seed=2)
@@ -311,7 +311,7 @@ def test_a_derivative_is_the_transpose(size, implementation, device):
 def test_a_value_that_is_not_finite_reaches_what_has_a_weight_on_it(value, transposed, implementation, device):
     """A weight of zero is not multiplied: an infinity beside it would leave NaN."""
     names = [name for name in EACH if name != "color"]
-    operation, uniforms = parameters_of(names * 6, device, seed=9)
+    operation, uniforms = parameters_of(names * (2 if implementation == "triton" else 6), device, seed=9)
     uniforms[-len(names) :] = 0.5  # rotation by nothing, whose other weights are zero
     parameters = operation, uniforms, None, transposed, False, implementation
     images, pulse = (torch.full((len(operation), 1, 5, 7), fill, device=device) for fill in (1.0, 0.0))
@@ -356,8 +356,6 @@ def test_the_operator_is_registered_as_pytorch_wants(transposed, implementation,
     groups = torch.tensor([2, 0, 3], device=device)
     images = normal(3, 2, 3, 3, device=device).requires_grad_()
     torch.library.opcheck(augment_op, (images, *parameters, groups, transposed, True, implementation))
-    last = images.detach().contiguous(memory_format=torch.channels_last)
-    torch.library.opcheck(augment_op, (last, *(p[:3] for p in parameters), None, transposed, False, implementation))
 
 
 def test_compiles_into_one_graph(implementation, device):
@@ -556,9 +554,10 @@ def test_what_does_not_fit_is_refused(change, message):
         augment(given["images"], AugmentationParameters(given["operation"], given["uniforms"]), given["groups"])
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("channels_last", "transposed", "capability"),
+    [(False, False, 86), (False, True, 90), (True, False, 90), (True, True, 86)],
+)
 def test_the_kernel_fits_in_registers(channels_last, transposed, capability):
     from atom_fast.kernels.augmentation import BLOCK, WARPS, augmentation_kernel
 
