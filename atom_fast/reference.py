@@ -91,11 +91,9 @@ def atom_loss(
             real, synthetic, spatial_power, channel_power, real_labels, synthetic_labels
         )
     if real_embedding is not None:
+        assert synthetic_embedding is not None
         loss = loss + mmd_weight * class_mean_distance(
-            real_embedding,
-            synthetic_embedding,
-            real_labels,
-            synthetic_labels,  # pyrefly: ignore[bad-argument-type]
+            real_embedding, synthetic_embedding, real_labels, synthetic_labels
         )
     return scale * loss
 
