@@ -9,9 +9,9 @@ import time
 import pytest
 import torch
 import torch.fx.experimental.proxy_tensor
+from atom_fast.distillation.live_bytes import count_peak
 
 import atom_fast as af
-from atom_fast.distillation.live_bytes import count_peak
 from atom_fast.ops import native
 from atom_fast.ops.batch_norm import batch_norm
 from atom_fast.ops.conv_block import conv_block
