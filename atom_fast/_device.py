@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -87,8 +87,8 @@ def refuse_triton(device: torch.device, reason: str) -> None:
 
 
 # What torch.compiler.assume_constant_result sets, without the seconds that importing the compiler takes.
-chip_of._dynamo_marked_constant = True
-triton_refusal._dynamo_marked_constant = True
+chip_of._dynamo_marked_constant = True  # pyrefly: ignore[missing-attribute]
+triton_refusal._dynamo_marked_constant = True  # pyrefly: ignore[missing-attribute]
 
 
 @functools.cache
@@ -131,7 +131,7 @@ def _launch_refusal(index: int) -> str | None:
 
 @functools.cache
 def _chip(index: int) -> Chip:
-    properties = torch.cuda.get_device_properties(index)
+    properties: Any = torch.cuda.get_device_properties(index)
     return Chip(10 * properties.major + properties.minor, properties.shared_memory_per_block_optin)
 
 
@@ -159,7 +159,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 @contextlib.contextmanager
 def convolution_precision(precision: str, device: torch.device, deterministic: bool = False) -> Iterator[None]:
     """Run the enclosed convolutions in ``"float32"``, ``"tf32"`` or ``"bfloat16"``, the same bits every time or not."""
-    cudnn = torch.backends.cudnn
+    cudnn: Any = torch.backends.cudnn
     before = cudnn.conv.fp32_precision, cudnn.deterministic
     cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     cudnn.deterministic = deterministic or cudnn.deterministic

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -389,7 +390,7 @@ def doctor(device, gpu, as_json):
         known = ", ".join(str(number / 10) for number in SHARED_MEMORY)
         raise ValueError(f"--gpu must be one of {known}; got {gpu}")
     chip = None if capability is None else Chip(capability, SHARED_MEMORY[capability])
-    findings = examine(own_device(device_name(device)), chip)
+    findings: dict[str, Any] = examine(own_device(device_name(device)), chip)
     click.echo(json.dumps(findings, indent=2) if as_json else report(findings))
     if not all(passes(*check) for check in findings.get("checks", {}).items()):
         raise click.exceptions.Exit(1)

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -86,7 +87,7 @@ def _part(output: Path, data: ImageData, config: DistillConfig, device, progress
         data, config, folder, resume=resume, progress=progress, device=device, how_to_go_on="run the same command again"
     )
     save_run_pictures(folder, synthetic)
-    options = {"networks": NETWORKS, "seed": config.seed, "device": device, "progress": progress}
+    options: dict[str, Any] = {"networks": NETWORKS, "seed": config.seed, "device": device, "progress": progress}
     options |= {"architecture": architecture_of(synthetic, data.name), "record": folder / "evaluation.json"}
     random = random_sets(data, synthetic, seed=config.seed)
     result = summary(evaluate(synthetic, data, **options), evaluate(random, data, **options))
@@ -101,7 +102,7 @@ def _prepare(output: Path, folder: Path, settings: dict) -> bool:
     started = folder.is_dir() and any(folder.iterdir())
     if started and known is None:
         raise FileExistsError(f"{folder} was not made by the demo; move it, or give the demo another --output")
-    if started and _as_of_this_version(known) != settings:
+    if started and known is not None and _as_of_this_version(known) != settings:
         print(f"repeated, because the demo's settings changed: {folder}", file=sys.stderr)
         shutil.rmtree(folder)
         started = False

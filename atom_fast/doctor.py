@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ TOLERANCE, TF32_TOLERANCE = 1e-3, 1e-1
 _NVIDIA_SMI = ("nvidia-smi", "--format=csv,noheader")
 
 
-def examine(device: torch.device, chip: Chip | None = None) -> dict[str, object]:
+def examine(device: torch.device, chip: Chip | None = None) -> dict[str, Any]:
     """Examine a device: what it is, what runs on it, whether that is right, and what would make it faster.
 
     Args:
@@ -71,7 +72,7 @@ def examine(device: torch.device, chip: Chip | None = None) -> dict[str, object]
     }
 
 
-def _gpu(device: torch.device) -> dict[str, object]:
+def _gpu(device: torch.device) -> dict[str, Any]:
     properties, chip = torch.cuda.get_device_properties(device), chip_of(device)
     return {
         "name": properties.name,
@@ -87,7 +88,7 @@ def _gpu(device: torch.device) -> dict[str, object]:
 def _ptxas() -> str | None:
     """The version of the assembler that comes with Triton, on which the kernels' machine code depends."""
     spec = importlib.util.find_spec("triton")
-    if spec is None:
+    if spec is None or spec.origin is None:
         return None
     tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "ptxas"
     said = _output([str(tool), "--version"]) or ""
@@ -95,7 +96,7 @@ def _ptxas() -> str | None:
     return found[1] if found else None
 
 
-def _pretended(chip: Chip) -> dict[str, object]:
+def _pretended(chip: Chip) -> dict[str, Any]:
     return {"name": "not this machine's", "chip": str(chip), "precisions": _precisions(chip)}
 
 
@@ -103,7 +104,7 @@ def _precisions(chip: Chip) -> str:
     return "tf32, bfloat16, float32" if chip.has_tf32 else "float32 (no TF32; bfloat16 would be emulated)"
 
 
-def _cpu() -> dict[str, object]:
+def _cpu() -> dict[str, Any]:
     compiler = native.compiler_version()
     return {
         "name": _processor_name(),
@@ -286,7 +287,7 @@ _CHECKS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
 }
 
 
-def report(findings: dict[str, object]) -> str:
+def report(findings: dict[str, Any]) -> str:
     """Return what `examine` found as text, a line for each fact."""
     sections = []
     for title, facts in (("versions", findings.get("versions")), ("CPU", findings.get("cpu"))):

@@ -211,7 +211,7 @@ def _resolve_groups(
                 f"got {real.shape[0]} and {synthetic.shape[0]}"
             )
         return groups
-    if real_labels is None:
+    if real_labels is None or synthetic_labels is None:
         if (real.shape[0] == 0) != (synthetic.shape[0] == 0):
             raise ValueError(
                 f"a class is on one side only: {real.shape[0]} real and {synthetic.shape[0]} synthetic samples"

@@ -94,7 +94,7 @@ class ATOMLoss(nn.Module):
             )
             for real, synthetic in zip(real_features, synthetic_features, strict=True)
         ]
-        if real_embedding is not None:
+        if real_embedding is not None and synthetic_embedding is not None:
             terms.append(self.mmd_weight * mean_matching_loss(real_embedding, synthetic_embedding, **labels))
         if not terms:
             raise ValueError("nothing to match: no layers and no embeddings were given")

@@ -25,7 +25,7 @@ class Choice(click.Choice):
         except click.BadParameter as error:
             nearest = difflib.get_close_matches(str(value), list(self.choices), n=1)
             if nearest:
-                error.message += f" Did you mean {nearest[0]!r}?"
+                self.fail(f"{error.message} Did you mean {nearest[0]!r}?", param, ctx)
             raise
 
 
@@ -60,8 +60,8 @@ class FilePath(click.Path):
     def __init__(self):
         super().__init__(path_type=Path)
 
-    def convert(self, value, param, ctx):
-        path = super().convert(value, param, ctx)
+    def convert(self, value, param, ctx) -> Path:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
         try:
             str(path).encode("utf-8")
         except UnicodeEncodeError:
@@ -75,6 +75,10 @@ class SetFile(FilePath):
     def convert(self, value, param, ctx):
         path = super().convert(value, param, ctx)
         return path / SYNTHETIC_FILE if (path / SYNTHETIC_FILE).is_file() else path
+
+
+class _Failure(click.ClickException):
+    exit_code = 2
 
 
 class Commands(click.Group):
@@ -92,9 +96,7 @@ class Commands(click.Group):
         except (ValueError, OSError, RuntimeError, ImportError) as error:
             if os.environ.get("ATOM_FAST_DEBUG") == "1":
                 raise
-            failure = click.ClickException(_rank() + _one_line(error))
-            failure.exit_code = 2
-            raise failure from error
+            raise _Failure(_rank() + _one_line(error)) from error
 
 
 def _one_line(error: Exception) -> str:
@@ -212,5 +214,5 @@ def configuration(
         for name, value in options.items()
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE  # also where the value is None
     }
-    preset_name = preset_name or preset_in_file
-    return preset(preset_name, **{**in_file, **given}), preset_name
+    name = preset_name or preset_in_file
+    return preset(name, **{**in_file, **given}), name

@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops.launching import accumulation_dtype
-
 
 def spatial_attention(features: Tensor, power: float, normalize: bool = True) -> Tensor:
     """Equation 1: sum of |f|^p over channels, [B, C, H, W] -> [B, H*W]."""
@@ -33,7 +31,7 @@ def attention_maps(
     features: Tensor, spatial_power: float | None, channel_power: float | None, normalize: bool = True
 ) -> Tensor:
     """Equations 1 and 2 side by side, in float32 or float64: [B, C, H, W] -> [B, H*W or 0 + C or 0]."""
-    features = features.to(accumulation_dtype(features.dtype))
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
     maps = [features.new_empty((features.shape[0], 0))]
     if spatial_power is not None:
         maps.append(spatial_attention(features, spatial_power, normalize))
@@ -93,6 +91,7 @@ def atom_loss(
             real, synthetic, spatial_power, channel_power, real_labels, synthetic_labels
         )
     if real_embedding is not None:
+        assert synthetic_embedding is not None
         loss = loss + mmd_weight * class_mean_distance(
             real_embedding, synthetic_embedding, real_labels, synthetic_labels
         )

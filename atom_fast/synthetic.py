@@ -12,6 +12,7 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -293,7 +294,8 @@ def _digest(tensors: dict[str, torch.Tensor], description: dict) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+        digest.update(content)
     return digest.hexdigest()
 
 
@@ -396,12 +398,13 @@ def _export_folder(synthetic: SyntheticSet, path: Path) -> Path:
 def _public_model_space(synthetic: SyntheticSet) -> tuple[torch.Tensor, dict[str, object]]:
     """The images in the space of the public programs, and that space as `Preprocessing.describe` describes it."""
     preprocessing = synthetic.preprocessing
-    constants = PUBLIC_NORMALIZATION.get(synthetic.metadata.get("dataset"))
-    if preprocessing.kind != "standard" or constants is None:
+    own_mean, own_std = preprocessing.mean, preprocessing.std
+    constants = PUBLIC_NORMALIZATION.get(str(synthetic.metadata.get("dataset")))
+    if preprocessing.kind != "standard" or constants is None or own_mean is None or own_std is None:
         return synthetic.images, preprocessing.describe()
     mean, std = (synthetic.images.new_tensor(values)[:, None, None] for values in constants)
     # Not to_pixels, which clamps: distilled images reach outside [0, 1].
-    pixels = synthetic.images * preprocessing.std[:, None, None] + preprocessing.mean[:, None, None]
+    pixels = synthetic.images * own_std[:, None, None] + own_mean[:, None, None]
     return (pixels - mean) / std, Preprocessing(mean.flatten(), std.flatten()).describe()
 
 

@@ -171,7 +171,7 @@ def parse_settings(given: tuple[str, ...]) -> dict[str, object]:
             raise ValueError(f"--set takes NAME=VALUE; got {pair!r}")
         try:
             settings[name.strip().replace("-", "_")] = yaml.safe_load(value)
-        except Exception as error:  # YAML's errors, and those of its constructors
+        except Exception as error:  # YAML's errors, and errors of its constructors
             raise ValueError(f"--set {pair!r} is not readable as YAML") from error
     return from_yaml(settings)
 
@@ -197,10 +197,10 @@ def _table3(edition, out, methods, implementations, ipcs, iterations, seconds):
     from benchmarks.pages.benchmarks import table3_markdown
 
     changes = {"iterations": iterations, "seconds": seconds}
-    plan = replace(
-        table3.EDITIONS[edition].plan, **{name: value for name, value in changes.items() if value is not None}
+    timing = replace(
+        table3.EDITIONS[edition].timing, **{name: value for name, value in changes.items() if value is not None}
     )
-    path = table3.run(edition, out, methods=methods, implementations=implementations, ipcs=ipcs, plan=plan)
+    path = table3.run(edition, out, methods=methods, implementations=implementations, ipcs=ipcs, timing=timing)
     click.echo(table3_markdown([path]))
 
 

@@ -1,4 +1,4 @@
-"""A whole distillation of digits beside the plain loop it replaces: ``python -m benchmarks.digits --out FILE``.
+"""A whole distillation of digits beside the plain loop it replaces: ``python -m benchmarks digits --out FILE``.
 
 300 steps at 10 images per class and 64 real ones, as in ``atom-fast demo``, on a CPU: this project's step, and
 Algorithm 1 in plain PyTorch (``examples/plain_atom.py``). Both draw the same networks, images and augmentations, so
@@ -34,7 +34,7 @@ WARM_UP = 3
 
 def main(arguments: list[str] | None = None) -> None:
     """Run both, print the ratio, and keep the figures."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.digits", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks digits", description=__doc__)
     parser.add_argument("--steps", type=int, default=300, help="steps of each run, a multiple of 10 (default 300)")
     parser.add_argument("--out", type=Path, help="JSON file of the figures")
     options = parser.parse_args(arguments)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from . import paper
-from .accuracy.render import Record, Row, read
+from .accuracy.render import Measured, Record, read
 from .methods import METHODS
 from .plots import files_digest, panels, save, styled
 
@@ -134,7 +134,7 @@ def _draw_scales(axis, record: Record, norm: str, colour: str) -> None:
 
 
 @styled
-def plot_settings(path: Path, compared: Mapping[str, Mapping[str, Row]], source: str, title: str) -> None:
+def plot_settings(path: Path, compared: Mapping[str, Mapping[str, Measured]], source: str, title: str) -> None:
     """Draw a dot per setting, with its standard deviation and its figure beside it.
 
     Args:
@@ -186,7 +186,7 @@ def plot_unit_variance(path: Path, without: Path, divided: Path) -> None:
     plot_settings(path, compared, files_digest([without, divided]), measured)
 
 
-def _measured(record: Record, row: Row) -> str:
+def _measured(record: Record, row: Measured) -> str:
     """Return data set, sets and networks of a row, and the steps of its runs."""
     sets = f"{row.sets} set{'s' if row.sets > 1 else ''} × {row.networks} networks"
     return f"{record.where.rpartition(', ')[0]}: {sets} per row, {record.iterations:,} steps"

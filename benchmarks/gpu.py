@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import scaling, table3
-from .harness import ROOT, Plan, environment, save_results
+from .harness import ROOT, Timing, environment, save_results
 from .timings import FINISHED
 
 PLANNED_MINUTES = 8.0  # time of the run that the limits of the parts are made for; others scale them
@@ -118,8 +118,8 @@ def whole_table(run: GpuRun, limit: float) -> str:
 
 
 def _table3(run: GpuRun, limit: float, methods: list[str] | None, ipcs: list[int] | None, seconds: float) -> str:
-    plan = Plan(iterations=100, seconds=seconds, limit=120)
-    path = table3.run("gpu", run.out, methods=methods, ipcs=ipcs, plan=plan, deadline=time.monotonic() + limit)
+    timing = Timing(iterations=100, seconds=seconds, limit=120)
+    path = table3.run("gpu", run.out, methods=methods, ipcs=ipcs, timing=timing, deadline=time.monotonic() + limit)
     return _count(path)
 
 

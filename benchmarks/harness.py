@@ -34,7 +34,7 @@ MEASURED = ("atom_fast", "kernels", "benchmarks/methods", "benchmarks/harness.py
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Timing:
     """Duration and conditions of a measurement.
 
     Attributes:
@@ -55,7 +55,7 @@ class Plan:
     beside_eager: bool = False
 
 
-def run_cell(workload: Workload, plan: Plan) -> dict:
+def run_cell(workload: Workload, timing: Timing) -> dict:
     """Measure one workload in its own process, so that it starts with clean memory and may crash.
 
     Returns:
@@ -65,16 +65,16 @@ def run_cell(workload: Workload, plan: Plan) -> dict:
     started = time.time()
     # A server imports the modules once and never touches the GPU; each process inherits them. A process with PyTorch's
     # default memory behaviour is started afresh, like a user's.
-    afresh = workload.device == "cpu" and not plan.keep_memory
+    afresh = workload.device == "cpu" and not timing.keep_memory
     context = multiprocessing.get_context("spawn" if afresh else "forkserver")
     context.set_forkserver_preload(["benchmarks.harness", "benchmarks.methods.atom"])
     receiver, sender = context.Pipe(duplex=False)
     processes, neighbour = [], None
-    if plan.beside_eager and workload.device == "cpu" and workload.implementation != "eager":
+    if timing.beside_eager and workload.device == "cpu" and workload.implementation != "eager":
         neighbour, there = context.Pipe()
         eager = dataclasses.replace(workload, implementation="eager", class_chunk=None)
-        processes.append(context.Process(target=_take_turns, args=(eager, plan, there)))
-    process = context.Process(target=_measure_and_send, args=(workload, plan, sender, neighbour))
+        processes.append(context.Process(target=_take_turns, args=(eager, timing, there)))
+    process = context.Process(target=_measure_and_send, args=(workload, timing, sender, neighbour))
     processes.append(process)
     for each in processes:
         each.start()
@@ -83,11 +83,11 @@ def run_cell(workload: Workload, plan: Plan) -> dict:
         neighbour.close()
         there.close()
     try:
-        if receiver.poll(plan.limit):
+        if receiver.poll(timing.limit):
             record = receiver.recv()
             process.join(10)  # its result has arrived; closing may take a while
         else:
-            record = _ended("timeout", f"not done in {plan.limit:.0f} s")
+            record = _ended("timeout", f"not done in {timing.limit:.0f} s")
     except EOFError:
         process.join()
         record = _ended("failed", f"the process ended with code {process.exitcode}")
@@ -99,11 +99,11 @@ def run_cell(workload: Workload, plan: Plan) -> dict:
     return record
 
 
-def _measure_and_send(workload: Workload, plan: Plan, sender, neighbour) -> None:
+def _measure_and_send(workload: Workload, timing: Timing, sender, neighbour) -> None:
     try:
-        if plan.keep_memory and workload.device == "cpu":
+        if timing.keep_memory and workload.device == "cpu":
             keep_freed_memory()
-        record = {"status": "ok", **measure(workload, plan, neighbour)}
+        record = {"status": "ok", **measure(workload, timing, neighbour)}
     except Exception as error:
         if is_out_of_memory(error):
             record = _ended("OOM", str(error))
@@ -117,12 +117,12 @@ def _ended(status: str, message: str) -> dict:
     return {"status": status, "message": message[:1000]}
 
 
-def _take_turns(workload: Workload, plan: Plan, connection) -> None:
+def _take_turns(workload: Workload, timing: Timing, connection) -> None:
     """Run a turn of a workload's step whenever the other end asks, and send the seconds of each step."""
-    if plan.keep_memory:
+    if timing.keep_memory:
         keep_freed_memory()
     connection.recv()  # not before the other process is ready: neither disturbs the other
-    step = _prepared_step(workload, plan)
+    step = _prepared_step(workload, timing)
     for _ in range(WARMUP):
         step()
     connection.send("ready")
@@ -140,19 +140,19 @@ def _turn(step: Step) -> tuple[list[float], object]:
     return seconds, loss
 
 
-def _prepared_step(workload: Workload, plan: Plan) -> Step:
-    if plan.threads and workload.device == "cpu":
-        torch.set_num_threads(plan.threads)
+def _prepared_step(workload: Workload, timing: Timing) -> Step:
+    if timing.threads and workload.device == "cpu":
+        torch.set_num_threads(timing.threads)
     set_precision(workload)
     torch.manual_seed(workload.seed)
     return build_step(workload)
 
 
-def measure(workload: Workload, plan: Plan, neighbour=None) -> dict:
+def measure(workload: Workload, timing: Timing, neighbour=None) -> dict:
     """Build a workload's step and measure it in this process.
 
     Args:
-        workload, plan: step to measure, and duration.
+        workload, timing: step to measure, and duration.
         neighbour: connection to a process in `_take_turns`, or None.
 
     Returns:
@@ -163,7 +163,7 @@ def measure(workload: Workload, plan: Plan, neighbour=None) -> dict:
         neighbour's next turn.
     """
     started = time.perf_counter()
-    step = _prepared_step(workload, plan)
+    step = _prepared_step(workload, timing)
     loss = step()
     synchronize(workload.device)
     setup = time.perf_counter() - started
@@ -172,7 +172,7 @@ def measure(workload: Workload, plan: Plan, neighbour=None) -> dict:
     if on_gpu:
         torch.cuda.empty_cache()  # memory that only the first step needed: trials of convolutions, compilation
     for _ in range(WARMUP - 1):
-        if time.perf_counter() - started > plan.seconds:
+        if time.perf_counter() - started > timing.seconds:
             break
         step()
         synchronize(workload.device)
@@ -180,13 +180,13 @@ def measure(workload: Workload, plan: Plan, neighbour=None) -> dict:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         resident = torch.cuda.memory_allocated()
-        seconds, loss = _time_with_events(step, plan)
+        seconds, loss = _time_with_events(step, timing)
         memory = _cuda_memory(resident)
     else:
         if neighbour is None:
-            seconds, loss = _time_with_clock(step, plan)
+            seconds, loss = _time_with_clock(step, timing)
         else:
-            seconds, beside, loss = _time_in_turns(step, neighbour, plan)
+            seconds, beside, loss = _time_in_turns(step, neighbour, timing)
         memory = _cpu_memory(step, workload)
     return {
         **beside,
@@ -215,13 +215,13 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _time_with_events(step: Step, plan: Plan) -> tuple[list[float], object]:
+def _time_with_events(step: Step, timing: Timing) -> tuple[list[float], object]:
     started = time.perf_counter()
     events = [_recorded_event()]
-    while len(events) <= plan.iterations:
+    while len(events) <= timing.iterations:
         loss = step()
         events.append(_recorded_event())
-        if len(events) > FEWEST and time.perf_counter() - started > plan.seconds:
+        if len(events) > FEWEST and time.perf_counter() - started > timing.seconds:
             break
     torch.cuda.synchronize()
     return [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(events)], loss
@@ -233,12 +233,12 @@ def _recorded_event() -> torch.cuda.Event:
     return event
 
 
-def _time_with_clock(step: Step, plan: Plan) -> tuple[list[float], object]:
+def _time_with_clock(step: Step, timing: Timing) -> tuple[list[float], object]:
     seconds = []
-    while len(seconds) < plan.iterations:
+    while len(seconds) < timing.iterations:
         taken, loss = _clocked(step)
         seconds.append(taken)
-        if len(seconds) >= FEWEST and sum(seconds) > plan.seconds:
+        if len(seconds) >= FEWEST and sum(seconds) > timing.seconds:
             break
     return seconds, loss
 
@@ -249,12 +249,12 @@ def _clocked(step: Step) -> tuple[float, object]:
     return time.perf_counter() - started, loss
 
 
-def _time_in_turns(step: Step, neighbour, plan: Plan) -> tuple[list[float], dict, object]:
+def _time_in_turns(step: Step, neighbour, timing: Timing) -> tuple[list[float], dict, object]:
     """Return the seconds of the step, the neighbour's fields of `measure`, and the loss."""
     neighbour.send("prepare")
     neighbour.recv()
     seconds, eager_seconds, shares = [], [], []
-    while len(shares) < FEWEST or sum(seconds) + sum(eager_seconds) < plan.seconds:
+    while len(shares) < FEWEST or sum(seconds) + sum(eager_seconds) < timing.seconds:
         own, loss = _turn(step)
         neighbour.send(True)
         others = neighbour.recv()
@@ -307,7 +307,7 @@ def _cpu_memory(step: Step, workload: Workload) -> dict:
 
 @functools.lru_cache(maxsize=2)
 def environment(device: str, threads: int | None = None) -> dict:
-    """Return device, versions, commit and a hash of the measured code; ``threads`` as in `Plan`.
+    """Return device, versions, commit and a hash of the measured code; ``threads`` as in `Timing`.
 
     Raises:
         RuntimeError: there is no such device.

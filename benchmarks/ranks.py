@@ -1,4 +1,4 @@
-"""More processes, more classes, the same time? ``python -m benchmarks.ranks --out FILE``.
+"""More processes, more classes, the same time? ``python -m benchmarks ranks --out FILE``.
 
 Weak scaling on a CPU: each process is pinned to a core, has one thread and the same number of classes, whatever the
 number of processes. Rounds of steps are timed, as in a distillation: at the end of a round every rank reads the loss
@@ -43,7 +43,7 @@ WORKLOADS = {
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print a line each, and keep the records."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ranks", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks ranks", description=__doc__)
     parser.add_argument("--out", type=Path, help="JSON file of the records")
     parser.add_argument("--processes", type=int, nargs="+", help="how many (default 1, 2, 4 ... as there are cores)")
     parser.add_argument("--classes", type=int, default=5, help="classes per process (default 5)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from .harness import Plan
+from .harness import Timing
 from .methods import Workload
 from .timings import check_known, measure_cells
 
@@ -22,7 +22,7 @@ class Edition:
         values: values of each varied field.
         implementations: measured implementations; the last is this project's.
         chunk: classes per chunk of this project's step when it is also measured in chunks of classes.
-        plan: duration of each measurement.
+        timing: duration of each measurement.
     """
 
     title: str
@@ -30,7 +30,7 @@ class Edition:
     values: dict[str, tuple[int, ...]]
     implementations: tuple[str, ...]
     chunk: int
-    plan: Plan
+    timing: Timing
 
 
 EDITIONS = {
@@ -40,7 +40,7 @@ EDITIONS = {
         values={"classes": (10, 20, 50, 100, 200), "ipc": (1, 10, 50, 100), "resolution": (32, 64, 128)},
         implementations=("eager", "fused-graph"),
         chunk=10,
-        plan=Plan(iterations=50, seconds=10, limit=120),
+        timing=Timing(iterations=50, seconds=10, limit=120),
     ),
     "cpu": Edition(
         title="a CPU, reduced width and batch",
@@ -50,7 +50,7 @@ EDITIONS = {
         values={"classes": (10, 20, 50, 100, 200), "ipc": (1, 10, 50, 100), "resolution": (32, 64, 128)},
         implementations=("eager", "fused"),
         chunk=10,
-        plan=Plan(iterations=20, seconds=1.5, limit=120),
+        timing=Timing(iterations=20, seconds=1.5, limit=120),
     ),
 }
 
@@ -97,5 +97,5 @@ def run(edition_name: str, out: Path, *, deadline: float | None = None) -> Path:
     check_known("edition", [edition_name], EDITIONS)
     edition = EDITIONS[edition_name]
     path = results_path(out, edition_name)
-    measure_cells(path, "scaling", edition_name, workloads(edition), edition.plan, deadline)
+    measure_cells(path, "scaling", edition_name, workloads(edition), edition.timing, deadline)
     return path

@@ -1,4 +1,4 @@
-"""One ATOM step, every implementation side by side: ``python -m benchmarks.step --classes 2 --ipc 50``.
+"""One ATOM step, every implementation side by side: ``python -m benchmarks step --classes 2 --ipc 50``.
 
 Prints the time of a step, its ratio to the eager step of the same run (all classes at once, equations 1 to 4 in plain
 PyTorch), and the memory of the tensors it makes. On a CPU the bytes are counted operation by operation and do not
@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 from pathlib import Path
 
-from .harness import Plan, environment, run_cell, save_results
+from .harness import Timing, environment, run_cell, save_results
 from .methods import Workload
 
 EAGER = "eager-batched"
@@ -22,7 +22,7 @@ EAGER = "eager-batched"
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print a line each, and keep the records."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks step", description=__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run (default cpu)")
     parser.add_argument("--classes", type=int, default=10, help="number of classes (default 10)")
     parser.add_argument("--ipc", type=int, default=50, help="synthetic images per class (default 50)")
@@ -47,9 +47,9 @@ def main(arguments: list[str] | None = None) -> None:
     for keep_memory in (True,) if options.device == "cuda" else (False, True):
         if options.device == "cpu":
             print(f"freed memory is {'kept' if keep_memory else 'given back'}:")
-        plan, eager = Plan(options.iterations, 120, 900, keep_memory), None
+        timing, eager = Timing(options.iterations, 120, 900, keep_memory), None
         for implementation, precision in itertools.product(implementations, options.precision or ["float32"]):
-            cell = run_cell(dataclasses.replace(workload, implementation=implementation, precision=precision), plan)
+            cell = run_cell(dataclasses.replace(workload, implementation=implementation, precision=precision), timing)
             record["cells"].append(
                 {"implementation": implementation, "precision": precision, "keep_memory": keep_memory, **cell}
             )

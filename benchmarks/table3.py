@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .harness import Plan
+from .harness import Timing
 from .methods import TIMED, Workload
 from .timings import check_known, measure_cells, measure_slow_again
 
@@ -24,7 +24,7 @@ class Edition:
         real_divisor: divisor of the methods' real batches.
         precision: precision of every implementation.
         bfloat16: methods and implementations that are measured in bfloat16 too.
-        plan: duration of each measurement.
+        timing: duration of each measurement.
     """
 
     title: str
@@ -34,7 +34,7 @@ class Edition:
     real_divisor: int
     precision: str
     bfloat16: tuple[tuple[str, str], ...]
-    plan: Plan
+    timing: Timing
 
 
 EDITIONS = {
@@ -46,7 +46,7 @@ EDITIONS = {
         real_divisor=1,
         precision="tf32",
         bfloat16=(("atom", "compile"), ("atom", "fused-graph")),
-        plan=Plan(iterations=100, seconds=60, limit=900),
+        timing=Timing(iterations=100, seconds=60, limit=900),
     ),
     "cpu": Edition(
         title="CPU edition: one thread, reduced width, batch and inner training, not comparable with GPU figures",
@@ -57,7 +57,7 @@ EDITIONS = {
         precision="float32",
         bfloat16=(),
         # One thread: two on the two cores of a shared machine wait for each other, by varying amounts.
-        plan=Plan(iterations=100, seconds=3, limit=180, threads=1, beside_eager=True),
+        timing=Timing(iterations=100, seconds=3, limit=180, threads=1, beside_eager=True),
     ),
 }
 AGAIN_UNTIL = 560.0  # seconds after the start until which cells are measured again
@@ -122,7 +122,7 @@ def run(
     methods: Sequence[str] | None = None,
     implementations: Sequence[str] | None = None,
     ipcs: Sequence[int] | None = None,
-    plan: Plan | None = None,
+    timing: Timing | None = None,
     deadline: float | None = None,
 ) -> Path:
     """Measure the cells of an edition that the results file does not hold yet; write each as it ends.
@@ -131,7 +131,7 @@ def run(
         edition_name: key of :data:`EDITIONS`.
         out: folder of the results file.
         methods, implementations, ipcs: cells to measure; None: all.
-        plan: replaces the edition's plan.
+        timing: replaces the edition's timing.
         deadline: on ``time.monotonic()``'s clock; no cell begins after it or runs beyond it.
 
     Returns:
@@ -145,8 +145,8 @@ def run(
     edition = EDITIONS[edition_name]
     path, started = results_path(out, edition_name), time.monotonic()
     chosen = workloads(edition, methods, implementations, ipcs)
-    plan = plan or edition.plan
-    measure_cells(path, "table3", edition_name, chosen, plan, deadline)
-    if plan.beside_eager:
-        measure_slow_again(path, chosen, plan, deadline or started + AGAIN_UNTIL)
+    timing = timing or edition.timing
+    measure_cells(path, "table3", edition_name, chosen, timing, deadline)
+    if timing.beside_eager:
+        measure_slow_again(path, chosen, timing, deadline or started + AGAIN_UNTIL)
     return path

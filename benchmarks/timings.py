@@ -12,14 +12,14 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from .harness import FORMAT, Plan, environment, load_results, run_cell, save_results
+from .harness import FORMAT, Timing, environment, load_results, run_cell, save_results
 from .methods import METHODS, Workload
 
 FINISHED = ("ok", "OOM")  # statuses that a later call does not measure again
 
 
 def measure_cells(
-    path: Path, kind: str, edition: str, workloads: Sequence[Workload], plan: Plan, deadline: float | None = None
+    path: Path, kind: str, edition: str, workloads: Sequence[Workload], timing: Timing, deadline: float | None = None
 ) -> None:
     """Measure the workloads that the results file does not hold yet; write the file after each.
 
@@ -27,7 +27,7 @@ def measure_cells(
         path: results file; made if missing, continued if present.
         kind, edition: contents of the file.
         workloads: all on one device.
-        plan: duration of each measurement.
+        timing: duration of each measurement.
         deadline: on ``time.monotonic()``'s clock; no cell begins after it or runs beyond it.
 
     Raises:
@@ -36,14 +36,14 @@ def measure_cells(
     """
     if not workloads:
         return
-    results = open_results(path, kind, edition, environment(workloads[0].device, plan.threads))
+    results = open_results(path, kind, edition, environment(workloads[0].device, timing.threads))
     for number, workload in enumerate(workloads, 1):
         label = f"[{number}/{len(workloads)}] {describe(workload)}"
         earlier = find(results, workload)
         if earlier and earlier["status"] in FINISHED:
             print(f"{label}: {outcome(earlier)} (measured before)", flush=True)
             continue
-        limited = _until(plan, deadline)
+        limited = _until(timing, deadline)
         if limited.limit <= 0:
             print(f"{label}: no time left; call again to continue", flush=True)
             break
@@ -53,13 +53,17 @@ def measure_cells(
         print(f"{label}: {outcome(record)}", flush=True)
 
 
-def _until(plan: Plan, deadline: float | None) -> Plan:
-    """Limit a plan to the deadline."""
-    return plan if deadline is None else dataclasses.replace(plan, limit=min(plan.limit, deadline - time.monotonic()))
+def _until(timing: Timing, deadline: float | None) -> Timing:
+    """Limit a timing to the deadline."""
+    return (
+        timing
+        if deadline is None
+        else dataclasses.replace(timing, limit=min(timing.limit, deadline - time.monotonic()))
+    )
 
 
 def measure_slow_again(
-    path: Path, workloads: Sequence[Workload], plan: Plan, deadline: float | None = None, by: float = 1.1
+    path: Path, workloads: Sequence[Workload], timing: Timing, deadline: float | None = None, by: float = 1.1
 ) -> None:
     """Measure once more the cells beside which ``eager`` was slow, slowest first; keep the one with the faster eager.
 
@@ -68,12 +72,12 @@ def measure_slow_again(
 
     Args:
         path: results file.
-        workloads, plan, deadline: as for :func:`measure_cells`.
+        workloads, timing, deadline: as for :func:`measure_cells`.
         by: slowdown of ``eager``, relative to its fastest cell, from which a cell is measured again.
     """
     results = load_results(path)
     for workload, slowness in _slowness(results, workloads):
-        limited = _until(plan, deadline)
+        limited = _until(timing, deadline)
         if slowness < by or limited.limit <= 0:
             break
         earlier = find(results, workload)

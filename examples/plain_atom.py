@@ -103,12 +103,11 @@ class ConvNet(nn.Module):
     def __init__(self):
         super().__init__()
         sizes = [1, *[WIDTH] * DEPTH]
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(*pair, 3, padding=1) for pair in zip(sizes, sizes[1:], strict=False)
-        )
+        convolutions = [nn.Conv2d(*pair, 3, padding=1) for pair in zip(sizes, sizes[1:], strict=False)]
+        self.convolutions = nn.ModuleList(convolutions)
         self.norms = nn.ModuleList(nn.GroupNorm(WIDTH, WIDTH) for _ in range(DEPTH))
         self.classifier = nn.Linear(WIDTH * (8 // 2**DEPTH) ** 2, CLASSES)
-        for convolution in self.convolutions:
+        for convolution in convolutions:
             nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
 
     def features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -1,6 +1,7 @@
-"""What README and docs show: code that runs, commands that exist and run, links that lead somewhere, real figures."""
+"""README and docs: code runs, every command is covered by a test, links lead somewhere, figures are measured."""
 
 import dataclasses
+import importlib
 import importlib.util
 import re
 import shlex
@@ -13,9 +14,9 @@ import torch.nn.functional as F
 from click.testing import CliRunner
 
 import benchmarks.__main__
-from atom_fast.cli import main
+from atom_fast import cli
 from atom_fast.data.whitening import fit_preprocessing
-from atom_fast.evaluation import comparison, get_protocol
+from atom_fast.evaluation.protocols import get_protocol
 from atom_fast.synthetic import SyntheticSet
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,24 +28,57 @@ PAGES = (
     ROOT / "benchmarks" / "results" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 )
+GROUPS = {"atom_fast": cli.main, "benchmarks": benchmarks.__main__.main}
 EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-# Commands that no test runs as they are shown, by what they hold, and why.
-NOT_RUN = {
-    r"--dataset cifar|--data-dir|--download|cifar\d+:|fig3 --seeds|table5 --only": "need a download",
-    r"--edition gpu|benchmarks\.(gpu|kernels)\b|--shape 10 3 32 32 --ipc 50$": "need a GPU, or minutes without one",
-    r"^make ": "are the whole; tests/test_package.py and tests/test_cli.py run their parts",
-    r"^torchrun": "tests/distillation/test_ranks.py runs torchrun with other settings",
-    r"reproduce .*digits": "take minutes; tests/benchmarks/test_accuracy.py runs smaller ones",
-    r"python -m (benchmarks|pytest)": "take minutes; tests/benchmarks/test_harness.py runs smaller ones",
-    r"python -m tests": "tests/test_faults.py, tests/test_fuzz.py and tests/test_compilers.py call them",
-    r"^(atom-fast|python -m atom_fast)( [\w-]+)?$": "name a command, which has tests of its own",
-}
-# What makes a command take little time; the last of two values counts.
-SHORT = {
-    "distill": "--iterations 2 --width 8 --quiet",
-    "evaluate": "--networks 1 --epochs 1 --quiet",
-    "select": "--epochs 1 --quiet",
-    "profile": "--steps 1 --warm-up 1 --width 8 --real-batch 2 --quiet",
+# How a command is covered. RUN: here, with more options that make it short. TEST: by another test that runs it.
+# NEEDS: no test can run it.
+RUN, TEST, NEEDS = "run", "test", "needs"
+MINUTES = "minutes on a machine that does nothing else: it is a measurement"
+# The first pattern that is found in a command says how the command is covered.
+COVERED = {
+    r"--download|cifar|--data-dir|table5 --only|fig3 --seeds 1 --networks": (NEEDS, "a download"),
+    r"benchmarks (gpu|kernels)|--edition gpu": (NEEDS, "a GPU"),
+    r"benchmarks profile --shape 10 3 32 32 --ipc 50": (NEEDS, "a GPU, or minutes without one"),
+    r"benchmarks (evaluation|ranks|step)|pytest benchmarks": (NEEDS, MINUTES),
+    r"^make (test|lint)$": (NEEDS, "nothing: it runs this test, or is a part of what does"),
+    r"^make demo$|^atom-fast demo$": (
+        TEST,
+        "test_cli.py::test_demo_keeps_what_it_finished_and_nothing_that_is_not_its_own",
+    ),
+    r"^make report$|benchmarks report": (TEST, "benchmarks/test_report.py::test_pages_show_what_was_measured"),
+    r"^pip install \.$": (TEST, "test_package.py::test_the_source_archive_holds_every_kernel_once_and_installs"),
+    r"^atom-fast distill --dataset digits": (RUN, "--iterations 2 --width 8 --quiet"),
+    r"^atom-fast distill --set": (TEST, "test_cli.py::test_a_run_starts_from_a_given_set"),
+    r"^atom-fast evaluate .*\.safetensors": (RUN, "--networks 1 --epochs 1 --quiet"),
+    r"^atom-fast select --dataset": (RUN, "--epochs 1 --quiet"),
+    r"^atom-fast select --method": (TEST, "evaluation/test_coresets.py::test_herding_comes_close_to_the_class_mean"),
+    r"^atom-fast (show|info|export) ": (RUN, ""),
+    r"^atom-fast doctor --gpu": (TEST, "test_device.py::test_doctor_says_what_would_run_on_a_gpu_that_is_not_here"),
+    r"^atom-fast doctor": (TEST, "test_device.py::test_doctor_examines_this_machine"),
+    r"^(atom-fast|python -m atom_fast)( COMMAND --help| [a-z]+)?$": (
+        TEST,
+        "test_cli.py::test_help_gives_every_option_with_its_default",
+    ),
+    r"^python -m benchmarks( COMMAND)?$": (RUN, "--help"),
+    r"benchmarks compare .*--repeated": (
+        TEST,
+        "benchmarks/test_timings.py::test_a_repeated_run_is_compared_either_way",
+    ),
+    r"benchmarks compare": (TEST, "benchmarks/test_timings.py::test_compare_names_what_got_slower_by_ratio"),
+    r"benchmarks digits": (TEST, "benchmarks/test_digits.py::test_digits_distils_the_same_set_as_the_plain_loop"),
+    r"benchmarks profile --dataset": (RUN, "--steps 1 --warm-up 1 --width 8 --real-batch 2 --quiet"),
+    r"benchmarks profile": (
+        TEST,
+        "benchmarks/test_profile.py::test_the_command_prints_the_table_and_keeps_the_figures",
+    ),
+    r"benchmarks roofline": (RUN, ""),
+    r"benchmarks scaling": (TEST, "benchmarks/test_report.py::test_scaling_is_drawn"),
+    r"benchmarks table3": (TEST, "benchmarks/test_timings.py::test_second_call_continues"),
+    r"benchmarks table4 --cells": (TEST, "benchmarks/test_run.py::test_a_table_ends_with_ours_beside_the_paper_s"),
+    r"benchmarks (table|fig|study)": (RUN, "--list"),
+    r"^python -m tests\.compilers": (TEST, "test_compilers.py::test_a_chip_is_examined_and_other_rows_stay"),
+    r"^python -m tests\.faults": (TEST, "test_faults.py::test_the_page_is_up_to_date"),
+    r"^python -m tests\.fuzz_readers": (TEST, "test_fuzz.py::test_fuzzed_files_are_read_or_refused"),
 }
 FIGURE = r"\d[\d.,]*\s?(?:ms|MB|GB|%|×|points|s|seconds)(?![\w-])|±"
 
@@ -54,18 +88,25 @@ def blocks(page, language):
 
 
 def commands(page):
-    """Every command of a page, once, without its comment: lines of its shell blocks, and code within its text."""
+    """List the commands of a page, without comments: lines of its shell blocks, and code within its text."""
     text = page.read_text("utf-8")
     lines = "".join(blocks(page, "sh")).splitlines()
     prose = re.sub(r"```.*?```", "", text, flags=re.S)
-    lines += re.findall(r"`((?:atom-fast|python -m|make|torchrun) [^`\n]*)`", prose)
+    lines += re.findall(r"`((?:atom-fast|python|make|torchrun|pip) [^`\n]*)`", prose)
     cleaned = [shlex.join(shlex.split(line, comments=True)) for line in lines]
-    known = ("atom-fast ", "python -m ", "torchrun ", "make ")
-    return list(dict.fromkeys(line for line in cleaned if line.startswith(known)))
+    return list(dict.fromkeys(line for line in cleaned if line))
+
+
+def coverage(line):
+    """Return the pattern, the kind and the text of the entry of ``COVERED`` that a command has."""
+    for pattern, (kind, text) in COVERED.items():
+        if re.search(pattern, line):
+            return pattern, kind, text
+    raise AssertionError(f"{line!r} has no entry in COVERED")
 
 
 def without_generated(page):
-    """The text of a page as it was written by hand: without rendered sections and code."""
+    """Return the text of a page that was written by hand: without rendered sections and code."""
     text = re.sub(r"<!-- (\S+):start -->.*?<!-- \1:end -->", "", page.read_text("utf-8"), flags=re.S)
     return re.sub(r"```.*?```", "", text, flags=re.S)
 
@@ -96,17 +137,17 @@ def test_the_drop_in_gives_the_same_number_and_gradient():
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
-def test_the_program_distils_and_evaluates(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("page", [README, USAGE], ids=lambda page: page.name)
+def test_the_program_distils_and_evaluates(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     short = dataclasses.replace(get_protocol("digits"), epochs=1)
-    monkeypatch.setattr(comparison, "default_protocol", lambda name: short)
-    (code,) = [block for block in blocks(README, "python") if "distill(" in block]
-    for shown, small in (("iterations=300", "iterations=2, width=8"), ("networks=3", "networks=1")):
-        assert shown in code
-        code = code.replace(shown, small)
-    exec(code, {})
-    assert 0 <= float(capsys.readouterr().out) <= 100
-    assert (tmp_path / "runs" / "python" / "synthetic.safetensors").is_file()
+    evaluation = importlib.import_module("atom_fast.evaluation.evaluate")  # as an attribute it is the function
+    monkeypatch.setattr(evaluation, "get_protocol", lambda name: short)
+    (code,) = [block for block in blocks(page, "python") if "distill(" in block]
+    assert "iterations=300" in code
+    exec(code.replace("iterations=300", "iterations=2, width=8"), {})
+    assert re.fullmatch(r"digits ipc=10 atom: \d+\.\d ± \d+\.\d % .*\n", capsys.readouterr().out)
+    assert len(list(tmp_path.glob("runs/*/synthetic.safetensors"))) == 1
 
 
 def test_the_sets_in_the_examples_are_used_as_shown(tmp_path, monkeypatch):
@@ -116,7 +157,7 @@ def test_the_sets_in_the_examples_are_used_as_shown(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     synthetic.save("runs/digits/synthetic.safetensors")
     synthetic.export("res_DM_CIFAR10_ConvNet_10ipc.pt", format="pt")
-    load, normalise, public = blocks(USAGE, "python")
+    load, normalise, public = [block for block in blocks(USAGE, "python") if "distill(" not in block]
     names = {}
     exec(load + normalise, names)
     assert names["images"].shape[-2:] == names["inputs"].shape[-2:] == (8, 8)
@@ -125,79 +166,65 @@ def test_the_sets_in_the_examples_are_used_as_shown(tmp_path, monkeypatch):
     assert names["images"].shape == synthetic.images.shape and names["labels"].tolist() == [0, 1]
 
 
+def test_every_command_is_covered():
+    """Every command has an entry, every entry a command, and the tests that entries name exist."""
+    used = {coverage(line)[0] for page in PAGES for line in commands(page)}
+    assert used == set(COVERED), f"no page shows a command for {set(COVERED) - used}"
+    for kind, text in COVERED.values():
+        if kind == TEST:
+            file, _, function = text.partition("::")
+            assert f"\ndef {function}(" in (ROOT / "tests" / file).read_text("utf-8"), text
+
+
 @EVERY_PAGE
 def test_commands_exist(page):
     for line in commands(page):
         program, *arguments = shlex.split(line)
         if program == "torchrun":
-            assert arguments[:4] == ["--nproc-per-node", arguments[1], "-m", "atom_fast"]
-            program, arguments = "atom-fast", arguments[4:]
-        if program == "atom-fast":
-            check_atom_fast(*arguments)
-        elif program == "make":
+            assert arguments[:3] == ["--nproc-per-node", arguments[1], "-m"]
+            program, arguments = "python", arguments[2:]
+        elif program == "atom-fast":
+            program, arguments = "python", ["-m", "atom_fast", *arguments]
+        if program == "make":
             assert f"\n{arguments[0]}:" in (ROOT / "Makefile").read_text("utf-8")
-        else:
+        elif program == "pip":
+            assert arguments == ["install", "."]
+        elif arguments[0] == "-m":
             check_module(*arguments[1:])
-
-
-def check_atom_fast(name, *arguments):
-    if name == "COMMAND":  # stands for any
-        return
-    command = main.commands[name]
-    if arguments and not stands_for_others(arguments):
-        command.make_context(name, list(arguments), click.Context(main, **main.context_settings))
-
-
-def stands_for_others(words):
-    """Whether a command holds a name such as FILE, which stands for a user's own."""
-    return any(re.fullmatch(r"[A-Z]{2,}", word) for word in words)
+        else:
+            assert program == "python" and (ROOT / arguments[0]).is_file(), line
 
 
 def check_module(module, *arguments):
-    if module == "benchmarks":
-        if arguments:
-            benchmarks.__main__._parser().parse_args(arguments)
+    """Check the command of a module: parse its options where click does, otherwise find them in the source."""
+    if module in GROUPS:
+        if arguments and arguments[0] != "COMMAND":
+            group, name, options = GROUPS[module], arguments[0], list(arguments[1:])
+            if options and group.commands[name].params:
+                group.commands[name].make_context(name, options, click.Context(group, **group.context_settings))
     elif module == "pytest":
         assert (ROOT / arguments[0]).is_file()
-    elif module != "atom_fast":
+    else:
         source = Path(importlib.util.find_spec(module).origin).read_text("utf-8")
         for option in arguments:
             assert not option.startswith("--") or f'"{option}"' in source, option
 
 
-def is_not_run(line):
-    return stands_for_others(line.split()) or any(re.search(pattern, line) for pattern in NOT_RUN)
-
-
 def test_commands_run(tmp_path, monkeypatch):
-    """Those that need neither a GPU nor a download, in the order of the pages, each cut short."""
+    """Run the commands of all pages that are to be run here, in the order of the pages."""
     monkeypatch.chdir(tmp_path)
-    ran = 0
-    for line in commands(README) + commands(USAGE):
-        program, name, *arguments = [*shlex.split(line), ""]
-        if program != "atom-fast" or is_not_run(line):
-            continue
-        if name == "distill":  # both pages show the same run
-            if Path("runs/digits").exists():
-                continue
-        elif name == "export" and Path(arguments[1]).exists():
-            continue
-        result = CliRunner().invoke(main, [name, *arguments[:-1], *SHORT.get(name, "").split()])
-        assert result.exit_code == 0, f"{line}\n{result.output}\n{result.exception!r}"
-        ran += 1
-    assert ran >= 9
+    for line in dict.fromkeys(line for page in (README, USAGE, *PAGES) for line in commands(page)):
+        _, kind, more = coverage(line)
+        if kind == RUN:
+            program, *arguments = shlex.split(line.removeprefix("python -m ").removesuffix(" COMMAND"))
+            group = GROUPS[program.replace("-", "_")]
+            result = CliRunner().invoke(group, [*arguments, *more.split()])
+            assert result.exit_code == 0, f"{line}\n{result.output}\n{result.exception!r}"
     assert Path("images/train/0/0000.png").is_file() and Path("set.pt").is_file() and Path("result.json").is_file()
 
 
-@EVERY_PAGE
-def test_every_command_is_run_or_named_with_a_reason(page):
-    shown = (README, USAGE)
-    for line in commands(page):
-        assert is_not_run(line) or (page in shown and line.startswith("atom-fast")), line
-
-
 def anchors(page):
-    """The anchors of a page's headings, as GitHub makes them."""
+    """List the anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.S), flags=re.M)
     return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
@@ -216,7 +243,10 @@ def test_links_and_pictures_lead_somewhere(page):
 
 
 def test_the_map_of_the_code_names_files_that_exist():
-    rows = re.findall(r"^\| .*`\w+\.py`.*\|$", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), flags=re.M)
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    for path in re.findall(r"`((?:atom_fast|kernels|benchmarks|tests|examples)/[\w/.]*)`", text):
+        assert (ROOT / path).exists() or "NAME" in path, path
+    rows = re.findall(r"^\| (?!`).*`\w+\.py`.*\|$", text, flags=re.M)
     folders = (("kernels", "atom_fast/ops"), ("atom_fast",), ("tests",), ("benchmarks",))
     assert len(rows) >= 6
     for row in rows:

@@ -120,7 +120,7 @@ def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
             "install the version that wrote it"
         )
     try:
-        checkpoint = Checkpoint(**{**fields, "tensors": tensors})
+        checkpoint = Checkpoint(tensors=tensors, **{name: fields[name] for name in fields if name != "tensors"})
         _check_types(checkpoint)
     except TypeError as error:
         raise DamagedCheckpointError(f"{path} is not a checkpoint: {error}") from error
@@ -163,7 +163,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _iteration(path: Path) -> int:
-    return int(_NAME.fullmatch(path.name)[1])
+    return int(path.stem.removeprefix("iteration-"))
 
 
 def _check_types(checkpoint: Checkpoint) -> None:
@@ -188,5 +188,5 @@ def _digest(tensors: dict[str, Tensor], description: str, version: str) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

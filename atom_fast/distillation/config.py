@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import pydantic
 
@@ -19,6 +19,8 @@ from atom_fast.names import STRATEGY, Initialization, Norm, Pooling, Preprocessi
 
 if TYPE_CHECKING:
     import torch
+
+_Class = TypeVar("_Class")
 
 # MTT and DataDAM whiten CIFAR; the ATOM paper (section 7.2) does not whiten Tiny ImageNet, DM whitens nothing.
 _WHITENED = ("cifar10", "cifar100")
@@ -40,12 +42,14 @@ def _setting(
 ) -> Any:
     """A field whose JSON schema also has its unit, the source of its default, and if the images depend on it."""
     extra = {"unit": unit, "source": source, "affects_result": affects_result}
-    return pydantic.Field(default, description=help, json_schema_extra=extra, **limits)
+    field: Any = pydantic.Field
+    return field(default, description=help, json_schema_extra=extra, **limits)
 
 
-def _explained(cls: type) -> type:
+def _explained(cls: type[_Class]) -> type[_Class]:
     """Make a pydantic class raise plain ValueErrors that name the setting, the value and what is accepted."""
-    validate = cls.__init__
+    checked: Any = cls
+    validate = checked.__init__
 
     @functools.wraps(validate)
     def __init__(self, **settings) -> None:
@@ -55,7 +59,7 @@ def _explained(cls: type) -> type:
         except pydantic.ValidationError as error:
             raise ValueError(_explanation(error.errors(include_url=False)[0])) from None
 
-    cls.__init__ = __init__
+    checked.__init__ = __init__
     return cls
 
 
@@ -219,12 +223,12 @@ class DistillConfig:
         """True if anything is matched besides the mean embeddings."""
         return self.feature_maps or self.spatial_power is not None or self.channel_power is not None
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the settings by name, as plain values."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, settings: Mapping[str, object]) -> DistillConfig:
+    def from_dict(cls, settings: Mapping[str, Any]) -> DistillConfig:
         """Build a configuration from settings by name; the others have their defaults.
 
         Raises:
@@ -339,7 +343,7 @@ def default_initialization(norm: str) -> str:
 
 
 # Settings in which papers and released code differ; settings not named are the paper's.
-PRESETS: dict[str, dict[str, object]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "channel": {"spatial_power": None},
     "datadam-code": {
@@ -368,7 +372,7 @@ PRESETS: dict[str, dict[str, object]] = {
 }
 
 
-def preset(name: str = "paper", **overrides) -> DistillConfig:
+def preset(name: str = "paper", **overrides: Any) -> DistillConfig:
     """Build a named configuration with some settings changed.
 
     - ``"paper"``: ATOM.
@@ -396,7 +400,7 @@ def check_names(settings: Mapping[str, object]) -> None:
             raise ValueError(f"unknown setting {name!r}{hint}")
 
 
-def drop_removed_settings(settings: Mapping[str, object]) -> dict[str, object]:
+def drop_removed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings that an earlier version wrote without the ones that are gone.
 
     Raises:
@@ -412,7 +416,7 @@ def drop_removed_settings(settings: Mapping[str, object]) -> dict[str, object]:
     return kept
 
 
-def from_yaml(settings: Mapping[str, object]) -> dict[str, object]:
+def from_yaml(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Interpret text that YAML leaves as text: the words none and auto, and numbers such as 1e-3.
 
     Raises:
@@ -438,7 +442,7 @@ def none_word(setting: Mapping[str, Any]) -> str:
     return "auto" if setting["default"] is None else "none"
 
 
-def read_settings(path: str | os.PathLike) -> dict[str, object]:
+def read_settings(path: str | os.PathLike) -> dict[str, Any]:
     """Read a YAML file of settings: a mapping of names to values, and perhaps the name of a ``preset``.
 
     Raises:

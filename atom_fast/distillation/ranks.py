@@ -292,7 +292,8 @@ class _Group:
         self.all_gather_object()  # so that nobody who sends has to wait for one who is not there yet
         part = part.contiguous()
         rows = self._rows(part, classes)
-        whole = part.new_empty(rows[-1].stop, *part.shape[1:]) if self.rank == 0 or everywhere else None
+        received = self.rank == 0 or everywhere
+        whole = part.new_empty(rows[-1].stop if received else 0, *part.shape[1:])
         if self.rank == 0:
             whole[rows[0]] = part
             for rank in range(1, self.size):
@@ -304,12 +305,13 @@ class _Group:
         if everywhere:
             with self._explained("while images were sent to all ranks"):
                 self._dist.broadcast(whole, 0)
-        return whole
+        return whole if received else None
 
     def scatter(self, whole: Tensor | None, like: Tensor, classes: int) -> Tensor:
         self.all_gather_object()
         received = torch.empty_like(like, memory_format=torch.contiguous_format)
         if self.rank == 0:
+            assert whole is not None
             rows = self._rows(like, classes)
             whole = whole.to(like.device, like.dtype).contiguous()
             received.copy_(whole[rows[0]])

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -124,6 +125,7 @@ class RunFolder:
                 images = initial_images(config, data, preprocessing)
         own = torch.empty(len(classes) * config.ipc, *data.image_shape, device=device)
         images = ranks.scatter(images, own, data.num_classes)
+        assert images is not None  # the first rank has them, the others received theirs
         progress = self._progress and ranks.is_first()
         run = Distillation(config, data, preprocessing, images, classes=classes, progress=progress)
         if checkpoint is not None:
@@ -229,7 +231,7 @@ class RunFolder:
     def _check_not_removed(self) -> None:
         """Raise FileNotFoundError if the folder is not the one that this process locked."""
         try:
-            if not ranks.is_first() or os.path.samestat(os.stat(self.path / LOCK_FILE), self._lock):
+            if self._lock is None or os.path.samestat(os.stat(self.path / LOCK_FILE), self._lock):
                 return
         except OSError:
             pass
@@ -273,7 +275,8 @@ class RunFolder:
         state = {name: ranks.gather(part, self._data.num_classes) for name, part in run.state().items()}
         if ranks.is_first():
             settings, fingerprint = self._config.to_dict(), self._data.fingerprint
-            checkpoint = Checkpoint(self.iteration, state, settings, fingerprint, self._seconds(), versions())
+            tensors = {name: part for name, part in state.items() if part is not None}
+            checkpoint = Checkpoint(self.iteration, tensors, settings, fingerprint, self._seconds(), versions())
             self._saved = save_checkpoint(self.path / CHECKPOINT_FOLDER, checkpoint)
         self.saved_iteration = self.iteration
 
@@ -281,7 +284,7 @@ class RunFolder:
         """Write a picture of the images: one class per row, or ten classes per row at one image per class."""
         self._check_not_removed()
         images = ranks.gather(run.result, self._data.num_classes)
-        if not ranks.is_first():
+        if images is None:
             return
         columns = self._config.ipc if self._config.ipc > 1 else 10
         save_image_grid(
@@ -299,11 +302,13 @@ class RunFolder:
             "seed": config.seed,
             "dataset": data.name,
             "dataset_fingerprint": data.fingerprint,
-            "device": str(run.images.device.type),
+            "device": run.images.device.type,
             "seconds": self._seconds(),
             "versions": versions(),
         }
-        images = ranks.gather(run.result, data.num_classes, everywhere=True).detach().cpu().contiguous()
+        images = ranks.gather(run.result, data.num_classes, everywhere=True)
+        assert images is not None  # gathered on every rank
+        images = images.detach().cpu().contiguous()
         labels = torch.arange(data.num_classes).repeat_interleave(config.ipc)
         return SyntheticSet(images, labels, data.class_names, self._preprocessing.to("cpu"), metadata)
 
@@ -433,7 +438,7 @@ def _deferred_signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, frame) -> None:
         received.append(number)

@@ -113,6 +113,7 @@ class Distillation:
         self.average = self.images.clone() if config.image_average else None
         self._gradient = torch.empty_like(self.images)  # kept, so that a chunk needs memory for its own part only
         self.labels = torch.arange(classes.start, classes.stop, device=device).repeat_interleave(config.ipc)
+        # pyrefly: ignore[no-matching-overload]  PyTorch's stubs lack a device beside a memory format
         self.network = make_network(config, data).to(device, memory_format=layout)
         self.extractor, self.fusion = fused_if_possible(self.network, config, self.images)
         self.gather_real = real_image_gatherer(
@@ -194,6 +195,7 @@ class Distillation:
             with convolution_precision(config.precision, images.device, config.deterministic):
                 attention, mmd = matching_terms(self.extractor, real, synthetic, config, chunk.groups)  # 5
                 with stage("loss"):
+                    # pyrefly: ignore[unsupported-operation]  both are numbers in resolved settings
                     loss = config.loss_scale * (attention + config.mmd_weight * mmd)  # 6
                 with stage("backward"):
                     (self._gradient[chunk.rows],) = torch.autograd.grad(loss, images)
@@ -285,7 +287,7 @@ class Distillation:
         average = {} if self.average is None else {"average": self.average}
         return {"images": self.images, "momentum": self.momentum, **average}
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
+    def restore(self, state: Mapping[str, Tensor | None]) -> None:
         """Continue from tensors as `state` returns them.
 
         Raises:
@@ -351,13 +353,13 @@ def pad_batch_of_one(images: Tensor) -> Tensor:
 
 def make_network(config: DistillConfig, data: ImageData) -> ConvNet:
     """Return the ConvNet whose weights every step draws again; they are constants, only images get a gradient."""
-    channels, *size = data.image_shape
+    channels, height, width = data.image_shape
     network = ConvNet(
         channels,
         data.num_classes,
-        tuple(size),
+        (height, width),
         width=config.width,
-        depth=config.depth,
+        depth=config.depth,  # pyrefly: ignore[bad-argument-type]  a number in resolved settings
         norm=config.norm,
         pooling=config.pooling,
         initialization=config.network_init,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -178,9 +179,9 @@ def watch_training(
                 predicted = trainer.step(indices)
                 counter.update(indices, predicted.argmax(1) == trainer.labels[indices])
                 bar.update()
-    trainer.network.eval()
+    network: Any = trainer.network.eval()
     with torch.no_grad():
-        features = in_batches(lambda images: trainer.network.embed(images).float(), trainer.images, trainer.labels)
+        features = in_batches(lambda images: network.embed(images).float(), trainer.images, trainer.labels)
         features = torch.cat([some for some, _ in features])
     home = data.train_images.device
     return features.to(home), counter.events.to(home)

@@ -36,7 +36,7 @@ def train_networks(
     *,
     evaluate_every: int | None,
     together: int | None,
-    advance: Callable[[], None],
+    advance: Callable[[], object],
 ) -> Iterator[tuple[int, Curve]]:
     """Train and test networks, several at a time.
 

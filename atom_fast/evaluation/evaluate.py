@@ -125,7 +125,7 @@ def evaluate(
         options = {"evaluate_every": evaluate_every, "together": together, "advance": bar.update}
         train = functools.partial(train_networks, task.make_trainer, start=task.start, test=task.test, **options)
         for index, curve in ranks.share(jobs, train):
-            curves[index] = curve
+            curves[index] = dict(curve)
             so_far = result(curves[:networks])
             finished = networks - len(so_far.unfinished)
             bar.set_postfix_str(f"{finished} networks: {so_far.mean:.1f} ± {so_far.std:.1f} %")
@@ -151,7 +151,8 @@ def architecture_of(synthetic: SyntheticSet, dataset: str) -> dict[str, Any]:
     names = {"width": "width", "depth": "depth", "norm": "norm", "pooling": "pooling", "network_init": "initialization"}
     recorded = {setting: config[setting] for setting in names if config.get(setting) is not None}
     per_class = max(1, len(synthetic) // len(synthetic.class_names))  # the mean, where classes differ in size
-    config = preset("paper", ipc=per_class, **recorded).for_data(tuple(synthetic.images.shape[1:]), dataset)
+    _, channels, height, width = synthetic.images.shape
+    config = preset("paper", ipc=per_class, **recorded).for_data((channels, height, width), dataset)
     return {name: getattr(config, setting) for setting, name in names.items()}
 
 
@@ -277,7 +278,8 @@ def _hash(task: _Task, synthetic: SyntheticSet, evaluate_every: int | None) -> s
     tensors = {"images": synthetic.images, "labels": synthetic.labels, **synthetic.preprocessing.tensors()}
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy())
+        content: Any = tensor.detach().cpu().contiguous().numpy()
+        digest.update(content)
     return digest.hexdigest()
 
 

@@ -15,7 +15,7 @@ from atom_fast.data.decoding import decode_images
 from atom_fast.data.sampling import check_class_sizes, describe_small_classes
 from atom_fast.data.sources import _class_names, _labelled_files
 from atom_fast.data.whitening import Preprocessing, fit_preprocessing
-from atom_fast.distillation.config import DistillConfig
+from atom_fast.distillation.config import preset
 from atom_fast.evaluation.coresets import (
     forgetting_selection,
     herding_selection,
@@ -74,7 +74,7 @@ def select(
         check_class_sizes(data, ipc)  # before a network is trained
     space = preprocessing
     if not isinstance(space, Preprocessing):
-        kind = DistillConfig(preprocessing=preprocessing).for_data(data.image_shape, data.name).preprocessing
+        kind = preset(preprocessing=preprocessing).for_data(data.image_shape, data.name).preprocessing
         space = fit_preprocessing(data.train_images, kind, progress=progress)
     settings = {"protocol": protocol, "epochs": epochs, "seed": seed, "device": device, "progress": progress}
     if method == "full":
@@ -90,7 +90,7 @@ def select(
         else:
             rows = space.to_model(data.train_images).flatten(1)
         chosen = {"herding": herding_selection, "k-center": k_center_selection}[method](rows, data, ipc)
-    details = {"seed": seed}
+    details: dict[str, object] = {"seed": seed}
     if method in ("herding", "k-center"):
         details["features"] = features
     if method not in ("random", "full") and details.get("features") != "pixels":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ def network_seed(seed: int, index: int) -> int:
 @contextlib.contextmanager
 def repeatable_convolutions() -> Iterator[None]:
     """Restrict cuDNN to algorithms that give the same bits in every run, within this context; TF32 is allowed."""
-    cudnn = torch.backends.cudnn
+    cudnn: Any = torch.backends.cudnn  # its stubs lack conv
     before = cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision
     cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision = True, False, "tf32"
     try:
@@ -86,7 +87,8 @@ class Trainer:
     def restart(self, seed: int) -> None:
         """Draw a new network from ``seed`` and reset the momentum."""
         self.generator.manual_seed(seed)
-        self.network.reset_parameters(self.generator)
+        network: Any = self.network
+        network.reset_parameters(self.generator)
         for state in self._optimizer.state.values():
             state["momentum_buffer"].zero_()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -45,7 +46,8 @@ def make_network(
     if name == "convnet":
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         settings = {"depth": default_depth(*size), **settings}
-    return NETWORKS[name](channels, num_classes, image_size, **settings)
+    network: Any = NETWORKS[name]
+    return network(channels, num_classes, image_size, **settings)
 
 
 def convnet_search_space() -> Iterator[dict[str, object]]:

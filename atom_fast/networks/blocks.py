@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,7 +22,7 @@ class ConvBlock(nn.Module):
     def __init__(self, convolution: nn.Conv2d, norm: nn.Module, activation: nn.Module, pool: nn.Module):
         super().__init__()
         self.convolution = convolution
-        self.norm = norm
+        self.norm: Any = norm  # which attributes it has depends on its type
         self.activation = activation
         self.pool = pool
 
@@ -52,7 +54,7 @@ class ConvBlock(nn.Module):
         norm = self.norm
         batch = isinstance(norm, nn.BatchNorm2d) and norm.momentum is not None and norm.track_running_stats
         accepted = (batch or is_instance_norm(norm)) and norm.affine and isinstance(self.activation, nn.ReLU)
-        return accepted and not any(map(_has_hooks, self.children()))
+        return bool(accepted) and not any(map(_has_hooks, self.children()))
 
     def attention_refusal(self) -> str | None:
         """Return why `ConvNet.attention` cannot run this block fused; None if it can."""

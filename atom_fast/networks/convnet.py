@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +93,7 @@ class ConvNet(nn.Module):
                 )
             )
         height, breadth = _pooled(block_size, pooling)
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks: Any = nn.ModuleList(blocks)
         self.embedding_size = width * height * breadth
         self.classifier = nn.Linear(self.embedding_size, num_classes)
         self.reset_parameters()
@@ -255,7 +256,7 @@ def _make_norm(norm: str, width: int, size: tuple[int, int]) -> nn.Module:
     if norm == "batch":
         return nn.BatchNorm2d(width)
     if norm == "layer":
-        return nn.LayerNorm((width, *size))
+        return nn.LayerNorm([width, *size])
     if norm == "group":
         return nn.GroupNorm(GROUPS, width)
     return nn.Identity()

@@ -45,9 +45,9 @@ class InstanceNorm(nn.GroupNorm):
         super().__init__(channels, channels)
         self.relu = relu
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Normalise [B, C, H, W], and apply ReLU."""
-        return instance_norm(x, self.weight, self.bias, self.eps, relu=self.relu)
+        return instance_norm(input, self.weight, self.bias, self.eps, relu=self.relu)
 
 
 class Dropout(nn.Module):

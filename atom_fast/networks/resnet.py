@@ -44,7 +44,7 @@ class ResNet18(LayeredNetwork):
         size = check_image_size(image_size, 8, "ResNet-18")
         if min(size) < 16:  # InstanceNorm of the last stage's single pixel is zero for every image
             raise ValueError(f"ResNet-18 needs images of 16x16 or larger; got {size[0]}x{size[1]}")
-        layers = [nn.Conv2d(channels, 64, 3, padding=1, bias=False), InstanceNorm(64)]
+        layers: list[nn.Module] = [nn.Conv2d(channels, 64, 3, padding=1, bias=False), InstanceNorm(64)]
         channels = 64
         for outputs, stride in _STAGES:
             layers += [_Block(channels, outputs, stride), _Block(outputs, outputs, 1)]

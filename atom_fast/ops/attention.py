@@ -251,10 +251,10 @@ def _chunks(features: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tenso
     limit = CHUNK_BYTES if features.device.type == "cpu" else 128 * CHUNK_BYTES
     batch = features.shape[0]
     rows = max(1, limit * batch // (features.numel() * dtype.itemsize))
-    buffers = [torch.empty_like(features[:rows], dtype=dtype) for _ in range(2)]
+    first, second = (torch.empty_like(features[:rows], dtype=dtype) for _ in range(2))
     for start in range(0, batch, rows):
         end = min(start + rows, batch)
-        yield slice(start, end), *(buffer[: end - start] for buffer in buffers)
+        yield slice(start, end), first[: end - start], second[: end - start]
 
 
 def _power(magnitude: Tensor, power: float, out: Tensor) -> Tensor:

@@ -235,7 +235,7 @@ def _forward_eager(images, operation, uniforms, groups, transposed, offset, outp
     chunk = max(1, CHUNK_PIXELS // (height * width))
     for first in range(0, batch, chunk):
         rows = slice(first, first + chunk)
-        table = _table(operation[rows], uniforms[rows], *constants) if groups is None else shared.select(groups[rows])
+        table = _table(operation[rows], uniforms[rows], *constants) if shared is None else shared.select(groups[rows])
         source = images[rows].to(compute).flatten(2)
         result = _weighted_sums(source, table)
         # Contiguous, so that the rounding of an image's mean does not depend on where the image came from.

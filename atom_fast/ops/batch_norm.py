@@ -254,7 +254,7 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient):
+    def backward(ctx, gradient):  # pyrefly: ignore[bad-override]
         return _gradients(_backward_c, ctx, gradient)
 
 

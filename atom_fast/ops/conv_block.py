@@ -6,6 +6,8 @@ scale and shift are constants, as they are during distillation. A second derivat
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -103,7 +105,7 @@ def _check_input(images: Tensor, filters: Tensor) -> None:
 
 
 def launch_kind(
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     channels: int,
     dtype: torch.dtype,
     device: torch.device,
@@ -380,7 +382,8 @@ def _backward_triton(grad_pooled, grad_maps, images, filters, saved, powers, nor
 def _constants(images, filters, weight, spatial_power, channel_power) -> dict:
     _, image_channels, height, width = images.shape
     # Read here, where torch.compile need not trace it. After ``allow_tf32 = False`` it is "none".
-    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32" and chip_of(images.device).has_tf32
+    cudnn: Any = torch.backends.cudnn
+    tf32 = cudnn.conv.fp32_precision == "tf32" and chip_of(images.device).has_tf32
     return {
         "CI": image_channels,
         "C": filters.shape[0],

@@ -178,7 +178,7 @@ class _InstanceNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient):
+    def backward(ctx, gradient):  # pyrefly: ignore[bad-override]
         return *_gradients(gradient, *ctx.saved_tensors, *ctx.options), None, None, None
 
 

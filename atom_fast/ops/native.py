@@ -44,7 +44,7 @@ def is_built() -> bool:
 
 
 # As torch.compiler.assume_constant_result would set it, without the seconds that importing the compiler takes.
-is_built._dynamo_marked_constant = True
+is_built._dynamo_marked_constant = True  # pyrefly: ignore[missing-attribute]
 
 
 def compiler_version() -> str | None:
@@ -195,7 +195,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _sources(pattern: str) -> list[Path]:
-    return sorted(Path(next(iter(kernels.__path__))).glob(pattern))
+    return sorted(Path(next(iter(kernels.__path__))).glob(pattern))  # pyrefly: ignore[missing-attribute]
 
 
 def _compiler() -> list[str]:

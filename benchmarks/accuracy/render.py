@@ -28,7 +28,7 @@ _STATED = ("loss_scale", "image_average", "norm")
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Measured:
     """The measured entry of one row in one column.
 
     Attributes:
@@ -107,7 +107,7 @@ class Record:
             return column
         return f"{self.content['data'][dataset]}, {images(ipc)}"
 
-    def rows(self, column: str) -> list[Row]:
+    def rows(self, column: str) -> list[Measured]:
         """Return the measured rows of a column."""
         return [
             _row(row["title"], row["entries"][column])
@@ -122,12 +122,12 @@ def _is_measured(entry: Mapping | None) -> bool:
     return bool(entry and entry["ours"] and entry["ours"]["mean"] is not None)
 
 
-def _row(title: str, entry: Mapping) -> Row:
+def _row(title: str, entry: Mapping) -> Measured:
     ours = entry["ours"]
     sets = ours.get("sets", 0)  # an average over architectures has none
     networks = ours["networks"] // sets if sets else 0
     seconds, to_base = ours.get("set_seconds"), entry.get("to_base")
-    return Row(title, ours["mean"], ours["std"], sets, entry["wanted"], networks, seconds, entry["paper"], to_base)
+    return Measured(title, ours["mean"], ours["std"], sets, entry["wanted"], networks, seconds, entry["paper"], to_base)
 
 
 def read(path: Path) -> Record:
@@ -262,7 +262,7 @@ def _ours(entry: Mapping) -> str:
     return f"{ours['mean']:.1f} ± {ours['std']:.1f}" + (f" ({', '.join(notes)})" if notes else "")
 
 
-def accuracy(row: Row) -> str:
+def accuracy(row: Measured) -> str:
     """Return "56.3 ± 0.6"."""
     return f"{row.mean:.1f} ± {row.std:.1f}"
 

@@ -178,7 +178,7 @@ def _chosen(units: list[Unit], only: Sequence[int] | None) -> list[Unit]:
 
 
 def _load_data(plan: Plan, missing: list[Unit], output: Path, cache: DataCache) -> None:
-    """Load the data of missing cells, one process per machine first, and compare them with those of existing cells.
+    """Load the data of missing cells, one process per machine first, and compare them with the data of existing cells.
 
     Raises:
         FileNotFoundError, ValueError: as `load_named` and `check_same_images`.

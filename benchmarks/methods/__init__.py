@@ -103,7 +103,7 @@ def get_method(name: str) -> Method:
 
 
 def configuration(name: str, ipc: int, seed: int, overrides: Mapping[str, object]) -> DistillConfig:
-    """Return the settings that a method distils with; for chosen images, those of the networks tested on them.
+    """Return the settings that a method distils with; for chosen images, the settings of the tested networks.
 
     Args:
         name: key of ``MAKES_SETS``.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import markdown
-from benchmarks.accuracy.render import Record, Row, accuracy, read
+from benchmarks.accuracy.render import Measured, Record, accuracy, read
 from benchmarks.harness import load_results
 from benchmarks.markdown import paragraph, three_digits
 from benchmarks.methods import TIMED, Workload
@@ -84,7 +84,7 @@ def _setup(gpu: Sequence[Path]) -> str:
     return _range(setups, "{:.0f}", " to ")
 
 
-def _atom(record: Record, ipc: int) -> Row:
+def _atom(record: Record, ipc: int) -> Measured:
     return next(row for row in record.rows(f"cifar10:{ipc}") if row.title == "ATOM")
 
 
@@ -234,7 +234,7 @@ def _schedule(record: Record) -> str:
     return f"`--protocol {name}`, {protocol['epochs']:,} epochs"
 
 
-def _printed(row: Row) -> str:
+def _printed(row: Measured) -> str:
     """Return the paper's figure."""
     return f"{row.paper[0]:.1f} ± {row.paper[1]:.1f}"
 

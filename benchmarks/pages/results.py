@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import markdown
-from benchmarks.accuracy.render import Record, Row, accuracy, difference, figure, images, note, read, table
+from benchmarks.accuracy.render import Measured, Record, accuracy, difference, figure, images, note, read, table
 
 TABLE1 = "cifar10-table1"
 # They show that a target runs at a small size, and are too small to conclude anything from.
@@ -73,7 +73,7 @@ def details(record: Record) -> str:
     return "\n\n".join(parts)
 
 
-def _study(record: Record, rows: Sequence[Row]) -> str:
+def _study(record: Record, rows: Sequence[Measured]) -> str:
     """Return a study's baseline, and its other rows if they are few; otherwise the open settings show them."""
     base, *others = rows
     text = f"Baseline, {record.made}: {_sentence(base)}."
@@ -85,7 +85,7 @@ def _study(record: Record, rows: Sequence[Row]) -> str:
     return f"{text} Epochs by schedule: {epochs}."
 
 
-def _sentence(row: Row) -> str:
+def _sentence(row: Measured) -> str:
     parts = [
         f"difference {difference(row.to_base)}" if row.to_base else "",
         f"{row.sets} set{'s' * (row.sets > 1)} × {row.networks} networks",

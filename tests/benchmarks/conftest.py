@@ -17,7 +17,7 @@ def edition(monkeypatch):
     """Replace measurements by fixed figures; return how often each cell was measured."""
     counts = {}
 
-    def run_cell(workload, plan):
+    def run_cell(workload, timing):
         key = workload.method, workload.implementation
         counts[key] = counts.get(key, 0) + 1
         if workload.method == "mtt":

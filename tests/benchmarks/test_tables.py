@@ -1,16 +1,11 @@
 """The paper's tables as plans: cells, settings, sizes, and the commands that name them."""
 
 import dataclasses
-import re
-import shlex
-from pathlib import Path
 
-import click
 import pytest
 from PIL import Image
 
 from benchmarks import paper
-from benchmarks.__main__ import main, parse_settings
 from benchmarks.accuracy import TARGETS, plan
 from benchmarks.accuracy.cells import architecture
 from benchmarks.accuracy.datasets import load_named
@@ -18,7 +13,7 @@ from benchmarks.accuracy.size import size_for
 from benchmarks.accuracy.study import FACTORS
 from benchmarks.accuracy.tables import parse_cell
 from benchmarks.methods import configuration
-from tests.benchmarks.tiny import CELLS, command
+from tests.benchmarks.tiny import CELLS
 
 
 def test_table_4_compares_losses_and_nothing_else():
@@ -134,52 +129,11 @@ def test_a_setting_of_which_dm_has_its_own_is_shown_beside_both(iterations):
     assert reduction == {"name": "iterations", "value": iterations, "usual": 8000, "dm": 20_000}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["table9"], "No such command"),
-        (["table1", "--cells", "cifar11:1"], "cifar11:1"),
-        (["table1", "--cells", "cifar10:0"], "cifar10:0"),
-        (["table1", "--cells", "cifar10"], "DATASET:IPC"),
-        (["table2", "--methods", "herding"], "'dm', 'dam', 'atom'"),
-        (["table2", "--cells", "digits:1"], "digits32"),
-        (["study", "--factors", "norm,colour"], "colour"),
-        (["table4", "--factors", "norm"], "No such option"),
-        (["table4", "--set", "no_such=1"], "no_such"),
-        (["table4", "--set", "norm"], "NAME=VALUE"),
-        (["table4", "--set", "image_init=given"], "image_init"),
-        (["table4", "--set", "loss_scale=["], "not readable as YAML"),
-        (["table4", "--set", "norm=!!bool x"], "not readable as YAML"),
-        (["table5", "--set", "channel_power=2"], "varies channel_power itself"),
-        (["table1", "--cells", "digits:²"], "DATASET:IPC"),
-        (["table4", "--set", "norm=[1, 2]"], "norm"),
-        (["table4", "--set", "seed=3"], "--seeds"),
-        (["table4", "--set", "ipc=3"], "--cells"),
-        (["table4", "--seeds", "0"], "seeds"),
-        (["table4", "--cells", "digits:99999999999999", "--set", "image_init=noise"], "ipc must be a whole number"),
-        (["table4", "--device", "mps"], "no other kind is supported"),
-        (["table4", "--cells", "digits:1", "--only", "99"], "99"),
-        (["table4", "--cells", "digits:1000", "--seeds", "1", "--methods", "atom", "--quiet"], "1000"),
-    ],
-)
-def test_what_does_not_exist_is_named(arguments, named, tmp_path):
-    options = ["--device", "cpu"] if "--only" in arguments or "1000" in str(arguments) else []
-    _, error = command(*arguments, "--out", tmp_path, *options, code=2)
-    assert named in error and "Traceback" not in error
-
-
 def test_cells_are_read():
     assert parse_cell(" tiny:50") == ("tiny", 50)
     for text in ("tiny", "tiny:", "tiny:x", "tiny:-1", "svhn:1"):
         with pytest.raises(ValueError, match="DATASET:IPC"):
             parse_cell(text)
-
-
-def test_settings_on_the_command_line_are_read():
-    given = ["spatial_power=none", "loss_scale=1e2", "norm=batch", "image_average=true", "channel-power=2"]
-    assert parse_settings(given) == {
-        "spatial_power": None, "loss_scale": 100.0, "norm": "batch", "image_average": True, "channel_power": 2,
-    }  # fmt: skip
 
 
 def test_no_setting_undoes_what_defines_a_method():
@@ -192,12 +146,6 @@ def test_no_setting_undoes_what_defines_a_method():
         "mmd": (None, None, False, 1.0),
         "feature-maps": (None, None, True, 0.5),
     }
-
-
-def test_missing_data_says_where_and_how(tmp_path):
-    _, error = command("fig5", "--data-dir", tmp_path, "--out", tmp_path / "out", "--quiet", code=2)
-    assert str(tmp_path) in error and "--download" in error and "train/<class>" in error
-    assert not list((tmp_path / "out").glob("cells/*/*"))
 
 
 def write_folder(root, quality=None, classes=10, size=32):
@@ -226,25 +174,3 @@ def test_images_of_another_data_set_are_refused(tmp_path):
     write_folder(tmp_path, classes=3)
     with pytest.raises(ValueError, match="10 classes"):
         load_named("cifar10", tmp_path, progress=False)
-
-
-PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in ("benchmarks", "results", "performance")))
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_commands_on_the_pages_exist(page):
-    root = Path(__file__).resolve().parents[2]
-    found = re.findall(r"python -m benchmarks ([a-z]+[^`\n]*)", (root / page).read_text("utf-8"))
-    assert found or page in ("README.md", "CONTRIBUTING.md")
-    for line in found:
-        name, *arguments = shlex.split(line, comments=True)
-        if name in ("step", "digits", "ranks"):  # they read their own arguments
-            continue
-        command = main.commands[name]
-        with click.Context(main, **main.context_settings) as parent:
-            options = command.make_context(name, arguments, parent).params
-        if name in TARGETS:
-            size = {option: options[option] for option in ("seeds", "networks", "epochs")}
-            settings = parse_settings(options["given"])
-            chosen = options.get("methods"), options.get("factors")
-            assert plan(name, options["cells"], *chosen, settings=settings, **size).units

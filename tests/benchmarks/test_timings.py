@@ -13,11 +13,11 @@ from benchmarks.timings import merge
 from tests.benchmarks.tiny import command
 from tests.benchmarks.workloads import small
 
-PLAN = harness.Plan(iterations=4, seconds=5, limit=60)
+TIMING = harness.Timing(iterations=4, seconds=5, limit=60)
 
 
 def test_a_cell_is_measured_in_its_own_process_in_turns_with_eager():
-    record = harness.run_cell(small("dm", "fused"), dataclasses.replace(PLAN, seconds=0.5, beside_eager=True))
+    record = harness.run_cell(small("dm", "fused"), dataclasses.replace(TIMING, seconds=0.5, beside_eager=True))
     assert record["status"] == "ok", record
     assert len(record["seconds"]) == record["time"]["iterations"]
     assert record["time"]["q20"] <= record["time"]["median"] <= record["time"]["q80"]
@@ -27,7 +27,7 @@ def test_a_cell_is_measured_in_its_own_process_in_turns_with_eager():
 
 
 def test_eager_is_measured_alone():
-    record = harness.measure(small("dm"), PLAN)
+    record = harness.measure(small("dm"), TIMING)
     assert len(record["seconds"]) == 4 and "share_of_eager" not in record
 
 
@@ -44,8 +44,8 @@ def test_the_share_is_of_neighbouring_turns(monkeypatch):
         def recv(self):
             return "ready" if len(sent) == 1 else [next(speeds) * 0.8]
 
-    plan = dataclasses.replace(PLAN, seconds=6)
-    seconds, beside, loss = harness._time_in_turns(lambda: 0.2, Neighbour(), plan)
+    timing = dataclasses.replace(TIMING, seconds=6)
+    seconds, beside, loss = harness._time_in_turns(lambda: 0.2, Neighbour(), timing)
     assert sent == ["prepare", True, True, True, True, False] and loss == 7.0
     assert seconds == [0.2, 0.4, 0.4, 0.4] and beside["eager_seconds"] == [0.8, 1.6, 1.6, 1.6]
     assert beside["share_of_eager"] == pytest.approx(0.25)
@@ -56,7 +56,7 @@ def test_cells_beside_which_eager_was_slow_are_measured_again(tmp_path, monkeypa
     answers = {"compile": [1.0], "fused": [1.5, 1.4], "eager-batched": [1.2, 1.3], "fused-graph": [1.05]}
     measured = []
 
-    def run_cell(workload, plan):
+    def run_cell(workload, timing):
         measured.append(workload.implementation)
         seconds = answers[workload.implementation].pop(0)
         record = {"status": "ok", "share_of_eager": 1 / seconds, "eager_seconds": [seconds]}
@@ -64,12 +64,12 @@ def test_cells_beside_which_eager_was_slow_are_measured_again(tmp_path, monkeypa
 
     monkeypatch.setattr(timings, "run_cell", run_cell)
     path, chosen = tmp_path / "results.json", [small("dm", implementation=implementation) for implementation in answers]
-    timings.measure_cells(path, "table3", "cpu", chosen, PLAN)
+    timings.measure_cells(path, "table3", "cpu", chosen, TIMING)
     del measured[:]
-    timings.measure_slow_again(path, chosen, PLAN, deadline=0.0)
+    timings.measure_slow_again(path, chosen, TIMING, deadline=0.0)
     assert not measured, "there was no time left"
     for _ in range(2):
-        timings.measure_slow_again(path, chosen, PLAN)
+        timings.measure_slow_again(path, chosen, TIMING)
         assert measured == ["fused", "eager-batched"]
     kept = {
         record["workload"]["implementation"]: record["eager_seconds"] for record in harness.load_results(path)["cells"]
@@ -82,7 +82,7 @@ def test_cells_beside_which_eager_was_slow_are_measured_again(tmp_path, monkeypa
     [({"class_images": 10**12}, 60, "OOM"), ({"real_batch": 0, "ipc": -1}, 60, "failed"), ({}, 0.01, "timeout")],
 )
 def test_a_cell_that_does_not_end_well_is_an_entry(changes, limit, status):
-    assert harness.run_cell(small("dm", **changes), dataclasses.replace(PLAN, limit=limit))["status"] == status
+    assert harness.run_cell(small("dm", **changes), dataclasses.replace(TIMING, limit=limit))["status"] == status
 
 
 def test_summary():
@@ -104,12 +104,12 @@ def test_second_call_continues(edition, tmp_path):
 
 
 def test_what_failed_is_tried_again_and_what_was_measured_is_kept(edition, tmp_path, monkeypatch):
-    monkeypatch.setattr(timings, "run_cell", lambda workload, plan: {"status": "failed", "message": "gone"})
+    monkeypatch.setattr(timings, "run_cell", lambda workload, timing: {"status": "failed", "message": "gone"})
     path = table3.run("cpu", tmp_path, methods=["dc"], ipcs=[1])
     assert json.loads(path.read_text())["cells"][0]["status"] == "failed"
     monkeypatch.undo()
     with monkeypatch.context() as patch:
-        patch.setattr(timings, "run_cell", lambda workload, plan: {"status": "OOM", "message": ""})
+        patch.setattr(timings, "run_cell", lambda workload, timing: {"status": "OOM", "message": ""})
         table3.run("cpu", tmp_path, methods=["dc"], ipcs=[1])
     (cell,) = json.loads(path.read_text())["cells"]
     assert cell["status"] == "OOM"
