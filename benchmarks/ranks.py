@@ -1,11 +1,10 @@
 """More processes, more classes, the same time? ``python -m benchmarks ranks --out FILE``.
 
 Weak scaling on a CPU: each process is pinned to a core, has one thread and the same number of classes, whatever the
-number of processes. What is timed is what a distillation does: rounds of steps, at the end of which every rank reads
-the loss terms, and so waits for the slowest. Beside it, the same number of processes that know nothing of one another:
-what they lose is the machine's doing, since cores share caches, memory and clock. Then how long it takes to gather
-images and momentum for a checkpoint, and how many bytes are sent for it. From the bytes follows an estimate for GPUs,
-whose bandwidth is an assumption.
+number of processes. Rounds of steps are timed, as in a distillation: at the end of a round every rank reads the loss
+terms, and so waits for the slowest. The same number of independent processes is timed beside it: what these lose is due
+to the machine, whose cores share caches, memory and clock. Then the time to gather images and momentum for a
+checkpoint, and the bytes sent for it. An estimate for GPUs follows from the bytes and an assumed bandwidth.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ from atom_fast.distillation.step import Distillation
 
 from .harness import environment, save_results, summary
 
-# Bytes a second into one process. No more than assumptions: what the links are sold for, and half of it, since small
-# messages and one receiver do not fill them.
+# Bytes per second into one process. Assumed: half of the nominal rate, since small messages and one receiver do not
+# fill a link.
 LINKS = {"NVLink 4, 450 GB/s": 225e9, "PCIe 5 x16, 64 GB/s": 32e9, "100 Gbit/s network": 6.25e9}
-LATENCY = 50e-6  # seconds a message, assumed
+LATENCY = 50e-6  # seconds per message, assumed
 GPUS = 8  # of the estimate
 WORKLOADS = {
     "CIFAR-10, 50 images per class": (10, 50, (3, 32, 32)),
@@ -72,12 +71,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(cores: list[int], sizes: dict, *, together: bool) -> dict:
-    """As many processes as cores, pinned to one each; the figures of the first one.
+    """Run as many processes as cores, pinned to one each; return the figures of the first one.
 
     Args:
         cores: their numbers.
         sizes: of the measurement.
-        together: they share a distillation; otherwise each runs one of its own, at the same time.
+        together: share one distillation; otherwise each runs its own, at the same time.
     """
     context = multiprocessing.get_context("spawn")
     with socket.socket() as free:
@@ -130,7 +129,7 @@ def _measure(rank: int, cores: list[int], port: int | None, sizes: dict, begin, 
 
 
 def make_run(sizes: dict) -> Distillation:
-    """A run on random images of CIFAR-10's shape, with as many classes as its processes have together."""
+    """Return a run on random images of CIFAR-10's shape; each process has ``sizes["classes"]`` classes."""
     classes, each = sizes["classes"] * ranks.count(), 2 * sizes["real_batch"]
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (classes * each, 3, 32, 32), generator=generator, dtype=torch.uint8)
@@ -146,7 +145,7 @@ def make_run(sizes: dict) -> Distillation:
 
 
 def _time_rounds(run: Distillation, rounds: int, steps: int) -> list[float]:
-    """Seconds a step of each round; a round ends where every rank has read the loss terms."""
+    """Return the seconds per step of each round; a round ends when every rank has read the loss terms."""
     seconds, iteration = [], 0
     for _ in range(rounds + 1):
         started = time.perf_counter()
@@ -168,7 +167,7 @@ def _time(work, count: int) -> list[float]:
 
 
 def _count_sent(gather) -> int:
-    """Bytes that all ranks together hand to ``torch.distributed.send`` while they gather."""
+    """Count the bytes that all ranks together hand to ``torch.distributed.send`` while they gather."""
     counted, send = [0], torch.distributed.send
 
     def counting(tensor, *args, **kwargs):
@@ -184,7 +183,7 @@ def _count_sent(gather) -> int:
 
 
 def estimate(cell: dict, sizes: dict) -> list[dict]:
-    """What gathering a checkpoint would take between GPUs, from the bytes that were counted between processes.
+    """Estimate the time to gather a checkpoint between GPUs, from the bytes counted between processes.
 
     Each rank sends images and momentum, and the first one receives all but its own, one message after another.
 
@@ -203,7 +202,7 @@ def estimate(cell: dict, sizes: dict) -> list[dict]:
 
 
 def describe(cell: dict, one: dict) -> str:
-    """A cell in a line."""
+    """Return a cell as one line."""
     median, first = cell["time"]["median"], one["time"]["median"]
     apart = cell["apart"]["time"]["median"]
     line = f"{cell['processes']} processes: {1e3 * median:8.1f} ms a step ({1e3 * apart:.1f} apart)"
@@ -214,7 +213,7 @@ def describe(cell: dict, one: dict) -> str:
 
 
 def describe_estimate(records: list[dict]) -> list[str]:
-    """The estimate in lines."""
+    """Return the estimate as lines."""
     lines = [
         f"Estimate for {GPUS} GPUs, assuming half of each link's nominal bandwidth into one GPU and "
         f"{1e6 * LATENCY:.0f} µs a message. Inside a step nothing is sent. To gather a checkpoint:"

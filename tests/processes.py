@@ -1,7 +1,7 @@
 """Real processes at the price of a fork: a server that has imported everything forks one for every command.
 
-``python -m tests.processes`` reads jobs, lines of JSON, and answers each with how its process ended. A job holds the
-arguments of ``atom-fast``, a file for what it prints, and what is to go wrong in it (see `_prepare`) or to it (see
+``python -m tests.processes`` reads jobs, lines of JSON, and answers each with its process's exit code. A job holds the
+arguments of ``atom-fast``, a file for its output, and the faults inside it (see `_prepare`) or from outside (see
 `_signalled`).
 """
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Server:
-    """Runs ``atom-fast`` as often as is wanted."""
+    """Runs ``atom-fast`` any number of times."""
 
     def __init__(self):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -37,7 +37,7 @@ class Server:
         )  # fmt: skip
 
     def run(self, *arguments: object, printed: Path, signalled: dict | None = None, **faults: object) -> int:
-        """The exit code of a process, or minus the signal that ended it; what it prints is added to a file."""
+        """Return the exit code of a process, or minus the signal that ended it; append its output to a file."""
         job = {"arguments": [str(argument) for argument in arguments], "printed": str(printed), "faults": faults}
         return self._ask({**job, "signalled": signalled})
 
@@ -47,7 +47,7 @@ class Server:
         self._ask({**job, "background": True})
 
     def stop(self, number: int | None = None) -> int:
-        """Send a signal to the process left running, or none, and wait for it; its exit code."""
+        """Send a signal, or none, to the process left running, and wait for it; return its exit code."""
         return self._ask({"stop": number})
 
     def _ask(self, job: dict) -> int:
@@ -95,7 +95,7 @@ def serve() -> None:
 
 
 def _print(output: int, path: str) -> None:
-    """Add what an ended process printed, less than a pipe holds, to a file."""
+    """Append the output of an ended process, less than a pipe holds, to a file."""
     with open(output, "rb") as printed, open(path, "ab") as file:
         file.write(printed.read())
 
@@ -105,7 +105,7 @@ def _ended(child: int) -> int:
 
 
 def _signalled(child: int, number: int = 0, file: str = "", size: int = 0, after: float = 0.0) -> int:
-    """Wait for a process, to which ``number`` is sent ``after`` seconds from when ``file`` has ``size`` bytes."""
+    """Wait for a process; send it ``number``, ``after`` seconds from the moment that ``file`` has ``size`` bytes."""
     while number:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
@@ -143,15 +143,15 @@ def _prepare(
     kill: str | None = None, call: int = 1, when: str = "before", full: str | None = None, limit: int = 0,
     user: int | None = None, nan_at: int | None = None,
 ) -> None:  # fmt: skip
-    """What is to go wrong in this process.
+    """Arrange the faults of this process.
 
     Args:
         kill: SIGKILL itself at a call of ``os.fsync``, ``os.replace``, or ``write`` to a file written atomically.
-        call: the how manyth.
+        call: which call, counted from 1.
         when: "before" it or "after" it; half of a ``write`` is done.
         full: once a file is to be written whose name matches this, or at once if it is "*", files can only grow up to
             ``limit`` bytes.
-        user: run as this one.
+        user: run as this user.
         nan_at: make an image of class 3 NaN after this iteration.
     """
     if user is not None:
@@ -185,7 +185,7 @@ class _Killing:
 
 
 def _replace_open(killing: _Killing) -> None:
-    """Half of the n-th file's content is written, and on the disk, when the process dies."""
+    """Kill the process when half of the n-th file's content is written, and on the disk."""
     import atom_fast._files
 
     class Half(io.FileIO):
@@ -200,7 +200,7 @@ def _replace_open(killing: _Killing) -> None:
 
 
 def _fill(pattern: str, limit: int) -> None:
-    """From the first file on whose name matches, no file may become longer than ``limit`` bytes."""
+    """Let no file grow beyond ``limit`` bytes, from the first file on whose name matches ``pattern``."""
     import resource
 
     import atom_fast._files

@@ -17,6 +17,7 @@ from atom_fast.ops.batch_norm import batch_norm
 from atom_fast.ops.conv_block import conv_block
 from atom_fast.ops.instance_norm import instance_norm
 from atom_fast.ops.norm_block import norm_block
+from benchmarks.live_bytes import count_peak
 
 COPY = f'while [ "$1" != -o ]; do shift; done\ncp {native._library()._name} "$2"'  # the library of this session
 
