@@ -30,7 +30,7 @@ def spatial_attention(features: Tensor, power: float = 4.0, normalize: bool = Tr
     Raises:
         TypeError: the features are not a floating-point tensor.
         ValueError: the features are not four-dimensional, or the power is outside [1, 16].
-        NotImplementedError: a forward-mode derivative is asked for (torch.func.jvp, jacfwd, hessian).
+        NotImplementedError: a forward-mode derivative is asked for (torch.func.jvp, torch.func.jacfwd).
     """
     return _attention(features, power, None, normalize)
 

@@ -66,7 +66,7 @@ def save_image_grid(
 def save_synthetic_grid(synthetic: SyntheticSet, path: str | os.PathLike, title: str | None = None) -> Path:
     """Write a synthetic set to one PNG: one row per class, or ten images per row if every class has one image.
 
-    Rows of smaller classes are padded with white. Arguments, result and errors are those of :func:`save_image_grid`.
+    Rows of smaller classes are padded with white. See :func:`save_image_grid` for arguments, result and errors.
     """
     pixels = synthetic.pixels()[torch.argsort(synthetic.labels, stable=True)]
     sizes, largest = synthetic.class_sizes, max(synthetic.class_sizes)

@@ -6,8 +6,8 @@ write of a quarter of it, and backward one read and one write. A program owns a 
 both maps are complete and normalised where they are made. Planes too large for registers are walked in tiles by the
 `tiled_` kernels, twice, the second time from the L2 cache; a program then owns BLOCK_C channels of a sample.
 
-BatchNorm passes the statistics of the batch as those of every plane (USE_STATISTICS). The two sums over the batch that its
-gradient needs are written by a first launch of a backward kernel and passed to a second one as means over samples.
+BatchNorm passes the statistics of the batch as those of every plane (USE_STATISTICS). The two sums over the batch that
+its gradient needs are written by a first launch of a backward kernel and passed to a second one as means over samples.
 
 A tile is a quad: the positions (2i + a, 2j + b) for a, b in {0, 1} are four arrays [BLOCK_P, BLOCK_C] over the same
 (i, j), so that pooling is their sum; they are passed as a tuple. The grid of (i, j) is rounded up for odd sizes and

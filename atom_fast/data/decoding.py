@@ -33,8 +33,8 @@ def decode_images(files: Sequence[Path], resolution: int | None = None, *, progr
         pixels are composed onto white.
 
     Raises:
-        ValueError: no files are given, memory does not suffice, or a file cannot be decoded, has another format than
-            those of ``IMAGE_SUFFIXES``, more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``, more than 8 bits per
+        ValueError: no files are given, memory does not suffice, or a file cannot be decoded, has a format without a
+            suffix in ``IMAGE_SUFFIXES``, more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``, more than 8 bits per
             channel, or (without ``resolution``) another size than the first file. The message names the file.
         ImportError: Pillow or tqdm cannot be imported.
     """

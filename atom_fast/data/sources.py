@@ -71,7 +71,7 @@ def load_data(
 
     Raises:
         ValueError: unknown name, bad ``resolution``, a broken image or zip file, images of different sizes without a
-            ``resolution``, test classes that are not training classes, or image files that are not those of ``name``.
+            ``resolution``, test classes that are not training classes, or image files that do not belong to ``name``.
         FileNotFoundError: no data; the message says what was looked for, where, and how to get it.
         ImportError: the package that contains or reads the data cannot be imported.
         RuntimeError: a download failed.

@@ -152,19 +152,11 @@ def dispatch(operation: str, x: Tensor, *arguments):
 
 def _refuse_tangents(operation: str, *arguments) -> None:
     for argument in arguments:
-        if isinstance(argument, Tensor) and _has_tangent(argument):
+        if isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
             raise NotImplementedError(
-                f"{operation} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, torch.autograd."
-                "forward_ad); use reverse mode, or run the call under atom_fast.backend('reference')"
+                f"{operation} has no forward-mode derivative (torch.func.jvp, torch.func.jacfwd, "
+                "torch.autograd.forward_ad); use reverse mode, or run the call under atom_fast.backend('reference')"
             )
-
-
-def _has_tangent(x: Tensor) -> bool:
-    if forward_ad.unpack_dual(x).tangent is not None:
-        return True
-    # A transform inside jvp, such as grad in a Hessian, wraps the tensor that carries the tangent.
-    functorch = torch._C._functorch
-    return functorch.is_functorch_wrapped_tensor(x) and _has_tangent(functorch.get_unwrapped(x))
 
 
 @functools.cache

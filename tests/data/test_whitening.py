@@ -13,7 +13,7 @@ SIZE = 90
 
 
 def smooth_images(count, seed=0, brightness=128):
-    """uint8 [count, 3, 6, 5] whose pixels and channels are correlated, as those of photographs are."""
+    """uint8 [count, 3, 6, 5] whose pixels and channels are correlated, like photographs."""
     generator = torch.Generator().manual_seed(seed)
     common = torch.randn(count, 1, 1, 1, generator=generator)
     rows = torch.randn(count, 3, 6, 1, generator=generator)

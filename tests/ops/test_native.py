@@ -9,7 +9,6 @@ import time
 import pytest
 import torch
 import torch.fx.experimental.proxy_tensor
-from atom_fast.distillation.live_bytes import count_peak
 
 import atom_fast as af
 from atom_fast.ops import native
