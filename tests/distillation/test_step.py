@@ -405,7 +405,7 @@ def test_a_step_never_waits_for_the_device(graph):
     run.finish_reading()
 
 
-@pytest.mark.parametrize("backend", ["torch", "native", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_chunks_of_classes_give_the_gradients_of_all_at_once(backend, place):
     results = []
     for chunk in (None, 1, 3):
