@@ -155,9 +155,11 @@ def _unfused_runs(device: torch.device, refusal: str | None) -> dict[str, str]:
         reason = refusal or "Triton is not installed"
         return {"every operation": f"PyTorch's operators ({reason})"}
     kernels = "first block", "later blocks", "augmentation", "norms of an evaluation"
-    built = "fused (C), float32" if native.is_built() else "PyTorch's operators: the kernels in C are not built"
+    built = (
+        "fused (C), computed in float32" if native.is_built() else "PyTorch's operators: the kernels in C are not built"
+    )
     return dict.fromkeys(kernels, built) | dict.fromkeys(
-        ("attention maps", "class means"), "PyTorch's operators, in pieces that fit the cache"
+        ("attention maps", "class means"), "PyTorch's operators, in chunks that fit the cache"
     )
 
 

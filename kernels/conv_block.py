@@ -4,7 +4,7 @@ An image is a few kilobytes and its convolution 128 times as much, so nothing of
 recomputed from the image wherever it is needed, by a product of the image's 3x3 neighbourhoods [positions, 9 channels]
 with the filters. The convolution's bias is left out, because the norm takes the mean of a channel away.
 
-The statistics of BatchNorm are USE_STATISTICS: `conv_block_statistics_kernel` takes those of every plane beforehand.
+For BatchNorm, `conv_block_statistics_kernel` first computes the statistics of every plane, which USE_STATISTICS reads.
 
 Backward: `conv_block_sums_kernel` takes the two sums of a plane that the norm's gradient needs,
 `conv_block_columns_kernel` multiplies the gradient of the convolution's output with the filters, and `fold_kernel`

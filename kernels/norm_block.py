@@ -6,8 +6,8 @@ write of a quarter of it, and backward one read and one write. A program owns a 
 both maps are complete and normalised where they are made. Planes too large for registers are walked in tiles by the
 `tiled_` kernels, twice, the second time from the L2 cache; a program then owns BLOCK_C channels of a sample.
 
-BatchNorm passes the statistics of the batch as those of every plane (USE_STATISTICS). The two sums over the batch that
-its gradient needs are written by a first launch of a backward kernel and passed to a second one as means over samples.
+For BatchNorm, USE_STATISTICS reads the statistics of the batch, stored for every plane. A first launch of a backward
+kernel writes the two sums that its gradient needs over the batch; a second launch reads their means over samples.
 
 A tile is a quad: the positions (2i + a, 2j + b) for a, b in {0, 1} are four arrays [BLOCK_P, BLOCK_C] over the same
 (i, j), so that pooling is their sum; they are passed as a tuple. The grid of (i, j) is rounded up for odd sizes and
@@ -360,7 +360,7 @@ def normalize_planes(
     EXACT: tl.constexpr,
     USE_STATISTICS: tl.constexpr,
 ):
-    """Centre planes and compute 1 / sqrt(variance + eps) [BLOCK_C], with given statistics or their own, then stored."""
+    """Centre planes; return them and 1 / sqrt(variance + eps) [BLOCK_C], read (USE_STATISTICS) or written."""
     if USE_STATISTICS:
         b_mean, b_rstd = load_statistics(p_mean, p_rstd, i_b, o_c, C)
         quad = centre_quad(quad, b_mean, valid, EXACT)
@@ -523,7 +523,7 @@ def norm_block_forward_kernel(
         p_weight, p_bias: [C] scale and shift of the norm, read with AFFINE.
         p_pooled: [B, C, H // 2, W // 2] by its strides.
         p_maps: [B, M] the spatial map (H W values, if taken), then the channel map (C), each of L2 norm 1 or zero.
-        p_mean, p_rstd: [B, C] mean and 1 / sqrt(variance + eps) of each plane; read where they are USE_STATISTICS.
+        p_mean, p_rstd: [B, C] mean and 1 / sqrt(variance + eps) of each plane; read (USE_STATISTICS) or written.
         p_statistics: [B, 3] the largest feature and 1 / norm of each map relative to it; 1 where zero or not taken.
         CHUNKS: number of blocks of BLOCK_C channels, rounded up to a power of two.
     """

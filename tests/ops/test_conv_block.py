@@ -99,7 +99,7 @@ def test_sizes_and_channels_beyond_the_kernels_too(batch, image_channels, size, 
 
 @pytest.mark.parametrize(("backend", "norm"), FUSED)
 def test_float32_and_channels_last_images(backend, norm, place):
-    images, filters, weight, bias = draw(2, 3, 20, 9, 8, place, torch.float32)
+    images, filters, weight, bias = draw(3, 3, 20, 9, 8, place, torch.float32)
     images += 2 * torch.arange(3, device=place).view(3, 1, 1, 1)  # the planes' means differ
     expected = exact(images, filters, weight, bias, norm=norm)
     with products("ieee"):
