@@ -1,1 +1,1 @@
-"""The fused kernels: Triton for a GPU, and C beside it for a CPU, one operation a stem."""
+"""Fused kernels: Triton (.py) for GPUs, C (.c) for CPUs. The files of one operation share their stem."""

@@ -1,13 +1,13 @@
-"""Spatial and channel attention of a feature map in one read, and their gradient in one read and one write.
+"""Spatial and channel attention of a feature map in one read; their gradient in one read and one write.
 
 With u = |f| / m, where m is the largest |f| of the sample, equations 1 and 2 of the paper become
 s[hw] = sum_c u^ps and c[ch] = sum_hw u^pc, up to a factor that the L2 normalisation removes. No value exceeds 1, so
-no power overflows. m is not known before the read: a program keeps a running maximum and rescales what it has added
-so far, as online softmax does, and `attention_normalize_kernel` brings the tiles to the sample's m.
+no power overflows. m is not known before the read: a program keeps a running maximum and rescales its sums when the
+maximum grows, as online softmax does, and `attention_normalize_kernel` rescales the tiles to the sample's m.
 
-Grid of the streaming kernels: (samples, tiles of BLOCK_P positions). The spatial map is complete in a tile; the
-channel map is one partial sum a tile, added in the order of the tiles, so the same input gives the same bits.
-A power of 0 leaves that map out.
+Grid of the streaming kernels: (samples, tiles of BLOCK_P positions). A tile holds complete sums of
+the spatial map, and one partial sum per channel of the channel map. Partial sums are added in tile order, so the same
+input gives the same bits. A power of 0 leaves a map out.
 """
 
 import triton
@@ -17,12 +17,12 @@ from .powers import power, slope
 
 
 def forward_launch(channels: int, positions: int, bytes_per_value: int) -> dict[str, int]:
-    """Launch table of `attention_forward_kernel`: 32 KB a tile and 64 values a thread, the fastest measured of six."""
+    """Return the launch table of `attention_forward_kernel`: 32 KB per tile and 64 values per thread were fastest."""
     return _tile(channels, positions, 32768 // max(bytes_per_value, 2), 64)
 
 
 def backward_launch(channels: int, positions: int, channels_last: bool) -> dict[str, int]:
-    """Launch table of `attention_backward_kernel`: longer runs of positions where they are adjacent in memory."""
+    """Return the launch table of `attention_backward_kernel`: longer tiles if positions are adjacent in memory."""
     return _tile(channels, positions, 4096 if channels_last else 8192, 32 if channels_last else 64)
 
 
@@ -33,7 +33,7 @@ def _tile(channels: int, positions: int, values: int, values_per_thread: int) ->
 
 
 def normalize_launch(channels: int, positions: int, tiles: int) -> dict[str, int]:
-    """Launch table of the per-sample kernels over maps of ``positions`` + ``channels`` values."""
+    """Return the launch table of the per-sample kernels over maps of ``positions`` + ``channels`` values."""
     return {
         "BLOCK_C": min(triton.next_power_of_2(channels), 128),
         "BLOCK_P": min(triton.next_power_of_2(positions), 1024),
@@ -44,7 +44,7 @@ def normalize_launch(channels: int, positions: int, tiles: int) -> dict[str, int
 
 @triton.jit
 def _position_offsets(o_p, W, stride_h, stride_w, FLAT: tl.constexpr):
-    """Offsets of flattened positions; FLAT where a row follows the last without a gap (stride_h = W stride_w)."""
+    """Return offsets of flattened positions; FLAT if rows follow each other without a gap (stride_h = W stride_w)."""
     if FLAT:
         offsets = o_p.to(tl.int64) * stride_w
     else:
@@ -72,11 +72,11 @@ def attention_forward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Unnormalised maps of one tile, relative to the running maximum when it was read.
+    """Compute the unnormalised maps of one tile, relative to the running maximum at the time of the read.
 
     Args:
-        p_features: [B, C, H, W] by its strides, any floating dtype.
-        p_spatial: [B, P] sums over channels, P = H W; relative to the tile's last peak.
+        p_features: [B, C, H, W], any strides, any floating dtype.
+        p_spatial: [B, P] sums over channels, P = H W; relative to the tile's final peak.
         p_channel: [B, T, C] sums over the tile's positions; chunk i of BLOCK_C channels is relative to peak i.
         p_peak: [B, T, ceil(C / BLOCK_C)] the running maximum of |f| after each chunk of channels.
     """
@@ -112,20 +112,20 @@ def attention_forward_kernel(
 
 @triton.jit
 def _divisor(peak):
-    """The peak, or 1 where it is zero or so small that its reciprocal overflows."""
+    """Return the peak, or 1 if it is zero or so small that its reciprocal overflows."""
     smallest: tl.constexpr = 2.2250738585072014e-308 if peak.dtype == tl.float64 else 1.1754943508222875e-38
     return tl.where(peak >= smallest, peak, 1.0)
 
 
 @triton.jit
 def _tile_ratio(p_peak, row, o_t, m_t, i_c, n_c, inverse_peak):
-    """Peaks of tiles ``o_t`` after chunk ``i_c``, over the sample's peak: at most 1."""
+    """Return the peaks of tiles ``o_t`` after chunk ``i_c``, divided by the sample's peak: at most 1."""
     return tl.load(p_peak + (row + o_t) * n_c + i_c, mask=m_t, other=0.0) * inverse_peak
 
 
 @triton.jit
 def _spatial_block(p_spatial, p_peak, i_b, o_p, P, n_t, n_c, inverse_peak, SPATIAL: tl.constexpr, TILE_P: tl.constexpr):
-    """One block of the spatial map, relative to the sample's peak."""
+    """Load one block of the spatial map, relative to the sample's peak."""
     m_p = o_p < P
     ratio = _tile_ratio(p_peak, i_b * n_t, (o_p // TILE_P).to(tl.int64), m_p, n_c - 1, n_c, inverse_peak)
     return tl.load(p_spatial + i_b * P + o_p, mask=m_p, other=0.0) * power(ratio, SPATIAL)
@@ -145,7 +145,7 @@ def _channel_block(
     BLOCK_C: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """One block of the channel map, relative to the sample's peak: the tiles' partial sums in their order."""
+    """Sum one block of the channel map over the tiles, in tile order, relative to the sample's peak."""
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros([BLOCK_C], dtype=p_channel.dtype.element_ty)
     for start in range(0, n_t, BLOCK_T):
@@ -176,14 +176,14 @@ def attention_normalize_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Bring a sample's tiles to one scale and divide each map by its L2 norm (equation 3). Grid: (samples,).
+    """Rescale a sample's tiles to one peak and divide each map by its L2 norm (equation 3). Grid: (samples,).
 
     Args:
-        p_spatial, p_channel, p_peak: what `attention_forward_kernel` wrote, with tiles of TILE_P positions
-            and chunks of BLOCK_C channels.
-        p_maps: [B, M] the spatial map (P values, if taken) followed by the channel map (C values, if taken).
+        p_spatial, p_channel, p_peak: outputs of `attention_forward_kernel` with tiles of TILE_P positions and chunks
+            of BLOCK_C channels.
+        p_maps: [B, M] the spatial map (P values) followed by the channel map (C values), without those left out.
         p_statistics: [3, B] the sample's peak (1 for a sample of zeros or subnormal numbers) and, for each map, the
-            factor that takes the map relative to the peak to the result: 1 / norm, or peak^p without NORMALIZE.
+            factor that multiplies the map relative to the peak: 1 / norm, or peak^p without NORMALIZE.
     """
     i_b = tl.program_id(0).to(tl.int64)
     n_b = tl.num_programs(0).to(tl.int64)
@@ -237,7 +237,7 @@ def attention_normalize_kernel(
 
 @triton.jit
 def _row_dot(p_a, p_b, N, dtype: tl.constexpr, BLOCK: tl.constexpr):
-    """The inner product of two rows of N values."""
+    """Return the inner product of two rows of N values."""
     total = tl.zeros([BLOCK], dtype=dtype)
     for start in range(0, N, BLOCK):
         o_n = start + tl.arange(0, BLOCK)
@@ -258,7 +258,7 @@ def attention_projection_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """<gradient, map> of each normalised map: what the L2 normalisation takes out of the gradient. Grid: (samples,).
+    """Compute <gradient, map> of each normalised map, as the gradient of the L2 norm needs it. Grid: (samples,).
 
     Args:
         p_gradient, p_maps: [B, M] gradient of the maps and the normalised maps.
@@ -305,14 +305,14 @@ def attention_backward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Gradient of the features: one read of them, one write. Grid: (samples, tiles of BLOCK_P positions).
+    """Compute the gradient of the features in one read and one write. Grid: (samples, tiles of BLOCK_P positions).
 
     Args:
-        p_features: [B, C, H, W] by its strides.
+        p_features: [B, C, H, W], any strides.
         p_gradient, p_maps: [B, M] gradient of the maps, and the maps.
-        p_statistics: [3, B] peak and the two factors of `attention_normalize_kernel`.
-        p_projection: [2, B] of `attention_projection_kernel`; not read without NORMALIZE.
-        p_output: [B, C, H, W] by its own strides, the features' dtype.
+        p_statistics: [3, B] peak and the two factors from `attention_normalize_kernel`.
+        p_projection: [2, B] from `attention_projection_kernel`; not read without NORMALIZE.
+        p_output: [B, C, H, W], any strides, in the dtype of the features.
     """
     i_b = tl.program_id(0).to(tl.int64)
     i_t = tl.program_id(1)

@@ -1,10 +1,10 @@
-/* Differentiable siamese augmentation: every image's own operation, or the transpose of its linear part.
+/* Differentiable siamese augmentation: one operation per image, or the transpose of its linear part.
  *
- * Whole pixels are copied. Scale and rotate gather every output pixel from four pixels; the transpose scatters it to
- * the same four by the same weights, an image by one thread, so that its sums have one order. */
+ * Crop, cutout and flip copy pixels. Scale and rotate gather each output pixel from four pixels; the transpose scatters
+ * it to the same four with the same weights. One thread computes an image, so the order of its sums is fixed. */
 #include "vectors.h"
 
-/* The places in atom_fast.ops.augmentation.OPERATIONS; an image with any other stays as it is. */
+/* Indices into atom_fast.names.OPERATIONS; any other leaves an image unchanged. */
 enum { COLOR, CROP, CUTOUT, FLIP, SCALE, ROTATE };
 
 #define CORNERS 4
@@ -13,12 +13,12 @@ enum { COLOR, CROP, CUTOUT, FLIP, SCALE, ROTATE };
 typedef float Quad __attribute__((vector_size(4 * QUAD)));
 typedef float UnalignedQuad __attribute__((vector_size(4 * QUAD), aligned(4), may_alias));
 
-/* A dense image: `planes` times height times width pixels, each with `step` of the channels. */
+/* A contiguous image: `planes` times height times width pixels of `step` channels each. */
 typedef struct {
     int64_t channels, height, width, planes, step;
 } Shape;
 
-/* Of one row's pixels, corner after corner: the pixels that each is read from, and their weights. */
+/* The source pixels of one output row and their weights, corner by corner. */
 typedef struct {
     int32_t *place;
     float *weight;
@@ -28,7 +28,7 @@ INLINE int64_t pixels_of(Shape size) { return size.height * size.width; }
 
 INLINE int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/* A whole number out of `choices` in a row from `first`, drawn in float32 as the other backends do. */
+/* Map a uniform number to one of `choices` consecutive integers from `first`, in float32 like the other backends. */
 static int64_t drawn(float uniform, int64_t choices, int64_t first) {
     return (int64_t)fminf(fmaxf(floorf(uniform * choices), 0), choices) + first;
 }
@@ -79,7 +79,7 @@ static float mean_of(const float *values, int64_t count) {
     return sum_of(total) / count;
 }
 
-/* Adds `share` times the sum of a pixel's channels, and `constant`, to `own` times a value. */
+/* Write own * value + share * (sum over the pixel's channels) + constant. */
 INLINE void add_sums(const float *image, int64_t pixels, int64_t channels, int64_t channel_step, int64_t pixel_step,
                      float own, float share, float constant, float *output) {
     for (int64_t pixel = 0; pixel < pixels; pixel++) {
@@ -93,7 +93,7 @@ INLINE void add_sums(const float *image, int64_t pixels, int64_t channels, int64
     }
 }
 
-/* Brightness, saturation and contrast in that order, multiplied out; both means are those of the input. */
+/* Apply brightness, saturation and contrast in that order, multiplied out; both means are of the input. */
 static void color(const float *image, Shape size, const float *uniforms, int64_t offset, float *output) {
     float saturation = uniforms[1] * 2, contrast = uniforms[2] + 0.5f;
     float own = contrast * saturation, share = contrast * (1 - saturation) / size.channels;
@@ -112,9 +112,9 @@ static void color(const float *image, Shape size, const float *uniforms, int64_t
         add_sums(image, pixels, channels, pixels, 1, own, share, constant, output);
 }
 
-/* The matrix that takes a pixel's place from the centre to how far down and across of itself it is read.
+/* Compute the matrix from a pixel's offset from the centre to the displacement, down and across, of its source.
  *
- * Rotation turns coordinates from -1 to 1, whatever the image's sides. */
+ * Rotation applies to coordinates from -1 to 1 along both sides of the image. */
 static void find_matrix(int64_t operation, const float *uniforms, Shape size, double max_scale, double max_angle,
                         float matrix[4]) {
     if (operation == SCALE) {
@@ -132,7 +132,7 @@ static void find_matrix(int64_t operation, const float *uniforms, Shape size, do
 
 INLINE int32_t inside(int32_t place, int64_t length) { return place >= 0 && place < length; }
 
-/* A weight of zero is moved behind the image, where it meets neither NaN nor infinity. */
+/* A source with weight zero is redirected past the image, to a zero: it may be NaN or infinite. */
 INLINE void set_tap(Taps taps, int64_t at, float weight, int32_t place, int32_t behind) {
     taps.weight[at] = weight;
     taps.place[at] = weight > 0 ? place : behind;
@@ -143,7 +143,7 @@ static void find_taps(const float matrix[4], Shape size, int32_t y, Taps taps) {
     float middle_y = (height - 1) / 2.f, middle_x = (width - 1) / 2.f;
 #pragma omp simd
     for (int32_t x = 0; x < width; x++) {
-        /* A displacement is some pixels where a position may be a hundred: its fraction has more correct digits. */
+        /* A displacement is a few pixels where a position may be a hundred: its fraction has more correct digits. */
         float down = matrix[0] * (y - middle_y) + matrix[1] * (x - middle_x);
         float across = matrix[2] * (y - middle_y) + matrix[3] * (x - middle_x);
         int32_t top = y + (int32_t)floorf(down), left = x + (int32_t)floorf(across);
@@ -158,7 +158,7 @@ static void find_taps(const float matrix[4], Shape size, int32_t y, Taps taps) {
     }
 }
 
-/* Four channels of a pixel from `first`; lanes without a channel hold anything. */
+/* Load four channels of a pixel from `first`; lanes without a channel are undefined. */
 INLINE Quad take(const float *image, Shape size, int64_t pixel, int64_t first) {
     int64_t pixels = pixels_of(size), at = pixel * size.channels + first;
     if (size.planes == 1 && at + QUAD <= pixels * size.channels) return *(const UnalignedQuad *)(image + at);
@@ -168,8 +168,8 @@ INLINE Quad take(const float *image, Shape size, int64_t pixel, int64_t first) {
     return value;
 }
 
-/* Pixels come in order: what the lanes behind a pixel's last channel leave in the next pixels is written over, unless
- * those already have channels before `first`. */
+/* Store four channels of a pixel. Pixels are stored in order, so the next store overwrites what lanes past the last
+ * channel wrote, except if the next pixels already hold channels before `first`. */
 INLINE void put(float *output, Shape size, int64_t pixel, int64_t first, Quad value) {
     int64_t pixels = pixels_of(size), at = pixel * size.channels + first;
     int64_t whole = first == 0 || first + QUAD <= size.channels;
@@ -227,7 +227,7 @@ INLINE void move(const float *image, Shape size, const float matrix[4], int64_t 
 
 static void interpolate(const float *image, Shape size, const float matrix[4], int64_t transposed, float *scratch,
                         float *output) {
-    /* Numbers of channels that the compiler knows. */
+    /* Numbers of channels that are constants for the compiler. */
     Shape one = {1, size.height, size.width, 1, 1};
     Shape three = {3, size.height, size.width, 1, 3}, three_planes = {3, size.height, size.width, 3, 1};
     if (size.channels == 1)
@@ -240,7 +240,7 @@ static void interpolate(const float *image, Shape size, const float matrix[4], i
         move(image, size, matrix, transposed, scratch, output);
 }
 
-/* What leaves the values of pixels as they are, or clears or moves them as a whole. */
+/* Apply the operations that copy, move or clear whole pixels. */
 static void copy(const float *image, Shape size, int64_t operation, const float *uniforms, int64_t pad_y, int64_t pad_x,
                  int64_t cut_y, int64_t cut_x, int64_t transposed, float *output) {
     if (operation == CROP) {
@@ -255,11 +255,11 @@ static void copy(const float *image, Shape size, int64_t operation, const float 
     clear(size, top, left, cut_y, cut_x, output);
 }
 
-/* images, output: [batch, channels, height, width], dense, NCHW or channels last.
+/* images, output: [batch, channels, height, width], contiguous in NCHW or channels_last.
  * operations: [batch]; uniforms: [batch, 3] in [0, 1).
  * scratch: [threads, 4 (pixels + 1) + 8 width].
  * pad: largest shift of a crop, pixels; cut: sides of a cutout, pixels.
- * max_scale: largest ratio, the smallest is its inverse; max_angle: radians.
+ * max_scale: largest ratio; the smallest is its inverse; max_angle: radians.
  * offset: add the brightness, the part that does not depend on the image. */
 void augment(const float *images, const int64_t *operations, const float *uniforms, float *output, float *scratch,
              int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t channels_last, int64_t pad_y,

@@ -1,14 +1,14 @@
-"""Differentiable siamese augmentation: every image's own operation, and its transpose, in one launch.
+"""Differentiable siamese augmentation: one operation per image, or its transpose, in one launch.
 
 Each operation is ``mask * colour(bilinear(image, source(pixel)))`` with an affine ``source`` in pixels. A crop or a
-flip has whole-pixel sources, so its weights are exactly 0 and 1 and its result is a copy. The transpose gathers: an
-input pixel sums the few output pixels that have a weight on it, in a fixed order.
+flip has whole-pixel sources, so its weights are exactly 0 and 1 and its result is a copy. The transpose is a gather
+too: an input pixel sums the output pixels that read it, in a fixed order.
 """
 
 import triton
 import triton.language as tl
 
-# The codes of atom_fast.ops.augmentation.OPERATIONS; an image with any other stays as it is.
+# Indices into atom_fast.names.OPERATIONS; any other code leaves an image unchanged.
 COLOR = tl.constexpr(0)
 CROP = tl.constexpr(1)
 CUTOUT = tl.constexpr(2)
@@ -16,13 +16,13 @@ FLIP = tl.constexpr(3)
 SCALE = tl.constexpr(4)
 ROTATE = tl.constexpr(5)
 
-BLOCK = 512  # values of a tile: one 128-bit store of float32 a thread
+BLOCK = 512  # values per tile: one 128-bit store of float32 per thread
 WARPS = 4
-PROGRAMS = 2048  # about what the largest GPUs hold at once; fewer images than this are split
+PROGRAMS = 2048  # about as many as the largest GPUs hold at once; fewer images are split over several programs
 
 
 def split(batch: int, values: int) -> tuple[int, int]:
-    """How many programs share an image of ``values`` numbers, and how many tiles each of them computes."""
+    """Return the number of programs that share an image of ``values`` numbers, and of tiles per program."""
     tiles = triton.cdiv(values, BLOCK)
     each = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, batch)))
     return triton.cdiv(tiles, each), each
@@ -57,17 +57,17 @@ def augmentation_kernel(
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Augment image ``program_id(0)``; the programs along axis 1 share its values, ``TILES`` times ``BLOCK`` each.
+    """Augment image ``program_id(0)``; the programs along axis 1 compute ``TILES`` * ``BLOCK`` of its values each.
 
     Args:
         images: [B, C, H, W], any float type and strides (in values); a gradient when ``TRANSPOSED``.
-        operations: int64 [G], contiguous, one code a group.
+        operations: int64 [G], contiguous, one code per group.
         uniforms: float32 [G, 3], contiguous, in [0, 1).
-        groups: int64 [B], contiguous; not read without ``HAS_GROUPS``, when image i is of group i.
-        output: [B, C, H, W], dense, NCHW or ``CHANNELS_LAST``.
+        groups: int64 [B], contiguous; without ``HAS_GROUPS`` image i belongs to group i.
+        output: [B, C, H, W], contiguous in NCHW or, with ``CHANNELS_LAST``, in channels_last.
         PAD_Y, PAD_X: largest shift of a crop, pixels.
         CUT_Y, CUT_X: height and width of a cutout, pixels.
-        REACH_Y, REACH_X: how many pixels around its own image the output pixels that read an input pixel lie.
+        REACH_Y, REACH_X: largest distance, pixels, of the output pixels that read an input pixel from its image.
         MAX_SCALE: largest ratio of a scale; the smallest is its inverse.
         MAX_ANGLE: largest angle of a rotation, radians.
         TRANSPOSED: apply the transpose of the linear part.
@@ -116,9 +116,9 @@ def augmentation_kernel(
 
 @triton.jit
 def _colour(first, second, third, COMPUTE: tl.constexpr):
-    """Factors of a value, its pixel's mean and its image's mean, and the constant, of color.
+    """Return the factors of a value, of its pixel's mean and of its image's mean, and the constant, of color.
 
-    Brightness, saturation and contrast in that order, multiplied out; both means are those of the input.
+    They are brightness, saturation and contrast in that order, multiplied out; both means are of the input.
     """
     brightness = first.to(COMPUTE) - 0.5
     saturation = second.to(COMPUTE) * 2
@@ -128,7 +128,7 @@ def _colour(first, second, third, COMPUTE: tl.constexpr):
 
 @triton.jit
 def _crop_shift(operation, first, second, PAD_Y: tl.constexpr, PAD_X: tl.constexpr, COMPUTE: tl.constexpr):
-    """How far down and across of an output pixel a crop reads: whole pixels."""
+    """Return the offset, down and across in whole pixels, at which a crop reads."""
     shift_y = tl.where(operation == CROP, tl.floor(first * (2 * PAD_Y + 1)) - PAD_Y, 0.0)
     shift_x = tl.where(operation == CROP, tl.floor(second * (2 * PAD_X + 1)) - PAD_X, 0.0)
     return shift_y.to(COMPUTE), shift_x.to(COMPUTE)
@@ -146,7 +146,7 @@ def _moves(
     MAX_ANGLE: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """From an output pixel to where it is read, and from an input pixel to where it appears: see _displacement."""
+    """Return the maps from output pixel to source and from input pixel to image, as `_displacement` takes them."""
     first, second = first.to(COMPUTE), second.to(COMPUTE)
     shift_y, shift_x = shift
     stretch_y = tl.where(operation == SCALE, 1 / MAX_SCALE - 1 + first * (MAX_SCALE - 1 / MAX_SCALE), 0.0)
@@ -164,9 +164,9 @@ def _moves(
 
 @triton.jit
 def _sine(angle):
-    """The sine by its Taylor series, which up to 15 degrees is exact to float64.
+    """Return the sine by its Taylor series, which is accurate to float64 up to 15 degrees.
 
-    The library's is as accurate, but its path for huge angles takes local memory.
+    The library's sine is as accurate, but its code for large angles uses local memory.
     """
     square = angle * angle
     series = square * 0 + 1
@@ -178,9 +178,9 @@ def _sine(angle):
 
 @triton.jit
 def _displacement(move, y, x, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """How far down and across a map takes a pixel: a 2x2 matrix times its place from the centre, plus a shift.
+    """Return how far down and across a map moves a pixel: a 2x2 matrix times its offset from the centre, plus a shift.
 
-    A displacement is some pixels where a position may be a hundred, so its fraction has more correct digits.
+    A displacement is a few pixels where a position may be a hundred, so its fraction has more correct digits.
     """
     yy, yx, xy, xx, shift_y, shift_x = move
     y, x = y - (HEIGHT - 1) / 2, x - (WIDTH - 1) / 2
@@ -191,7 +191,7 @@ def _displacement(move, y, x, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
 def _cut_corner(
     operation, first, second, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CUT_Y: tl.constexpr, CUT_X: tl.constexpr
 ):
-    """The first row and column of the cleared square, which the image's border clips; beyond it without cutout."""
+    """Return the first row and column of the cleared square, which may cross the border; outside without cutout."""
     corner_y = tl.floor(first * (HEIGHT + 1 - CUT_Y % 2)).to(tl.int32) - CUT_Y // 2
     corner_x = tl.floor(second * (WIDTH + 1 - CUT_X % 2)).to(tl.int32) - CUT_X // 2
     return tl.where(operation == CUTOUT, corner_y, HEIGHT), corner_x
@@ -208,7 +208,7 @@ def _image_mean(
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The mean of one image's values, added in the same order by every program."""
+    """Return the mean of one image's values, added in the same order by every program."""
     total = tl.zeros([BLOCK], COMPUTE)
     for start in range(0, CHANNELS * HEIGHT * WIDTH, BLOCK):
         index = start + tl.arange(0, BLOCK)
@@ -219,7 +219,7 @@ def _image_mean(
 
 @triton.jit
 def _position(index, CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Channel, row and column of a value from its place in a dense image."""
+    """Return channel, row and column of a value from its index in a contiguous image."""
     if CHANNELS_LAST:
         channel, place = index % CHANNELS, index // CHANNELS
     else:
@@ -229,7 +229,7 @@ def _position(index, CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.con
 
 @triton.jit
 def _load(images, strides, channel, y, x, mask, COMPUTE: tl.constexpr):
-    """Values of one image, zero where masked, by 64-bit strides: they may reach across a whole data set."""
+    """Load values of one image, zero where masked, with 64-bit strides: these may span a whole data set."""
     channel_stride, row_stride, column_stride = strides
     offset = channel * channel_stride + y * row_stride + x * column_stride
     return tl.load(images + offset, mask=mask, other=0.0).to(COMPUTE)
@@ -239,14 +239,14 @@ def _load(images, strides, channel, y, x, mask, COMPUTE: tl.constexpr):
 def _tap(
     images, strides, weight, channel, y, x, kept, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, COMPUTE: tl.constexpr
 ):
-    """A weight times a value, which is zero outside the image and not read where the weight is zero."""
+    """Return a weight times a value, which is zero outside the image and not read if the weight is zero."""
     inside = (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
     return weight * _load(images, strides, channel, y, x, kept & inside & (weight > 0), COMPUTE)
 
 
 @triton.jit
 def _tent(distance):
-    """The bilinear weight at a distance along one axis, pixels."""
+    """Return the bilinear weight at a distance along one axis, in pixels."""
     return tl.maximum(1 - tl.abs(distance), 0)
 
 
@@ -254,7 +254,7 @@ def _tent(distance):
 def _gather(
     images, strides, move, channel, y, x, kept, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, COMPUTE: tl.constexpr
 ):
-    """Bilinear values where output pixels are read."""
+    """Interpolate values bilinearly at the sources of output pixels."""
     move_y, move_x = _displacement(move, y, x, HEIGHT, WIDTH)
     whole_y, whole_x = tl.floor(move_y), tl.floor(move_x)
     value = tl.zeros(y.shape, COMPUTE)
@@ -282,7 +282,7 @@ def _gather_transposed(
     REACH_X: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Gradients of input pixels: the output pixels that are read within a pixel of them, by their weights."""
+    """Compute gradients of input pixels: the weighted sum of the output pixels whose source is within a pixel."""
     back_y, back_x = _displacement(back, y, x, HEIGHT, WIDTH)
     near_y, near_x = tl.floor(back_y + 0.5).to(tl.int32), tl.floor(back_x + 0.5).to(tl.int32)
     value = tl.zeros(y.shape, COMPUTE)

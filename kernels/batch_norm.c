@@ -1,5 +1,5 @@
-/* `atom_fast.ops.batch_norm` for samples [B, C, H, W] in channels_last, each worked on by one thread: what follows the
- * statistics, which are [C]. The output and its gradient are pooled where `pool`, or [B, C, H, W]. */
+/* `atom_fast.ops.batch_norm` for samples [B, C, H, W] in channels_last, one thread per sample, given the statistics [C].
+ * The output and its gradient are [B, C, H, W], or pooled if `pool`. */
 #include "norm_block.h"
 
 void batch_norm_forward(const float *x, const float *weight, const float *bias, const float *mean, const float *rstd,
@@ -15,8 +15,8 @@ void batch_norm_forward(const float *x, const float *weight, const float *bias, 
     }
 }
 
-/* Called twice. With WRITE_SUMS it leaves the gradient behind the norm in `grad_x`, and each sample's sums of it, alone
- * and times the centred input, in `sums` [B, 2, C]; with READ_SUMS these are [2, C], meaned over samples. */
+/* Call twice. WRITE_SUMS writes the gradient of the norm's output to `grad_x`, and to `sums` [B, 2, C] each sample's
+ * sums of it and of its product with the centred input. READ_SUMS reads the means of `sums` over samples, [2, C]. */
 void batch_norm_backward(const float *gradient, const float *x, const float *weight, const float *bias,
                          const float *mean, const float *rstd, float *sums, float *grad_x, int64_t samples,
                          int64_t channels, int64_t height, int64_t width, int64_t relu, int64_t pool, int64_t mode,

@@ -1,14 +1,14 @@
 """BatchNorm over the batch in training, ReLU and 2x2 average pooling: two reads of the input forward, two backward.
 
-A program owns BLOCK_C channels of up to PLACES places of one sample, a row, and walks them in tiles [BLOCK_P, BLOCK_C].
-`batch_norm_parts_kernel` takes each row's mean and squares, `batch_norm_statistics_kernel` puts the rows together,
-`batch_norm_apply_kernel` normalises; backward, `batch_norm_sums_kernel` takes each row's sums and
-`batch_norm_backward_kernel` the gradient. Tiles are those of `instance_norm`: made for channels_last, and with POOL
-taken quad by quad.
+A row is up to PLACES positions of one sample. A program processes BLOCK_C channels of a row in tiles
+[BLOCK_P, BLOCK_C]. `batch_norm_parts_kernel` computes each row's mean and squares, `batch_norm_statistics_kernel`
+combines the rows, `batch_norm_apply_kernel` normalises; backward, `batch_norm_sums_kernel` computes each row's sums and
+`batch_norm_backward_kernel` the gradient. Tiles are as in `instance_norm`: fastest in channels_last, and ordered quad
+by quad with POOL.
 
-The passes that follow sums walk the samples from the last to the first, since what was read last is in the cache still.
+A pass that follows sums walks the samples from last to first, because the values read last are still in the cache.
 
-Sums are taken in a fixed order: the same input gives the same bits.
+Sums have a fixed order: the same input gives the same bits.
 """
 
 import triton
@@ -18,14 +18,14 @@ from .instance_norm import instance_norm_launch, load_gradient, load_tile, place
 
 
 def batch_norm_launch(channels: int, positions: int, element_size: int) -> dict[str, int]:
-    """Launch table of all but `batch_norm_statistics_kernel`: InstanceNorm's tiles, up to four of them a program."""
+    """Return the launch table of all kernels except `batch_norm_statistics_kernel`: up to four tiles per program."""
     launch = instance_norm_launch(channels, positions, element_size)
     places = max(launch["BLOCK_P"], min(4 * launch["BLOCK_P"], triton.next_power_of_2(positions)))
     return {"PLACES": places, **launch}
 
 
 def statistics_launch(rows: int) -> dict[str, int]:
-    """Launch table of `batch_norm_statistics_kernel`: few channels, a sector of float32, to have more programs."""
+    """Return the launch table of `batch_norm_statistics_kernel`: one sector of channels, for more programs."""
     return {"BLOCK_R": min(triton.next_power_of_2(rows), 256), "BLOCK_C": 8, "num_warps": 4}
 
 
@@ -33,7 +33,7 @@ def statistics_launch(rows: int) -> dict[str, int]:
 def _row(
     i_row, i_block, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PLACES: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """The sample of a row, its first place, and the channels of a block."""
+    """Return the sample of a row, its first position, and the channels of a block."""
     chunks: tl.constexpr = tl.cdiv(H * W, PLACES)
     return (i_row // chunks).to(tl.int64), i_row % chunks * PLACES, i_block * BLOCK_C + tl.arange(0, BLOCK_C)
 
@@ -54,12 +54,12 @@ def batch_norm_parts_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Mean of each row, and the sum of squares of what deviates from it. Grid: rows times blocks of channels.
+    """Compute each row's mean and sum of squared deviations from it. Grid: rows times blocks of channels.
 
-    Deviations are taken from the mean of the first tile: see `instance_norm_forward_kernel`.
+    Sums are of differences from the first tile's mean: see `instance_norm_forward_kernel`.
 
     Args:
-        p_x: [B, C, H, W] by its strides.
+        p_x: [B, C, H, W], any strides.
         p_means, p_squares: [rows, C].
     """
     blocks: tl.constexpr = tl.cdiv(C, BLOCK_C)
@@ -102,15 +102,15 @@ def batch_norm_statistics_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Mean and 1 / sqrt(variance + EPS) of each channel from its rows, and the running ones. Grid: blocks of channels.
+    """Compute mean and 1 / sqrt(variance + EPS) per channel, and update running statistics. Grid: blocks of channels.
 
     Args:
-        p_means, p_squares: [rows, C] of `batch_norm_parts_kernel`.
-        p_offset: [C], or None; added to the mean that the running one gets.
+        p_means, p_squares: [rows, C] from `batch_norm_parts_kernel`.
+        p_offset: [C], or None; added to the mean before it enters the running mean.
         p_running_mean, p_running_var: [C], read and written.
         p_mean, p_rstd: [C].
-        rows: cdiv(POSITIONS, PLACES) of each sample.
-        count: values of a channel, at least 2.
+        rows: number of rows; cdiv(POSITIONS, PLACES) per sample.
+        count: values per channel, at least 2.
     """
     o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
@@ -173,12 +173,12 @@ def batch_norm_apply_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The normalised channels, rectified with RELU and pooled with POOL. Grid: rows times blocks of channels.
+    """Normalise, and apply ReLU with RELU and 2x2 average pooling with POOL. Grid: rows times blocks of channels.
 
     Args:
-        p_x: [B, C, H, W] by its strides; H and W even with POOL.
+        p_x: [B, C, H, W], any strides; H and W even with POOL.
         p_weight, p_bias, p_mean, p_rstd: [C].
-        p_out: [B, C, H, W], with POOL [B, C, H / 2, W / 2], by its strides.
+        p_out: [B, C, H, W], with POOL [B, C, H / 2, W / 2], any strides.
     """
     blocks: tl.constexpr = tl.cdiv(C, BLOCK_C)
     i_program = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -203,7 +203,7 @@ def batch_norm_apply_kernel(
 
 @triton.jit
 def _load_channels(p_weight, p_bias, p_mean, p_rstd, o_c, dtype: tl.constexpr, C: tl.constexpr):
-    """Mean, 1 / standard deviation, that times scale, and shift of some channels."""
+    """Load mean, 1 / standard deviation, scale / standard deviation, and shift of channels ``o_c``."""
     b_mean = tl.load(p_mean + o_c, mask=o_c < C, other=0.0)
     b_rstd = tl.load(p_rstd + o_c, mask=o_c < C, other=0.0)
     b_weight = tl.load(p_weight + o_c, mask=o_c < C, other=0.0).to(dtype)
@@ -237,10 +237,10 @@ def batch_norm_sums_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Each row's part of the gradients of shift and scale. Grid: rows times blocks of channels.
+    """Compute each row's part of the gradients of shift and scale. Grid: rows times blocks of channels.
 
     Args:
-        p_grad: gradient of the apply kernel's p_out, by its strides.
+        p_grad: gradient of the apply kernel's p_out, any strides.
         p_sums: [2, rows, C] in the dtype of p_mean, to be summed over rows: shift, scale.
         The others as in `batch_norm_apply_kernel`.
     """
@@ -301,12 +301,12 @@ def batch_norm_backward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Gradient of the input, mean and variance being those of the batch. Grid: rows times blocks of channels.
+    """Compute the gradient of the input through the statistics of the batch. Grid: rows times blocks of channels.
 
     Args:
         p_sums: [2, C] gradients of shift and scale, in the dtype of p_mean.
-        p_grad_x: [B, C, H, W] by its strides.
-        count: values of a channel.
+        p_grad_x: [B, C, H, W], any strides.
+        count: values per channel.
         The others as in `batch_norm_sums_kernel`.
     """
     blocks: tl.constexpr = tl.cdiv(C, BLOCK_C)

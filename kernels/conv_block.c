@@ -1,14 +1,14 @@
-/* The first block of `atom_fast.ops.conv_block`, from the image: a 3x3 convolution whose output one thread holds for
- * one sample at a time, in its cache, then the block. Filters come as [3, 3, C_in, padded(C)], zero beyond C. */
+/* `atom_fast.ops.conv_block`: a 3x3 convolution, then the norm block, one thread per sample. A sample's convolution stays
+ * in the thread's cache. Filters are [3, 3, C_in, padded(C)], zero beyond C. */
 #include "norm_block.h"
 
 #ifdef __AVX512F__
-#define RUN 8 /* places convolved at once: as many sums as registers hold, and as hide an addition's latency */
+#define RUN 8 /* positions convolved at once: the sums fit the registers and hide the latency of additions */
 #else
 #define RUN 4
 #endif
 
-/* An image [C_in, H, W] of any strides as [H + 2, W + 2, C_in], with zeros around it. */
+/* Copy an image [C_in, H, W] of any strides to [H + 2, W + 2, C_in], framed by zeros. */
 INLINE void pad_image(const float *image, const int64_t *strides, int64_t image_channels, Shape s,
                       float *padded_image) {
     int64_t row = (s.width + 2) * image_channels;
@@ -20,7 +20,7 @@ INLINE void pad_image(const float *image, const int64_t *strides, int64_t image_
                     image[ci * strides[1] + y * strides[2] + x * strides[3]];
 }
 
-/* `count` neighbouring places of LANES channels; `image` is the first one's window, `filters` those channels'. */
+/* Convolve `count` neighbouring positions for LANES channels; `image` is the first position's window. */
 INLINE void convolve_run(const float *image, int64_t image_row, int64_t image_channels, const float *filters,
                          int64_t pitch, float *out, int count) {
     vector sums[RUN];
@@ -47,7 +47,7 @@ INLINE void convolve(const float *padded_image, int64_t image_channels, const fl
         }
 }
 
-/* The transposed convolution of `count` neighbouring pixels; `gradient` is the first one's window, zeros around. */
+/* Compute the transposed convolution at `count` neighbouring pixels; `gradient` is the first pixel's window. */
 INLINE void fold_run(const float *gradient, int64_t row, int64_t pitch, const float *filters, int64_t image_channels,
                      float *out, int64_t channel_stride, int count) {
     vector sums[4][4];
@@ -80,7 +80,7 @@ INLINE void fold(const float *gradient, Shape s, const float *filters, int64_t i
     }
 }
 
-/* The same with the number of image channels, 1 to 4, a constant. */
+/* Call with the number of image channels, 1 to 4, as a constant IC. */
 #define FOR_IMAGE_CHANNELS(call)          \
     switch (image_channels) {             \
         case 1: { enum { IC = 1 }; call; break; } \
@@ -98,15 +98,15 @@ static void fold_image(const float *gradient, Shape s, const float *filters, int
     FOR_IMAGE_CHANNELS(fold(gradient, s, filters, IC, out))
 }
 
-/* Whole vectors, so that what lies behind an image in memory is aligned. */
+/* Whole vectors, so that the memory after an image is aligned. */
 static int64_t image_values(int64_t image_channels, int64_t height, int64_t width) {
     return padded((height + 2) * (width + 2) * image_channels);
 }
 
-/* Below, `strides` are those of the images [B, C_in, H, W], and `scratch` is [threads, padded((H + 2) (W + 2) C_in) +
- * H W padded(C)], with more where said. */
+/* Below, `strides` belong to the images [B, C_in, H, W], and `scratch` is [threads, padded((H + 2) (W + 2) C_in) +
+ * H W padded(C)], with additions as noted. */
 
-/* Mean and variance [B, C] of each plane of the convolution. */
+/* Compute mean and variance [B, C] of each plane of the convolution. */
 void conv_block_statistics(const float *images, const int64_t *strides, const float *filters, float *mean,
                             float *variance, float *scratch, int64_t samples, int64_t image_channels, int64_t height,
                             int64_t width, int64_t channels, int64_t threads) {
@@ -121,7 +121,7 @@ void conv_block_statistics(const float *images, const int64_t *strides, const fl
     }
 }
 
-/* `given`: mean and rstd are read, not written. */
+/* `given`: read mean and rstd instead of writing them. */
 void conv_block_forward(const float *images, const int64_t *strides, const float *filters, const float *weight,
                          const float *bias, float *pooled, float *maps, float *mean, float *rstd, float *statistics,
                          float *scratch, int64_t samples, int64_t image_channels, int64_t height, int64_t width,
@@ -142,9 +142,9 @@ void conv_block_forward(const float *images, const int64_t *strides, const float
     }
 }
 
-/* The gradient [B, C_in, H, W] of the images, not where sums are written. A gradient that is NULL is zero. `sums` is
- * [B, 2, C], or [2, C] where they are read. `scratch` has (H + 2) (W + 2) padded(C) + padded(M + 2 C)
- * more. */
+/* Compute the gradient [B, C_in, H, W] of the images; with WRITE_SUMS only the sums. A gradient that is NULL counts as
+ * zero. `sums` is [B, 2, C], with READ_SUMS [2, C]. Each thread has (H + 2) (W + 2) padded(C) + padded(M + 2 C) more
+ * values of `scratch`. */
 void conv_block_backward(const float *grad_pooled, const float *grad_maps, const float *images, const int64_t *strides,
                           const float *filters, const float *weight, const float *bias, const float *maps,
                           const float *mean, const float *rstd, const float *statistics, float *sums,
@@ -166,7 +166,7 @@ void conv_block_backward(const float *grad_pooled, const float *grad_maps, const
         Maps factors = factors_of_sample(grad_maps, maps, statistics, i, s, spatial_power, channel_power,
                                          convolved + height * s.row + 2 * channels);
         convolve_image(images + i * strides[0], strides, image_channels, filters, s, padded_image, convolved);
-        memset(framed_gradient, 0, 4 * frame); /* around the plane, and beyond its channels */
+        memset(framed_gradient, 0, 4 * frame); /* around the plane and past its channels */
         gradient_of_sample(convolved, s, &norm, 1, statistics[3 * i],
                            grad_pooled ? grad_pooled + i * output_values(s, 1) : NULL, NULL, factors,
                            gradient, framed, own_sums, own_sums + channels);

@@ -1,14 +1,14 @@
-"""The first block from the image: 3x3 convolution, then everything `kernels/norm_block.py` does, in one kernel.
+"""The first block from the image: 3x3 convolution and all that `kernels/norm_block.py` computes, in one kernel.
 
-An image is a few kilobytes and its convolution 128 times as much, so nothing of the convolution is ever written: it is
-recomputed from the image wherever it is needed, by a product of the image's 3x3 neighbourhoods [positions, 9 channels]
-with the filters. The convolution's bias is left out, because the norm takes the mean of a channel away.
+An image has a few kilobytes and its convolution up to 128 times as many, so the convolution is never written to
+memory: it is recomputed from the image when it is needed, as the product of the image's 3x3 neighbourhoods
+[positions, 9 channels] with the filters. The convolution's bias is left out, because the norm subtracts the mean.
 
-For BatchNorm, `conv_block_statistics_kernel` first computes the statistics of every plane, which USE_STATISTICS reads.
+For BatchNorm, `conv_block_statistics_kernel` first computes the statistics of every plane, which kernels with USE_STATISTICS read.
 
-Backward: `conv_block_sums_kernel` takes the two sums of a plane that the norm's gradient needs,
-`conv_block_columns_kernel` multiplies the gradient of the convolution's output with the filters, and `fold_kernel`
-adds the gradients of every position's neighbourhood up where neighbourhoods overlap.
+Backward: `conv_block_sums_kernel` computes the two sums over a plane that the norm's gradient needs,
+`conv_block_columns_kernel` multiplies the gradient of the convolution's output by the filters, and `fold_kernel` adds
+up the gradients of overlapping neighbourhoods.
 """
 
 import triton
@@ -40,24 +40,24 @@ from .norm_block import (
     valid_quad,
 )
 
-# Values of one sample's neighbourhoods that are kept on a chip, 128 KB in float32; larger images are convolved apart.
+# Largest number of values of one sample's neighbourhoods, 128 KB in float32; larger images use PyTorch's convolution.
 RESIDENT = 32768
-IMAGE_CHANNELS = 4  # at most
+IMAGE_CHANNELS = 4  # the most that the kernels accept
 
 
 def conv_block_launch(
     image_channels: int, channels: int, height: int, width: int, element_size: int, shared: int
 ) -> dict[str, int] | None:
-    """Launch table of `conv_block_forward_kernel`; None where a program of ``shared`` bytes does not hold a plane.
+    """Return the launch table of `conv_block_forward_kernel`; None if a plane needs more than ``shared`` bytes.
 
     Args:
-        element_size: bytes of an operand of the products.
-        shared: bytes of shared memory that one program may take.
+        element_size: bytes per operand of the products.
+        shared: bytes of shared memory that one program may use.
     """
     block_k = _columns_block(image_channels)
     block_p = _places(height, width)
     block_c = max(16, min(triton.next_power_of_2(channels), 16384 // (4 * block_p), 128))
-    # The compiler keeps the neighbourhoods and filters there, and rearranges a tile by way of it.
+    # The compiler keeps neighbourhoods and filters in shared memory, and rearranges a tile through it.
     needed = (4 * block_p + block_c) * block_k * element_size + 4 * block_p * block_c + 4096
     if needed > shared:
         return None
@@ -66,15 +66,15 @@ def conv_block_launch(
 
 
 def tiled_conv_block_launch(image_channels: int) -> dict[str, int]:
-    """Launch table of the forward kernels that walk planes in tiles of BLOCK_P places."""
+    """Return the launch table of the forward kernels that process planes in tiles of BLOCK_P quads."""
     return {"BLOCK_P": 16, "BLOCK_C": 64, "BLOCK_K": _columns_block(image_channels), "num_warps": 8, "num_stages": 1}
 
 
 def conv_block_backward_launch(image_channels: int, capability: int) -> dict[str, int]:
-    """Launch table of the backward kernels, which walk a tile of BLOCK_P places through the channels.
+    """Return the launch table of the backward kernels, which loop over the channels for a tile of BLOCK_P quads.
 
-    The tile was measured on an H100. Grey images of 8x8 would spill a few registers: on other GPUs with as many
-    channels, on an H100 with loads three steps ahead under Triton 3.6.
+    The tile was measured on an H100. The two conditions avoid register spills for 8x8 images of one channel: on other
+    GPUs with 32 channels per block, on an H100 with three stages under Triton 3.6.
     """
     block_k = _columns_block(image_channels)
     block_c = 32 if capability in (80, 90) else 16
@@ -83,7 +83,7 @@ def conv_block_backward_launch(image_channels: int, capability: int) -> dict[str
 
 
 def is_resident(image_channels: int, height: int, width: int) -> bool:
-    """Whether the first block of images of this size is fused with its convolution."""
+    """Return True if the first block of images of this size is fused with its convolution."""
     fits = 4 * _places(height, width) * _columns_block(image_channels) <= RESIDENT
     return image_channels <= IMAGE_CHANNELS and fits
 
@@ -93,19 +93,19 @@ def _columns_block(image_channels: int) -> int:
 
 
 def _places(height: int, width: int) -> int:
-    """Quads of a plane, rounded up to a power of two that matrix instructions take."""
+    """Return the quads of a plane, rounded up to a power of two that matrix instructions accept."""
     return max(16, triton.next_power_of_2(triton.cdiv(height, 2) * triton.cdiv(width, 2)))
 
 
-# How `_entries` finds where the values of a neighbourhood lie: by comparisons, or by the divisions that every figure of
-# a GPU so far was measured with. A compiler may pack such divisions in pairs of 16 bits, and ptxas 12.8 and 12.9 lose
-# the constant of a packed addition of which one half is used: tiles of 16 places per warp then read wrong pixels.
+# `_entries` uses comparisons, or divisions if this is True (in a test of the miscompilation). A compiler may pack the
+# divisions in pairs of 16 bits, and ptxas 12.8 and 12.9 lose the constant of a packed addition of which one half is
+# used: tiles of 16 quads per warp then read wrong pixels.
 DIVIDED = tl.constexpr(False)
 
 
 @triton.jit
 def _entries(BLOCK_K: tl.constexpr):
-    """Channel, row and column [BLOCK_K] of the values of a 3x3 neighbourhood of at most 4 channels."""
+    """Return channel, row and column [BLOCK_K] of the values of a 3x3 neighbourhood of at most 4 channels."""
     o_k = tl.arange(0, BLOCK_K)
     if DIVIDED:
         channel = o_k // 9
@@ -134,7 +134,7 @@ def _columns(
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """3x3 neighbourhoods [BLOCK_P, BLOCK_K] of the positions (2i + ROW, 2j + COLUMN): channel, row, column in order."""
+    """Load 3x3 neighbourhoods [BLOCK_P, BLOCK_K] of positions (2i + ROW, 2j + COLUMN), by channel, row, column."""
     o_p = start + tl.arange(0, BLOCK_P)
     o_h = 2 * (o_p // ((W + 1) // 2)) + ROW
     o_w = 2 * (o_p % ((W + 1) // 2)) + COLUMN
@@ -162,7 +162,7 @@ def _columns_quad(
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Neighbourhoods of the four positions of each place."""
+    """Load the neighbourhoods of the four positions of each quad."""
     b_00 = _columns(p_image, start, stride_c, stride_h, stride_w, 0, 0, operand, CI, H, W, BLOCK_P, BLOCK_K)
     b_01 = _columns(p_image, start, stride_c, stride_h, stride_w, 0, 1, operand, CI, H, W, BLOCK_P, BLOCK_K)
     b_10 = _columns(p_image, start, stride_c, stride_h, stride_w, 1, 0, operand, CI, H, W, BLOCK_P, BLOCK_K)
@@ -172,16 +172,16 @@ def _columns_quad(
 
 @triton.jit
 def _filters(p_filter, o_k, o_c, operand: tl.constexpr, CI: tl.constexpr, C: tl.constexpr):
-    """Filters [C, 9 CI] as [BLOCK_K, BLOCK_C]."""
+    """Load filters [C, 9 CI] as [BLOCK_K, BLOCK_C]."""
     mask = (o_k < 9 * CI)[:, None] & (o_c < C)[None, :]
     return tl.load(p_filter + o_k[:, None] + (o_c * (9 * CI))[None, :], mask=mask, other=0.0).to(operand)
 
 
 @triton.jit
 def _convolve(columns, b_filter, dtype: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr = False):
-    """The convolution's output: four tiles [BLOCK_P, BLOCK_C].
+    """Return the convolution's output: four tiles [BLOCK_P, BLOCK_C].
 
-    Without tensor cores the compiler interleaves the products, which spills registers; APART is one after the other.
+    Without tensor cores the compiler interleaves the products, which spills registers; APART computes them in sequence.
     """
     b_00 = tl.dot(columns[0], b_filter, input_precision=PRECISION, out_dtype=dtype)
     if APART:
@@ -216,7 +216,7 @@ def conv_block_statistics_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Mean and population variance [B, C] of every plane of the convolution's output. Grid: (samples,).
+    """Compute mean and population variance [B, C] of every plane of the convolution's output. Grid: (samples,).
 
     Args:
         As in `conv_block_forward_kernel`.
@@ -275,12 +275,12 @@ def conv_block_forward_kernel(
     BLOCK_K: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """One sample: pooled features, normalised maps, and what the backward pass needs. Grid: (samples,).
+    """Compute one sample's pooled features, normalised maps and values saved for backward. Grid: (samples,).
 
     Args:
-        p_image: [B, CI, H, W] by its strides.
+        p_image: [B, CI, H, W], any strides.
         p_filter: [C, CI, 3, 3] contiguous; the image is rounded to its dtype.
-        PRECISION: of `product_precision`; without effect on narrower operands.
+        PRECISION: "tf32" or "ieee", of the products of float32 operands.
         The others as in `norm_block_forward_kernel`.
     """
     i_b = tl.program_id(0).to(tl.int64)
@@ -320,7 +320,7 @@ def _walk_statistics(
     dtype: tl.constexpr, operand: tl.constexpr, CI: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Mean, variance, smallest and largest value [BLOCK_C] of planes of the convolution's output, tile by tile."""
+    """Return mean, variance, smallest and largest value [BLOCK_C] of planes of the convolution, tile by tile."""
     b_count = tl.zeros([BLOCK_P, 1], dtype)
     b_mean = tl.zeros([BLOCK_P, BLOCK_C], dtype)
     b_m2 = tl.zeros([BLOCK_P, BLOCK_C], dtype)
@@ -357,7 +357,7 @@ def tiled_conv_block_statistics_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """`conv_block_statistics_kernel` in tiles of BLOCK_P places. Grid: (samples, blocks of BLOCK_C channels).
+    """Run `conv_block_statistics_kernel` in tiles of BLOCK_P quads. Grid: (samples, blocks of BLOCK_C channels).
 
     Args:
         As in `conv_block_forward_kernel`.
@@ -408,9 +408,9 @@ def tiled_conv_block_forward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """BLOCK_C planes of one sample in tiles of BLOCK_P places: statistics, then everything else.
+    """Compute `conv_block_forward_kernel` for BLOCK_C planes in tiles of BLOCK_P quads: statistics, then the outputs.
 
-    For chips whose shared memory does not hold the neighbourhoods of a whole image. The convolution is computed twice.
+    For GPUs whose shared memory does not hold the neighbourhoods of a whole image. The convolution is computed twice.
     Grid: (samples, blocks of BLOCK_C channels).
 
     Args:
@@ -463,7 +463,7 @@ def _tile_gradient(
     SPATIAL: tl.constexpr, CHANNEL: tl.constexpr, BLOCK_P: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The convolution's output, centred, and the gradient of the norm's output, for one tile of places."""
+    """Return the convolution's centred output and the gradient of the norm's output for one tile of quads."""
     valid = valid_quad(start, H, W, BLOCK_P)
     quad = centre_quad(_convolve(columns, b_filter, dtype, PRECISION), b_mean, valid, EXACT)
     pointers, mask = pooled_pointers(
@@ -509,11 +509,11 @@ def conv_block_sums_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Two sums over a tile's positions that the norm's gradient needs. Grid: (samples, tiles of BLOCK_P places).
+    """Compute the two sums over a tile that the norm's gradient needs. Grid: (samples, tiles of BLOCK_P quads).
 
     Args:
-        p_weights: [B, M] of `map_weights_kernel`.
-        p_sums: [B, tiles, 2, C] the gradient of the norm's output, and its product with the centred input.
+        p_weights: [B, M] from `map_weights_kernel`.
+        p_sums: [B, tiles, 2, C] sums of the gradient of the norm's output, and of its product with the centred input.
         The others as in `conv_block_forward_kernel`.
     """
     i_b = tl.program_id(0).to(tl.int64)
@@ -553,7 +553,7 @@ def conv_block_sums_kernel(
 
 @triton.jit
 def _total(p_sums, i_b, tiles, row: tl.constexpr, o_c, dtype: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """One of the plane's sums [BLOCK_C]: its tiles added in their order."""
+    """Return one of a plane's sums [BLOCK_C], added in the order of its tiles."""
     b_total = tl.zeros([BLOCK_C], dtype)
     for i_t in range(tiles):
         b_total += tl.load(p_sums + (i_b * tiles + i_t) * (2 * C) + row * C + o_c, mask=o_c < C, other=0.0)
@@ -595,12 +595,12 @@ def conv_block_columns_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Gradient of each position's neighbourhood. Grid: (samples, tiles of BLOCK_P places).
+    """Compute the gradient of each position's neighbourhood. Grid: (samples, tiles of BLOCK_P quads).
 
     Args:
-        p_sums: [B, TILES, 2, C] of `conv_block_sums_kernel`; [B, 1, 2, C], in each row the means over samples of its
-            tiles' total, where the statistics are those of the batch.
-        p_columns: [B, 9 CI, H W] the gradient: channel, row and column of the neighbourhood in order.
+        p_sums: [B, TILES, 2, C] from `conv_block_sums_kernel`; for BatchNorm [B, 1, 2, C], in every row the mean over
+            samples of the totals over tiles.
+        p_columns: [B, 9 CI, H W] the gradient, by channel, row and column of the neighbourhood.
         The others as in `conv_block_sums_kernel`.
     """
     i_b = tl.program_id(0).to(tl.int64)
@@ -665,10 +665,10 @@ def fold_kernel(
     W: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gradient of the image: each pixel's part of the nine neighbourhoods it is in. Grid: (samples CI, pixels / BLOCK).
+    """Sum each pixel's gradients over its nine neighbourhoods. Grid: (samples CI, pixels / BLOCK).
 
     Args:
-        p_columns: [B, 9 CI, H W] of `conv_block_columns_kernel`.
+        p_columns: [B, 9 CI, H W] from `conv_block_columns_kernel`.
         p_grad_image: [B, CI, H, W] contiguous.
     """
     i_plane = tl.program_id(0).to(tl.int64)

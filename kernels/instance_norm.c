@@ -1,7 +1,7 @@
-/* `atom_fast.ops.instance_norm` for samples [B, C, H, W] in channels_last, each worked on by one thread. */
+/* `atom_fast.ops.instance_norm` for samples [B, C, H, W] in channels_last, one thread per sample. */
 #include "norm_block.h"
 
-/* `out` is pooled where `pool`, or [B, C, H, W]. */
+/* `out` is [B, C, H, W], or pooled if `pool`. */
 void instance_norm_forward(const float *x, const float *weight, const float *bias, float *out, float *mean, float *rstd,
                            int64_t samples, int64_t channels, int64_t height, int64_t width, float eps, int64_t relu,
                            int64_t pool, int64_t threads) {
@@ -16,7 +16,7 @@ void instance_norm_forward(const float *x, const float *weight, const float *bia
     }
 }
 
-/* `grad_weight` and `grad_bias` are [B, C], each sample's part. */
+/* `grad_weight` and `grad_bias` are [B, C], one row per sample. */
 void instance_norm_backward(const float *gradient, const float *x, const float *weight, const float *bias,
                             const float *mean, const float *rstd, float *grad_x, float *grad_weight, float *grad_bias,
                             int64_t samples, int64_t channels, int64_t height, int64_t width, int64_t relu,

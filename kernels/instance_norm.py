@@ -1,11 +1,11 @@
-"""InstanceNorm, ReLU and 2x2 average pooling in one pass each way, with the gradients of scale and shift.
+"""InstanceNorm, ReLU and 2x2 average pooling, one kernel forward and one backward, with gradients of scale and shift.
 
-A program owns BLOCK_C planes of one sample and walks them in tiles [BLOCK_P, BLOCK_C] twice: for the sums over a plane,
-then for the result. What the first walk read, the second finds in the cache. With POOL a plane's places are taken quad
-by quad, so that the four values of a pooled one are neighbours in a tile. Made for channels_last, where a place's
-channels are adjacent in memory; other strides give the same numbers, more slowly.
+A program processes BLOCK_C planes of one sample in tiles [BLOCK_P, BLOCK_C] twice: first for the sums over a plane,
+then for the result; the second pass reads from the cache. With POOL positions are ordered quad by quad, so that the
+four values of a pooled value are neighbours in a tile. Fastest in channels_last, where the channels of a position are
+adjacent in memory; other strides give the same numbers more slowly.
 
-Sums are taken in a fixed order: the same input gives the same bits.
+Sums have a fixed order: the same input gives the same bits.
 """
 
 import triton
@@ -13,7 +13,7 @@ import triton.language as tl
 
 
 def instance_norm_launch(channels: int, positions: int, element_size: int) -> dict[str, int]:
-    """Launch table: a cache line of channels, and places to make 2,048 values of a program of 128 threads."""
+    """Return the launch table: a cache line of channels, and positions for 2,048 values per program of 128 threads."""
     block_c = min(triton.next_power_of_2(channels), 128 // element_size)
     block_p = max(4, min(triton.next_power_of_2(positions), 2048 // block_c))
     return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 4 if block_p * block_c >= 1024 else 1}
@@ -23,7 +23,7 @@ def instance_norm_launch(channels: int, positions: int, element_size: int) -> di
 def place_offsets(
     start, stride_h, stride_w, H: tl.constexpr, W: tl.constexpr, QUADS: tl.constexpr, BLOCK_P: tl.constexpr
 ):
-    """Offsets of the places ``start`` onwards, row by row or quad by quad, and which of them lie in the plane."""
+    """Return offsets of positions from ``start``, row by row or quad by quad, and the mask of those in the plane."""
     o_p = start + tl.arange(0, BLOCK_P)
     if QUADS:
         o_h = 2 * (o_p // 4 // (W // 2)) + o_p // 2 % 2
@@ -39,7 +39,7 @@ def load_tile(
     p_plane, start, stride_c, stride_h, stride_w, o_c, dtype: tl.constexpr,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, QUADS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """A tile [BLOCK_P, BLOCK_C] of planes, and the mask [BLOCK_P, 1] of its places."""
+    """Load a tile [BLOCK_P, BLOCK_C] of planes; also return the mask [BLOCK_P, 1] of its positions."""
     offsets, m_p = place_offsets(start, stride_h, stride_w, H, W, QUADS, BLOCK_P)
     mask = m_p[:, None] & (o_c < C)[None, :]
     b_x = tl.load(p_plane + offsets[:, None] + (o_c * stride_c)[None, :], mask=mask, other=0.0).to(dtype)
@@ -48,7 +48,7 @@ def load_tile(
 
 @triton.jit
 def pooled_offsets(start, stride_h, stride_w, H: tl.constexpr, W: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """Offsets of the pooled places that the places ``start`` onwards belong to, and which of them exist."""
+    """Return offsets of the pooled positions of the quads from ``start``, and the mask of those that exist."""
     o_q = start // 4 + tl.arange(0, BLOCK_Q)
     return o_q // (W // 2) * stride_h + o_q % (W // 2) * stride_w, o_q < (H // 2) * (W // 2)
 
@@ -58,7 +58,7 @@ def load_gradient(
     p_grad, start, stride_c, stride_h, stride_w, o_c, dtype: tl.constexpr,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, POOL: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a tile's features: with POOL, a quarter of that of the pooled value they are part of."""
+    """Load the gradient of a tile's features: with POOL, a quarter of the gradient of their pooled value."""
     if POOL:
         o_q = (start + tl.arange(0, BLOCK_P)) // 4
         offsets = o_q // (W // 2) * stride_h + o_q % (W // 2) * stride_w
@@ -94,15 +94,15 @@ def instance_norm_forward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The normalised planes, rectified with RELU and pooled with POOL. Grid: (samples, blocks of channels).
+    """Normalise planes, and apply ReLU with RELU and pooling with POOL. Grid: (samples, blocks of channels).
 
-    Deviations are taken from the mean of the first tile: the variance is then at least a tile's share of the squared
-    distance between that and the plane's mean, so that its difference of squares loses few digits.
+    Sums are of differences from the first tile's mean. The variance is at least a tile's share of the squared distance
+    between that mean and the plane's, so the difference of squares loses few digits.
 
     Args:
-        p_x: [B, C, H, W] by its strides; H and W even with POOL.
+        p_x: [B, C, H, W], any strides; H and W even with POOL.
         p_weight, p_bias: [C] scale and shift.
-        p_out: [B, C, H, W], with POOL [B, C, H / 2, W / 2], by its strides.
+        p_out: [B, C, H, W], with POOL [B, C, H / 2, W / 2], any strides.
         p_mean, p_rstd: [B, C] mean and 1 / sqrt(variance + eps) of each plane.
     """
     i_b = tl.program_id(0).to(tl.int64)
@@ -173,11 +173,11 @@ def instance_norm_backward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Gradients of the planes, and each sample's part of those of scale and shift. Grid: (samples, blocks of channels).
+    """Compute gradients of the planes, and per sample of scale and shift. Grid: (samples, blocks of channels).
 
     Args:
-        p_grad: gradient of the forward kernel's p_out, by its strides.
-        p_grad_x: [B, C, H, W] by its strides.
+        p_grad: gradient of the forward kernel's p_out, any strides.
+        p_grad_x: [B, C, H, W], any strides.
         p_grad_weight, p_grad_bias: [B, C] in the dtype of p_mean, to be summed over samples.
         The others as in `instance_norm_forward_kernel`.
     """

@@ -1,18 +1,18 @@
-"""Squared distance between the class means of two sides, and its gradient (equation 3)."""
+"""Squared distance between the class means of real and synthetic samples, and its gradient (equation 3)."""
 
 import triton
 import triton.language as tl
 
 
 def matching_launch(columns: int) -> dict[str, int]:
-    """Launch table: a block of columns and of rows for maps or embeddings of ``columns`` values."""
+    """Return the launch table: block sizes in columns and rows for maps or embeddings of ``columns`` values."""
     block_d = min(triton.next_power_of_2(columns), 128)
     return {"BLOCK_D": block_d, "BLOCK_N": 32, "num_warps": 4}
 
 
 @triton.jit
 def _rows(p_order, o_n, m_n, GROUPED: tl.constexpr):
-    """Row numbers of the samples at sorted places ``o_n``."""
+    """Return the row numbers of the samples at positions ``o_n`` of the order by class."""
     if GROUPED:
         rows = tl.load(p_order + o_n, mask=m_n, other=0)
     else:
@@ -34,7 +34,7 @@ def _class_mean(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Mean over the rows at sorted places [start, end)."""
+    """Return the mean of the rows at positions [start, end) of the order by class."""
     total = tl.zeros([BLOCK_D], dtype=ACCUMULATE)
     for first in range(start, end, BLOCK_N):
         o_n = first + tl.arange(0, BLOCK_N)
@@ -65,13 +65,13 @@ def class_mean_distance_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """For one class and block of columns: |mean real - mean synthetic|^2 and its gradient. Grid: (classes, blocks).
+    """Compute |mean real - mean synthetic|^2 and its gradient per class and block of columns. Grid: (classes, blocks).
 
     Args:
         p_real, p_synthetic: [n_real, D], [n_synthetic, D], rows ``*_stride`` apart.
-        p_real_order, p_synthetic_order: int64, the rows sorted by class; not read without GROUPED (one class).
-        p_real_offsets, p_synthetic_offsets: int64 [classes + 1], where each class starts in its order.
-        p_partial: [classes, blocks] squared distances, to be added in their order.
+        p_real_order, p_synthetic_order: int64, row numbers sorted by class; not read without GROUPED (one class).
+        p_real_offsets, p_synthetic_offsets: int64 [classes + 1], start of each class in its order.
+        p_partial: [classes, blocks] squared distances, to be added in this order.
         p_gradient: [n_synthetic, D] gradient of the summed distance with respect to the synthetic rows.
     """
     i_k = tl.program_id(0)

@@ -1,7 +1,7 @@
-/* The block of `atom_fast.ops.block` for samples [B, C, H, W] in channels_last, each worked on by one thread. */
+/* `atom_fast.ops.norm_block` for samples [B, C, H, W] in channels_last, one thread per sample. */
 #include "norm_block.h"
 
-/* Mean and variance [B, C] of each plane. */
+/* Compute mean and variance [B, C] of each plane. */
 void norm_block_statistics(const float *x, float *mean, float *variance, int64_t samples, int64_t channels, int64_t height,
                       int64_t width, int64_t threads) {
     Shape s = channels_last(channels, height, width);
@@ -10,7 +10,7 @@ void norm_block_statistics(const float *x, float *mean, float *variance, int64_t
         plane_statistics(x + i * height * s.row, s, mean + i * channels, variance + i * channels);
 }
 
-/* `given`: mean and rstd are read, not written. */
+/* `given`: read mean and rstd instead of writing them. */
 void norm_block_forward(const float *x, const float *weight, const float *bias, float *pooled, float *maps, float *mean,
                    float *rstd, float *statistics, int64_t samples, int64_t channels, int64_t height, int64_t width,
                    float eps, float spatial_power, float channel_power, int64_t given, int64_t threads) {
@@ -26,8 +26,8 @@ void norm_block_forward(const float *x, const float *weight, const float *bias, 
     }
 }
 
-/* A gradient that is NULL is zero. `sums` is [B, 2, C], or [2, C] where they are read: then `grad_x` holds what the
- * call that wrote them left there. `scratch` is [threads, M]. */
+/* A gradient that is NULL counts as zero. `sums` is [B, 2, C], with READ_SUMS [2, C]: then `grad_x` holds the result of
+ * the call with WRITE_SUMS. `scratch` is [threads, M]. */
 void norm_block_backward(const float *grad_pooled, const float *grad_maps, const float *x, const float *weight,
                     const float *bias, const float *maps, const float *mean, const float *rstd, const float *statistics,
                     float *sums, float *grad_x, float *scratch, int64_t samples, int64_t channels, int64_t height,

@@ -3,11 +3,11 @@
 
 #include "planes.h"
 
-/* Maps whose norm lies between these were taken, and their values raised to their power, within float32's range. */
+/* If a map's norm is between these, no power or sum of it left the range of float32. */
 #define LEAST_NORM 1e-15
 #define MOST_NORM 1e15
 
-/* The maps of a sample: powers, 0 for a map that is not taken, and a value for each place and each channel. */
+/* The maps of a sample: powers (0 for a map that is left out), a value per position, a value per channel. */
 typedef struct {
     float spatial_power, channel_power;
     float *spatial, *channel;
@@ -25,7 +25,7 @@ INLINE float *pooled_at(float *pooled, Shape s, int64_t y, int64_t column) {
     return pooled ? pooled + ((y / 2) * (s.width / 2) + column / 2) * s.channels : NULL;
 }
 
-/* `features_pass` of `down` x `across` places, that at `x` being the first, `index` in a map. */
+/* `features_pass` for `down` x `across` positions, the first at `x` and at `index` of a map. */
 INLINE void features_of_square(const float *x, Shape s, int down, int across, int64_t index, const Norm *norm,
                                int relu, float peak, float *pooled, float *whole, Maps maps) {
     vector spatial[2][2] = {{{0}, {0}}, {{0}, {0}}};
@@ -68,7 +68,7 @@ INLINE void features_of_squares(const float *x, Shape s, const Norm *norm, int r
         }
 }
 
-/* The features, pooled or `whole`, one of which may be NULL, and the sums of (feature / peak)^power of each map. */
+/* Compute the features, into `pooled` or `whole` (either may be NULL), and each map's sums of (feature / peak)^power. */
 INLINE void features_pass(const float *x, Shape s, const Norm *norm, int relu, float peak, float *pooled,
                           float *whole, Maps maps) {
     /* The paper's powers, as constants. */
@@ -107,7 +107,7 @@ INLINE float to_unit_length(float *values, int64_t count, double norm) {
     return factor;
 }
 
-/* One sample's pooled features, maps of unit length, and {peak, 1 / norm of each map}. */
+/* Compute one sample's pooled features, maps of unit length, and statistics {peak, 1 / norm of each map}. */
 INLINE void block_of_sample(const float *x, Shape s, const Norm *norm, float *pooled, Maps maps, float *statistics) {
     int64_t places = maps.spatial_power ? s.height * s.width : 0, channels = maps.channel_power ? s.channels : 0;
     float peak = 1;
@@ -123,15 +123,15 @@ INLINE void block_of_sample(const float *x, Shape s, const Norm *norm, float *po
     statistics[2] = to_unit_length(maps.channel, channels, channel);
 }
 
-/* What multiplies (f / peak)^(p - 1) in the gradient of each feature: `factor` times the map's gradient without its
- * part along the map, which unit length takes out. */
+/* Compute the factors of (f / peak)^(p - 1) in the gradient of each feature: `factor` times the map's gradient without
+ * its component along the map, which the normalisation removes. */
 INLINE void project(const float *gradient, const float *map, int64_t count, float factor, float *out) {
     double along = 0;
     for (int64_t i = 0; i < count; i++) along += (double)gradient[i] * map[i];
     for (int64_t i = 0; i < count; i++) out[i] = factor * (gradient[i] - (float)along * map[i]);
 }
 
-/* These factors of sample `i`, in `out`; `grad_maps` NULL is zero. */
+/* Write the factors of sample `i` to `out`; NULL for `grad_maps` counts as zero. */
 INLINE Maps factors_of_sample(const float *grad_maps, const float *maps, const float *statistics, int64_t i, Shape s,
                               float spatial_power, float channel_power, float *out) {
     if (!grad_maps) return maps_at(out, s, 0, 0);
@@ -143,7 +143,7 @@ INLINE Maps factors_of_sample(const float *grad_maps, const float *maps, const f
     return factors;
 }
 
-/* `gradient_of_sample`, before what the norm takes out, of `down` x `across` places. */
+/* `gradient_of_sample` for `down` x `across` positions. */
 INLINE void gradient_of_square(const float *x, Shape s, int down, int across, int64_t index, const Norm *norm,
                                int relu, float peak, const float *pooled, const float *whole, Maps maps, float *out,
                                Shape of_out, float *sum, float *product) {
@@ -200,8 +200,8 @@ INLINE void gradient_of_squares(const float *x, Shape s, const Norm *norm, int r
         }
 }
 
-/* Take from the gradient behind the norm, in place, its parts along a constant and along the input, by the sums of
- * `gradient_of_sample`. */
+/* Turn the gradient of the norm's output, in place, into the gradient of its input: subtract its components along a
+ * constant and along the input, using the sums of `gradient_of_sample`. */
 INLINE void through_norm(const float *x, Shape s, const Norm *norm, float *out, Shape of_out, const float *sum,
                          const float *product) {
     vector places = splat(s.height * s.width);
@@ -218,9 +218,9 @@ INLINE void through_norm(const float *x, Shape s, const Norm *norm, float *out, 
     }
 }
 
-/* The gradient of a sample behind the norm, in `out` of shape `of_out`; and its sums over places, alone and times the
- * centred input, in `sum` and `product` [channels]. `pooled` or `whole` is the gradient from above, NULL for none;
- * `maps` holds `factors_of_sample`. */
+/* Write the gradient of a sample's normalised values to `out` of shape `of_out`; to `sum` and `product` [channels] its
+ * sums over positions, alone and times the centred input. `pooled` or `whole` is the gradient of the output, NULL for
+ * zero; `maps` holds the result of `factors_of_sample`. */
 INLINE void gradient_of_sample(const float *x, Shape s, const Norm *norm, int relu, float peak, const float *pooled,
                                const float *whole, Maps maps, float *out, Shape of_out, float *sum, float *product) {
     if (maps.spatial_power == 4 && maps.channel_power == 4 && peak == 1) {
@@ -230,6 +230,6 @@ INLINE void gradient_of_sample(const float *x, Shape s, const Norm *norm, int re
         gradient_of_squares(x, s, norm, relu, peak, pooled, whole, maps, out, of_out, sum, product);
 }
 
-/* What the sums of a gradient are taken over: a sample's own places, or with BatchNorm all samples', which takes two
- * calls, the first of which writes each sample's sums, and the second reads their mean. */
+/* Scope of a gradient's sums: the sample's own positions, or for BatchNorm all samples, in two calls: the first writes
+ * each sample's sums, the second reads their mean. */
 enum { OWN_SUMS, WRITE_SUMS, READ_SUMS };

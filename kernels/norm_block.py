@@ -1,22 +1,23 @@
 """A norm, ReLU, both attention maps and 2x2 average pooling of a convolution's output, without its feature map.
 
-The plane of a sample's channel is what InstanceNorm needs at once. `norm_block_forward_kernel` and
-`norm_block_backward_kernel` hold the planes of BLOCK_C channels in registers: one read of the convolution's output, one
-write of a quarter of it, and backward one read and one write. A program owns a sample and walks its channels, so that
-both maps are complete and normalised where they are made. Planes too large for registers are walked in tiles by the
-`tiled_` kernels, twice, the second time from the L2 cache; a program then owns BLOCK_C channels of a sample.
+A plane is one channel of one sample. `norm_block_forward_kernel` and `norm_block_backward_kernel` hold the planes of
+BLOCK_C channels in registers: one read of the convolution's output, one write of a quarter of it, and backward one read
+and one write. A program loops over the channels of one sample, so that it completes and normalises both maps itself.
+For planes too large for registers, the `tiled_` kernels process BLOCK_C channels of a sample per program, in tiles and
+twice, the second time from the L2 cache.
 
-For BatchNorm, USE_STATISTICS reads the statistics of the batch, stored for every plane. A first launch of a backward
-kernel writes the two sums that its gradient needs over the batch; a second launch reads their means over samples.
+For BatchNorm, kernels with USE_STATISTICS read the statistics of the batch, stored for every plane. A first launch of a
+backward kernel writes the two sums over each plane that the gradient needs; a second reads their means over samples.
 
-A tile is a quad: the positions (2i + a, 2j + b) for a, b in {0, 1} are four arrays [BLOCK_P, BLOCK_C] over the same
-(i, j), so that pooling is their sum; they are passed as a tuple. The grid of (i, j) is rounded up for odd sizes and
-masked.
+A tile is a tuple of four arrays [BLOCK_P, BLOCK_C], named quad: positions (2i + a, 2j + b) for a, b in {0, 1} over the
+same (i, j), so that pooling is their sum. In the comments below a place is one (i, j). The grid of (i, j) is rounded up
+for odd sizes and masked.
 
 With u = f / m, where m is the sample's largest feature, no power overflows and the factor m^p cancels in the
-normalised maps. m is known only after the last channel: a running maximum rescales what was added so far.
+normalised maps. m is known only after the last channel, so sums are relative to a running maximum and
+rescaled when it grows.
 
-A power of 0 leaves that map out. Sums are taken in a fixed order: the same input gives the same bits.
+A power of 0 leaves a map out. Sums have a fixed order: the same input gives the same bits.
 """
 
 import triton
@@ -24,15 +25,15 @@ import triton.language as tl
 
 from .powers import power, slope
 
-# Where channels are adjacent, bytes of them that a program reads of a position at once: a cache line. With a quarter of
-# it, [1280, 128, 32, 32] takes six times as long on an H100.
+# Bytes that a program reads per position in channels_last: a cache line. With a quarter of it, [1280, 128, 32, 32]
+# takes six times as long on an H100.
 LINE = 128
 
 
 def norm_block_launch(channels: int, height: int, width: int, element_size: int, channels_last: bool) -> dict | None:
-    """Launch table of `norm_block_forward_kernel`, measured on an H100; None where too few planes fit registers.
+    """Return the launch table of `norm_block_forward_kernel`, measured on an H100; None if planes exceed registers.
 
-    A program of 8 warps holds 128 values a thread at most, and narrow types stand at that; float32 is faster at 64.
+    A program of 8 warps holds at most 128 values per thread. Narrow types use that; float32 is faster with 64.
     """
     block_p = _places(height, width)
     if not channels_last:
@@ -47,7 +48,7 @@ def norm_block_launch(channels: int, height: int, width: int, element_size: int,
 def norm_block_backward_launch(
     channels: int, height: int, width: int, element_size: int, channels_last: bool
 ) -> dict | None:
-    """Launch table of `norm_block_backward_kernel`, which holds a gradient beside each value; None as before."""
+    """Return the launch table of `norm_block_backward_kernel`, which also holds a gradient per value, or None."""
     block_p = _places(height, width)
     if not channels_last:
         return _plane_launch(channels, height, width)
@@ -58,14 +59,14 @@ def norm_block_backward_launch(
 
 
 def _places(height: int, width: int) -> int:
-    """Quads of a plane, rounded up to a power of two."""
+    """Return the quads of a plane, rounded up to a power of two."""
     return triton.next_power_of_2(triton.cdiv(height, 2) * triton.cdiv(width, 2))
 
 
 def _plane_launch(channels: int, height: int, width: int) -> dict[str, int] | None:
-    """Planes whose positions are adjacent: a warp, which needs no other for its sums, holds 2048 values.
+    """Return the launch table for planes of adjacent positions: 2048 values per warp, whose sums need no other warp.
 
-    Half as many where places are masked, which takes registers.
+    With masked places, whose masks need registers, half as many.
     """
     block_p = _places(height, width)
     warp = 2048 if height * width == 4 * block_p and width % 2 == 0 else 1024
@@ -75,25 +76,25 @@ def _plane_launch(channels: int, height: int, width: int) -> dict[str, int] | No
 
 
 def tiled_launch(channels: int, height: int, width: int, element_size: int, channels_last: bool) -> dict[str, int]:
-    """Launch table of the kernels that walk planes in tiles of BLOCK_P quads."""
+    """Return the launch table of the kernels that process planes in tiles of BLOCK_P quads."""
     block_c = min(triton.next_power_of_2(channels), LINE // element_size if channels_last else 4)
     return {"BLOCK_P": min(_places(height, width), 4096 // block_c), "BLOCK_C": block_c, "num_warps": 8}
 
 
 def is_exact(channels: int, height: int, width: int, launch: dict[str, int], tiles: int = 1) -> bool:
-    """Whether the tiles cover the planes without a masked place."""
+    """Return True if the tiles cover the planes without a masked place."""
     even = height % 2 == 0 and width % 2 == 0
     return even and height * width == 4 * launch["BLOCK_P"] * tiles and channels % launch["BLOCK_C"] == 0
 
 
 def channel_group(block_c: int, channels_last: bool) -> int:
-    """GROUP of `norm_block_forward_kernel`: the channels of a position that one thread holds."""
+    """Return GROUP of `norm_block_forward_kernel`: the channels of a position that one thread holds."""
     return min(4, block_c) if channels_last else block_c
 
 
 @triton.jit
 def valid_quad(start, H: tl.constexpr, W: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Which of the places ``start`` onwards lie in the plane: four masks [BLOCK_P, 1]."""
+    """Return which positions of the places from ``start`` lie in the plane: four masks [BLOCK_P, 1]."""
     o_p = start + tl.arange(0, BLOCK_P)
     o_h = 2 * (o_p // ((W + 1) // 2))[:, None]
     o_w = 2 * (o_p % ((W + 1) // 2))[:, None]
@@ -103,14 +104,14 @@ def valid_quad(start, H: tl.constexpr, W: tl.constexpr, BLOCK_P: tl.constexpr):
 
 @triton.jit
 def _quad_offsets(start, stride_h, stride_w, W: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Offsets [BLOCK_P] of the positions (2i, 2j)."""
+    """Return offsets [BLOCK_P] of the positions (2i, 2j)."""
     o_p = start + tl.arange(0, BLOCK_P)
     return 2 * (o_p // ((W + 1) // 2)) * stride_h + 2 * (o_p % ((W + 1) // 2)) * stride_w
 
 
 @triton.jit
 def _row_offsets(start, stride_h, stride_w, H: tl.constexpr, W: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Offsets [2 BLOCK_P] of the even rows' positions in order, with their validity there and in the row below."""
+    """Return offsets [2 BLOCK_P] of the even rows' positions in order, and masks for them and for the row below."""
     o_q = 2 * start + tl.arange(0, 2 * BLOCK_P)
     breadth: tl.constexpr = 2 * ((W + 1) // 2)
     o_h = 2 * (o_q // breadth)
@@ -120,7 +121,7 @@ def _row_offsets(start, stride_h, stride_w, H: tl.constexpr, W: tl.constexpr, BL
 
 @triton.jit
 def load_tile(pointers, mask, dtype: tl.constexpr, EXACT: tl.constexpr):
-    """Values at ``pointers``, zero where masked; EXACT where nothing is."""
+    """Load values at ``pointers``, zero where masked; EXACT if nothing is masked."""
     if EXACT:
         values = tl.load(pointers)
     else:
@@ -139,14 +140,14 @@ def store_tile(pointers, values, mask, EXACT: tl.constexpr):
 
 @triton.jit
 def _split_rows(b_rows, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """[BLOCK_C, 2 BLOCK_P] of a row's positions in order -> its even and odd ones, [BLOCK_P, BLOCK_C] each."""
+    """Split a row's positions [BLOCK_C, 2 BLOCK_P] into even and odd ones, [BLOCK_P, BLOCK_C] each."""
     even, odd = tl.split(tl.reshape(b_rows, [BLOCK_C, BLOCK_P, 2]))
     return tl.trans(even), tl.trans(odd)
 
 
 @triton.jit
 def _join_rows(even, odd, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The inverse of `_split_rows`."""
+    """Invert `_split_rows`."""
     return tl.reshape(tl.join(tl.trans(even), tl.trans(odd)), [BLOCK_C, 2 * BLOCK_P])
 
 
@@ -167,7 +168,7 @@ def _load_quad(
     CHANNELS_LAST: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """The places ``start`` onwards of channels ``o_c``: four tiles [BLOCK_P, BLOCK_C], zero outside the plane."""
+    """Load the places from ``start`` of channels ``o_c``: four tiles [BLOCK_P, BLOCK_C], zero outside the plane."""
     m_c = o_c < C
     if CHANNELS_LAST:
         valid = valid_quad(start, H, W, BLOCK_P)
@@ -204,7 +205,7 @@ def _store_quad(
     CHANNELS_LAST: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Write what `_load_quad` reads."""
+    """Write four tiles in the layout that `_load_quad` reads."""
     m_c = o_c < C
     if CHANNELS_LAST:
         valid = valid_quad(start, H, W, BLOCK_P)
@@ -234,7 +235,7 @@ def pooled_pointers(
     W: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Pointers [BLOCK_P, BLOCK_C] into pooled planes, and which of them exist: an odd last row or column is dropped."""
+    """Return pointers [BLOCK_P, BLOCK_C] into pooled planes and their mask; an odd last row or column is dropped."""
     o_p = start + tl.arange(0, BLOCK_P)
     o_h = o_p // ((W + 1) // 2)
     o_w = o_p % ((W + 1) // 2)
@@ -255,7 +256,7 @@ def _store_map(p_map, start, quad, H: tl.constexpr, W: tl.constexpr, BLOCK_P: tl
 
 @triton.jit
 def load_map(p_map, start, H: tl.constexpr, W: tl.constexpr, BLOCK_P: tl.constexpr):
-    """The places ``start`` onwards of a spatial map [H W]: four blocks [BLOCK_P]."""
+    """Load the places from ``start`` of a spatial map [H W]: four blocks [BLOCK_P]."""
     valid = valid_quad(start, H, W, BLOCK_P)
     p_00 = p_map + _quad_offsets(start, W, 1, W, BLOCK_P)
     b_00 = tl.load(p_00, mask=tl.reshape(valid[0], [BLOCK_P]), other=0.0)
@@ -269,7 +270,7 @@ def load_map(p_map, start, H: tl.constexpr, W: tl.constexpr, BLOCK_P: tl.constex
 def load_affine(
     p_weight, p_bias, o_c, dtype: tl.constexpr, C: tl.constexpr, AFFINE: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """Scale and shift of channels ``o_c``; zero, and so no feature, past the last channel."""
+    """Load scale and shift of channels ``o_c``; zero past the last channel, so that its features are zero."""
     if AFFINE:
         b_weight = tl.load(p_weight + o_c, mask=o_c < C, other=0.0).to(dtype)
         b_bias = tl.load(p_bias + o_c, mask=o_c < C, other=0.0).to(dtype)
@@ -281,25 +282,25 @@ def load_affine(
 
 @triton.jit
 def sum_quad(quad):
-    """The sum of the four tiles."""
+    """Return the sum of the four tiles."""
     return (quad[0] + quad[1]) + (quad[2] + quad[3])
 
 
 @triton.jit
 def dot_quad(a, b):
-    """The sum of the four tiles' products."""
+    """Return the sum of the four tiles' products."""
     return (a[0] * b[0] + a[1] * b[1]) + (a[2] * b[2] + a[3] * b[3])
 
 
 @triton.jit
 def scale_quad(quad, factor):
-    """The four tiles times a factor."""
+    """Multiply the four tiles by a factor."""
     return quad[0] * factor, quad[1] * factor, quad[2] * factor, quad[3] * factor
 
 
 @triton.jit
 def mask_quad(quad, valid, EXACT: tl.constexpr):
-    """Zero outside the plane."""
+    """Set tiles to zero outside the plane."""
     if EXACT:
         masked = quad
     else:
@@ -311,20 +312,20 @@ def mask_quad(quad, valid, EXACT: tl.constexpr):
 
 @triton.jit
 def centre_quad(quad, b_mean, valid, EXACT: tl.constexpr):
-    """x - mean, zero outside the plane."""
+    """Return x - mean, zero outside the plane."""
     row = b_mean[None, :]
     return mask_quad((quad[0] - row, quad[1] - row, quad[2] - row, quad[3] - row), valid, EXACT)
 
 
 @triton.jit
 def _rectify(b_d, b_scale, b_shift):
-    """ReLU(d scale + shift); NaN stays NaN."""
+    """Return ReLU(d scale + shift); NaN stays NaN."""
     return tl.maximum(b_d * b_scale[None, :] + b_shift[None, :], 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def rectify_quad(quad, b_scale, b_shift, valid, EXACT: tl.constexpr):
-    """Features of centred tiles, zero outside the plane."""
+    """Return the features of centred tiles, zero outside the plane."""
     b_00, b_01 = _rectify(quad[0], b_scale, b_shift), _rectify(quad[1], b_scale, b_shift)
     b_10, b_11 = _rectify(quad[2], b_scale, b_shift), _rectify(quad[3], b_scale, b_shift)
     return mask_quad((b_00, b_01, b_10, b_11), valid, EXACT)
@@ -332,7 +333,7 @@ def rectify_quad(quad, b_scale, b_shift, valid, EXACT: tl.constexpr):
 
 @triton.jit
 def centre_planes(quad, valid, H: tl.constexpr, W: tl.constexpr, EXACT: tl.constexpr):
-    """Centred planes, their mean and population variance [BLOCK_C]; the variance is that of centred values."""
+    """Return centred planes, and their mean and population variance [BLOCK_C], computed from centred values."""
     b_mean = tl.sum(sum_quad(quad), axis=0) / (H * W)
     quad = centre_quad(quad, b_mean, valid, EXACT)
     return quad, b_mean, tl.sum(dot_quad(quad, quad), axis=0) / (H * W)
@@ -340,7 +341,7 @@ def centre_planes(quad, valid, H: tl.constexpr, W: tl.constexpr, EXACT: tl.const
 
 @triton.jit
 def load_statistics(p_mean, p_rstd, i_b, o_c, C: tl.constexpr):
-    """Mean and 1 / sqrt(variance + eps) of channels ``o_c`` of sample ``i_b``; zero past the last channel."""
+    """Load mean and 1 / sqrt(variance + eps) of channels ``o_c`` of sample ``i_b``; zero past the last channel."""
     b_mean = tl.load(p_mean + i_b * C + o_c, mask=o_c < C, other=0.0)
     return b_mean, tl.load(p_rstd + i_b * C + o_c, mask=o_c < C, other=0.0)
 
@@ -374,13 +375,13 @@ def normalize_planes(
 
 @triton.jit
 def relative_to(peak):
-    """1 / peak, and 1 where all is zero so far."""
+    """Return 1 / peak, or 1 if all features so far are zero."""
     return 1.0 / tl.where(peak > 0, peak, 1.0)
 
 
 @triton.jit
 def _inverse_norm(square):
-    """1 / sqrt(square), and 1 for a zero map."""
+    """Return 1 / sqrt(square), or 1 for a zero map."""
     return 1.0 / tl.sqrt(tl.where(square > 0, square, 1.0))
 
 
@@ -388,14 +389,14 @@ def _inverse_norm(square):
 def empty_maps(
     dtype: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr, CHUNKS: tl.constexpr
 ):
-    """A zero peak, a spatial map (four tiles [BLOCK_P, BLOCK_C / GROUP]) and a channel map [CHUNKS, BLOCK_C]."""
+    """Return a zero peak, spatial map (four tiles [BLOCK_P, BLOCK_C / GROUP]) and channel map [CHUNKS, BLOCK_C]."""
     zero = tl.zeros([BLOCK_P, BLOCK_C // GROUP], dtype)
     return tl.full([], 0.0, dtype), (zero, zero, zero, zero), tl.zeros([CHUNKS, BLOCK_C], dtype)
 
 
 @triton.jit
 def _add_power(b_map, ratio, b_u, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr):
-    """map ratio + sums of u^P over runs of GROUP channels, which one thread holds: no exchange between threads."""
+    """Return map * ratio + sums of u^P over GROUP channels, all in one thread: no exchange between threads."""
     return b_map * ratio + tl.sum(tl.reshape(power(b_u, P), [BLOCK_P, BLOCK_C // GROUP, GROUP]), axis=2)
 
 
@@ -413,13 +414,13 @@ def add_maps(
     GROUP: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """Add the features of chunk ``i_c`` to the maps, which then are relative to the larger peak."""
+    """Add the features of chunk ``i_c`` to the maps, and make them relative to the larger peak."""
     new_peak, new_spatial, new_channel = peak, spatial, b_channel
     if SPATIAL > 0 or CHANNEL > 0:
         b_max = tl.maximum(tl.maximum(quad[0], quad[1]), tl.maximum(quad[2], quad[3]))
         new_peak = tl.maximum(peak, tl.max(tl.max(b_max, axis=0), axis=0))
         inverse = relative_to(new_peak)
-        # Exactly 1 where the peak stays: what is added up is multiplied once for each of many chunks.
+        # Exactly 1 if the peak is unchanged, because the sums are multiplied once per chunk.
         ratio = tl.where(new_peak > peak, peak * inverse, 1.0)
         quad = scale_quad(quad, inverse)
         if SPATIAL > 0:
@@ -438,13 +439,13 @@ def add_maps(
 
 @triton.jit
 def sum_powers(quad, P: tl.constexpr):
-    """The sum of the four tiles' powers."""
+    """Return the sum of the four tiles' powers."""
     return (power(quad[0], P) + power(quad[1], P)) + (power(quad[2], P) + power(quad[3], P))
 
 
 @triton.jit
 def map_length(C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, SPATIAL: tl.constexpr, CHANNEL: tl.constexpr):
-    """How many values the maps of one sample have."""
+    """Return the number of values of one sample's maps."""
     return (H * W if SPATIAL > 0 else 0) + (C if CHANNEL > 0 else 0)
 
 
@@ -464,7 +465,7 @@ def store_maps(
     BLOCK_C: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """Write a sample's maps with L2 norm 1, spatial then channel, its peak and both factors (1: zero or not taken)."""
+    """Write a sample's maps with L2 norm 1, its peak and both factors (1 for a map that is zero or left out)."""
     spatial_factor = peak * 0 + 1.0
     channel_factor = peak * 0 + 1.0
     if SPATIAL > 0:
@@ -516,15 +517,15 @@ def norm_block_forward_kernel(
     BLOCK_C: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """One sample: pooled features, normalised maps, and what the backward pass needs. Grid: (samples,).
+    """Compute one sample's pooled features, normalised maps and values saved for backward. Grid: (samples,).
 
     Args:
-        p_x: [B, C, H, W] output of the convolution, by its strides; H, W >= 2 and a quad for each place of BLOCK_P.
-        p_weight, p_bias: [C] scale and shift of the norm, read with AFFINE.
-        p_pooled: [B, C, H // 2, W // 2] by its strides.
-        p_maps: [B, M] the spatial map (H W values, if taken), then the channel map (C), each of L2 norm 1 or zero.
+        p_x: [B, C, H, W] output of the convolution, any strides; H, W >= 2, at most BLOCK_P quads per plane.
+        p_weight, p_bias: [C] scale and shift of the norm; not read without AFFINE.
+        p_pooled: [B, C, H // 2, W // 2], any strides.
+        p_maps: [B, M] the spatial map (H W values), then the channel map (C), each of L2 norm 1 or zero.
         p_mean, p_rstd: [B, C] mean and 1 / sqrt(variance + eps) of each plane; read (USE_STATISTICS) or written.
-        p_statistics: [B, 3] the largest feature and 1 / norm of each map relative to it; 1 where zero or not taken.
+        p_statistics: [B, 3] the largest feature and 1 / norm of each map relative to it; 1 if zero or left out.
         CHUNKS: number of blocks of BLOCK_C channels, rounded up to a power of two.
     """
     i_b = tl.program_id(0).to(tl.int64)
@@ -558,7 +559,7 @@ def norm_block_forward_kernel(
 def _feature_gradient(
     b_d, b_scale, b_shift, b_pooled, b_spatial, b_channel, SPATIAL: tl.constexpr, CHANNEL: tl.constexpr
 ):
-    """Gradient of the norm's output from that of the pooled features and the weights of both maps' derivatives."""
+    """Return the gradient of the norm's output, from the pooled features' gradient and the maps' weights."""
     b_y = b_d * b_scale[None, :] + b_shift[None, :]
     b_u = tl.maximum(b_y, 0.0)
     b_g = b_pooled
@@ -583,11 +584,11 @@ def gradient_quad(
     CHANNEL: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Gradient of the norm's output from centred tiles, zero outside the plane.
+    """Return the gradient of the norm's output from centred tiles, zero outside the plane.
 
     Args:
         b_pooled: gradient of the pooled features, divided by 4.
-        spatial, b_channel: four blocks [BLOCK_P] and [BLOCK_C], what multiplies (f / peak)^(p - 1).
+        spatial, b_channel: four blocks [BLOCK_P] and [BLOCK_C], factors of (f / peak)^(p - 1).
     """
     b_scale = b_scale * inverse_peak
     b_shift = b_bias * inverse_peak
@@ -600,12 +601,12 @@ def gradient_quad(
 
 @triton.jit
 def through_norm(gradient, quad, b_sum, b_dot, b_rstd, b_scale, H: tl.constexpr, W: tl.constexpr):
-    """Gradient of the norm's input: what changes a plane's mean or variance is taken out.
+    """Return the gradient of the norm's input: remove the parts that change a plane's mean or variance.
 
     Args:
         gradient, quad: gradient of the norm's output and centred input, four tiles [BLOCK_P, BLOCK_C] each.
-        b_sum, b_dot: [BLOCK_C] sums over the plane of the gradient, and of its product with the centred input; where
-            statistics are those of the batch, the means over samples of these sums.
+        b_sum, b_dot: [BLOCK_C] sums over the plane of the gradient, and of its product with the centred input; for
+            BatchNorm, the means of these sums over samples.
     """
     b_offset = (b_sum * b_scale / (H * W))[None, :]
     b_slope = (b_dot * b_rstd * b_rstd * b_scale / (H * W))[None, :]
@@ -619,7 +620,7 @@ def through_norm(gradient, quad, b_sum, b_dot, b_rstd, b_scale, H: tl.constexpr,
 
 @triton.jit
 def spatial_weights(p_gradient, p_map, factor, H: tl.constexpr, W: tl.constexpr, BLOCK_P: tl.constexpr):
-    """(gradient - <gradient, map> map) factor of a spatial map, as four blocks [BLOCK_P]."""
+    """Return (gradient - <gradient, map> map) factor of a spatial map, as four blocks [BLOCK_P]."""
     gradient = load_map(p_gradient, 0, H, W, BLOCK_P)
     normalized = load_map(p_map, 0, H, W, BLOCK_P)
     dot = tl.sum(dot_quad(gradient, normalized), axis=0)
@@ -630,14 +631,14 @@ def spatial_weights(p_gradient, p_map, factor, H: tl.constexpr, W: tl.constexpr,
 
 @triton.jit
 def channel_weights(p_gradient, p_map, factor, dot, o_c, C: tl.constexpr):
-    """(gradient - dot map) factor of channels ``o_c`` of a channel map."""
+    """Return (gradient - dot map) factor of channels ``o_c`` of a channel map."""
     b_g = tl.load(p_gradient + o_c, mask=o_c < C, other=0.0)
     return (b_g - tl.load(p_map + o_c, mask=o_c < C, other=0.0) * dot) * factor
 
 
 @triton.jit
 def channel_dot(p_gradient, p_map, C: tl.constexpr, BLOCK: tl.constexpr):
-    """<gradient, map> of a channel map of at most BLOCK channels."""
+    """Return <gradient, map> of a channel map of at most BLOCK channels."""
     o_c = tl.arange(0, BLOCK)
     b_g = tl.load(p_gradient + o_c, mask=o_c < C, other=0.0)
     return tl.sum(b_g * tl.load(p_map + o_c, mask=o_c < C, other=0.0), axis=0)
@@ -645,13 +646,13 @@ def channel_dot(p_gradient, p_map, C: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_sums(p_sums, o_c, C: tl.constexpr):
-    """Both sums of `through_norm` for channels ``o_c``."""
+    """Load both sums of `through_norm` for channels ``o_c``."""
     return tl.load(p_sums + o_c, mask=o_c < C, other=0.0), tl.load(p_sums + C + o_c, mask=o_c < C, other=0.0)
 
 
 @triton.jit
 def store_sums(p_sums, b_sum, b_dot, o_c, C: tl.constexpr):
-    """Write what `load_sums` reads."""
+    """Write both sums in the layout that `load_sums` reads."""
     tl.store(p_sums + o_c, b_sum, mask=o_c < C)
     tl.store(p_sums + C + o_c, b_dot, mask=o_c < C)
 
@@ -694,17 +695,17 @@ def norm_block_backward_kernel(
     BLOCK_C: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """Gradient of the convolution's output for one sample. Grid: (samples,).
+    """Compute the gradient of the convolution's output for one sample. Grid: (samples,).
 
-    The L2 normalisation takes <gradient, map> map out of a map's gradient; what is left, times p / (norm peak), is the
+    The L2 normalisation subtracts <gradient, map> map from a map's gradient; the rest, times p / (norm peak), is the
     factor of (f / peak)^(p - 1).
 
     Args:
-        p_grad_pooled: [B, C, H // 2, W // 2] by its strides.
-        p_grad_maps: [B, M] laid out as p_maps.
-        p_sums: [B, 2, C] both sums of `through_norm`, written, or [2, C] their means over samples, read.
-        p_grad_x: [B, C, H, W] by its strides.
-        SUMS: "own" for those of the plane, "write" to write them and no gradient, "read" for those of the batch.
+        p_grad_pooled: [B, C, H // 2, W // 2], any strides.
+        p_grad_maps: [B, M], in the order of p_maps.
+        p_sums: [B, 2, C] both sums of `through_norm` (written), or [2, C] their means over samples (read).
+        p_grad_x: [B, C, H, W], any strides.
+        SUMS: "own" uses each plane's sums, "write" writes them and no gradient, "read" uses the batch's.
         The others as in `norm_block_forward_kernel`.
     """
     i_b = tl.program_id(0).to(tl.int64)
@@ -775,7 +776,7 @@ def extend_statistics(quad, valid, b_count, b_mean, b_m2, b_low, b_high):
     dtype: tl.constexpr = b_mean.dtype
     b_new = (valid[0].to(dtype) + valid[1].to(dtype)) + (valid[2].to(dtype) + valid[3].to(dtype))
     quad_mean = sum_quad(mask_quad(quad, valid, False)) / tl.maximum(b_new, 1.0)
-    # A masked value stands at the mean of its place: it changes neither the deviations nor the extremes.
+    # A masked value counts as the mean of its place: it changes neither deviations nor extremes.
     d_00, d_01 = tl.where(valid[0], quad[0] - quad_mean, 0.0), tl.where(valid[1], quad[1] - quad_mean, 0.0)
     d_10, d_11 = tl.where(valid[2], quad[2] - quad_mean, 0.0), tl.where(valid[3], quad[3] - quad_mean, 0.0)
     deviation = (d_00, d_01, d_10, d_11)
@@ -792,7 +793,7 @@ def extend_statistics(quad, valid, b_count, b_mean, b_m2, b_low, b_high):
 
 @triton.jit
 def join_statistics(b_count, b_mean, b_m2, N: tl.constexpr):
-    """Mean and variance [BLOCK_C] of planes of N values from the statistics of their places."""
+    """Return mean and variance [BLOCK_C] of planes of N values from the statistics of their places."""
     mean = tl.sum(b_count * b_mean, axis=0) / N
     b_delta = b_mean - mean[None, :]
     return mean, tl.sum(b_m2 + b_count * b_delta * b_delta, axis=0) / N
@@ -800,7 +801,7 @@ def join_statistics(b_count, b_mean, b_m2, N: tl.constexpr):
 
 @triton.jit
 def largest_feature(b_low, b_high, b_mean, b_scale, b_bias):
-    """The largest feature of channels whose smallest and largest values are ``b_low`` and ``b_high``; at least 0."""
+    """Return the largest feature, at least 0, of channels whose values are from ``b_low`` to ``b_high``."""
     b_extreme = tl.maximum((b_low - b_mean) * b_scale, (b_high - b_mean) * b_scale) + b_bias
     return tl.maximum(tl.max(b_extreme, axis=0), 0.0)
 
@@ -812,7 +813,7 @@ def add_tile(
     SPATIAL: tl.constexpr, CHANNEL: tl.constexpr,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Normalise a tile; write its pooled features and its part of the spatial map.
+    """Normalise a tile; write its pooled features and its positions of the spatial map.
 
     Returns:
         ``b_channel`` [BLOCK_P, BLOCK_C] with the tile's (f / peak)^p added.
@@ -864,11 +865,11 @@ def tiled_forward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """BLOCK_C planes of one sample, too large for registers: statistics, then everything else. Grid: (samples, chunks).
+    """Compute `norm_block_forward_kernel` for BLOCK_C planes too large for registers. Grid: (samples, chunks).
 
     Args:
-        p_spatial: [B, chunks, H W] sums over the chunk's channels of (f / peak)^p, peak the chunk's.
-        p_channel: [B, C] sums over positions of (f / peak)^p.
+        p_spatial: [B, chunks, H W] sums over the chunk's channels of (f / peak)^p, with the chunk's peak.
+        p_channel: [B, C] sums over positions of (f / peak)^p, with the peak of the channel's chunk.
         p_peak: [B, chunks] the largest feature of the chunk.
         The others as in `norm_block_forward_kernel`.
     """
@@ -921,7 +922,7 @@ def tiled_forward_kernel(
 
 @triton.jit
 def _project(p_gradient, p_map, p_weight, factor, N: tl.constexpr, BLOCK: tl.constexpr):
-    """weight = (gradient - <gradient, map> map) factor for one map of N values."""
+    """Write weight = (gradient - <gradient, map> map) factor for one map of N values."""
     dtype: tl.constexpr = p_map.dtype.element_ty
     b_dot = tl.zeros([BLOCK], dtype)
     for start in range(0, N, BLOCK):
@@ -949,7 +950,7 @@ def map_weights_kernel(
     CHANNEL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What multiplies (f / peak)^(p - 1) in the gradient of each feature. Grid: (samples,).
+    """Compute the factors of (f / peak)^(p - 1) in the gradient of each feature. Grid: (samples,).
 
     Args:
         p_gradient, p_maps: [B, M] gradient of the maps and the maps.
@@ -977,7 +978,7 @@ def _tiled_gradient(
     SPATIAL: tl.constexpr, CHANNEL: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """Centred input and gradient of the norm's output for one tile."""
+    """Return the centred input and the gradient of the norm's output for one tile."""
     valid = valid_quad(start, H, W, BLOCK_P)
     quad = _load_quad(
         p_x, start, o_c, stride_c, stride_h, stride_w, dtype, C, H, W, BLOCK_P, BLOCK_C, CHANNELS_LAST, False
@@ -986,7 +987,7 @@ def _tiled_gradient(
         p_grad_pooled, start, o_c, pooled_stride_c, pooled_stride_h, pooled_stride_w, C, H, W, BLOCK_P
     )
     b_pooled = load_tile(pointers, mask, dtype, False) * 0.25
-    spatial = (b_channel, b_channel, b_channel, b_channel)  # unread without SPATIAL
+    spatial = (b_channel, b_channel, b_channel, b_channel)  # not read without SPATIAL
     if SPATIAL > 0:
         spatial = load_map(p_weights, start, H, W, BLOCK_P)
     quad = centre_quad(quad, b_mean, valid, False)
@@ -1031,10 +1032,10 @@ def tiled_backward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Gradient of BLOCK_C planes of one sample, too large for registers. Grid: (samples, chunks).
+    """Compute `norm_block_backward_kernel` for BLOCK_C planes too large for registers. Grid: (samples, chunks).
 
     Args:
-        p_weights: [B, M] of `map_weights_kernel`.
+        p_weights: [B, M] from `map_weights_kernel`.
         The others as in `norm_block_backward_kernel`.
     """
     i_b = tl.program_id(0).to(tl.int64)
@@ -1052,7 +1053,7 @@ def tiled_backward_kernel(
     b_weight, b_bias = load_affine(p_weight, p_bias, o_c, dtype, C, AFFINE, BLOCK_C)
     b_scale = b_rstd * b_weight
     inverse_peak = 1.0 / tl.load(p_statistics + i_b * 3)
-    b_channel = b_mean  # unread without CHANNEL
+    b_channel = b_mean  # not read without CHANNEL
     if CHANNEL > 0:
         b_channel = tl.load(p_weights + map_length(0, H, W, SPATIAL, 0) + o_c, mask=o_c < C, other=0.0)
     if SUMS == "read":

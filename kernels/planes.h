@@ -1,28 +1,28 @@
-/* InstanceNorm of one sample, and what follows it, with the channels of a place adjacent in memory: each pass walks the
- * sample in the second-level cache, so that passes cost little beside the convolutions around them. */
+/* InstanceNorm of one sample, and the operations after it, with the channels of a position adjacent in memory. A sample
+ * stays in the second-level cache, so that a pass over it costs little compared with a convolution. */
 #pragma once
 
 #include "vectors.h"
 
-/* A sample: places are `pitch` floats apart, rows of places `row`. */
+/* A sample: neighbouring positions are `pitch` floats apart, rows of positions `row` floats. */
 typedef struct {
     int64_t channels, height, width, pitch, row;
 } Shape;
 
-/* One of samples [B, C, H, W] in channels_last. */
+/* Return the shape of one of samples [B, C, H, W] in channels_last. */
 INLINE Shape channels_last(int64_t channels, int64_t height, int64_t width) {
     return (Shape){channels, height, width, channels, channels * width};
 }
 
-/* Values of a sample's output, 2x2 places of which are pooled into one where `pool`. */
+/* Return the number of values of a sample's output, pooled 2x2 if `pool`. */
 INLINE int64_t output_values(Shape s, int64_t pool) {
     return s.channels * (pool ? (s.height / 2) * (s.width / 2) : s.height * s.width);
 }
 
-/* Mean, or with `mean` given the mean square around it, of `n` channels over all places. */
+/* Return the mean of `n` channels over all positions; if `mean` is given, the mean square deviation from it. */
 INLINE vector mean_over_places(const float *x, Shape s, int64_t n, const vector *mean) {
-    vector sums[4] = {{0}, {0}, {0}, {0}}; /* independent, so that one addition need not wait for the last */
-    vector centre = mean ? *mean : load(x, n); /* a mean is summed from the first place's value: less is rounded */
+    vector sums[4] = {{0}, {0}, {0}, {0}}; /* independent, so that additions overlap */
+    vector centre = mean ? *mean : load(x, n); /* differences from the first value: smaller rounding errors */
     for (int64_t y = 0; y < s.height; y++) {
         const float *row = x + y * s.row;
         int64_t column = 0;
@@ -40,7 +40,7 @@ INLINE vector mean_over_places(const float *x, Shape s, int64_t n, const vector 
     return mean ? result : result + centre;
 }
 
-/* Mean and variance of every channel of a sample. */
+/* Compute mean and variance of every channel of a sample. */
 INLINE void plane_statistics(const float *x, Shape s, float *mean, float *variance) {
     for (int64_t c = 0; c < s.channels; c += LANES) {
         int64_t n = at_most(s.channels - c, LANES);
@@ -50,23 +50,23 @@ INLINE void plane_statistics(const float *x, Shape s, float *mean, float *varian
     }
 }
 
-/* Mean and 1 / sqrt(variance + eps) of every channel of a sample. */
+/* Compute mean and 1 / sqrt(variance + eps) of every channel of a sample. */
 INLINE void normalizing_statistics(const float *x, Shape s, float eps, float *mean, float *rstd) {
     plane_statistics(x, s, mean, rstd);
     for (int64_t c = 0; c < s.channels; c++) rstd[c] = 1 / sqrtf(rstd[c] + eps);
 }
 
-/* Of one sample: mean and 1 / standard deviation of its channels, and the norm's scale and shift, NULL for none. */
+/* Mean and 1 / standard deviation of a sample's channels; scale and shift of the norm, NULL for none. */
 typedef struct {
     const float *mean, *rstd, *weight, *bias;
 } Norm;
 
-/* The same of some channels; `scale` takes what is centred to the norm's output but for `shift`. */
+/* The same for a vector of channels: the norm's output is (x - mean) * scale + shift. */
 typedef struct {
     vector mean, rstd, scale, shift;
 } Affine;
 
-/* Of sample `i`, of statistics [B, C]. */
+/* Return the norm of sample `i` from statistics [B, C]. */
 INLINE Norm norm_of_sample(const float *mean, const float *rstd, const float *weight, const float *bias, int64_t i,
                            int64_t channels) {
     return (Norm){mean + i * channels, rstd + i * channels, weight, bias};

@@ -1,4 +1,4 @@
-"""The attention power |f|^p and its slope, shared by every kernel that takes attention maps."""
+"""The attention power |f|^p and its slope, shared by the kernels that compute attention maps."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def power(u, P: tl.constexpr):
-    """u^P for u >= 0: products where P is 1, 2, 4 or 8, otherwise exp2(P log2 u) with 0 at u = 0."""
+    """Return u^P for u >= 0: products if P is 1, 2, 4 or 8, otherwise exp2(P log2 u) with 0 at u = 0."""
     if P == 1:
         result = u
     elif P == 2:
@@ -19,14 +19,14 @@ def power(u, P: tl.constexpr):
         fourth = square * square
         result = fourth * fourth
     else:
-        # log2 of the guarded value: log2(0) would make 0 * inf in the derivative's twin.
+        # log2 of a positive value: log2(0) would give 0 * inf.
         result = tl.where(u > 0, tl.exp2(P * tl.log2(tl.where(u > 0, u, 1.0))), u)
     return result
 
 
 @triton.jit
 def slope(u, P: tl.constexpr):
-    """u^(P - 1) for u >= 0: the derivative of u^P without its factor P; anything where u = 0 and P = 1."""
+    """Return u^(P - 1) for u >= 0: the derivative of u^P without its factor P; 1 at u = 0 and P = 1."""
     if P == 1:
         result = u * 0 + 1.0
     elif P == 2:

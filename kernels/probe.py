@@ -1,4 +1,4 @@
-"""The smallest kernel: whether this device, its driver and the compiler work together."""
+"""The smallest kernel, to test that device, driver and compiler work together."""
 
 import triton
 import triton.language as tl

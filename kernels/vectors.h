@@ -1,4 +1,4 @@
-/* Sixteen floats at a time, in the vector types that GCC and Clang lower to what the processor has. */
+/* Vectors of sixteen floats, which GCC and Clang compile to the processor's vector instructions. */
 #pragma once
 
 #include <math.h>
@@ -21,12 +21,12 @@ typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_a
 
 INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* A number of values rounded up to whole vectors. */
+/* Round a number of values up to whole vectors. */
 INLINE int64_t padded(int64_t values) { return (values + LANES - 1) / LANES * LANES; }
 
 INLINE vector splat(float value) { return value - (vector){0}; }
 
-/* `count` values, and zeros where there are fewer than LANES. */
+/* Load `count` values, filled up with zeros to LANES. */
 INLINE vector load(const float *from, int64_t count) {
     if (count >= LANES) return *(const unaligned *)from;
     vector value = {0};
@@ -45,20 +45,20 @@ INLINE vector choose(mask which, vector yes, vector no) {
     return (vector)((which & (mask)yes) | (~which & (mask)no));
 }
 
-/* Zero for what is below zero; NaN stays. */
+/* ReLU: zero for negative values; NaN stays NaN. */
 INLINE vector rectified(vector value) { return choose(value < splat(0), splat(0), value); }
 
 INLINE float sum_of(vector value) {
     typedef float eight __attribute__((vector_size(32)));
     typedef float four __attribute__((vector_size(16)));
-    /* By unions: __builtin_shufflevector came with GCC 12. */
+    /* Unions, because __builtin_shufflevector needs GCC 12. */
     union { vector whole; eight parts[2]; } halves = {value};
     union { eight whole; four parts[2]; } quarters = {halves.parts[0] + halves.parts[1]};
     four quarter = quarters.parts[0] + quarters.parts[1];
     return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 
-/* value^power for values >= 0, by products where the power is a small whole number. */
+/* Return value^power for values >= 0, by products if the power is 0, 1, 2, 3, 4, 7 or 8. */
 INLINE vector raised(vector value, float power) {
     if (power == 4) {
         vector square = value * value;
