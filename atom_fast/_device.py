@@ -1,4 +1,4 @@
-"""What the device that computes has and takes: its architecture, shared memory and number formats; asked once."""
+"""Properties of the compute device: architecture, shared memory and number formats, queried once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 OLDEST_CAPABILITY = 75  # the oldest GPUs that the kernels are compiled for
-# Bytes of shared memory that one program may take, by compute capability (CUDA C++ Programming Guide, technical
+# Bytes of shared memory that one program may use, by compute capability (CUDA C++ Programming Guide, technical
 # specifications).
 SHARED_MEMORY = {
     75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10,
@@ -22,27 +22,27 @@ SHARED_MEMORY = {
 
 
 class Chip(NamedTuple):
-    """What launch tables and settings need to know of a GPU."""
+    """Properties of a GPU that launch tables and settings depend on."""
 
     capability: int  # 10 * major + minor, such as 86
-    shared: int  # bytes of shared memory that one program may take
+    shared: int  # bytes of shared memory that one program may use
 
     @property
     def has_tf32(self) -> bool:
-        """Whether tensor cores multiply float32 rounded to TF32."""
+        """True if tensor cores multiply float32 rounded to TF32."""
         return self.capability >= 80
 
     @property
     def has_bfloat16(self) -> bool:
-        """Whether bfloat16 is computed with, not emulated."""
+        """True if the GPU computes in bfloat16 instead of emulating it."""
         return self.capability >= 80
 
     def __str__(self) -> str:
-        """Such as ``sm_86, 99 KB of shared memory per program``."""
+        """Format as ``sm_86, 99 KB of shared memory per program``."""
         return f"sm_{self.capability}, {self.shared >> 10} KB of shared memory per program"
 
 
-# What kernels are launched for where Triton interprets them on a CPU.
+# The chip that kernels are launched for when Triton interprets them on a CPU.
 INTERPRETED = Chip(90, SHARED_MEMORY[90])
 
 
@@ -52,7 +52,7 @@ def chip_of(device: torch.device) -> Chip:
 
 
 def has_tf32(device: torch.device) -> bool:
-    """Return whether convolutions on ``device`` can run in TF32."""
+    """Return True if convolutions on ``device`` can run in TF32."""
     return device.type == "cuda" and torch.version.hip is None and chip_of(device).has_tf32
 
 
@@ -72,21 +72,21 @@ _refused: dict[torch.device, str] = {}
 
 
 def triton_refusal(device: torch.device) -> str | None:
-    """Return why Triton's kernels do not run on ``device``, None if they do; warn at the first refusal.
+    """Return why Triton's kernels do not run on ``device``, or None if they do; warn at the first refusal.
 
-    The smallest kernel is compiled and launched once per process and GPU, so that a driver that is too old, a Triton
-    that does not know the GPU or a missing C compiler is found before the work begins.
+    The smallest kernel is compiled and launched once per process and GPU. This finds an old driver, a Triton that does
+    not support the GPU or a missing C compiler before the work begins.
     """
     return _refused.get(device) or (_triton_refusal(_index(device)) if device.type == "cuda" else None)
 
 
 def refuse_triton(device: torch.device, reason: str) -> None:
-    """Have PyTorch's operators run on ``device`` from now on, and warn that they do."""
+    """Use PyTorch's operators on ``device`` from now on, and warn."""
     _refused[device] = reason
     _warn(str(device), reason)
 
 
-# What torch.compiler.assume_constant_result sets, without the seconds that importing the compiler takes.
+# As torch.compiler.assume_constant_result sets it, without the seconds that importing the compiler takes.
 chip_of._dynamo_marked_constant = True  # pyrefly: ignore[missing-attribute]
 triton_refusal._dynamo_marked_constant = True  # pyrefly: ignore[missing-attribute]
 
@@ -101,8 +101,8 @@ def _triton_refusal(index: int) -> str | None:
 
 def _warn(device: str, reason: str) -> None:
     warnings.warn(
-        f"the fused kernels do not run on {device} ({reason}); PyTorch's operators take their place, slower and with "
-        "more memory. `atom-fast doctor` says more",
+        f"the fused kernels do not run on {device} ({reason}); PyTorch's operators run instead, slower and with more "
+        "memory. Run `atom-fast doctor` for details",
         stacklevel=4,
     )
 
@@ -121,7 +121,7 @@ def _launch_refusal(index: int) -> str | None:
 
         with torch.cuda.device(index):
             probe_kernel[(1,)](torch.empty(1, device=f"cuda:{index}"))
-    except Exception as error:  # whatever compiler, driver and loader raise
+    except Exception as error:  # compiler, driver and loader raise many types
         if is_out_of_memory(error):
             raise
         reason = str(error).strip() or type(error).__name__
@@ -139,7 +139,7 @@ def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-# Of libraries that allocate beside PyTorch, and of PyTorch's CPU allocator, which has no exception class of its own.
+# Messages of libraries that allocate outside PyTorch, and of PyTorch's CPU allocator, which raises RuntimeError.
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
     "CUDA error: out of memory",
@@ -151,14 +151,14 @@ _OUT_OF_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an exception says that a GPU or the CPU had no memory left."""
+    """Return True if an exception reports that a GPU or the CPU is out of memory."""
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return known or any(part in str(error) for part in _OUT_OF_MEMORY)
 
 
 @contextlib.contextmanager
 def convolution_precision(precision: str, device: torch.device, deterministic: bool = False) -> Iterator[None]:
-    """Run the enclosed convolutions in ``"float32"``, ``"tf32"`` or ``"bfloat16"``, the same bits every time or not."""
+    """Run the enclosed convolutions in ``"float32"``, ``"tf32"`` or ``"bfloat16"``; ``deterministic`` repeats bits."""
     cudnn: Any = torch.backends.cudnn
     before = cudnn.conv.fp32_precision, cudnn.deterministic
     cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"

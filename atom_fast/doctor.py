@@ -1,4 +1,4 @@
-"""What this machine has, what runs fused on it and why, and whether it computes what the equations say."""
+"""Examine a machine: its properties, what runs fused and why, and a check of results against the equations."""
 
 from __future__ import annotations
 
@@ -26,35 +26,33 @@ from atom_fast.ops.dispatch import backend
 from atom_fast.ops.instance_norm import instance_norm
 from atom_fast.ops.norm_block import norm_block
 
-# Data sets by the size of their images, for what runs at each.
+# Data sets and the size of their images [C, H, W].
 SIZES = {"digits": (1, 8, 8), "CIFAR": (3, 32, 32), "Tiny ImageNet": (3, 64, 64)}
 FIRST_BLOCK = {
     "planes": "fused with its convolution, a plane at a time",
     "tiles": "fused with its convolution, in tiles: a plane needs more shared memory",
-    "apart": "after PyTorch's convolution: {reason}",
+    "apart": "after PyTorch's convolution: the image exceeds the fused kernel's limit",
 }
-# What a check may be off by, relative to the length of what is compared. Rounding to TF32 turns some features off or
-# on, each of which changes the gradient by a whole term; a wrong kernel is off by half the length and more.
+# Largest accepted error, relative to the L2 norm of the compared values. Rounding to TF32 switches some features on or
+# off, and each changes the gradient by a whole term; a wrong kernel has an error of 0.5 and more.
 TOLERANCE, TF32_TOLERANCE = 1e-3, 1e-1
-
 
 _NVIDIA_SMI = ("nvidia-smi", "--format=csv,noheader")
 
 
 def examine(device: torch.device, chip: Chip | None = None) -> dict[str, Any]:
-    """Examine a device: what it is, what runs on it, whether that is right, and what would make it faster.
+    """Examine a device: its properties, what runs on it, whether the results are right, and what would be faster.
 
     Args:
         device: a GPU or the CPU.
-        chip: a GPU that is not here; only what would run on it is said.
+        chip: a GPU that need not be present; the result then covers only what would run on it.
 
     Returns:
-        ``versions`` and ``cpu`` by name; ``gpu``, a dict or None; ``runs``, for each operation how it runs; ``checks``,
-        for each operation its error relative to the equations in float64 (a number, or text for a failure); ``advice``,
-        sentences.
+        ``versions`` and ``cpu`` by name; ``gpu``, a dict or None; ``runs``, how each operation runs; ``checks``, each
+        operation's error relative to the equations in float64 (a number, or text for a failure); ``advice``, sentences.
     """
     if chip is not None:
-        return {"gpu": _pretended(chip), "runs": _fused_runs(torch.device("cpu"), chip), "advice": _gpu_advice(chip)}
+        return {"gpu": _absent_gpu(chip), "runs": _fused_runs(torch.device("cpu"), chip), "advice": _gpu_advice(chip)}
     cpu = _cpu()
     gpu = _gpu(device) if device.type == "cuda" else None
     refusal = triton_refusal(device) if gpu else None
@@ -68,7 +66,7 @@ def examine(device: torch.device, chip: Chip | None = None) -> dict[str, Any]:
         "gpu": gpu,
         "runs": runs,
         "checks": self_check(device),
-        "advice": _cpu_advice(cpu, gpu) + (_gpu_advice(chip_of(device), refusal) if gpu else []),
+        "advice": _cpu_advice(gpu) + (_gpu_advice(chip_of(device), refusal) if gpu else []),
     }
 
 
@@ -86,18 +84,18 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
 
 def _ptxas() -> str | None:
-    """The version of the assembler that comes with Triton, on which the kernels' machine code depends."""
+    """Return the version of Triton's assembler, which determines the kernels' machine code; None if not found."""
     spec = importlib.util.find_spec("triton")
     if spec is None or spec.origin is None:
         return None
     tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    said = _output([str(tool), "--version"]) or ""
-    found = re.search(r"release [\d.]+, V([\d.]+)", said)
+    printed = _output([str(tool), "--version"]) or ""
+    found = re.search(r"release [\d.]+, V([\d.]+)", printed)
     return found[1] if found else None
 
 
-def _pretended(chip: Chip) -> dict[str, Any]:
-    return {"name": "not this machine's", "chip": str(chip), "precisions": _precisions(chip)}
+def _absent_gpu(chip: Chip) -> dict[str, Any]:
+    return {"name": "not in this machine", "chip": str(chip), "precisions": _precisions(chip)}
 
 
 def _precisions(chip: Chip) -> str:
@@ -125,7 +123,7 @@ def _processor_name() -> str:
 
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Return how many cores a container may use (cgroup v2 or v1), None where there is no limit."""
+    """Return the number of cores that a container may use (cgroup v2 or v1); None if there is no limit."""
     try:
         if (root / "cpu.max").exists():
             quota, period = (root / "cpu.max").read_text().split()
@@ -137,15 +135,13 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
 
 
 def _fused_runs(device: torch.device, chip: Chip) -> dict[str, str]:
-    """How each operation runs by Triton's kernels on a chip."""
+    """Describe how Triton's kernels run each operation on a chip."""
     runs = {}
     precisions = [torch.float32, torch.bfloat16] if chip.has_bfloat16 else [torch.float32]
     for name, shape in SIZES.items():
         for dtype in precisions:
             kind = launch_kind(shape, 128, dtype, device, chip)
-            reason = "larger than its kernel takes"
-            words = FIRST_BLOCK[kind].format(reason=reason)
-            runs[f"first block, {name} {shape[1]}x{shape[2]} {str(dtype)[6:]}"] = words
+            runs[f"first block, {name} {shape[1]}x{shape[2]} {str(dtype)[6:]}"] = FIRST_BLOCK[kind]
     others = "later blocks", "attention maps", "class means", "augmentation", "norms of an evaluation"
     return runs | dict.fromkeys(others, "fused (Triton)")
 
@@ -163,11 +159,11 @@ def _unfused_runs(device: torch.device, refusal: str | None) -> dict[str, str]:
     )
 
 
-def _cpu_advice(cpu: dict, gpu: dict | None) -> list[str]:
+def _cpu_advice(gpu: dict | None) -> list[str]:
     advice = []
     if not native.is_built() and gpu is None:
         advice.append(
-            "Install a C compiler (gcc or clang, or name one by the environment variable CC): a step on a CPU is then "
+            "Install a C compiler (gcc or clang, or set the environment variable CC to one): a step on a CPU is then "
             "several times faster."
         )
     quota = cpu_quota()
@@ -178,8 +174,8 @@ def _cpu_advice(cpu: dict, gpu: dict | None) -> list[str]:
         )
     if gpu is None and shutil.which("nvidia-smi"):
         advice.append(
-            f"nvidia-smi is here, but PyTorch {torch.__version__} sees no GPU: install a build of PyTorch for CUDA, or "
-            "update the driver."
+            f"nvidia-smi is installed, but PyTorch {torch.__version__} sees no GPU: install a build of PyTorch for "
+            "CUDA, or update the driver."
         )
     return advice
 
@@ -199,7 +195,7 @@ def self_check(device: torch.device) -> dict[str, float | str]:
     """Run every operation once, small, and compare value and gradient with the equations in float64.
 
     Returns:
-        By operation the largest error, relative to the length of what is compared; text where it raised.
+        The largest error of each operation, relative to the L2 norm of the compared values; text if it raised.
     """
     checks = [(name, name, "float32") for name in _CHECKS]
     if has_tf32(device):
@@ -209,13 +205,13 @@ def self_check(device: torch.device) -> dict[str, float | str]:
         try:
             with convolution_precision(precision, device):
                 errors[title] = _error(*_CHECKS[name], device)
-        except Exception as error:  # every one of them is what a bug report needs
+        except Exception as error:  # a bug report needs every one of them
             errors[title] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
     return errors
 
 
 def passes(name: str, error: float | str) -> bool:
-    """Return whether a check of `self_check` is as exact as its arithmetic."""
+    """Return True if an error of `self_check` is within the tolerance of its precision."""
     return isinstance(error, float) and error <= (TF32_TOLERANCE if name.endswith("TF32") else TOLERANCE)
 
 
@@ -237,7 +233,7 @@ def _value_and_gradient(operation: Callable[[Tensor], Tensor], inputs: Tensor) -
 
 
 def _constant(like: Tensor, *shape: int) -> Tensor:
-    """The same numbers at every call."""
+    """Return the same random numbers at every call."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(like)
 
 
@@ -290,7 +286,7 @@ _CHECKS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
 
 
 def report(findings: dict[str, Any]) -> str:
-    """Return what `examine` found as text, a line for each fact."""
+    """Format the result of `examine` as text, one line per fact."""
     sections = []
     for title, facts in (("versions", findings.get("versions")), ("CPU", findings.get("cpu"))):
         if facts:
@@ -305,7 +301,7 @@ def report(findings: dict[str, Any]) -> str:
             for name, error in findings["checks"].items()
         ]
         sections.append(("self-check against the equations in float64", lines))
-    sections.append(("what would make it faster", findings["advice"] or ["nothing that this command knows of"]))
+    sections.append(("what would make it faster", findings["advice"] or ["no suggestions"]))
     return "\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections)
 
 

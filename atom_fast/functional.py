@@ -60,7 +60,7 @@ def attention_matching_loss(
 
     Args:
         real: [B, C, H, W] features of real samples; a constant, which receives no gradient. If it requires one, a
-            UserWarning says so once per process; pass ``real.detach()`` to avoid it.
+            UserWarning is issued once per process; pass ``real.detach()`` to avoid it.
         synthetic: [B', C, H, W] features of synthetic samples, same channels, height and width, same device.
         spatial_power: p_s in [1, 16], or None to leave the spatial maps out (ATOM with channel attention only).
         channel_power: p_c in [1, 16], or None to leave the channel maps out (DataDAM).
@@ -98,7 +98,7 @@ def attention_matching_from_maps(
     synthetic_labels: Tensor | None = None,
     groups: ClassGroups | None = None,
 ) -> Tensor:
-    """Compute the matching loss of equation 3 from normalised maps, such as those of `ConvNet.attention`.
+    """Compute the matching loss of equation 3 from normalised maps, such as `ConvNet.attention` returns.
 
     Args:
         real_maps: [B, D] maps divided by their L2 norm per sample; a constant, as in `attention_matching_loss`.

@@ -12,13 +12,13 @@ from .ops.matching import ClassGroups
 
 
 class ATOMLoss(nn.Module):
-    """L = scale * (L_ATOM + mmd_weight * L_MMD), equations 3 and 4 of the ATOM paper.
+    """Compute L = scale * (L_ATOM + mmd_weight * L_MMD), equations 3 and 4 of the ATOM paper.
 
     The real side is a constant, as in distillation: gradients flow to the synthetic side only. If a real tensor
-    requires a gradient, a UserWarning says so once per process.
+    requires a gradient, a UserWarning is issued once per process.
 
     Args:
-        spatial_power: p_s in [1, 16], or None without spatial attention (the paper's ATOM with channel attention only).
+        spatial_power: p_s in [1, 16], or None without spatial attention (ATOM with channel attention only).
         channel_power: p_c in [1, 16], or None without channel attention (DataDAM).
         mmd_weight: lambda, the weight of the mean-embedding term: 0.01 at 32x32, 0.02 at 64x64 (Table 7).
         scale: multiplies the whole loss; 1 in the paper, 100 in DataDAM's released code.

@@ -90,7 +90,7 @@ def save_run_pictures(folder: str | os.PathLike, synthetic: SyntheticSet) -> Non
 
 
 def describe(synthetic: SyntheticSet) -> str:
-    """Describe a synthetic set in one line: data set, size, method and iterations, as far as its metadata has them."""
+    """Describe a synthetic set in one line: data set, size, method and iterations, if its metadata contains them."""
     metadata, config = synthetic.metadata, synthetic.metadata.get("config", {})
     size = f"{len(synthetic)} images" if synthetic.ipc is None else f"{synthetic.ipc} per class"
     parts = [metadata.get("dataset"), size, metadata.get("method") or method_name(config)]
@@ -149,7 +149,7 @@ def _scale(rows: int, columns: int, height: int, width: int) -> int:
 
 
 def _fit(name: str, font, width: float) -> str:
-    name = name[:200]  # every step of the loop measures the whole name
+    name = name[:200]  # each step of the loop measures the whole string
     shortened, characters = name, len(name)
     while characters > 1 and font.getlength(shortened) > width:
         characters -= 1

@@ -1,7 +1,7 @@
 """The equations of the ATOM paper, and the layers around them, in plain PyTorch.
 
-This is the oracle of the tests, the eager baseline of the benchmarks, what backend "reference" runs, and what an
-operation falls back to where no kernel computes it. Everything is differentiable by autograd, to every order and in
+This is the oracle of the tests, the eager baseline of the benchmarks, the implementation of backend "reference", and
+the fallback of operations that no kernel computes. Everything is differentiable by autograd, to every order and in
 forward mode. One departure from the paper: a sample whose attention map is exactly zero keeps a zero map, where the
 equations would divide zero by zero.
 """
@@ -16,13 +16,13 @@ from torch import Tensor
 
 
 def spatial_attention(features: Tensor, power: float, normalize: bool = True) -> Tensor:
-    """Equation 1: sum of |f|^p over channels, [B, C, H, W] -> [B, H*W]."""
+    """Compute equation 1, the sum of |f|^p over channels: [B, C, H, W] -> [B, H*W]."""
     attention = features.abs().pow(power).sum(dim=1).flatten(1)
     return _unit_length(attention) if normalize else attention
 
 
 def channel_attention(features: Tensor, power: float, normalize: bool = True) -> Tensor:
-    """Equation 2: sum of |f|^p over positions, [B, C, H, W] -> [B, C]."""
+    """Compute equation 2, the sum of |f|^p over positions: [B, C, H, W] -> [B, C]."""
     attention = features.abs().pow(power).sum(dim=(2, 3))
     return _unit_length(attention) if normalize else attention
 
@@ -30,7 +30,10 @@ def channel_attention(features: Tensor, power: float, normalize: bool = True) ->
 def attention_maps(
     features: Tensor, spatial_power: float | None, channel_power: float | None, normalize: bool = True
 ) -> Tensor:
-    """Equations 1 and 2 side by side, in float32 or float64: [B, C, H, W] -> [B, H*W or 0 + C or 0]."""
+    """Compute equations 1 and 2 and concatenate them, in float32 or float64: [B, C, H, W] -> [B, M].
+
+    M = H*W (with ``spatial_power``) + C (with ``channel_power``).
+    """
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     maps = [features.new_empty((features.shape[0], 0))]
     if spatial_power is not None:
@@ -43,7 +46,7 @@ def attention_maps(
 def class_mean_distance(
     real: Tensor, synthetic: Tensor, real_labels: Tensor | None = None, synthetic_labels: Tensor | None = None
 ) -> Tensor:
-    """Squared distance between class means, summed over classes: [B, D], [B', D] -> scalar."""
+    """Compute the squared distance between class means, summed over classes: [B, D], [B', D] -> scalar."""
     if real_labels is None or synthetic_labels is None:
         return (real.mean(dim=0) - synthetic.mean(dim=0)).square().sum()
     loss = synthetic.new_zeros(())
@@ -61,7 +64,7 @@ def attention_matching_loss(
     real_labels: Tensor | None = None,
     synthetic_labels: Tensor | None = None,
 ) -> Tensor:
-    """Equation 3 for one layer: [B, C, H, W], [B', C, H, W] -> scalar."""
+    """Compute equation 3 for one layer: [B, C, H, W], [B', C, H, W] -> scalar."""
     loss = synthetic.new_zeros(())
     for attention, power in ((spatial_attention, spatial_power), (channel_attention, channel_power)):
         if power is not None:
@@ -84,7 +87,7 @@ def atom_loss(
     mmd_weight: float = 0.01,
     scale: float = 1.0,
 ) -> Tensor:
-    """Equation 4: attention matching over the layers, plus the weighted distance of the mean embeddings."""
+    """Compute equation 4: attention matching over the layers, plus the weighted distance of the mean embeddings."""
     loss = torch.zeros((), device=synthetic_features[0].device, dtype=synthetic_features[0].dtype)
     for real, synthetic in zip(real_features, synthetic_features, strict=True):
         loss = loss + attention_matching_loss(
@@ -107,7 +110,7 @@ def norm_block(
     channel_power: float | None = 4.0,
     norm: str = "instance",
 ) -> tuple[Tensor, Tensor]:
-    """InstanceNorm or BatchNorm of the batch, ReLU, attention maps, 2x2 average pooling: [B, C, H, W] -> pooled, maps.
+    """Apply InstanceNorm or BatchNorm, ReLU and 2x2 average pooling: [B, C, H, W] -> pooled features, attention maps.
 
     See `atom_fast.ops.norm_block.norm_block`.
     """
@@ -131,13 +134,13 @@ def conv_block(
     channel_power: float | None = 4.0,
     norm: str = "instance",
 ) -> tuple[Tensor, Tensor]:
-    """3x3 convolution with padding 1, then `norm_block`. See `atom_fast.ops.conv_block.conv_block`."""
+    """Apply a 3x3 convolution with padding 1, then `norm_block`. See `atom_fast.ops.conv_block.conv_block`."""
     convolved = F.conv2d(images.to(filters.dtype), filters, padding=1)
     return norm_block(convolved, weight, bias, eps, spatial_power, channel_power, norm)
 
 
 def instance_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool, pool: bool) -> Tensor:
-    """InstanceNorm, then, if asked for, ReLU and 2x2 average pooling: [B, C, H, W] -> the same or half the sides."""
+    """Apply InstanceNorm and, if asked for, ReLU and 2x2 average pooling to [B, C, H, W]."""
     return _relu_and_pool(F.group_norm(x, x.shape[1], weight.to(x.dtype), bias.to(x.dtype), eps), relu, pool)
 
 
@@ -154,7 +157,7 @@ def batch_norm(
     relu: bool,
     pool: bool,
 ) -> Tensor:
-    """BatchNorm of ``x + offset``, then, if asked for, ReLU and 2x2 average pooling."""
+    """Apply BatchNorm to ``x + offset`` [B, C, H, W] and, if asked for, ReLU and 2x2 average pooling."""
     x = x if offset is None else x + offset.to(x.dtype)[:, None, None]
     x = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     return _relu_and_pool(x, relu, pool)

@@ -1,7 +1,7 @@
-"""Every fused operator as a benchmark: its sizes, its implementations, and the fewest bytes it must move.
+"""Benchmark cases of every fused operator: sizes, implementations, and the minimum number of bytes to move.
 
-The fewest bytes are each input read once and each output written once. What a call moves beyond them costs time without
-counting, so the bytes a second of a case, beside those of a copy, tell how close to the memory's limit it is.
+The minimum is one read per input and one write per output. Bytes per second are computed from the minimum, so compared
+with a copy's bytes per second they show how close an operator is to the memory bandwidth.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ LAYOUTS = ("nchw", "channels_last")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One thing to time.
+    """One measurement.
 
     Attributes:
         operator: a key of ``OPERATORS``.
-        shape: of its largest input.
+        shape: shape of the largest input.
         dtype: "float32" or "bfloat16".
-        layout: of the input, "nchw" or "channels_last"; "rows" for what has no planes.
-        implementation: "eager" (the equations in PyTorch), "compile" (torch.compile of it) or "fused" (this project).
-        direction: "forward", "backward" (without the forward that made its graph), or "both".
+        layout: layout of the input, "nchw" or "channels_last"; "rows" for matrices.
+        implementation: "eager" (the equations in PyTorch), "compile" (under torch.compile) or "fused" (this project).
+        direction: "forward", "backward" (without the forward pass), or "both".
     """
 
     operator: str
@@ -58,11 +58,11 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A case made ready.
+    """A prepared case.
 
     Attributes:
-        call: what is timed; returns the outputs, or the gradient.
-        bytes: the fewest that it must move.
+        call: function to time; returns the outputs, or the gradient.
+        bytes: minimum number of bytes to move.
     """
 
     call: Callable[[], object]
@@ -71,11 +71,11 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Operator:
-    """An operator and the ways to compute it.
+    """An operator and its implementations.
 
     Attributes:
-        eager, fused: from an input to a tuple of outputs.
-        parameters: bytes of what else is read or gets a gradient.
+        eager, fused: functions from an input to a tuple of outputs.
+        parameters: bytes of the other tensors that are read or get a gradient.
     """
 
     eager: Callable[[Tensor], tuple[Tensor, ...]]
@@ -86,12 +86,12 @@ class Operator:
 def cases(
     device: str, operators: Sequence[str] | None = None, implementations: Sequence[str] = IMPLEMENTATIONS
 ) -> list[Case]:
-    """Every case for a device: layers of the ConvNet on CIFAR-10 and Tiny ImageNet, images, and class means.
+    """Return all cases for a device: layers of the ConvNet on CIFAR-10 and Tiny ImageNet, images, and class means.
 
-    On a GPU, 1,280 real and 500 synthetic images a step, in float32 and bfloat16; on a CPU 40 of the real ones.
+    On a GPU: batches of 1,280 real and 500 synthetic images, float32 and bfloat16; on a CPU: batches of 40, float32.
     """
     batches, dtypes = ((1280, 500), ("float32", "bfloat16")) if device == "cuda" else ((40,), ("float32",))
-    # The layers of Tiny ImageNet but for the first are those of CIFAR-10.
+    # All layers of Tiny ImageNet except the first have the shapes of CIFAR-10's layers.
     layers = [(batch, WIDTH, side, side) for side in (64, 32, 16, 8) for batch in batches]
     sizes = {
         "attention": layers,
@@ -114,7 +114,7 @@ def cases(
 
 
 def prepare(case: Case, device: str) -> Work:
-    """Make the inputs of a case, and the call that is timed."""
+    """Make the inputs of a case, and return the call to time."""
     x = _random(case.shape, getattr(torch, case.dtype), device)
     if case.layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
@@ -125,7 +125,7 @@ def prepare(case: Case, device: str) -> Work:
     leaf = x.clone().requires_grad_()
     with torch.no_grad():
         outputs = operator.fused(x)
-    # In the layout of what they are gradients of, as the next layer hands them on.
+    # In the layout of the outputs, as the next layer's backward pass returns them.
     gradients = [torch.empty_like(output).copy_(_random(output.shape, output.dtype, device)) for output in outputs]
     written = sum(map(_bytes, outputs))
     forward = _bytes(x) + written + operator.parameters
@@ -139,7 +139,7 @@ def prepare(case: Case, device: str) -> Work:
 
 
 def _attention(x: Tensor) -> Operator:
-    """Both maps of one feature map, as in the drop-in loss."""
+    """Return the computation of both maps of a feature map, as in the drop-in loss."""
 
     def fused(x):
         return (attention_maps(x, 4.0, 4.0),)
@@ -151,7 +151,7 @@ def _attention(x: Tensor) -> Operator:
 
 
 def _block(x: Tensor) -> Operator:
-    """InstanceNorm, ReLU, both maps and pooling of a convolution's output."""
+    """Return InstanceNorm, ReLU, both maps and pooling of a convolution's output."""
     weight, bias = _affine(x)
     return Operator(
         lambda x: reference.norm_block(x, weight, bias),
@@ -160,7 +160,7 @@ def _block(x: Tensor) -> Operator:
 
 
 def _conv_block(x: Tensor) -> Operator:
-    """The same, with the convolution of the image before it."""
+    """Return the convolution of an image, then `_block`."""
     filters = _random((WIDTH, x.shape[1], 3, 3), x.dtype, x.device)
     weight = torch.ones(WIDTH, device=x.device)
     bias = torch.zeros_like(weight)
@@ -173,7 +173,7 @@ def _conv_block(x: Tensor) -> Operator:
 
 
 def _instance_norm(x: Tensor) -> Operator:
-    """InstanceNorm, ReLU and pooling, as a network in training has it."""
+    """Return InstanceNorm, ReLU and pooling, as in training of a network."""
     weight, bias = _affine(x)
     return Operator(
         lambda x: (reference.instance_norm(x, weight, bias, 1e-5, True, True),),
@@ -182,7 +182,7 @@ def _instance_norm(x: Tensor) -> Operator:
 
 
 def _batch_norm(x: Tensor) -> Operator:
-    """BatchNorm, ReLU and pooling, as a network in training has it."""
+    """Return BatchNorm, ReLU and pooling, as in training of a network."""
     weight, bias = _affine(x)
     return Operator(
         lambda x: (reference.batch_norm(x, weight, bias, None, None, None, True, 0.1, 1e-5, True, True),),
@@ -191,7 +191,7 @@ def _batch_norm(x: Tensor) -> Operator:
 
 
 def _augment(x: Tensor) -> Operator:
-    """Siamese augmentation of a batch of ten classes, every operation among them."""
+    """Return siamese augmentation of a batch of ten classes with all six operations."""
     parameters = draw_augmentation(CLASSES, torch.Generator(x.device).manual_seed(0))
     operation = torch.arange(CLASSES, device=x.device) % 6
     parameters = AugmentationParameters(operation, parameters.uniforms)
@@ -200,7 +200,7 @@ def _augment(x: Tensor) -> Operator:
 
 
 def _matching(synthetic: Tensor) -> Operator:
-    """Squared distance of the class means of maps or embeddings, for ten classes."""
+    """Return the squared distance of the class means of maps or embeddings, for ten classes."""
     real = _random(synthetic.shape, synthetic.dtype, synthetic.device)
     labels = _labels(synthetic)
     groups = af.class_groups(labels, labels)
@@ -226,7 +226,7 @@ OPERATORS: dict[str, Callable[[Tensor], Operator]] = {
 
 @functools.cache
 def copy_bandwidth(device: str) -> float:
-    """Bytes a second, read and written, that a copy of 1 GiB (on a CPU 256 MiB) reaches: the best of a few."""
+    """Measure the bandwidth of a copy of 1 GiB (on a CPU 256 MiB): bytes read and written per second, best of ten."""
     source = torch.ones(2**28 if device == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
     return 2 * _bytes(source) / _best_seconds(lambda: target.copy_(source), device)

@@ -1,4 +1,4 @@
-/* `atom_fast.ops.batch_norm` for samples [B, C, H, W] in channels_last, one thread per sample, given the statistics [C].
+/* `atom_fast.ops.batch_norm` for samples [B, C, H, W] in channels_last, one thread per sample, given statistics [C].
  * The output and its gradient are [B, C, H, W], or pooled if `pool`. */
 #include "norm_block.h"
 

@@ -1,5 +1,5 @@
-/* `atom_fast.ops.conv_block`: a 3x3 convolution, then the norm block, one thread per sample. A sample's convolution stays
- * in the thread's cache. Filters are [3, 3, C_in, padded(C)], zero beyond C. */
+/* `atom_fast.ops.conv_block`: a 3x3 convolution, then the norm block, one thread per sample. A sample's convolution
+ * stays in the thread's cache. Filters are [3, 3, C_in, padded(C)], zero beyond C. */
 #include "norm_block.h"
 
 #ifdef __AVX512F__

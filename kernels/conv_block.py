@@ -4,7 +4,8 @@ An image has a few kilobytes and its convolution up to 128 times as many, so the
 memory: it is recomputed from the image when it is needed, as the product of the image's 3x3 neighbourhoods
 [positions, 9 channels] with the filters. The convolution's bias is left out, because the norm subtracts the mean.
 
-For BatchNorm, `conv_block_statistics_kernel` first computes the statistics of every plane, which kernels with USE_STATISTICS read.
+For BatchNorm, `conv_block_statistics_kernel` first computes the statistics of every plane; kernels with USE_STATISTICS
+read them.
 
 Backward: `conv_block_sums_kernel` computes the two sums over a plane that the norm's gradient needs,
 `conv_block_columns_kernel` multiplies the gradient of the convolution's output by the filters, and `fold_kernel` adds

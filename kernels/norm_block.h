@@ -68,7 +68,7 @@ INLINE void features_of_squares(const float *x, Shape s, const Norm *norm, int r
         }
 }
 
-/* Compute the features, into `pooled` or `whole` (either may be NULL), and each map's sums of (feature / peak)^power. */
+/* Compute the features, into `pooled` or `whole` (either may be NULL), and the maps' sums of (feature / peak)^power. */
 INLINE void features_pass(const float *x, Shape s, const Norm *norm, int relu, float peak, float *pooled,
                           float *whole, Maps maps) {
     /* The paper's powers, as constants. */

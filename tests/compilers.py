@@ -1,10 +1,10 @@
-"""Compile every kernel for every chip with several versions of Triton, and keep what came of it as a table.
+"""Compile every kernel for every chip with several versions of Triton, and record the results.
 
-    python -m tests.compilers                    # what presets run, with the Triton that is installed
+    python -m tests.compilers                    # kernels of the presets, with the installed Triton
     python -m tests.compilers --triton 3.5.1 --triton 3.6.0 --triton 3.7.1 --all
 
 Other versions are downloaded into a folder that is removed afterwards. Nothing needs a GPU. The result is
-``benchmarks/results/compilers.json``; versions and chips that were not asked for keep what was found before.
+``benchmarks/results/compilers.json``; rows of other versions and chips are kept.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ CHIPS = (75, 80, 86, 89, 90, 100, 120)
 @click.command()
 @click.option("--triton", "versions", multiple=True, help="a version, may be repeated  [default: the installed one]")
 @click.option("--chip", "chips", type=int, multiple=True, help=f"such as 86, may be repeated  [default: {CHIPS}]")
-@click.option("--all", "everything", is_flag=True, help="not only what presets run  [default: off]")
-@click.option("--only", default="", help="workloads whose names have this text, such as 3x32x32  [default: all]")
+@click.option("--all", "everything", is_flag=True, help="all workloads, not only those of presets  [default: off]")
+@click.option("--only", default="", help="workloads whose names contain this text, such as 3x32x32  [default: all]")
 @click.option("--output", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="JSON file")
 def main(versions, chips, everything, only, output):
-    """Compile what the package launches, and say where it does not fit, spills or is miscompiled."""
+    """Compile the package's kernels; report those that do not fit a chip, spill registers or are miscompiled."""
     known = [work for work in workloads() if only in work.name]
     scope = ("everything" if everything else "presets") + (f", {only}" if only else "")
     for version in versions or (None,):
@@ -55,7 +55,7 @@ def main(versions, chips, everything, only, output):
 
 
 def _keep(output: Path, row: dict) -> None:
-    """Put a row into the file, in the place of an earlier one of the same Triton, chip and workloads."""
+    """Write a row to the file; it replaces an earlier row of the same Triton, chip and workloads."""
     rows = json.loads(output.read_text("utf-8")) if output.exists() else []
     place = operator.itemgetter("triton", "chip", "workloads")
     others = [other for other in rows if place(other) != place(row)]
@@ -64,7 +64,7 @@ def _keep(output: Path, row: dict) -> None:
 
 @contextlib.contextmanager
 def _installed(version: str | None) -> Iterator[tuple[str, str | None]]:
-    """A version of Triton, downloaded unless it is the one that is installed, and the folder that it is in."""
+    """Yield a version of Triton and its folder: None for the installed one, otherwise downloaded to a temporary one."""
     import triton
 
     if version in (None, triton.__version__):
@@ -78,7 +78,7 @@ def _installed(version: str | None) -> Iterator[tuple[str, str | None]]:
 
 
 def examine(chosen: list, chip: int, triton: str | None) -> dict[str, object]:
-    """What the compiler makes of the workloads' kernels for one chip: how many, and which are not as they should be."""
+    """Compile the workloads' kernels for one chip; return their number and the kernels that fail a check."""
     reports: dict[str, CubinReport] = {}
     failed: dict[str, str] = {}
     seen = set()

@@ -1,11 +1,11 @@
-"""Shared by every test: where kernels run, and memory that is poisoned before anything is written to it."""
+"""Fixtures of all tests: the device of kernels, and uninitialised memory filled with NaN."""
 
 import os
 
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported by anything
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 import atom_fast as af
 from atom_fast.ops import native
 
-native.is_built()  # once and before any test, some of which leave a process little time or room on the disk
+native.is_built()  # once before any test: some limit a process's time or disk space
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
 settings.register_profile(
     "atom_fast", deadline=None, print_blob=True, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
@@ -22,7 +22,7 @@ settings.load_profile("atom_fast")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests marked ``gpu`` are deselected, and counted as such, where there is no CUDA device."""
+    """Deselect tests marked ``gpu``, and report them as deselected, if there is no CUDA device."""
     if torch.cuda.is_available():
         return
     gpu = [item for item in items if item.get_closest_marker("gpu")]
@@ -33,13 +33,13 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def device():
-    """The device kernels are tested on: CUDA, or the CPU through Triton's interpreter."""
+    """Return the device that kernels are tested on: CUDA, or the CPU through Triton's interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture
 def place(backend, device):
-    """The device of a test that is parametrised by ``backend``: "torch" runs the kernels in C, on a CPU."""
+    """Return the device of a test with parameter ``backend``: "torch" runs the kernels in C, on a CPU."""
     return torch.device("cpu") if backend == "torch" else device
 
 

@@ -1,6 +1,6 @@
-"""Compile a kernel to machine code without a GPU, and read what the compiler made of it.
+"""Compile a kernel to machine code without a GPU, and report its registers, spills, loads and shared memory.
 
-Interpreted kernels cannot be compiled, so the work is done in a process without ``TRITON_INTERPRET``::
+Interpreted kernels cannot be compiled, so a process without ``TRITON_INTERPRET`` compiles them::
 
     report = compile_kernel("attention", "attention_forward_kernel", signature={...}, constants={...}, capability=90)
     check_report(report, capability=90)
@@ -24,28 +24,28 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # The GPUs with 100 KB of shared memory (sm_80, 89 and 120 differ from sm_86 in few instructions), and an H100.
 CAPABILITIES = (86, 90)
-# An addition of two packed 16-bit numbers whose constant is lost: what ptxas 12.8 and 12.9 make, for sm_90 and above,
-# of `add.s16x2` with a constant where one half of the result is used.
+# An addition of two packed 16-bit numbers that lost its constant: ptxas 12.8 and 12.9 generate it, for sm_90 and above,
+# from `add.s16x2` with a constant if one half of the result is used.
 LOST_CONSTANT = re.compile(r"\bVIADD\.16x2 [^;]*, 0x0\b")
 
 
 @dataclasses.dataclass(frozen=True)
 class CubinReport:
-    """What one kernel costs on one architecture."""
+    """Resources and instructions of one kernel on one architecture."""
 
     registers: int
     spills: int  # bytes of stack frame and local memory per thread
     shared: int  # bytes of shared memory per program
-    widest_load: int  # bits of the widest global load (cp.async and bulk copies count as 128), 0 where there is none
+    widest_load: int  # bits of the widest global load (cp.async and bulk copies count as 128); 0 if there is none
     widest_store: int  # bits of the widest global store
-    narrow_loads: int  # how many global load instructions are narrower than the widest
-    tensor_core: bool  # whether a matrix instruction is used
+    narrow_loads: int  # number of global load instructions narrower than the widest
+    tensor_core: bool  # True if a matrix instruction is used
     lost_constants: int  # miscompiled additions, see LOST_CONSTANT
     sass: str = dataclasses.field(repr=False, default="")
 
 
 def check_report(report: CubinReport, capability: int, name: str = "") -> None:
-    """Assert what holds for every kernel: it fits the chip, nothing spills, no constant is lost."""
+    """Assert that a kernel fits the chip's shared memory, spills nothing and lost no constant."""
     from atom_fast._device import SHARED_MEMORY
 
     assert report.spills == 0, name
@@ -74,12 +74,12 @@ def compile_kernel(
         constants: the values of the ``constexpr`` arguments. An integer argument that Triton would specialise
             to 1 (a stride of one) belongs here too, with type ``"constexpr"``.
         aligned: arguments that are divisible by 16 (pointers of whole tensors, most strides).
-        triton: folder that holds another Triton, unpacked; None for the one that is installed.
-        brief: leave out what the machine code must be disassembled for, unless it may hold a lost constant: that takes
-            as long as compiling.
+        triton: folder of another, unpacked Triton; None for the installed one.
+        brief: disassemble the machine code, which takes as long as compiling, only if it may have lost a constant;
+            otherwise widths, tensor_core and sass stay empty.
 
     Raises:
-        RuntimeError: it does not compile.
+        RuntimeError: the kernel does not compile.
     """
     job = {
         "module": module,
@@ -97,7 +97,7 @@ def compile_kernel(
 
 @functools.cache
 def compile_job(job: str, triton: str | None = None) -> CubinReport:
-    """Compile what `compile_kernel` describes, as JSON; the same job once in a process."""
+    """Compile a job of `compile_kernel`, given as JSON; equal jobs are compiled once per process."""
     worker = _worker(triton)
     worker.stdin.write(job + "\n")
     worker.stdin.flush()
@@ -110,7 +110,7 @@ def compile_job(job: str, triton: str | None = None) -> CubinReport:
 
 @functools.cache
 def _worker(triton: str | None) -> subprocess.Popen:
-    """One compiling process per Triton: starting it costs more than most compilations."""
+    """Start a compiling process, one per Triton: its start takes longer than most compilations."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     if triton is not None:
         environment["PYTHONPATH"] = triton
@@ -127,7 +127,7 @@ def _worker(triton: str | None) -> subprocess.Popen:
 
 
 def _kernels(module: str) -> types.ModuleType:
-    """``kernels/<module>.py`` without the package, whose import takes seconds and needs PyTorch."""
+    """Import ``kernels/<module>.py`` without the package, whose import takes seconds and needs PyTorch."""
     import importlib
 
     package = types.ModuleType("compiled_kernels")
@@ -188,19 +188,19 @@ def _read(cubin: bytes, shared: int, disassembled: bool) -> CubinReport:
 
 
 def disassemble(cubin: str | Path) -> str:
-    """The machine code in a file, in words."""
+    """Return the disassembled machine code of a file."""
     return subprocess.run([_tool("cuobjdump"), "-sass", cubin], capture_output=True, text=True, check=True).stdout
 
 
 def assemble(ptx: str, capability: int, cubin: str | Path) -> None:
-    """Write what Triton's ptxas makes of PTX for ``sm_<capability>``."""
+    """Assemble PTX with Triton's ptxas for ``sm_<capability>``, and write the result to ``cubin``."""
     tool = "ptxas-blackwell" if capability >= 100 and _tool("ptxas-blackwell").exists() else "ptxas"
     command = [_tool(tool), f"-arch=sm_{capability}", "-o", cubin, "-"]
     subprocess.run(command, input=ptx, capture_output=True, text=True, check=True)
 
 
 def _tool(name: str) -> Path:
-    """A program that comes with Triton."""
+    """Return the path of a program that comes with Triton."""
     import triton
 
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
@@ -218,7 +218,7 @@ def _width(instruction: str) -> int:
 
 
 def _serve() -> None:
-    """Answer a line of JSON for each job on standard input; what the compiler prints goes to standard error."""
+    """Answer each job on standard input with a line of JSON; the compiler's output goes to standard error."""
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         try:

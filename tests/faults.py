@@ -1,6 +1,6 @@
-"""The table of faults in ``docs/reliability.md``, from the tests that try them: ``python -m tests.faults`` writes it.
+"""Write the table of faults in ``docs/reliability.md`` from the tests that inject them: ``python -m tests.faults``.
 
-A test tries a fault where it is marked ``@pytest.mark.fault(group, what is done, what happens)``.
+A test that injects a fault is marked ``@pytest.mark.fault(group, fault, result)``.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ BEGIN, END = "<!-- faults: written by python -m tests.faults -->", "<!-- end of 
 
 
 def faults() -> dict[str, list[tuple[str, str, str]]]:
-    """Return (what is done, what happens, the test that shows it) of every group, in the order of the files.
+    """Return (fault, what happens, test) of every group, in the order of the test files.
 
     Raises:
-        ValueError: a marker does not hold three texts, or names another group.
+        ValueError: a marker does not have three strings, or its group is unknown.
     """
     found: dict[str, list[tuple[str, str, str]]] = {group: [] for group in GROUPS}
     for path in sorted((ROOT / "tests").rglob("test_*.py"), key=lambda path: path.name):
@@ -37,7 +37,7 @@ def faults() -> dict[str, list[tuple[str, str, str]]]:
                     place = f"{path.relative_to(ROOT / 'tests')}::{node.name}"
                     texts = [argument.value for argument in decorator.args if isinstance(argument, ast.Constant)]
                     if len(texts) != 3 or texts[0] not in found:
-                        raise ValueError(f"{place}: a fault needs one of the groups {', '.join(GROUPS)}, and two texts")
+                        raise ValueError(f"{place}: a fault needs a group ({', '.join(GROUPS)}) and two strings")
                     found[texts[0]].append((texts[1], texts[2], place))
     return found
 
@@ -53,7 +53,7 @@ def table() -> str:
 
 
 def page() -> str:
-    """Return the page with its table brought up to date."""
+    """Return the page with an updated table."""
     text = PAGE.read_text("utf-8")
     before, rest = text.split(BEGIN)
     return before + table() + rest.split(END)[1]

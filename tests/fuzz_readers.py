@@ -1,8 +1,8 @@
-"""Fuzzing of the readers of files that a user may have been given.
+"""Fuzz the readers of files that users may get from others.
 
-``python -m tests.fuzz_readers --seconds 600`` runs until the time is over or a reader fails: a reader may return or
-raise ValueError, nothing else. Inputs that made one fail are kept in ``--keep``, by default ``runs/fuzz``, and are
-tried first the next time.
+``python -m tests.fuzz_readers --seconds 600`` runs until the time is over or a reader fails: a reader may only return
+or raise ValueError. Inputs that made a reader fail are kept in ``--keep``, by default ``runs/fuzz``, and are tried
+first in the next run.
 
 With atheris, inputs are guided by the coverage of this package and of PyYAML. Where it cannot be imported (there are
 wheels for CPython on Linux x86-64), inputs are unguided mutations of valid ones.
@@ -50,11 +50,11 @@ def import_readers(guided: bool) -> None:
         import atom_fast.synthetic  # noqa: F401
 
 
-# ---------------------------------------------------------------- targets: read a file as a user would
+# ---------------------------------------------------------------- targets
 
 
 def read_set(path: Path) -> None:
-    """``atom-fast info``, ``show`` and ``evaluate`` on a synthetic set, as far as they depend on the file alone."""
+    """Read a synthetic set like ``atom-fast info``, ``show`` and ``evaluate``."""
     from atom_fast.cli import _lines
     from atom_fast.evaluation.evaluate import architecture_of
     from atom_fast.options import printable
@@ -72,7 +72,7 @@ def read_set(path: Path) -> None:
 
 
 def read_described_set(path: Path) -> None:
-    """A set whose description is the file's text, with the right checksum: text that a stranger can choose."""
+    """Read a set whose description is the file's text, with the right checksum, as an attacker can write it."""
     from safetensors.torch import save
 
     from atom_fast.synthetic import FORMAT, _digest
@@ -90,7 +90,7 @@ def read_described_set(path: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> None:
-    """A checkpoint, as resuming reads it."""
+    """Read a checkpoint, like a resumed run."""
     from atom_fast.distillation.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(path)
@@ -98,7 +98,7 @@ def read_checkpoint(path: Path) -> None:
 
 
 def read_described_checkpoint(path: Path) -> None:
-    """A checkpoint whose description is the file's text, with the right checksum."""
+    """Read a checkpoint whose description is the file's text, with the right checksum."""
     from safetensors.torch import save
 
     from atom_fast.distillation.checkpoint import FORMAT, FORMAT_VERSION, _digest
@@ -111,14 +111,14 @@ def read_described_checkpoint(path: Path) -> None:
 
 
 def read_public(path: Path) -> None:
-    """A ``.pt`` of the public programs."""
+    """Read a ``.pt`` file of the public programs."""
     from atom_fast.synthetic import load_public
 
     load_public(path)
 
 
 def read_settings(path: Path) -> None:
-    """A configuration; one that is accepted is written to a file and read back."""
+    """Read a configuration; if it is accepted, write it to a file and read it back."""
     from atom_fast.distillation.config import read_config, write_config
 
     config = read_config(path)
@@ -127,7 +127,7 @@ def read_settings(path: Path) -> None:
 
 
 def read_archive(path: Path) -> None:
-    """A zip file, unpacked beside itself."""
+    """Unpack a zip file."""
     from atom_fast.data.archives import unpack_zip
 
     home = path.parent / "home"
@@ -137,7 +137,7 @@ def read_archive(path: Path) -> None:
     before = sorted(entry.name for entry in path.parent.iterdir())
     try:
         unpack_zip(archive, "set", progress=False)
-    except OSError:  # names that no file system takes, or sizes that no disk has
+    except OSError:  # invalid file names, or more bytes than the disk has free
         assert not (home / "set").exists()
     finally:
         assert sorted(entry.name for entry in path.parent.iterdir()) == before
@@ -172,7 +172,7 @@ def _tensors() -> dict:
 
 
 def seeds(target: str) -> list[bytes]:
-    """Valid inputs to start from."""
+    """Return valid inputs of a target to start from."""
     from atom_fast.data.whitening import Preprocessing
     from atom_fast.distillation.checkpoint import Checkpoint, save_checkpoint
     from atom_fast.distillation.config import preset, write_config
@@ -208,7 +208,7 @@ def seeds(target: str) -> list[bytes]:
 
 
 def test_one(targets: list[str], content: bytes, path: Path) -> None:
-    """Give ``content``, whose first byte chooses among ``targets``, to its reader."""
+    """Pass ``content`` to a reader; its first byte selects one of ``targets``."""
     if not content:
         return
     path.write_bytes(content[1:])
@@ -216,11 +216,11 @@ def test_one(targets: list[str], content: bytes, path: Path) -> None:
         TARGETS[targets[content[0] % len(targets)]](path)
 
 
-test_one.__test__ = False  # for pytest
+test_one.__test__ = False  # not a test of pytest
 
 
 def mutated(content: bytes, others: list[bytes], draw: random.Random) -> bytes:
-    """``content`` with a few random changes."""
+    """Return ``content`` with a few random changes."""
     changed = bytearray(content)
     for _ in range(draw.choice((1, 1, 2, 4, 16))):
         place = draw.randrange(len(changed) + 1)
@@ -243,10 +243,10 @@ def mutated(content: bytes, others: list[bytes], draw: random.Random) -> bytes:
 
 
 def fuzz_by_mutation(targets: list[str], seconds: float, keep: Path, path: Path, seed: int = 0) -> int:
-    """Run without guidance; return the number of inputs tried.
+    """Try random mutations for ``seconds``; return the number of inputs tried.
 
     Raises:
-        Exception: any error of a reader other than ValueError; its input is in ``keep``.
+        Exception: any exception of a reader except ValueError; its input is in ``keep``.
     """
     draw = random.Random(seed)
     known = [bytes([number]) + content for number, name in enumerate(targets) for content in seeds(name)]
@@ -270,7 +270,7 @@ def fuzz_by_mutation(targets: list[str], seconds: float, keep: Path, path: Path,
 
 
 def fuzz_by_coverage(targets: list[str], seconds: float, keep: Path, path: Path) -> None:
-    """Run with atheris, which ends the process: with 0 when the time is over, otherwise when a reader failed."""
+    """Run atheris, which ends the process: with status 0 after ``seconds``, with another if a reader fails."""
     corpus = path.parent / "corpus"
     corpus.mkdir()
     for number, name in enumerate(targets):
@@ -291,7 +291,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--keep", type=Path, default=Path("runs/fuzz"), help="folder of inputs that made a reader fail")
-    parser.add_argument("--unguided", action="store_true", help="without atheris, even where it can be imported")
+    parser.add_argument("--unguided", action="store_true", help="mutate without atheris, even if it is installed")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     guided = atheris is not None and not options.unguided

@@ -1,6 +1,6 @@
-"""What an operator launches: the kernels, their arguments, what these compile to and how many bytes they are.
+"""Record the kernels that an operator launches and their arguments; compile the launches and count their bytes.
 
-An operator is run with its kernels replaced by recorders, so that what is compiled and counted is what is launched::
+An operator runs with its kernels replaced by recorders, so that tests compile and count the real launches::
 
     with recorded(kernels) as launches:
         norm_block(x)
@@ -33,7 +33,7 @@ OPTIONS = ("num_warps", "num_stages", "maxnreg")
 class Launch:
     """One call of a kernel."""
 
-    module: str  # of kernels/
+    module: str  # stem of a file in kernels/
     kernel: str
     grid: tuple[int, ...]
     arguments: dict[str, object]  # by name, in the kernel's order
@@ -42,7 +42,7 @@ class Launch:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the tensors the kernel is given, each counted once."""
+        """Bytes of the kernel's tensor arguments, each tensor counted once."""
         tensors = {value.data_ptr(): value for value in self.arguments.values() if isinstance(value, torch.Tensor)}
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
@@ -59,7 +59,7 @@ class _Recorder:
 
 
 def bind(kernel, grid: tuple[int, ...], args: tuple, kwargs: dict) -> Launch:
-    """A call of a kernel as a `Launch`."""
+    """Return a call of a kernel as a `Launch`."""
     options = {name: value for name, value in kwargs.items() if name in OPTIONS}
     signature = inspect.signature(kernel.fn)
     arguments = signature.bind(
@@ -86,12 +86,12 @@ def recorded(*modules: ModuleType) -> Iterator[list[Launch]]:
 
 
 def compile_launch(launch: Launch, capability: int, triton: str | None = None, *, brief: bool = False) -> CubinReport:
-    """Compile a kernel as it would be specialised for its arguments; see `tests.cubin.compile_kernel`."""
+    """Compile a launch's kernel, specialised for its arguments; see `tests.cubin.compile_kernel`."""
     return compile_kernel(**specialization(launch), capability=capability, triton=triton, brief=brief)
 
 
 def specialization(launch: Launch) -> dict[str, object]:
-    """What tells the compilation of a launch apart from others, as `tests.cubin.compile_kernel` takes it."""
+    """Return the arguments of `tests.cubin.compile_kernel` for a launch; equal launches compile to the same code."""
     signature, constants, aligned = {}, {}, []
     for name, value in launch.arguments.items():
         if name in launch.constants or value is None or (isinstance(value, int) and value == 1):
@@ -112,7 +112,7 @@ def specialization(launch: Launch) -> dict[str, object]:
 
 
 def _plain(value: object) -> object:
-    """A constant as JSON takes it: Triton's types by their names."""
+    """Convert a constant for JSON: Triton's types to their names."""
     import triton.language as tl
 
     return f"tl.{value}".replace("fp", "float") if isinstance(value, tl.dtype) else value

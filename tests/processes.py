@@ -1,8 +1,8 @@
-"""Real processes at the price of a fork: a server that has imported everything forks one for every command.
+"""Run ``atom-fast`` in real processes that start fast: a server with all imports done forks one per command.
 
-``python -m tests.processes`` reads jobs, lines of JSON, and answers each with its process's exit code. A job holds the
-arguments of ``atom-fast``, a file for its output, and the faults inside it (see `_prepare`) or from outside (see
-`_signalled`).
+``python -m tests.processes`` reads jobs, lines of JSON, and answers each with its process's exit code. A job contains
+the arguments of ``atom-fast``, a file for its output, and the faults to inject from inside (see `_prepare`) or from
+outside (see `_signalled`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Server:
-    """Runs ``atom-fast`` any number of times."""
+    """Run ``atom-fast`` any number of times."""
 
     def __init__(self):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -37,7 +37,7 @@ class Server:
         )  # fmt: skip
 
     def run(self, *arguments: object, printed: Path, signalled: dict | None = None, **faults: object) -> int:
-        """Return the exit code of a process, or minus the signal that ended it; append its output to a file."""
+        """Run a process, append its output to ``printed``; return its exit code, or minus the signal that ended it."""
         job = {"arguments": [str(argument) for argument in arguments], "printed": str(printed), "faults": faults}
         return self._ask({**job, "signalled": signalled})
 
@@ -47,7 +47,7 @@ class Server:
         self._ask({**job, "background": True})
 
     def stop(self, number: int | None = None) -> int:
-        """Send a signal, or none, to the process left running, and wait for it; return its exit code."""
+        """Wait for the process that `start` left running, after sending a signal if given; return its exit code."""
         return self._ask({"stop": number})
 
     def _ask(self, job: dict) -> int:
@@ -80,7 +80,7 @@ def serve() -> None:
             answer = _ended(background[0])
             _print(*background[1:])
         else:
-            output, end = os.pipe()  # no file: that could not grow on a full disk
+            output, end = os.pipe()  # not a file, which could not grow on a full disk
             child = os.fork()
             if child == 0:
                 _child(job, end)
@@ -95,7 +95,7 @@ def serve() -> None:
 
 
 def _print(output: int, path: str) -> None:
-    """Append the output of an ended process, less than a pipe holds, to a file."""
+    """Append the output of an ended process, at most a pipe's capacity, to a file."""
     with open(output, "rb") as printed, open(path, "ab") as file:
         file.write(printed.read())
 
@@ -105,14 +105,14 @@ def _ended(child: int) -> int:
 
 
 def _signalled(child: int, number: int = 0, file: str = "", size: int = 0, after: float = 0.0) -> int:
-    """Wait for a process; send it ``number``, ``after`` seconds from the moment that ``file`` has ``size`` bytes."""
+    """Wait for a process; send it signal ``number``, ``after`` seconds after ``file`` has ``size`` bytes."""
     while number:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status)
         if not file or (os.path.exists(file) and os.path.getsize(file) >= size):
             time.sleep(after)
-            os.kill(child, number)  # its number is its own until it is waited for
+            os.kill(child, number)  # its process id is not reused before waitpid
             break
         time.sleep(0.001)
     return _ended(child)
@@ -143,14 +143,14 @@ def _prepare(
     kill: str | None = None, call: int = 1, when: str = "before", full: str | None = None, limit: int = 0,
     user: int | None = None, nan_at: int | None = None,
 ) -> None:  # fmt: skip
-    """Arrange the faults of this process.
+    """Inject faults into this process.
 
     Args:
-        kill: SIGKILL itself at a call of ``os.fsync``, ``os.replace``, or ``write`` to a file written atomically.
+        kill: send SIGKILL to this process at a call of ``os.fsync``, ``os.replace``, or ``write`` (of an atomic write).
         call: which call, counted from 1.
-        when: "before" it or "after" it; half of a ``write`` is done.
-        full: once a file is to be written whose name matches this, or at once if it is "*", files can only grow up to
-            ``limit`` bytes.
+        when: "before" or "after" the call; a ``write`` is half done.
+        full: limit files to ``limit`` bytes from the first write to a file whose name matches this pattern, or at once
+            if it is "*".
         user: run as this user.
         nan_at: make an image of class 3 NaN after this iteration.
     """
@@ -169,7 +169,7 @@ def _prepare(
 
 
 class _Killing:
-    """A function that kills its process at its n-th call."""
+    """Wrap a function so that its n-th call kills the process."""
 
     def __init__(self, call: int, when: str, function=None):
         self.left, self.when, self.function = call, when, function
@@ -185,7 +185,7 @@ class _Killing:
 
 
 def _replace_open(killing: _Killing) -> None:
-    """Kill the process when half of the n-th file's content is written, and on the disk."""
+    """Kill the process when half of the n-th file's content is written."""
     import atom_fast._files
 
     class Half(io.FileIO):
@@ -200,7 +200,7 @@ def _replace_open(killing: _Killing) -> None:
 
 
 def _fill(pattern: str, limit: int) -> None:
-    """Let no file grow beyond ``limit`` bytes, from the first file on whose name matches ``pattern``."""
+    """Limit files to ``limit`` bytes from the first write to a file whose name matches ``pattern``."""
     import resource
 
     import atom_fast._files

@@ -348,7 +348,7 @@ def test_the_quota_of_a_container_is_read(files, cores, tmp_path):
 def test_doctor_advises_fewer_threads_than_the_quota_allows(monkeypatch):
     monkeypatch.setattr(doctor, "cpu_quota", lambda: 1.0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    (advice,) = doctor._cpu_advice({}, {"name": "some GPU"})
+    (advice,) = doctor._cpu_advice({"name": "some GPU"})
     assert advice.startswith("Set OMP_NUM_THREADS=1") and "8 threads" in advice
 
 

@@ -1,4 +1,4 @@
-"""What the package launches on a GPU, recorded without one: distillation, evaluation, and the loss in a loop."""
+"""Workloads of the package, for recording their kernel launches without a GPU: distillation, evaluation, the loss."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ PRESETS = ((1, 8), (3, 32), (3, 64))  # the sizes of the data sets that have pre
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """One use of the package, and how to run it with recorded kernels."""
+    """One use of the package, to run with recorded kernels."""
 
     name: str
     run: Callable[[], None]
-    preset: bool  # whether it is of a size and a type that presets use
-    precision: str | None = None  # of the convolutions of a distillation
+    preset: bool  # True for a size and a dtype that presets use
+    precision: str | None = None  # of a distillation's convolutions
 
     def of_presets(self, capability: int) -> bool:
-        """Whether presets run it on this chip: in TF32 where there is TF32."""
+        """Return True if presets run it on this chip: in TF32 if the chip has TF32."""
         return self.preset and self.precision in (None, "tf32" if Chip(capability, 0).has_tf32 else "float32")
 
 
 @contextlib.contextmanager
 def pretended(capability: int, shared: int | None = None) -> Iterator[Chip]:
-    """Launch what would be launched on another chip."""
+    """Make operators choose the launches of another chip."""
     before = _device.INTERPRETED
     _device.INTERPRETED = Chip(capability, SHARED_MEMORY[capability] if shared is None else shared)
     try:
@@ -51,7 +51,7 @@ def pretended(capability: int, shared: int | None = None) -> Iterator[Chip]:
 
 
 def launches(workload: Workload, capability: int) -> list[Launch]:
-    """The kernels that a workload launches on a chip, with their arguments; nothing is computed by them."""
+    """Return a workload's launches on a chip; the kernels do not run."""
     modules = [importlib.import_module(f"atom_fast.kernels.{name}") for name in MODULES]
     with pretended(capability), recorded(*modules) as found, af.backend("triton"):
         workload.run()
@@ -59,7 +59,7 @@ def launches(workload: Workload, capability: int) -> list[Launch]:
 
 
 def workloads(images=IMAGES) -> list[Workload]:
-    """Distillation, evaluation and the loss at these sizes, in every precision, norm and layout."""
+    """Return distillation, evaluation and the loss at these sizes, in every precision, norm and layout."""
     found = []
     for channels, side in images:
         size = f"{channels}x{side}x{side}"
@@ -70,7 +70,7 @@ def workloads(images=IMAGES) -> list[Workload]:
                 name = f"{size} {precision} {norm}"
                 run = _distillation(channels, side, precision, norm)
                 found.append(Workload(f"distill {name}", run, usual, precision))
-                if precision != "tf32":  # an evaluation has no kernel that multiplies matrices
+                if precision != "tf32":  # no kernel of an evaluation multiplies matrices
                     found.append(Workload(f"evaluate {name}", _evaluation(channels, side, precision, norm), usual))
         for layout in (torch.contiguous_format, torch.channels_last):
             name = f"{size} {'channels_last' if layout == torch.channels_last else 'NCHW'}"

@@ -92,7 +92,7 @@ def unpack_zip(archive: Path, folder: str, *, progress: bool = True) -> Path:
 
 
 def _refuse_unsafe(archive: Path, member: zipfile.ZipInfo) -> None:
-    """Refuse symbolic links, and paths that are outside the folder on any operating system."""
+    """Raise ValueError for symbolic links, and for paths that are outside the folder on any operating system."""
     name = member.orig_filename
     if not member.filename:
         raise zipfile.BadZipFile("a member has no name")

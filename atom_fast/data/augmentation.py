@@ -1,19 +1,19 @@
-"""Differentiable siamese augmentation (DSA, Zhao and Bilen 2021), "single" mode: one operation a call.
+"""Differentiable siamese augmentation (DSA, Zhao and Bilen 2021), "single" mode: one operation per call.
 
-With r uniform in [0, 1), drawn apart for each use, and images [H, W]:
+With r uniform in [0, 1), drawn independently for each use, and images [H, W]:
 
 ======== ==============================================================================================================
 color    brightness ``x + r - 0.5``, saturation ``(x - m) * 2r + m`` about the mean m of a pixel's channels, then
          contrast ``(x - m) * (r + 0.5) + m`` about the mean m of the image
-crop     shift by whole pixels, up to ``int(H / 8 + 0.5)`` each way, down and across apart; zeros come in
-cutout   a square of ``int(H / 2 + 0.5)``, centred anywhere in the image, clipped at its border, set to zero
-flip     left to right, with probability 0.5
-scale    by factors in [1 / 1.2, 1.2], down and across apart, bilinear, zeros around the image
-rotate   up to 15 degrees either way, bilinear, zeros around the image
+crop     shift by whole pixels, up to ``int(H / 8 + 0.5)`` each way, independently down and across; fill with zeros
+cutout   set a square of side ``int(H / 2 + 0.5)`` to zero, centred anywhere in the image and clipped at its border
+flip     mirror left to right with probability 0.5
+scale    by factors in [1 / 1.2, 1.2], independently down and across, bilinear, zeros around the image
+rotate   by up to 15 degrees either way, bilinear, zeros around the image
 ======== ==============================================================================================================
 
-Scale and rotate turn coordinates from -1 to 1 about the image's centre, as ``affine_grid`` and ``grid_sample`` do. For
-square images ``align_corners`` makes no difference to either; for others a rotation is that of ``align_corners=False``.
+Scale and rotate act on coordinates from -1 to 1 about the image's centre, like ``affine_grid`` and ``grid_sample``. For
+square images ``align_corners`` makes no difference; otherwise rotation is as with ``align_corners=False``.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from torch import Tensor
 from atom_fast.names import OPERATIONS, STRATEGY, split_strategy
 from atom_fast.ops import augmentation as operator
 
-_BITS = 4  # enough for every operation
+_BITS = 4  # per code, enough for all operations
 
 
 class AugmentationParameters(NamedTuple):
-    """What each of G groups of images is put through. It fits images of every size.
+    """The operation and parameters of each of G groups of images, for images of any size.
 
     Attributes:
-        operation: int64 [G], places in ``OPERATIONS``; -1 leaves images as they are.
-        uniforms: float32 [G, 3] in [0, 1), the r of an operation in its order; down before across.
+        operation: int64 [G], indices into ``OPERATIONS``; -1 leaves images unchanged.
+        uniforms: float32 [G, 3] in [0, 1), the values r of an operation in order of use; down before across.
     """
 
     operation: Tensor
@@ -50,17 +50,20 @@ def draw_augmentation(
     shared_operation: bool = False,
     device: torch.device | str | None = None,
 ) -> AugmentationParameters:
-    """Draw each group's operation and parameters, without a host synchronisation.
+    """Draw each group's operation and parameters without host synchronisation.
 
-    While distilling, a group is a class, and both its real and its synthetic images get the same parameters. While a
-    network is trained, a group is a sample, and ``shared_operation`` gives one operation to the mini-batch.
+    In distillation a group is a class, whose real and synthetic images get the same parameters. In training of a
+    network a group is a sample, and ``shared_operation`` gives the mini-batch one operation.
 
     Args:
-        groups: G, their number.
-        generator: where all randomness comes from, on ``device``.
-        strategy: the operations to draw from with equal probability, joined by underscores; "none" or "" for none.
-        shared_operation: draw one operation for all groups; the parameters stay each group's own.
-        device: where the tensors are made; the generator's by default.
+        groups: number of groups, G.
+        generator: source of randomness, on ``device``.
+        strategy: operations to draw with equal probability, joined by underscores; "none" or "" for none.
+        shared_operation: draw one operation for all groups; each group still gets its own parameters.
+        device: device of the tensors; the generator's by default.
+
+    Returns:
+        Parameters of G groups.
 
     Raises:
         ValueError: a name in ``strategy`` is unknown or given twice, or ``groups`` is negative.
@@ -71,7 +74,7 @@ def draw_augmentation(
     device = generator.device if device is None else device
     if codes:
         drawn = torch.randint(len(codes), (1 if shared_operation else groups,), generator=generator, device=device)
-        # A table of so few codes fits one integer; as a tensor it would be copied from the host.
+        # All codes fit one integer; a tensor of codes would be copied from the host.
         table = sum(code << (_BITS * place) for place, code in enumerate(codes))
         operation = torch.bitwise_right_shift(table, drawn * _BITS).bitwise_and_(2**_BITS - 1)
         operation = operation.expand(groups).contiguous()
@@ -82,25 +85,25 @@ def draw_augmentation(
 
 @functools.cache
 def _codes(strategy: str) -> tuple[int, ...]:
-    """The operations that a strategy names."""
+    """Return the codes of the operations that a strategy names."""
     return tuple(OPERATIONS.index(name) for name in split_strategy(strategy))
 
 
 def augment(images: Tensor, parameters: AugmentationParameters, groups: Tensor | None = None) -> Tensor:
-    """Put each image through its group's operation; differentiable in the images to every order.
+    """Apply each group's operation to its images; differentiable in the images to every order.
 
     The same inputs give the same bits, forward and backward. Crop, cutout and flip copy values exactly.
 
     Args:
         images: [B, C, H, W], floating point, any strides. Half-precision types are computed in float32.
-        parameters: of G groups, on the images' device.
-        groups: int64 [B] in [0, G), each image's group (not checked on a GPU); None where image i is group i.
+        parameters: parameters of G groups, on the images' device.
+        groups: int64 [B] in [0, G), each image's group (not checked on a GPU); None if image i belongs to group i.
 
     Returns:
-        [B, C, H, W] in the images' type, channels_last where they are.
+        [B, C, H, W] in the dtype of ``images``, channels_last if they are.
 
     Raises:
-        ValueError: a shape, type or device does not fit the others.
+        ValueError: a shape, dtype or device does not fit.
     """
     _check(images, parameters, groups)
     return operator.augment(images, parameters.operation, parameters.uniforms, groups, False, True)

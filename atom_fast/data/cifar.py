@@ -45,7 +45,7 @@ def read_arrays(path: Path, md5: str) -> dict:
         The dictionary in the file, with string keys; its values are arrays, lists, strings and numbers.
 
     Raises:
-        FileNotFoundError: the file does not exist or differs from the published one.
+        FileNotFoundError: the file does not exist, or its MD5 sum differs.
         ValueError: the file is not a pickled dictionary of arrays, or refers to other objects.
     """
     content = path.read_bytes()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-# The formats of these suffixes, whatever a file is called: Pillow passes PostScript, for example, to an interpreter.
+# Only these formats are decoded, independent of the suffix: Pillow passes PostScript, for example, to an interpreter.
 IMAGE_FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _GRAYSCALE_MODES = ("1", "L", "LA")
 _DEEP_MODES = ("F", "I")  # more than 8 bits per channel; converting to RGB would clip

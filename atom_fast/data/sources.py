@@ -27,7 +27,7 @@ LabelledFiles = Sequence[tuple[Path, int]]
 
 DEFAULT_DATA_DIR = Path("data")
 
-_DIGITS_TRAIN = 1400  # of 1,797; the other 397 are the test set
+_DIGITS_TRAIN = 1400  # of 1,797 images; the other 397 are the test set
 _DIGITS_SEED = 0  # fixes the split, so that results of different runs compare
 _CIFAR_MEGABYTES = {"cifar10": 170, "cifar100": 169}
 _TINY_FOLDER = "tiny-imagenet-200"
@@ -55,7 +55,7 @@ def load_data(
     - ``"tiny"``: Tiny ImageNet, [3, 64, 64]. ``data_dir`` is ``tiny-imagenet-200``, or the folder that contains it or
       its zip file. The validation set is the test set; classes are in the order of ``wnids.txt``.
     - These three are also read from image files, in ``data_dir/NAME/train/<class>/`` and ``test/<class>/`` (or
-      ``val/<class>/``), or without ``NAME/``. Image files come first; a message on standard error says so.
+      ``val/<class>/``), or without ``NAME/``. Image files take precedence, with a message on standard error.
     - ``"folder"``: images in ``data_dir/train/<class>/`` and ``data_dir/test/<class>/`` (or ``val/<class>/`` if there
       is no ``test``), classes in the order of their names.
 
@@ -72,7 +72,7 @@ def load_data(
     Raises:
         ValueError: unknown name, bad ``resolution``, a broken image or zip file, images of different sizes without a
             ``resolution``, test classes that are not training classes, or image files that do not belong to ``name``.
-        FileNotFoundError: no data; the message says what was looked for, where, and how to get it.
+        FileNotFoundError: no data; the message names the expected files and folder, and how to get them.
         ImportError: the package that contains or reads the data cannot be imported.
         RuntimeError: a download failed.
     """
@@ -168,7 +168,7 @@ def _load_tiny(root: Path, download: bool, resolution: int | None, progress: boo
 
 
 def _find_tiny(root: Path, download: bool, progress: bool) -> Path:
-    """Return the unpacked folder; unpack the zip file, or download it if allowed, where there is none."""
+    """Return the unpacked folder; if there is none, unpack the zip file, after a download if allowed."""
     for folder in (root, root / _TINY_FOLDER):
         if (folder / "wnids.txt").is_file():
             return folder
@@ -182,7 +182,7 @@ def _find_tiny(root: Path, download: bool, progress: bool) -> Path:
             )
         _log(f"tiny: downloading {_TINY_MEGABYTES} MB from {_TINY_URL} to {archive.absolute()}")
         download_file(_TINY_URL, archive, md5=_TINY_MD5, progress=progress)
-    _log(f"tiny: unpacking {archive.absolute()} beside itself")
+    _log(f"tiny: unpacking {archive.absolute()} into the same folder")
     return unpack_zip(archive, _TINY_FOLDER, progress=progress)
 
 
@@ -200,7 +200,7 @@ def _tiny_validation(folder: Path, wnids: Sequence[str]) -> LabelledFiles:
 
 
 def _tiny_names(folder: Path, wnids: Sequence[str]) -> list[str]:
-    """Return the first name of each class in ``words.txt``, with the wnid where two classes have the same name."""
+    """Return the first name of each class in ``words.txt``, with the wnid if two classes have the same name."""
     words = dict(line.split("\t", 1) for line in (folder / "words.txt").read_text().splitlines() if "\t" in line)
     names = [words.get(wnid, wnid).split(",")[0].strip() for wnid in wnids]
     shared = Counter(names)

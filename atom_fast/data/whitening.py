@@ -44,7 +44,7 @@ class Preprocessing:
     zca_inverse: Tensor | None = None
 
     def __post_init__(self) -> None:
-        # x · scale + shift is the whole map except for the matrix: one elementwise pass and one product per batch.
+        # x · scale + shift is the map without the matrix: one elementwise pass and one product per batch.
         if self.mean is not None and self.std is not None:
             scale, shift = self.std.reciprocal()[:, None, None], (-self.mean / self.std)[:, None, None]
             if self.zca_mean is not None:
@@ -171,7 +171,7 @@ class Preprocessing:
 
 
 def _check_range(pixels: Tensor) -> None:
-    """Refuse floating-point images outside [0, 1] if they are on the CPU; elsewhere reading waits for the device."""
+    """Raise ValueError for floating-point images outside [0, 1], on a CPU only: reading a GPU would wait for it."""
     if pixels.device.type != "cpu" or pixels.numel() == 0 or torch.compiler.is_compiling():
         return
     low, high = (value.item() for value in pixels.aminmax())

@@ -11,7 +11,7 @@ _LAYERS = ((128, 5, True), (192, 5, True), (256, 3, False), (192, 3, False), (19
 
 
 class AlexNet(LayeredNetwork):
-    """Five convolutions of 128, 192, 256, 192 and 192 channels with ReLU and three poolings, without norm; one linear.
+    """Five convolutions of 128, 192, 256, 192 and 192 channels with ReLU, three poolings, no norm, one linear layer.
 
     Args:
         channels: channels of the images.

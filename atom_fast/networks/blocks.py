@@ -1,4 +1,4 @@
-"""The block of the ConvNet, and where it runs fused."""
+"""The block of the ConvNet, and the conditions for running it fused."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class ConvBlock(nn.Module):
         return x if pool else self.pool(x)
 
     def _trains_fused(self) -> bool:
-        """Return True if norm and ReLU are those of a fused operation, and nothing hooks on to the modules."""
+        """Return True if a fused operation computes norm and ReLU, and no module has hooks."""
         norm = self.norm
         batch = isinstance(norm, nn.BatchNorm2d) and norm.momentum is not None and norm.track_running_stats
         accepted = (batch or is_instance_norm(norm)) and norm.affine and isinstance(self.activation, nn.ReLU)

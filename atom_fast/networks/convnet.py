@@ -47,7 +47,7 @@ class ConvNet(nn.Module):
         activation: ``"relu"``, ``"leakyrelu"`` (slope 0.01) or ``"sigmoid"``.
         norm: ``"instance"`` (one group per channel), ``"batch"``, ``"layer"`` (over C, H and W), ``"group"``
             (4 groups), all with scale and shift, or ``"none"``.
-        pooling: ``"avg2"`` (2×2 mean), ``"avg3"`` (3×3 mean, stride 2, padding 1: the one the ATOM paper describes),
+        pooling: ``"avg2"`` (2×2 mean), ``"avg3"`` (3×3 mean, stride 2, padding 1, as the ATOM paper describes),
             ``"max2"`` or ``"none"``.
         initialization: ``"default"`` (PyTorch's: uniform within ±1/√fan_in, biases too), ``"normal"`` (He normal, zero
             biases) or ``"uniform"`` (He uniform, zero biases).
@@ -101,7 +101,7 @@ class ConvNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits [B, num_classes] of images [B, channels, H, W].
 
-        A convolution's bias that InstanceNorm subtracts has no gradient (None).
+        If InstanceNorm follows a convolution, the convolution's bias gets no gradient (None): the norm subtracts it.
         """
         return self.classifier(self.embed(x))
 
@@ -129,8 +129,8 @@ class ConvNet(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the embedding and the normalised attention maps of images [B, channels, H, W].
 
-        Where `unfused_reason` is None, no feature map is written to memory. Then BatchNorm uses the statistics of the
-        batch and leaves its running statistics alone. Otherwise the maps come from `features`.
+        If `unfused_reason` returns None, no feature map is written to memory, and BatchNorm uses the statistics of the
+        batch without updating its running statistics. Otherwise the maps are computed from `features`.
 
         Args:
             spatial_power: exponent p_s of the spatial maps, in [1, 16]; None leaves them out.
@@ -158,7 +158,7 @@ class ConvNet(nn.Module):
                 "channel_power": None if last else channel_power,
                 "norm": "batch" if isinstance(norm, nn.BatchNorm2d) else "instance",
             }
-            if index == 0:  # the only convolution of few enough channels to be recomputed instead of stored
+            if index == 0:  # few input channels: cheaper to recompute than to store
                 x, attention = conv_block(x, filters, norm.weight, norm.bias, **options)
             else:
                 x, attention = norm_block(F.conv2d(x, filters, padding=1), norm.weight, norm.bias, **options)
@@ -166,13 +166,13 @@ class ConvNet(nn.Module):
         return x.flatten(1), maps[:-1]
 
     def unfused_reason(self) -> str | None:
-        """Return why `attention` cannot run fused here and now; None if it can."""
+        """Return why `attention` cannot run fused with the current parameters and mode; None if it can."""
         for index, block in enumerate(self.blocks, start=1):
             reason = block.attention_refusal()
             if reason:
                 return f"block {index} cannot be fused: {reason}"
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
-            return "a parameter requires a gradient, which fused blocks give to their images only"
+            return "a parameter requires a gradient, but fused blocks differentiate only with respect to their images"
         return None
 
     @torch.no_grad()
@@ -240,7 +240,7 @@ def _block_sizes(size: tuple[int, int], depth: int, pooling: str, norm: str) -> 
         sizes.append(_pooled(sizes[-1], pooling))
     for index, (height, width) in enumerate(sizes):
         unpoolable = pooling in ("avg2", "max2") and min(height, width) < 2
-        constant = norm == "instance" and height * width < 2  # InstanceNorm of one pixel is zero whatever the image
+        constant = norm == "instance" and height * width < 2  # InstanceNorm of one pixel is zero for every image
         if unpoolable or constant:
             shallower = f"depth {index} or less, or " if index else ""
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Drawing new weights of a network in place, on its device."""
+"""Draw new parameters of a network in place, on its device."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _size(parameters: list[Tensor]) -> int:
 
 
 def _fill(parameters: list[Tensor], values: Tensor, scales: list[float]) -> None:
-    """Write float32 values times their parameter's scale into the parameters."""
+    """Write float32 values, scaled per parameter, into the parameters."""
     parts = values.split([parameter.numel() for parameter in parameters])
     parts = [part.view_as(parameter) for part, parameter in zip(parts, parameters, strict=True)]
     torch._foreach_mul_(parts, scales)

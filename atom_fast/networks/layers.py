@@ -1,4 +1,4 @@
-"""Layers that the networks other than the ConvNet share, and the layout in which networks train fastest."""
+"""Layers shared by the networks other than the ConvNet, and the memory layout in which networks train fastest."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class LayeredNetwork(nn.Module):
 
 
 class InstanceNorm(nn.GroupNorm):
-    """InstanceNorm with scale and shift, as a GroupNorm of one group per channel, followed by ReLU unless left out."""
+    """InstanceNorm with scale and shift (a GroupNorm with one group per channel), then ReLU unless ``relu=False``."""
 
     def __init__(self, channels: int, relu: bool = True):
         super().__init__(channels, channels)
         self.relu = relu
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise [B, C, H, W], and apply ReLU."""
+        """Normalise [B, C, H, W]; apply ReLU unless ``relu=False``."""
         return instance_norm(input, self.weight, self.bias, self.eps, relu=self.relu)
 
 
@@ -63,7 +63,7 @@ class Dropout(nn.Module):
         self.generator: torch.Generator | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Zero each value with the probability and scale the others to keep the mean; an identity in evaluation."""
+        """Zero each value with the given probability and scale the others to keep the mean; identity in evaluation."""
         if not self.training:
             return x
         keep = 1 - self.probability

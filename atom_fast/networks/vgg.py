@@ -14,7 +14,7 @@ _LAYERS = (
 
 
 class VGG11(LayeredNetwork):
-    """Eight 3×3 convolutions of 64 to 512 channels, each with GroupNorm(C, C) and ReLU, five poolings; one linear.
+    """Eight 3×3 convolutions of 64 to 512 channels, with GroupNorm(C, C) and ReLU, five poolings, one linear layer.
 
     Args:
         channels: channels of the images.

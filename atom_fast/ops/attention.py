@@ -1,8 +1,8 @@
 """Attention maps (equations 1 and 2 of the ATOM paper) as an operator with an analytic gradient.
 
 The backward pass keeps only the features, the maps and three numbers per sample. A second derivative is not implemented
-and raises. There is no kernel in C yet: on a CPU, and on GPUs without Triton, a lean form in PyTorch's operators runs,
-several times faster than the equations.
+and raises. There is no kernel in C: on a CPU, and on GPUs without Triton, PyTorch's operators run in chunks, several
+times faster than the equations under autograd.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .. import reference
 from .dispatch import dispatch, register
 from .launching import accumulation_dtype, constant_power, device_of, triton_dtype
 
-# Bytes of features per chunk of the lean form on a CPU: passes over a chunk hit the second-level cache.
+# Bytes of features per chunk of "eager" on a CPU: passes over a chunk hit the second-level cache.
 CHUNK_BYTES = 1 << 20
 
 
@@ -41,11 +41,11 @@ def _run_triton(features, spatial_power, channel_power, normalize):
     return attention_maps_op(features, spatial_power, channel_power, normalize, "triton")[0]
 
 
-def _run_lean(features, spatial_power, channel_power, normalize):
+def _run_eager(features, spatial_power, channel_power, normalize):
     return attention_maps_op(features, spatial_power, channel_power, normalize, "eager")[0]
 
 
-register("attention", plain=("reference",), triton=_run_triton, eager=_run_lean, reference=reference.attention_maps)
+register("attention", plain=("reference",), triton=_run_triton, eager=_run_eager, reference=reference.attention_maps)
 
 
 def map_sizes(shape: tuple[int, ...], spatial_power: float | None, channel_power: float | None) -> tuple[int, int]:
@@ -72,7 +72,7 @@ def attention_maps_op(
     statistics = features.new_ones((3, batch), dtype=dtype)
     if features.numel() == 0:
         return maps.zero_(), statistics
-    forward = _forward_triton if implementation == "triton" else _forward_lean
+    forward = _forward_triton if implementation == "triton" else _forward_eager
     forward(features, spatial_power, channel_power, normalize, maps, statistics)
     return maps, statistics
 
@@ -100,7 +100,7 @@ def attention_maps_backward(
     output = torch.empty_like(features)
     if features.numel() == 0:
         return output
-    backward = _backward_triton if implementation == "triton" else _backward_lean
+    backward = _backward_triton if implementation == "triton" else _backward_eager
     backward(features, gradient.contiguous(), maps, statistics, spatial_power, channel_power, normalize, output)
     return output
 
@@ -185,11 +185,11 @@ def _is_flat(tensor: Tensor) -> bool:
     return tensor.shape[2] == 1 or tensor.stride(2) == tensor.shape[3] * tensor.stride(3)
 
 
-# The lean form: the same arithmetic in chunks that stay in the cache, products instead of pow, nothing kept. Every full
-# pass writes into one of two buffers that are allocated once: fresh memory costs ten times the pass that fills it.
+# Eager: PyTorch's operators in chunks that stay in the cache, with products instead of pow. Every full pass writes to
+# one of two buffers that are allocated once: fresh memory costs ten times as much as the pass that fills it.
 
 
-def _forward_lean(features, spatial_power, channel_power, normalize, maps, statistics):
+def _forward_eager(features, spatial_power, channel_power, normalize, maps, statistics):
     n_spatial, _ = map_sizes(features.shape, spatial_power, channel_power)
     for rows, magnitude, raised in _chunks(features, maps.dtype):
         magnitude.copy_(features[rows]).abs_()
@@ -216,7 +216,7 @@ def _scale_map(attention, power, peak, normalize, factor, out):
     torch.mul(attention, factor[:, None], out=out)
 
 
-def _backward_lean(features, gradient, maps, statistics, spatial_power, channel_power, normalize, output):
+def _backward_eager(features, gradient, maps, statistics, spatial_power, channel_power, normalize, output):
     n_spatial, _ = map_sizes(features.shape, spatial_power, channel_power)
     for rows, relative, raised in _chunks(features, maps.dtype):
         relative.copy_(features[rows]).mul_(statistics[0, rows].reciprocal().view(-1, 1, 1, 1))

@@ -26,7 +26,7 @@ CUTOUT_FRACTION = 0.5
 MAX_SCALE = 1.2
 MAX_ANGLE = math.radians(15)
 
-CHUNK_PIXELS = 2**18  # pixels whose taps PyTorch's operators handle at a time: some tens of megabytes
+CHUNK_PIXELS = 2**18  # pixels per chunk of PyTorch's operators, whose tables then take some tens of megabytes
 
 
 class Extent(NamedTuple):
@@ -149,7 +149,7 @@ def _layout(images: Tensor) -> torch.memory_format:
 
 
 def _forward_triton(images, operation, uniforms, groups, transposed, offset, output):
-    """Fill ``output`` by the Triton kernel."""
+    """Fill ``output`` with the Triton kernel."""
     from atom_fast.kernels.augmentation import BLOCK, WARPS, augmentation_kernel, split
 
     batch, channels, height, width = images.shape
@@ -185,7 +185,7 @@ def _forward_triton(images, operation, uniforms, groups, transposed, offset, out
 
 
 def _forward_c(images, operation, uniforms, groups, transposed, offset, output):
-    """Fill ``output`` by the kernel in C."""
+    """Fill ``output`` with the kernel in C."""
     height, width = images.shape[2:]
     sizes = extent(height, width)
     if groups is not None:
@@ -211,9 +211,9 @@ def _forward_c(images, operation, uniforms, groups, transposed, offset, output):
 
 
 class _Table(NamedTuple):
-    """The map of images of each of G groups: weighted sums of pixels, plus the means that color needs."""
+    """The affine map of each of G groups: weighted sums of pixels, plus the means that color needs."""
 
-    place: Tensor  # int32 [G, H * W, taps], the pixels that each output pixel sums
+    place: Tensor  # int32 [G, H * W, taps], source pixels of each output pixel
     weight: Tensor  # [G, H * W, taps]
     pixel_mean: Tensor  # [G, 1, 1], factor of a pixel's mean over its channels
     image_mean: Tensor  # [G, 1, 1], factor of an image's mean
@@ -225,7 +225,7 @@ class _Table(NamedTuple):
 
 
 def _forward_eager(images, operation, uniforms, groups, transposed, offset, output):
-    """Fill ``output`` by PyTorch's operators, in chunks of images that keep the tables small."""
+    """Fill ``output`` with PyTorch's operators, in chunks of images that keep the tables small."""
     batch, _, height, width = images.shape
     compute = torch.float64 if images.dtype == torch.float64 else torch.float32
     constants = height, width, transposed, compute

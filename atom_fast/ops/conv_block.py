@@ -83,7 +83,7 @@ def _run_c(images, filters, weight, bias, *options):
 
 
 def _run_apart(images, filters, weight, bias, eps, spatial_power, channel_power, norm):
-    """PyTorch's convolution, then `norm_block`."""
+    """Run PyTorch's convolution, then `norm_block`."""
     convolved = F.conv2d(images.to(filters.dtype), filters, padding=1)
     powers = {"spatial_power": spatial_power, "channel_power": channel_power}
     return norm_block.norm_block(convolved, weight, bias, eps=eps, **powers, norm=norm)
@@ -117,7 +117,7 @@ def launch_kind(
         channels: C of the filters.
         dtype: dtype of the filters.
         device: a GPU, or the CPU that interprets the kernels.
-        chip: the GPU to answer for; None for the one at ``device``.
+        chip: the GPU; None for the one at ``device``.
 
     Returns:
         ``"planes"``: convolution and block are one kernel that keeps an image's neighbourhoods on the chip.
@@ -129,7 +129,7 @@ def launch_kind(
     chip = chip or chip_of(device)
     if dtype == torch.float64:
         multiplied = device.type == "cpu"  # interpreted, in tests
-    else:  # without matrix instructions for 16 bits, cuDNN is faster
+    else:  # without 16-bit matrix instructions, cuDNN is faster
         multiplied = dtype == torch.float32 or chip.capability >= 80
     if not multiplied or not is_resident(*image_shape):
         return "apart"

@@ -1,4 +1,4 @@
-"""Which implementation an operation runs: one table of implementations, and the `backend` that chooses among them.
+"""Choose the implementation of an operation: one table of implementations, and the context `backend`.
 
 Every operation of this package is a row of ``TABLE``. Its module adds the row with `register`, and its public function
 calls `dispatch`:
@@ -6,9 +6,9 @@ calls `dispatch`:
 =========== ============================================================================================================
 "triton"    kernels for a GPU, ``kernels/*.py``
 "c"         kernels for a CPU, ``kernels/*.c``: float32, and half precision computed in float32
-"eager"     PyTorch's operators under autograd, `atom_fast.reference`; attention maps and class means, which have no
-            kernel in C, use a lean form with analytic gradients here
-"reference" the equations, where "eager" is not already that
+"eager"     PyTorch's operators: `atom_fast.reference` under autograd, or with analytic gradients for attention maps
+            and class means, which have no kernel in C
+"reference" `atom_fast.reference` under autograd, for operations whose "eager" is something else
 =========== ============================================================================================================
 """
 
@@ -29,20 +29,20 @@ from .._device import HAS_TRITON, triton_refusal
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 TABLE: dict[str, dict[str, Callable]] = {}
-_PLAIN: dict[str, tuple[str, ...]] = {}  # the columns of a row that PyTorch's own operators compute
+_PLAIN: dict[str, tuple[str, ...]] = {}  # columns of a row that consist of PyTorch's operators
 _ORDER = {"triton": ("triton", "eager"), "torch": ("c", "eager"), "reference": ("reference", "eager")}
 
 
 class _Choice:
-    """One ``with backend(name)`` that is entered; inactive once it is left."""
+    """An entered ``with backend(name)``; inactive after exit."""
 
     def __init__(self, name: str):
         self.name = name
         self.active = True
 
 
-# Per thread and asyncio task. Choices need not be left in the order they were entered (a suspended generator may hold
-# one), so leaving one marks it inactive, and the latest active one counts.
+# Per thread and asyncio task. Contexts may exit in any order (a suspended generator may hold one), so an exit marks its
+# choice inactive, and the latest active choice counts.
 _choices: contextvars.ContextVar[tuple[_Choice, ...]] = contextvars.ContextVar("atom_fast_backend", default=())
 
 
@@ -50,9 +50,9 @@ _choices: contextvars.ContextVar[tuple[_Choice, ...]] = contextvars.ContextVar("
 def backend(name: str) -> Iterator[None]:
     """Run the enclosed calls of this thread (or asyncio task) with one backend.
 
-    Backends differ in speed, memory and rounding, not in what they compute. Contexts nest; the innermost one that has
-    not ended counts. A generator suspended inside the context keeps it active for its thread until it is resumed and
-    leaves it, or is closed.
+    Backends compute the same functions; they differ in speed, memory and rounding. Contexts nest; the innermost active
+    one counts. A generator suspended inside the context keeps it active for its thread until the generator leaves it or
+    is closed.
 
     Args:
         name: one of
@@ -120,7 +120,7 @@ def register(operation: str, *, plain: tuple[str, ...] = ("eager",), **implement
 
     Args:
         operation: the stem of the operation's files.
-        plain: the columns that consist of PyTorch's own operators, which have forward-mode derivatives.
+        plain: the columns that consist of PyTorch's operators, which have forward-mode derivatives.
         **implementations: functions by column, all with the same arguments, "eager" among them. A function returns
             NotImplemented for arguments that it does not compute.
     """
@@ -162,7 +162,7 @@ def _refuse_tangents(operation: str, *arguments) -> None:
 @functools.cache
 def _warn_of_eager(operation: str) -> None:
     warnings.warn(
-        f"backend 'triton' has no kernel for this call of {operation} (its dtype, mode or layout): PyTorch's operators "
-        "run it, under this backend too. This is said once",
+        f"backend 'triton' has no kernel for this call of {operation} (its dtype, mode or layout), so "
+        "PyTorch's operators run it. Later calls of this operation do not warn",
         stacklevel=4,
     )

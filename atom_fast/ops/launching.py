@@ -1,4 +1,4 @@
-"""Shared by the operators that launch kernels: the device, dtypes, layouts and constants that the kernels expect."""
+"""Helpers of the operators that launch kernels: devices, dtypes, layouts and constants."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def int32_indexable(x: Tensor) -> Tensor:
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
-    """Return ``x``, or None, as the kernels index a vector of parameters."""
+    """Return ``x`` contiguous, as kernels index parameters; None stays None."""
     return None if x is None else x.contiguous()
 
 
 def constant_power(power: float | None) -> float | int:
-    """Convert a power to a kernel's constant: int where it is whole, so that 4 and 4.0 compile once; 0 for None."""
+    """Convert a power to a kernel's constant: int if it is whole, so that 4 and 4.0 compile once; 0 for None."""
     if power is None:
         return 0
     return int(power) if float(power).is_integer() else float(power)
 
 
 class KernelError(RuntimeError):
-    """A kernel that cannot be compiled or launched for a device; the message names the way out."""
+    """A kernel cannot be compiled or launched for a device; the message names an alternative."""
 
 
 @contextlib.contextmanager
@@ -47,7 +47,7 @@ def device_of(tensor: Tensor) -> Iterator[None]:
     """Launch on the tensor's device, which need not be the current one.
 
     Raises:
-        KernelError: a kernel asks for more than the device has, or cannot be compiled for it.
+        KernelError: a kernel needs more than the device has, or cannot be compiled for it.
     """
     try:
         with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
@@ -61,7 +61,7 @@ def device_of(tensor: Tensor) -> Iterator[None]:
 
 @functools.cache
 def _refusals() -> tuple[type[Exception], ...]:
-    """Return the exceptions of Triton for a kernel that needs too much or does not compile; no RuntimeErrors."""
+    """Return Triton's exceptions for a kernel that needs too much or does not compile; none is a RuntimeError."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 
@@ -69,9 +69,9 @@ def _refusals() -> tuple[type[Exception], ...]:
 
 
 def unfused_if_refused(work: Callable[[], T], device: torch.device) -> T:
-    """Run ``work``; where a kernel does not run on ``device``, run it again with PyTorch's operators.
+    """Run ``work``; if a kernel does not run on ``device``, run it again with PyTorch's operators.
 
-    From then on PyTorch's operators replace Triton's kernels on that device, and a warning says so.
+    From then on PyTorch's operators replace Triton's kernels on that device, with a warning.
 
     Raises:
         KernelError: the kernels were asked for by `atom_fast.backend`.

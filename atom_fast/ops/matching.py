@@ -1,6 +1,6 @@
 """The squared distance of class means (equation 3 of the ATOM paper) as an operator, and the grouping of samples.
 
-There is no kernel in C yet: on a CPU, and on GPUs without Triton, PyTorch's operators run, with an analytic gradient.
+There is no kernel in C: on a CPU, and on GPUs without Triton, PyTorch's operators run, with an analytic gradient.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ClassGroups(NamedTuple):
     synthetic_offsets: Tensor  # int64 [K + 1]
 
     def of_classes(self, count: int) -> ClassGroups:
-        """Return these groups with the offsets of the first ``count`` classes, which must be all that hold rows."""
+        """Return these groups with the offsets of the first ``count`` classes; later classes must hold no rows."""
         return self._replace(
             real_offsets=self.real_offsets[: count + 1], synthetic_offsets=self.synthetic_offsets[: count + 1]
         )
@@ -85,7 +85,7 @@ def _run_triton(*arguments):
     return class_mean_distance_op(*arguments, "triton")[0]
 
 
-def _run_lean(*arguments):
+def _run_eager(*arguments):
     return class_mean_distance_op(*arguments, "eager")[0]
 
 
@@ -106,7 +106,7 @@ def _labels(order: Tensor, offsets: Tensor) -> Tensor:
     return labels
 
 
-register("matching", plain=("reference",), triton=_run_triton, eager=_run_lean, reference=_run_reference)
+register("matching", plain=("reference",), triton=_run_triton, eager=_run_eager, reference=_run_reference)
 
 
 @torch.library.custom_op("atom_fast::class_mean_distance", mutates_args=())
@@ -126,7 +126,7 @@ def class_mean_distance_op(
     dtype = accumulation_dtype(synthetic.dtype)
     if real.numel() == 0 or synthetic.numel() == 0:
         return synthetic.new_zeros((), dtype=dtype), synthetic.new_zeros(synthetic.shape, dtype=dtype)
-    distance = _distance_triton if implementation == "triton" else _distance_lean
+    distance = _distance_triton if implementation == "triton" else _distance_eager
     return distance(real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offsets, dtype)
 
 
@@ -184,7 +184,7 @@ def _distance_triton(real, synthetic, real_order, real_offsets, synthetic_order,
     return partial.sum(), gradient
 
 
-def _distance_lean(real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offsets, dtype):
+def _distance_eager(real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offsets, dtype):
     real, synthetic = real.to(dtype), synthetic.to(dtype)
     if synthetic_offsets is None:
         difference = real.mean(0) - synthetic.mean(0)
@@ -205,9 +205,9 @@ def _distance_lean(real, synthetic, real_order, real_offsets, synthetic_order, s
 
 
 def _members(order: Tensor, offsets: Tensor) -> int:
-    """Return the rows per class if every class has as many and they lie class after class; otherwise 0.
+    """Return the rows per class if all classes have equally many and rows are sorted by class; otherwise 0.
 
-    A GPU always gets 0: reading the offsets would wait for it.
+    Always 0 on a GPU, because reading the offsets would wait for it.
     """
     count = len(order)
     members = 0 if order.is_cuda else int(offsets[1])

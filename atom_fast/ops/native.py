@@ -1,4 +1,4 @@
-"""The kernels in C, for CPU tensors of float32: built once for the machine they run on, and called with tensors."""
+"""Build the kernels in C, once for the machine they run on, and call them with float32 tensors on a CPU."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from .. import kernels
 
 LANES = 16  # floats in the kernels' vectors, see kernels/vectors.h
 _COMPILERS = ("cc", "gcc", "clang")
-_TIMEOUT = 120  # seconds for one run of a compiler
+_TIMEOUT = 120  # seconds per run of the compiler
 _QUIET = 4  # seconds of compiling without a message
-_ROOM = 32 << 20  # bytes that building takes at most: assembly, object files, the library
+_ROOM = 32 << 20  # bytes that a build needs at most: assembly, object files, the library
 _STALE = 3600  # seconds after which a build's folder belongs to a process that was killed
-# Sums may be taken in vectors, and products added in one rounding; NaN and infinity stay what they are.
+# Allow vectorised sums and fused multiply-add; keep NaN and infinity.
 _FLAGS = (
     "-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
     "-fassociative-math", "-fPIC", "-shared", "-w",
 )  # fmt: skip
-# The first set that the compiler accepts: Apple's has no OpenMP, and some name the processor by -mcpu.
+# Tried in this order: Apple's compiler has no OpenMP, and some compilers select the processor by -mcpu.
 _TARGETS = ("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",)
 
 
@@ -75,12 +75,12 @@ def upcasts(x: Tensor) -> bool:
 
 
 def upcast(parameter: Tensor | None) -> Tensor | None:
-    """Return a parameter, or None, in float32, as it accompanies an upcast input."""
+    """Convert a parameter that accompanies an upcast input to float32; None stays None."""
     return None if parameter is None else parameter.float()
 
 
 def threads_for(samples: int) -> int:
-    """Return how many of PyTorch's threads work on this number of samples."""
+    """Return the number of PyTorch's threads to use for this number of samples."""
     return max(1, min(torch.get_num_threads(), samples))
 
 
@@ -89,8 +89,8 @@ def run(name: str, samples: int, *arguments: Tensor | int | float | None) -> Non
 
     Args:
         name: a function of ``kernels/*.c``.
-        samples: their number.
-        arguments: in the function's order, without the number of threads, which comes last: tensors and None as
+        samples: number of samples.
+        arguments: arguments of the function without the last, the number of threads: tensors and None are passed as
             pointers, int and bool as int64_t, float as float.
 
     Raises:
@@ -119,9 +119,9 @@ def _library() -> ctypes.CDLL | None:
         try:
             with folder() as place:
                 return _loaded(Path(place) / _name())
-        except OSError as error:  # of the place: no room, not writable, not executable
+        except OSError as error:  # this folder is full, not writable or not executable
             reasons.append(str(error))
-        except (RuntimeError, subprocess.SubprocessError) as error:  # of the compiler, in every place
+        except (RuntimeError, subprocess.SubprocessError) as error:  # the compiler fails in any folder
             reasons.append(str(error))
             break
     warnings.warn(
@@ -133,7 +133,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _loaded(path: Path) -> ctypes.CDLL:
-    """Load the library at ``path``; build it unless it is there and whole."""
+    """Load the library at ``path``; build it first unless it exists and is complete."""
     if not _is_whole(path):
         _build(path)
     return ctypes.CDLL(str(path))
@@ -149,7 +149,7 @@ def _name() -> str:
 
 
 def _build(path: Path) -> None:
-    # In a folder beside its place, then moved: another process sees a whole library or none.
+    # In a folder beside the target, then moved: another process sees a complete library or none.
     with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as scratch:
         _check_room(Path(scratch))
         made = Path(scratch) / path.name
@@ -161,7 +161,7 @@ def _build(path: Path) -> None:
 
 
 def _check_room(folder: Path) -> None:
-    """Raise OSError without room for a build, which the compiler would run out of after half a minute."""
+    """Raise OSError if there is no room for a build; the compiler would fail only after half a minute."""
     file = folder / "room"
     with file.open("wb") as opened:
         for _ in range(_ROOM >> 20):
@@ -181,12 +181,12 @@ def _compile(made: Path) -> None:
 
 
 def _check_loads(library: Path) -> None:
-    """Raise RuntimeError for a library that ends the process that loads it, as one with a sanitizer does."""
+    """Raise RuntimeError if loading the library ends the process, as a sanitizer does."""
     _output([sys.executable, "-c", "import ctypes, sys; ctypes.CDLL(sys.argv[1])", str(library)])
 
 
 def _is_whole(path: Path) -> bool:
-    """Return True if a library ends with its checksum: half a library may load, and end the process later."""
+    """Return True if a library ends with its checksum: a truncated library may load and crash later."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -204,8 +204,8 @@ def _compiler() -> list[str]:
         if shutil.which(command[0]):
             return command
     raise RuntimeError(
-        f"no C compiler was found ({named or ', '.join(_COMPILERS)}); install one, or name one by the environment "
-        "variable CC"
+        f"no C compiler was found ({named or ', '.join(_COMPILERS)}); install one, or set the environment "
+        "variable CC to one"
     )
 
 
@@ -213,12 +213,12 @@ def _output(command: list[str], scratch: Path | None = None) -> str:
     """Run a command and return its standard output.
 
     Args:
-        scratch: given for a compilation: the folder for its temporary files. After a few seconds, stderr says that it
-            runs.
+        scratch: folder for the temporary files of a compilation, which is reported on stderr after a few seconds; None
+            for other commands.
 
     Raises:
-        RuntimeError: the command fails.
-        subprocess.TimeoutExpired: it takes longer than two minutes.
+        RuntimeError: the command failed.
+        subprocess.TimeoutExpired: it took longer than two minutes.
     """
     environment = os.environ if scratch is None else {**os.environ, "TMPDIR": str(scratch)}
     with subprocess.Popen(
@@ -242,7 +242,7 @@ def _output(command: list[str], scratch: Path | None = None) -> str:
 
 
 def _processor() -> str:
-    """Return the processor's features: a library runs only on processors that have those of its own."""
+    """Return the processor's features: a library runs only on processors with the features it was built for."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -252,7 +252,7 @@ def _processor() -> str:
 
 @contextlib.contextmanager
 def _cache() -> Iterator[Path]:
-    """Yield this user's cache folder. Code is loaded from it, so nobody else may own it."""
+    """Yield this user's cache folder. Code is loaded from it, so no other user may own it."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atom_fast"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
@@ -262,13 +262,13 @@ def _cache() -> Iterator[Path]:
 
 
 def _remove_stale_builds(folder: Path) -> None:
-    """Remove the folders of builds that were killed; ``tmp*`` is what they were called before."""
-    for build in (*folder.glob("build-*"), *folder.glob("tmp*")):
+    """Remove the folders of builds that were killed."""
+    for build in folder.glob("build-*"):
         with contextlib.suppress(OSError):  # another process removes it too, or has just finished
             if time.time() - build.stat().st_mtime > _STALE:
                 shutil.rmtree(build)
 
 
 def _temporary_folder() -> contextlib.AbstractContextManager[str]:
-    """Make a folder for this process alone; a loaded library does not need its file."""
+    """Make a folder for this process only; a loaded library does not need its file."""
     return tempfile.TemporaryDirectory(prefix="atom_fast-")

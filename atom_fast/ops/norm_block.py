@@ -52,8 +52,8 @@ def norm_block(
         eps: added to the variance.
         spatial_power: exponent p_s of the spatial map, in [1, 16]; None leaves that map out of ``maps``.
         channel_power: exponent p_c of the channel map, likewise.
-        norm: ``"instance"`` normalises by mean and population variance of each plane, ``"batch"`` by those of a channel
-            over all samples, as BatchNorm does in training; running statistics are neither read nor written.
+        norm: ``"instance"`` normalises by mean and population variance per plane, ``"batch"`` per channel over all
+            samples, as BatchNorm does in training; running statistics are neither read nor written.
 
     Returns:
         The pooled features and the maps. Differentiable once, in ``convolved``. A sample of zero features has zero
@@ -109,7 +109,7 @@ def check_constants(**parameters: Tensor | None) -> None:
     for name, parameter in parameters.items():
         if parameter is not None and parameter.requires_grad and torch.is_grad_enabled():
             raise ValueError(
-                f"{name} requires a gradient, but the fused blocks compute only that of their input; "
+                f"{name} requires a gradient, but the fused blocks compute only the input's gradient; "
                 "freeze the network (requires_grad_(False)), or use it unfused"
             )
 
@@ -150,9 +150,9 @@ def norm_block_op(
         implementation: "triton", or "c" for float32 in channels_last on a CPU.
 
     Returns:
-        Pooled features [B, C, H // 2, W // 2]; maps [B, M]; mean and 1 / standard deviation [B, C], by which planes are
-        normalised; statistics [B, 3]: the peak that features are divided by, and 1 / norm of each map of the features
-        over the peak (1 for a map that is left out).
+        Pooled features [B, C, H // 2, W // 2]; maps [B, M]; mean and 1 / standard deviation [B, C] of planes (or of the
+        batch); statistics [B, 3]: the peak that features are divided by, and 1 / norm of each map of the features over
+        the peak (1 for a map that is left out).
     """
     outputs = empty_outputs(x.shape, x, is_channels_last(x), spatial_power, channel_power)
     if implementation == "c":
@@ -243,7 +243,7 @@ norm_block_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _is_channels_last_view(x: Tensor) -> bool:
-    # As seen through a permutation: torch.func.vmap knows no memory format but the default.
+    # Through a permutation, because torch.func.vmap supports no memory format but the default.
     return x.permute(0, 2, 3, 1).is_contiguous()
 
 
@@ -265,7 +265,7 @@ def _forward_c(x, weight, bias, eps, spatial_power, channel_power, norm, pooled,
 
 
 def join_statistics(means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and variance [C] over a batch from those of its planes [B, C]; overwrites both arguments."""
+    """Return mean and variance [C] over a batch, given the planes' [B, C]; overwrites both arguments."""
     # Planes have one size, so the variance is the mean of their variances plus the variance of their means.
     mean = means.mean(0)
     return mean, variances.add_(means.sub_(mean).square_()).mean(0)

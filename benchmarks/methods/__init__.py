@@ -1,7 +1,7 @@
-"""The methods of the paper's tables: what distils a set here, and whose published step is timed for Table 3.
+"""The methods of the paper's tables: how they make sets, and the steps that are timed for Table 3.
 
-A timed method has a file in this folder with its step as published in plain PyTorch; DM, DAM, ATOM† and ATOM also have
-this project's step (``fused.py``) and the one of a careful PyTorch author (``batched.py``).
+A timed method has a file in this folder with its published step in plain PyTorch. DM, DAM, ATOM† and ATOM also have
+this project's step (``fused.py``) and an optimised one in plain PyTorch (``batched.py``).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ METHODS = {
     "forgetting": Method("Forgetting", selects=True),
     "dc": Method("DC", module="dc", implementations=("eager",), real_batch=256),
     "dsa": Method("DSA", module="dsa", implementations=("eager",), real_batch=256),
-    # As published, except for the norm, which is that of the tested networks.
+    # As published, except for the norm, which is the tested networks'.
     "dm": Method("DM", "dm", {"norm": "auto"}, module="dm", implementations=ALL_IMPLEMENTATIONS, real_batch=256),
     "mtt": Method("MTT", module="mtt", implementations=("eager",)),
     "dam": Method(
@@ -95,7 +95,7 @@ def get_method(name: str) -> Method:
     """Return a method that makes sets.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: no method that makes sets has this name.
     """
     if name not in MAKES_SETS:
         raise ValueError(f"method must be one of {', '.join(MAKES_SETS)}; got {name!r}")
@@ -109,8 +109,8 @@ def configuration(name: str, ipc: int, seed: int, overrides: Mapping[str, object
         name: key of ``MAKES_SETS``.
         ipc: images per class.
         seed: seed of the set.
-        overrides: settings that replace the method's, except those that define its loss: DAM has no channel attention
-            whatever ATOM's power is.
+        overrides: settings that replace the method's, except those that define its loss: DAM has no channel attention,
+            even if ATOM's power is overridden.
 
     Raises:
         ValueError: an unknown method or setting, or a value that is not accepted.

@@ -1,8 +1,8 @@
-"""DM, DAM, ATOM† and ATOM without a loop over classes, as a careful author writes them in PyTorch: plain and compiled.
+"""DM, DAM, ATOM† and ATOM without a loop over classes in optimised plain PyTorch, eager and compiled.
 
-The same step as ``eager``, with nothing left on the host: the data set as uint8 on the device, all classes sampled,
-augmented, embedded and matched together, the network redrawn in place, the real side under ``no_grad``.
-``compile`` puts everything from the augmentation to the loss, and its backward, through ``torch.compile``.
+The same step as ``eager``, entirely on the device: the data set is uint8, all classes are sampled, augmented, embedded
+and matched together, the network is redrawn in place, the real side runs under ``no_grad``. ``compile`` applies
+``torch.compile`` to everything from the augmentation to the loss, and its backward.
 """
 
 from __future__ import annotations

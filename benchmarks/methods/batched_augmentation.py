@@ -1,6 +1,6 @@
-"""DSA for all classes at once in plain PyTorch: the augmentation of the implementations that do not loop.
+"""DSA for all classes at once in plain PyTorch, for the implementations without a loop over classes.
 
-Every image goes through the same operators; those that its class did not draw are the identity. Crop, flip, scale and
+The same operators process every image; operations that its class did not draw are the identity. Crop, flip, scale and
 rotate are one affine sampling.
 """
 
@@ -43,7 +43,7 @@ def _color(images: Tensor, operations: Tensor, first: Tensor, second: Tensor, th
 
 
 def _grid(images: Tensor, operations: Tensor, first: Tensor, second: Tensor, _third: Tensor) -> Tensor:
-    """Return the place that each pixel is read from, in affine_grid's coordinates: [B, H, W, 2]."""
+    """Return the source of each pixel in affine_grid's coordinates: [B, H, W, 2]."""
     size = images.shape[2]
     shift = int(size * 0.125 + 0.5)
     down, right = (((r * (2 * shift + 1)).floor() - shift) * (2 / size) for r in (first, second))

@@ -4,7 +4,7 @@ One step is one outer iteration, as in the paper's Table 3: a fresh network, the
 matches the gradients of every class, updates the synthetic images once, and (except in the last round) trains the
 network for ``inner`` epochs on the synthetic images. Settings: image learning rate 0.1, network learning rate 0.01,
 256 real images per class; synthetic images start from noise, no augmentation. Kept from the public code: the loop over
-classes, and the DataLoader that fetches the synthetic images one by one. See ``published.py`` for what is left out.
+classes, and the DataLoader that fetches the synthetic images one by one. ``published.py`` lists what is left out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def loops(ipc: int) -> tuple[int, int]:
     """Return (outer, inner) for ``ipc`` images per class.
 
     Raises:
-        ValueError: the public code names no loops for that number.
+        ValueError: the public code defines no loops for that number.
     """
     if ipc not in LOOPS:
         raise ValueError(f"DC and DSA have loops for {', '.join(map(str, LOOPS))} images per class; got {ipc}")

@@ -1,8 +1,8 @@
-"""DM, DAM, ATOM† and ATOM by this project: its step, plain or captured as a CUDA graph.
+"""This project's step of DM, DAM, ATOM† and ATOM, plain or captured as a CUDA graph.
 
-The same step as ``eager``: a new network, real images of all classes, augmentation, loss, update. The data set is held
-as uint8; on a GPU every batch of it is whitened as it is fetched, work that the public code does once for all images
-and holds in float32. The whitening here gives the baselines' images: its cost does not depend on its values.
+The same step as ``eager``: a new network, real images of all classes, augmentation, loss, update. The data set is
+uint8; on a GPU each batch is whitened when it is fetched, whereas the public code whitens all images once and keeps
+them in float32. The whitening matrix reproduces the baselines' images; its cost does not depend on its values.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def build(workload: Workload, *, spatial: bool, channel: bool, mmd_weight: float
         seed=workload.seed,
         class_chunk=workload.class_chunk,
     ).resolve(data.image_shape, data.name, device)
-    # As the field does: whitening at 32x32, mean and deviation from 64x64, where its matrix is too large.
+    # As in the literature: whitening at 32x32; standardisation from 64x64, where the whitening matrix is too large.
     preprocessing = whitening(data) if workload.resolution <= 32 else standardization(data)
     images = initial_images(config, data, preprocessing)
     run = Distillation(config, data, preprocessing, images)
@@ -60,7 +60,7 @@ def build(workload: Workload, *, spatial: bool, channel: bool, mmd_weight: float
 
 
 def image_data(workload: Workload) -> ImageData:
-    """Return the random data set, with one test image that nothing uses."""
+    """Return the random data set, with one unused test image."""
     pixels = published.random_pixels(workload)
     labels = torch.arange(workload.classes, device=pixels.device).repeat_interleave(workload.class_images)
     names = [str(label) for label in range(workload.classes)]
@@ -75,7 +75,7 @@ def whitening(data: ImageData) -> Preprocessing:
 
 
 def standardization(data: ImageData) -> Preprocessing:
-    """Return :func:`published.normalize` as mean and deviation."""
+    """Return :func:`published.normalize` as mean and standard deviation."""
     channels, device = data.image_shape[0], data.train_images.device
     statistics = torch.full((channels,), 0.5, device=device), torch.full((channels,), 1 / math.sqrt(12), device=device)
     return Preprocessing.from_tensors(dict(zip(("mean", "std"), statistics, strict=True)))

@@ -3,9 +3,9 @@
 One step takes a segment of an expert's trajectory, trains a student from the segment's start for 20 steps on all
 synthetic images, and differentiates the distance to the segment's end through all 20 steps: into the images and into
 the learned step size. Settings: 3 expert epochs, start epoch at most 25, image learning rate 1000, step size 0.01 with
-learning rate 1e-5, DSA on. The experts are synthesised: a random network followed by small random changes, 29 epochs
-of the right shapes on the host, where the public code keeps its own; the 100 x 50 epochs of training real ones take are
-outside the step, in the paper's table as here. No real images are held.
+learning rate 1e-5, DSA on. The expert is synthetic: a random network and 28 random updates of it, kept on
+the host like the experts of the public code. Training real experts, 100 x 50 epochs, is not part of the step, here as
+in the paper's table. The step uses no real images.
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ def unroll(
 
 
 def trajectory_distance(student: Tensor, start: Tensor, target: Tensor) -> Tensor:
-    """Return the squared distance of the student to the expert's later weights, relative to the expert's own way."""
+    """Return the squared distance from student to target, divided by the squared distance from start to target."""
     return (student - target).square().sum() / (start - target).square().sum()
 
 
 def _unflatten(network: nn.Module, weights: Tensor) -> dict[str, Tensor]:
     named = dict(network.named_parameters())
-    pieces = weights.split([p.numel() for p in named.values()])
-    return {name: piece.view_as(p) for (name, p), piece in zip(named.items(), pieces, strict=True)}
+    parts = weights.split([p.numel() for p in named.values()])
+    return {name: part.view_as(p) for (name, p), part in zip(named.items(), parts, strict=True)}

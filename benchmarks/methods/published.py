@@ -1,12 +1,11 @@
-"""The parts that the public code of DC, DSA, DM, MTT and DataDAM shares, rewritten in plain PyTorch.
+"""Code shared by the published steps of DC, DSA, DM, MTT and DataDAM, rewritten in plain PyTorch.
 
-One rule decides. Kept is whatever gives a published step its cost: a fresh network built on the host and copied, a
-NumPy permutation of the whole class for every batch, one augmentation call per class and side, 3x2 matrices and
-sampling grids made on the host, data held as float32 on the device. Left out, in the baselines' favour, is whatever
-only prints or frees: ``.item()`` for a log line, accuracy computed on the host, ``empty_cache()``, features and losses
-moved to the CPU.
+Kept is everything that determines the cost of a published step: a fresh network built on the host and copied, a NumPy
+permutation of the whole class for every batch, one augmentation call per class and side, 3x2 matrices and sampling
+grids made on the host, float32 data on the device. Left out, in the baselines' favour, is logging and cleanup:
+``.item()`` for a log line, accuracy computed on the host, ``empty_cache()``, features and losses moved to the CPU.
 
-The images are random: no time or memory here depends on what they show.
+Images are random, because time and memory do not depend on their content.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ POWER = 4.0
 
 
 class ConvNet(nn.Module):
-    """The field's ConvNet: depth x [3x3 convolution, GroupNorm(C, C), ReLU, 2x2 average pooling], then a linear layer.
+    """The usual ConvNet: depth x [3x3 convolution, GroupNorm(C, C), ReLU, 2x2 average pooling], then a linear layer.
 
     Initialised as PyTorch does by default, like the public code. Images [B, channels, H, W] -> logits [B, classes].
     """
@@ -42,7 +41,7 @@ class ConvNet(nn.Module):
         self.classifier = nn.Linear(width * (workload.resolution // 2**workload.depth) ** 2, workload.classes)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images [B, channels, H, W] -> flattened last pooled features [B, D]."""
+        """Return the flattened pooled features [B, D] of the last block for images [B, channels, H, W]."""
         return self.blocks(images).flatten(1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -50,7 +49,7 @@ class ConvNet(nn.Module):
 
 
 def fresh_network(workload: Workload, trained: bool = False) -> ConvNet:
-    """Return a new random network, built on the host and copied; its parameters take gradients if it is ``trained``."""
+    """Return a new random network, built on the host and copied; its parameters require gradients if ``trained``."""
     network = ConvNet(workload).to(workload.device)
     return network.requires_grad_(trained)
 
@@ -68,10 +67,10 @@ def normalize(pixels: Tensor) -> Tensor:
 
 
 class RealData:
-    """The whole data set as the public code holds it: float32 on the device, and each class's indices on the host."""
+    """The data set as in the public code: float32 images on the device, and each class's indices on the host."""
 
     def __init__(self, workload: Workload):
-        # In slices: the float32 copy is the method's, a second one made on the way would not be.
+        # Class by class, so that the peak memory is the method's float32 copy and not two of them.
         self.images = torch.cat([normalize(pixels) for pixels in random_pixels(workload).split(workload.class_images)])
         labels = np.repeat(np.arange(workload.classes), workload.class_images)
         self.class_indices = [np.flatnonzero(labels == label) for label in range(workload.classes)]
@@ -98,7 +97,7 @@ def synthetic_labels(workload: Workload) -> Tensor:
 
 
 def image_optimizer(images: Tensor, learning_rate: float) -> torch.optim.SGD:
-    """Return SGD with momentum 0.5 over the synthetic images, as in every method of the line."""
+    """Return SGD with momentum 0.5 over the synthetic images, as in all these methods."""
     return torch.optim.SGD([images], lr=learning_rate, momentum=0.5)
 
 

@@ -19,9 +19,9 @@ class Workload:
         class_images: real images per class in the data set.
         real_batch: real images per class per step.
         width, depth: channels and blocks of the ConvNet.
-        precision: of convolutions and matrix products: ``"float32"``, ``"tf32"`` or ``"bfloat16"``.
+        precision: precision of convolutions and matrix products: ``"float32"``, ``"tf32"`` or ``"bfloat16"``.
         device: ``"cuda"`` or ``"cpu"``.
-        inner_divisor: divisor of the epochs of DC's and DSA's inner training; 1 is as published.
+        inner_divisor: divisor of the epochs of DC's and DSA's inner training; 1 as published.
         seed: seed of every random number.
         class_chunk: classes per chunk of this project's step; None for all at once.
     """
