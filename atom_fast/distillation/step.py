@@ -18,7 +18,7 @@ from atom_fast.data.sampling import sample_class_indices
 from atom_fast.data.whitening import Preprocessing, real_image_gatherer
 from atom_fast.distillation.config import DistillConfig
 from atom_fast.distillation.logs import log
-from atom_fast.distillation.matching import fused_if_possible, matching_terms
+from atom_fast.distillation.matching import describe_fusion, make_extractor, matching_terms
 from atom_fast.distillation.stages import stage
 from atom_fast.functional import class_groups
 from atom_fast.networks.convnet import ConvNet
@@ -115,7 +115,8 @@ class Distillation:
         self.labels = torch.arange(classes.start, classes.stop, device=device).repeat_interleave(config.ipc)
         # pyrefly: ignore[no-matching-overload]  PyTorch's stubs lack a device beside a memory format
         self.network = make_network(config, data).to(device, memory_format=layout)
-        self.extractor, self.fusion = fused_if_possible(self.network, config, self.images)
+        self.extract = make_extractor(self.network, config)
+        self.fusion = describe_fusion(self.network, config, self.images)
         self.gather_real = real_image_gatherer(
             data, preprocessing, memory_format=layout, precision=config.precision, progress=progress
         )
@@ -193,10 +194,15 @@ class Distillation:
                     real = augment(real, own, chunk.real_labels)
                     synthetic = augment(synthetic, own, chunk.labels)
             with convolution_precision(config.precision, images.device, config.deterministic):
-                attention, mmd = matching_terms(self.extractor, real, synthetic, config, chunk.groups)  # 5
+                with stage("real"), torch.no_grad():
+                    real = self.extract(real)
+                with stage("synthetic"):
+                    synthetic = self.extract(synthetic)
                 with stage("loss"):
+                    attention, mmd = matching_terms(real, synthetic, config, chunk.groups)  # 5
                     # pyrefly: ignore[unsupported-operation]  both are numbers in resolved settings
                     loss = config.loss_scale * (attention + config.mmd_weight * mmd)  # 6
+                del real, synthetic  # the backward pass needs little of them
                 with stage("backward"):
                     (self._gradient[chunk.rows],) = torch.autograd.grad(loss, images)
             terms += torch.stack((loss, attention, mmd)).detach()

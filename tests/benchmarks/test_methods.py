@@ -11,7 +11,7 @@ from atom_fast import reference
 from atom_fast.data.sources import load_data
 from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.distillation import preset
-from atom_fast.distillation.matching import fused_if_possible, matching_terms
+from atom_fast.distillation.matching import describe_fusion, make_extractor, matching_terms
 from atom_fast.distillation.start import initial_images
 from atom_fast.distillation.step import Distillation, make_network
 from atom_fast.functional import class_groups
@@ -226,9 +226,9 @@ def test_feature_matching_is_equation_3_with_the_map_itself():
     real, synthetic = (torch.randn(10 * n, 1, 8, 8, generator=generator) for n in (3, 2))
     real_labels, labels = (torch.arange(10).repeat_interleave(n) for n in (3, 2))
     synthetic.requires_grad_()
-    extractor, why = fused_if_possible(network, config, synthetic)
-    assert extractor is network and "feature_maps" in why
-    attention, _ = matching_terms(extractor, real, synthetic, config, class_groups(real_labels, labels))
+    assert "feature_maps" in describe_fusion(network, config, synthetic)
+    extract = make_extractor(network, config)
+    attention, _ = matching_terms(extract(real), extract(synthetic), config, class_groups(real_labels, labels))
     expected = 0
     for layer in range(config.depth - 1):
         f, g = (network.features(images)[1][layer] for images in (real, synthetic))
