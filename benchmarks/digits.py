@@ -22,7 +22,7 @@ from atom_fast.data.whitening import Preprocessing, fit_preprocessing
 from atom_fast.demo import OVERRIDES
 from atom_fast.distillation import preset
 from atom_fast.distillation.start import initial_images
-from atom_fast.distillation.step import Distillation, make_network
+from atom_fast.distillation.step import Distillation, make_convnet
 from examples import plain_atom
 
 from .harness import environment, save_results
@@ -116,7 +116,7 @@ def plain_loop(run: Distillation, preprocessing: Preprocessing, images: torch.Te
 
     def draw(iteration: int):
         generator = torch.Generator(device).manual_seed(derive_seed(config.seed, iteration))
-        network = make_network(config, data).to(device)
+        network = make_convnet(config, data).to(device)
         network.reset_parameters(generator)
         indices = sample_class_indices(data, config.real_batch, generator)
         drawn = draw_augmentation(data.num_classes, generator, strategy=config.augmentation)

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.distillation import ranks
 from atom_fast.distillation.config import preset
@@ -28,6 +27,7 @@ from atom_fast.distillation.start import initial_images
 from atom_fast.distillation.step import Distillation
 
 from .harness import environment, save_results, summary
+from .profile import random_data
 
 # Bytes per second into one process. Assumed: half of the nominal rate, since small messages and one receiver do not
 # fill a link.
@@ -151,16 +151,11 @@ def _measure_rank(rank: int, cores: list[int], port: int | None, sizes: Sizes, b
 
 def make_run(sizes: Sizes) -> Distillation:
     """Return a run on random images of CIFAR-10's shape; each process has ``sizes.classes`` classes."""
-    classes, each = sizes.classes * ranks.count(), 2 * sizes.real_batch
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (classes * each, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    labels = torch.arange(classes).repeat_interleave(each)
-    names = [str(number) for number in range(classes)]
-    data = ImageData.from_tensors("random", names, images, labels, images[:1], labels[:1])
+    data = random_data(sizes.classes * ranks.count(), 3, 32, 32, per_class=2 * sizes.real_batch)
     settings = {"ipc": sizes.ipc, "real_batch": sizes.real_batch, "width": sizes.width}
     config = preset("paper", **settings).resolve(data.image_shape, data.name, torch.device("cpu"))
     preprocessing = fit_preprocessing(data.train_images, "standard", progress=False)
-    own = ranks.local_classes(classes)
+    own = ranks.local_classes(data.num_classes)
     images = initial_images(config, data, preprocessing)[own.start * config.ipc : own.stop * config.ipc]
     return Distillation(config, data, preprocessing, images, classes=own)
 
