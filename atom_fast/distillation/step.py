@@ -72,6 +72,8 @@ class Distillation:
         config: resolved settings.
         class_chunk: classes that run at once. The gradient is exactly the sum over chunks, since a norm of each sample
             leaves the classes independent.
+        network: the ConvNet that every step draws again.
+        extract: what is matched of images, by that network (`make_extractor`).
         fusion: how the network runs, in words for the log; ``matching.FUSED`` where it is fused.
     """
 
