@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from collections.abc import Callable
@@ -26,11 +25,11 @@ from atom_fast.options import (
     quiet_option,
     setting_options,
 )
-from benchmarks import devices, gpu, roofline, scaling, table3
+from benchmarks import devices, gpu, ranks, roofline, scaling, step, table3
 from benchmarks.accuracy.study import FACTORS
 from benchmarks.accuracy.tables import TARGETS, Target, parse_cell
 from benchmarks.harness import ROOT
-from benchmarks.methods import ALL_IMPLEMENTATIONS, TIMED
+from benchmarks.methods import ALL_IMPLEMENTATIONS, TIMED, Workload
 from benchmarks.operators import OPERATORS
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -118,7 +117,7 @@ def _add_target(name: str, target: Target) -> None:
         methods=None, factors=None, **size,
     ):  # fmt: skip
         from atom_fast._malloc import keep_freed_memory
-        from atom_fast.distillation import ranks
+        from atom_fast.distillation.ranks import is_first
         from benchmarks import accuracy
         from benchmarks.accuracy.render import Record, render
         from benchmarks.accuracy.run import list_units
@@ -128,13 +127,13 @@ def _add_target(name: str, target: Target) -> None:
         settings = {name: value for name, value in named.items() if value is not None} | parse_settings(given)
         plan = accuracy.plan(name, cells, methods, factors, settings=settings, **size)
         if listed:
-            if ranks.is_first():
+            if is_first():
                 click.echo("\n".join(list_units(plan, out)))
             return
         record = accuracy.reproduce(
             plan, out, data_dir=data_dir, download=download, only=only, device=device_name(device), progress=not quiet
         )
-        if ranks.is_first() and plan.kind != "grids":
+        if is_first() and plan.kind != "grids":
             click.echo(render(Record(record)))
 
     if len(target.methods) > 1:
@@ -405,19 +404,57 @@ def _compare(ctx, old, new, tolerance, repeated):
     ctx.exit(1 if slower else 0)
 
 
-def _add_script(name: str, short_help: str) -> None:
-    """Add the command of a module that reads its own arguments."""
-    passed_on = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+@main.command("step")
+@click.option("--device", type=Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="where to compute")
+@click.option("--classes", default=10, show_default=True, help="number of classes")
+@click.option("--ipc", default=50, show_default=True, help="synthetic images per class")
+@click.option("--real-batch", default=128, show_default=True, help="real images per class per step")
+@click.option("--resolution", default=32, show_default=True, help="height and width in pixels")
+@click.option("--width", default=128, show_default=True, help="channels of every block")
+@click.option(
+    "--precisions", type=CommaList(Choice(list(devices.PRECISIONS))), default="float32", show_default=True,
+    help="of the convolutions",
+)  # fmt: skip
+@click.option(
+    "--implementations", type=CommaList(Choice(ALL_IMPLEMENTATIONS)),
+    help="implementations to time  [default: all but eager]",
+)  # fmt: skip
+@click.option("--iterations", type=click.IntRange(1), default=5, show_default=True, help="timed steps")
+@click.option("--out", type=click.Path(path_type=Path), help="JSON file of the records  [default: not written]")
+def _step(implementations, precisions, iterations, out, **sizes):
+    """Time one step of ATOM in every implementation.
 
-    @main.command(name, short_help=short_help, context_settings=passed_on, add_help_option=False)
-    @click.pass_context
-    def command(ctx):
-        importlib.import_module(f"benchmarks.{name}").main(ctx.args)
+    Prints its time, its ratio to the eager step of the same run, and the memory of the tensors it makes; on a CPU once
+    with freed memory given back to the system, and once with it kept.
+    """
+    workload = Workload("atom", step.EAGER, class_images=max(200, sizes["real_batch"]), **sizes)
+    step.run(workload, implementations=implementations, precisions=precisions, iterations=iterations, out=out)
 
 
-_add_script("step", "Time one step of every implementation, with freed memory kept and returned")
-_add_script("digits", "Time a distillation of digits beside a plain loop")
-_add_script("ranks", "Time steps shared by several processes, on a CPU")
+@main.command("digits")
+@click.option("--steps", default=300, show_default=True, help="steps of each run, a multiple of 10")
+@click.option("--out", type=click.Path(path_type=Path), help="JSON file of the figures  [default: not written]")
+def _digits(steps, out):
+    """Time a distillation of digits beside a plain loop, on a CPU."""
+    from benchmarks.digits import run
+
+    run(steps, out)
+
+
+@main.command("ranks")
+@click.option(
+    "--processes", type=CommaList(click.IntRange(1)), help="numbers of processes  [default: 1,2,4 ... as many as cores]"
+)
+@click.option("--classes", default=ranks.Sizes.classes, show_default=True, help="classes per process")
+@click.option("--ipc", default=ranks.Sizes.ipc, show_default=True, help="synthetic images per class")
+@click.option("--real-batch", default=ranks.Sizes.real_batch, show_default=True, help="real images per class per step")
+@click.option("--width", default=ranks.Sizes.width, show_default=True, help="channels of every block")
+@click.option("--rounds", default=ranks.Sizes.rounds, show_default=True, help="timed rounds")
+@click.option("--steps", default=ranks.Sizes.steps, show_default=True, help="steps per round")
+@click.option("--out", type=click.Path(path_type=Path), help="JSON file of the records  [default: not written]")
+def _ranks(processes, out, **sizes):
+    """Time steps shared by several processes, on a CPU."""
+    ranks.run(ranks.Sizes(**sizes), processes, out)
 
 
 if __name__ == "__main__":

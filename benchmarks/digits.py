@@ -1,4 +1,4 @@
-"""A whole distillation of digits beside the plain loop it replaces: ``python -m benchmarks digits --out FILE``.
+"""A whole distillation of digits beside the plain loop it replaces.
 
 300 steps at 10 images per class and 64 real ones, as in ``atom-fast demo``, on a CPU: this project's step, and
 Algorithm 1 in plain PyTorch (``examples/plain_atom.py``). Both draw the same networks, images and augmentations, so
@@ -8,7 +8,6 @@ each, so that whatever else the machine does meets both.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from atom_fast.data.whitening import Preprocessing, fit_preprocessing
 from atom_fast.demo import OVERRIDES
 from atom_fast.distillation import preset
 from atom_fast.distillation.start import initial_images
-from atom_fast.distillation.step import Distillation, make_network
+from atom_fast.distillation.step import Distillation, make_convnet
 from examples import plain_atom
 
 from .harness import environment, save_results
@@ -32,22 +31,27 @@ TURN = 10  # steps
 WARM_UP = 3
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run both, print the ratio, and keep the figures."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks digits", description=__doc__)
-    parser.add_argument("--steps", type=int, default=300, help="steps of each run, a multiple of 10 (default 300)")
-    parser.add_argument("--out", type=Path, help="JSON file of the figures")
-    options = parser.parse_args(arguments)
-    if options.steps < TURN or options.steps % TURN:
-        parser.error(f"--steps must be a multiple of {TURN}; got {options.steps}")
-    record = measure(options.steps)
+def run(steps: int = 300, out: Path | None = None) -> dict:
+    """Run both, print the ratio, and return the figures.
+
+    Args:
+        steps: of each run, a multiple of ``TURN``.
+        out: JSON file of the figures.
+
+    Raises:
+        ValueError: ``steps`` is no such multiple.
+    """
+    if steps < TURN or steps % TURN:
+        raise ValueError(f"steps must be a multiple of {TURN}; got {steps}")
+    record = measure(steps)
     seconds = {name: record[name]["seconds"] for name in ("plain", "fused")}
     print(
-        f"{options.steps} steps: plain loop {seconds['plain']:.1f} s, this project {seconds['fused']:.1f} s, "
+        f"{steps} steps: plain loop {seconds['plain']:.1f} s, this project {seconds['fused']:.1f} s, "
         f"{record['ratio']:.2f} times faster; images {record['distance']:.1e} of their norm apart"
     )
-    if options.out:
-        save_results(options.out, record)
+    if out:
+        save_results(out, record)
+    return record
 
 
 def measure(steps: int) -> dict:
@@ -112,7 +116,7 @@ def plain_loop(run: Distillation, preprocessing: Preprocessing, images: torch.Te
 
     def draw(iteration: int):
         generator = torch.Generator(device).manual_seed(derive_seed(config.seed, iteration))
-        network = make_network(config, data).to(device)
+        network = make_convnet(config, data).to(device)
         network.reset_parameters(generator)
         indices = sample_class_indices(data, config.real_batch, generator)
         drawn = draw_augmentation(data.num_classes, generator, strategy=config.augmentation)
@@ -125,7 +129,3 @@ def plain_loop(run: Distillation, preprocessing: Preprocessing, images: torch.Te
 
     names = ("image_lr", "momentum", "loss_scale", "spatial_power", "channel_power", "mmd_weight")
     return plain_atom.distill(images, draw, **{name: getattr(config, name) for name in names})
-
-
-if __name__ == "__main__":
-    main()

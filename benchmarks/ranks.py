@@ -1,6 +1,6 @@
-"""More processes, more classes, the same time? ``python -m benchmarks ranks --out FILE``.
+"""Weak scaling on a CPU: more processes, more classes, the same time?
 
-Weak scaling on a CPU: each process is pinned to a core, has one thread and the same number of classes, whatever the
+Each process is pinned to a core, has one thread and the same number of classes, whatever the
 number of processes. Rounds of steps are timed, as in a distillation: at the end of a round every rank reads the loss
 terms, and so waits for the slowest. The same number of independent processes is timed beside it: what these lose is due
 to the machine, whose cores share caches, memory and clock. Then the time to gather images and momentum for a
@@ -9,17 +9,17 @@ checkpoint, and the bytes sent for it. An estimate for GPUs follows from the byt
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import math
 import multiprocessing
 import os
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.distillation import ranks
 from atom_fast.distillation.config import preset
@@ -27,6 +27,7 @@ from atom_fast.distillation.start import initial_images
 from atom_fast.distillation.step import Distillation
 
 from .harness import environment, save_results, summary
+from .profile import random_data
 
 # Bytes per second into one process. Assumed: half of the nominal rate, since small messages and one receiver do not
 # fill a link.
@@ -40,37 +41,57 @@ WORKLOADS = {
 }
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure, print a line each, and keep the records."""
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Sizes of the measurement.
+
+    Attributes:
+        classes: per process.
+        ipc: images per class.
+        real_batch: real images per class per step.
+        width: channels of the ConvNet.
+        rounds: timed rounds.
+        steps: per round.
+    """
+
+    classes: int = 5
+    ipc: int = 10
+    real_batch: int = 32
+    width: int = 64
+    rounds: int = 10
+    steps: int = 3
+
+
+def run(sizes: Sizes, processes: Sequence[int] | None = None, out: Path | None = None) -> dict:
+    """Measure every number of processes, print a line each, and return the records.
+
+    Args:
+        sizes: the same for each process.
+        processes: numbers to measure; None: 1, 2, 4 ... as there are cores.
+        out: JSON file of the records.
+
+    Raises:
+        ValueError: there are fewer cores than processes.
+    """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    parser = argparse.ArgumentParser(prog="python -m benchmarks ranks", description=__doc__)
-    parser.add_argument("--out", type=Path, help="JSON file of the records")
-    parser.add_argument("--processes", type=int, nargs="+", help="how many (default 1, 2, 4 ... as there are cores)")
-    parser.add_argument("--classes", type=int, default=5, help="classes per process (default 5)")
-    parser.add_argument("--ipc", type=int, default=10, help="images per class (default 10)")
-    parser.add_argument("--real-batch", type=int, default=32, help="real images per class (default 32)")
-    parser.add_argument("--width", type=int, default=64, help="channels of the ConvNet (default 64)")
-    parser.add_argument("--rounds", type=int, default=10, help="timed rounds (default 10)")
-    parser.add_argument("--steps", type=int, default=3, help="steps per round (default 3)")
-    options = parser.parse_args(arguments)
-    processes = options.processes or [2**power for power in range(len(cores).bit_length())]
+    processes = processes or [2**power for power in range(len(cores).bit_length())]
     if max(processes) > len(cores):
-        parser.error(f"{max(processes)} processes need a core each; this machine gives {len(cores)}")
-    sizes = {name: getattr(options, name) for name in ("classes", "ipc", "real_batch", "width", "rounds", "steps")}
-    record = {"environment": environment("cpu"), "setting": sizes, "cells": []}
-    for size in processes:
-        apart = run(cores[:size], sizes, together=False)
-        cell = {"processes": size, **run(cores[:size], sizes, together=True), "apart": apart}
+        raise ValueError(f"{max(processes)} processes need a core each; this machine gives {len(cores)}")
+    record = {"environment": environment("cpu"), "setting": dataclasses.asdict(sizes), "cells": []}
+    for count in processes:
+        apart = measure(cores[:count], sizes, together=False)
+        cell = {"processes": count, **measure(cores[:count], sizes, together=True), "apart": apart}
         record["cells"].append(cell)
         print(describe(cell, record["cells"][0]), flush=True)
     if processes[-1] > 1:
         record["estimate"] = estimate(record["cells"][-1], sizes)
         print("\n".join(describe_estimate(record["estimate"])))
-    if options.out:
-        save_results(options.out, record)
+    if out:
+        save_results(out, record)
+    return record
 
 
-def run(cores: list[int], sizes: dict, *, together: bool) -> dict:
+def measure(cores: list[int], sizes: Sizes, *, together: bool) -> dict:
     """Run as many processes as cores, pinned to one each; return the figures of the first one.
 
     Args:
@@ -84,7 +105,7 @@ def run(cores: list[int], sizes: dict, *, together: bool) -> dict:
         port = free.getsockname()[1]
     reports, begin = context.Queue(), context.Barrier(len(cores))
     processes = [
-        context.Process(target=_measure, args=(rank, cores, port if together else None, sizes, begin, reports))
+        context.Process(target=_measure_rank, args=(rank, cores, port if together else None, sizes, begin, reports))
         for rank in range(len(cores))
     ]
     for process in processes:
@@ -99,47 +120,42 @@ def run(cores: list[int], sizes: dict, *, together: bool) -> dict:
     return report
 
 
-def _measure(rank: int, cores: list[int], port: int | None, sizes: dict, begin, reports) -> None:
+def _measure_rank(rank: int, cores: list[int], port: int | None, sizes: Sizes, begin, reports) -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {cores[rank]})
     torch.set_num_threads(1)
     if port is None:
         apart = make_run(sizes)
         begin.wait()
-        rounds = _time_rounds(apart, sizes["rounds"], sizes["steps"])
+        rounds = _time_rounds(apart, sizes.rounds, sizes.steps)
         if rank == 0:
             reports.put({"seconds_per_step": rounds, "time": summary(rounds)})
         return
     names = {"RANK": rank, "WORLD_SIZE": len(cores), "LOCAL_RANK": rank, "MASTER_PORT": port}
     os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in names.items()}})
     with ranks.join("cpu"):
-        run = make_run(sizes)
-        rounds = _time_rounds(run, sizes["rounds"], sizes["steps"])
+        shared = make_run(sizes)
+        rounds = _time_rounds(shared, sizes.rounds, sizes.steps)
         meetings = _time(ranks.all_gather_object, 50)
 
         def gather() -> None:
-            for part in run.state().values():
-                ranks.gather(part, run.data.num_classes)
+            for part in shared.state().values():
+                ranks.gather(part, shared.data.num_classes)
 
         sent, gathers = _count_sent(gather), _time(gather, 5)
-        own = 2 * run.images.numel() * run.images.element_size()
+        own = 2 * shared.images.numel() * shared.images.element_size()
     if rank == 0:
         record = {"seconds_per_step": rounds, "time": summary(rounds), "meeting": summary(meetings)}
         reports.put({**record, "gather": summary(gathers), "bytes_sent": sent, "bytes_a_rank": own})
 
 
-def make_run(sizes: dict) -> Distillation:
-    """Return a run on random images of CIFAR-10's shape; each process has ``sizes["classes"]`` classes."""
-    classes, each = sizes["classes"] * ranks.count(), 2 * sizes["real_batch"]
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (classes * each, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    labels = torch.arange(classes).repeat_interleave(each)
-    names = [str(number) for number in range(classes)]
-    data = ImageData.from_tensors("random", names, images, labels, images[:1], labels[:1])
-    settings = {name: sizes[name] for name in ("ipc", "real_batch", "width")}
+def make_run(sizes: Sizes) -> Distillation:
+    """Return a run on random images of CIFAR-10's shape; each process has ``sizes.classes`` classes."""
+    data = random_data(sizes.classes * ranks.count(), 3, 32, 32, per_class=2 * sizes.real_batch)
+    settings = {"ipc": sizes.ipc, "real_batch": sizes.real_batch, "width": sizes.width}
     config = preset("paper", **settings).resolve(data.image_shape, data.name, torch.device("cpu"))
     preprocessing = fit_preprocessing(data.train_images, "standard", progress=False)
-    own = ranks.local_classes(classes)
+    own = ranks.local_classes(data.num_classes)
     images = initial_images(config, data, preprocessing)[own.start * config.ipc : own.stop * config.ipc]
     return Distillation(config, data, preprocessing, images, classes=own)
 
@@ -182,7 +198,7 @@ def _count_sent(gather) -> int:
     return sum(ranks.all_gather_object(sum(counted)))
 
 
-def estimate(cell: dict, sizes: dict) -> list[dict]:
+def estimate(cell: dict, sizes: Sizes) -> list[dict]:
     """Estimate the time to gather a checkpoint between GPUs, from the bytes counted between processes.
 
     Each rank sends images and momentum, and the first one receives all but its own, one message after another.
@@ -191,7 +207,7 @@ def estimate(cell: dict, sizes: dict) -> list[dict]:
         cell: of more than one process.
         sizes: of the measurement.
     """
-    pixels_sent = (cell["processes"] - 1) * sizes["classes"] * sizes["ipc"] * 3 * 32 * 32
+    pixels_sent = (cell["processes"] - 1) * sizes.classes * sizes.ipc * 3 * 32 * 32
     bytes_a_pixel = cell["bytes_sent"] / pixels_sent
     records = []
     for name, (classes, ipc, shape) in WORKLOADS.items():
@@ -222,7 +238,3 @@ def describe_estimate(records: list[dict]) -> list[str]:
         times = ", ".join(f"{1e3 * seconds:.1f} ms by {link}" for link, seconds in record["seconds"].items())
         lines.append(f"  {record['workload']}: {record['bytes_received'] / 1e6:.1f} MB; {times}")
     return lines
-
-
-if __name__ == "__main__":
-    main()

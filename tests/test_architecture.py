@@ -97,6 +97,14 @@ def test_the_package_imports_neither_benchmarks_nor_tests_nor_examples():
         assert not outside & {name.split(".")[0] for name in imports_of(module)}, module
 
 
+def test_benchmarks_have_one_door():
+    for path in (ROOT / "benchmarks").rglob("*.py"):
+        tree = ast.parse(path.read_text("utf-8"))
+        named = {alias.name for node in import_nodes(tree) if isinstance(node, ast.Import) for alias in node.names}
+        reads_arguments = {"argparse", "click"} & named or "__main__" in path.read_text("utf-8")
+        assert path.name == "__main__.py" or not reads_arguments, path
+
+
 def test_kernels_operators_and_tests_of_an_operation_have_one_stem():
     kernels = {path.stem for path in (ROOT / "kernels").glob("*.py")} - {"__init__"} - HELPERS
     operators = {path.stem for path in (PACKAGE / "ops").glob("*.py")} - {"__init__"} - OPERATORS_WITHOUT_KERNEL

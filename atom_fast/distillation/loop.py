@@ -12,7 +12,7 @@ from atom_fast.distillation.config import DistillConfig
 from atom_fast.distillation.ranks import own_device
 from atom_fast.distillation.run_folder import RunFolder
 from atom_fast.distillation.start import check_start
-from atom_fast.distillation.step import make_network
+from atom_fast.distillation.step import make_convnet
 from atom_fast.synthetic import SyntheticSet
 
 
@@ -65,7 +65,7 @@ def distill(
     """
     device = own_device(device)
     config = config.resolve(data.image_shape, data.name, device)
-    _check_fit(config, data, preprocessing, started=resume or start is not None)
+    _check_fit(config, data, preprocessing, draws_start=not resume and start is None)
     with RunFolder(output, config, data, resume=resume, progress=progress, how_to_go_on=how_to_go_on) as folder:
         real = data.to(device)
         if preprocessing is None:
@@ -77,14 +77,16 @@ def distill(
         return folder.finish(run)
 
 
-def _check_fit(config: DistillConfig, data: ImageData, preprocessing: Preprocessing | None, *, started: bool) -> None:
+def _check_fit(
+    config: DistillConfig, data: ImageData, preprocessing: Preprocessing | None, *, draws_start: bool
+) -> None:
     """Refuse what cannot work before anything is written."""
     largest = torch.finfo(torch.float32).max
     for name in ("image_lr", "loss_scale", "mmd_weight"):
         if getattr(config, name) > largest:
             raise ValueError(f"{name} must be at most {largest:.2g}, float32's limit; got {getattr(config, name):g}")
-    if not started:
+    if draws_start:
         check_start(config, data)
-    make_network(config, data)
+    make_convnet(config, data)  # raises where the images are too small for its depth
     if preprocessing is not None and preprocessing.kind != config.preprocessing:
         raise ValueError(f"preprocessing must be of kind {config.preprocessing!r}; got {preprocessing.kind!r}")

@@ -1,6 +1,9 @@
-"""Lines 4 to 6 of Algorithm 1: embeddings and attention maps of both sides, and the loss terms that match them."""
+"""Line 5 of Algorithm 1: what is matched of the images, and the loss terms that match it."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +11,6 @@ from torch import Tensor
 
 from atom_fast._device import chip_of
 from atom_fast.distillation.config import DistillConfig
-from atom_fast.distillation.stages import stage
 from atom_fast.functional import (
     attention_matching_from_maps,
     attention_matching_loss,
@@ -19,6 +21,7 @@ from atom_fast.ops.conv_block import launch_kind
 from atom_fast.ops.dispatch import resolve_backend
 from atom_fast.ops.matching import ClassGroups
 
+LayersOf = tuple[Tensor, list[Tensor]]  # embedding [B, D]; attention maps [B, M], or feature maps, of each layer
 FUSED = "with fused blocks"
 FIRST_BLOCK = {
     "planes": "",
@@ -27,8 +30,15 @@ FIRST_BLOCK = {
 }
 
 
-def fused_if_possible(network: ConvNet, config: DistillConfig, images: Tensor) -> tuple[ConvNet, str]:
-    """Return the network, and how its blocks run, in words.
+def make_extractor(network: ConvNet, config: DistillConfig) -> Callable[[Tensor], LayersOf]:
+    """Return the function from images [B, C, H, W] to their embedding and what is matched of each layer."""
+    if config.feature_maps:
+        return network.features
+    return functools.partial(network.attention, spatial_power=config.spatial_power, channel_power=config.channel_power)
+
+
+def describe_fusion(network: ConvNet, config: DistillConfig, images: Tensor) -> str:
+    """Describe how the blocks of the network run, in words for the log.
 
     Args:
         network: of constants (``requires_grad_(False)``).
@@ -36,50 +46,44 @@ def fused_if_possible(network: ConvNet, config: DistillConfig, images: Tensor) -
         images: [B, C, H, W] on the device that computes.
     """
     if config.feature_maps:
-        return network, "without fused blocks (they keep no feature maps, which feature_maps matches)"
+        return "without fused blocks (they keep no feature maps, which feature_maps matches)"
     if reason := network.unfused_reason():
-        return network, f"without fused blocks ({reason})"
-    if resolve_backend(images) == "triton":
-        narrow = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        kind = launch_kind(tuple(images.shape[1:]), config.width, narrow, images.device)
-        return network, f"with fused blocks{FIRST_BLOCK[kind].format(chip=chip_of(images.device))}"
-    return network, FUSED
+        return f"without fused blocks ({reason})"
+    if resolve_backend(images) != "triton":
+        return FUSED
+    narrow = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    kind = launch_kind(tuple(images.shape[1:]), config.width, narrow, images.device)
+    return FUSED + FIRST_BLOCK[kind].format(chip=chip_of(images.device))
 
 
 def matching_terms(
-    extractor: ConvNet, real: Tensor, synthetic: Tensor, config: DistillConfig, groups: ClassGroups
+    real: LayersOf, synthetic: LayersOf, config: DistillConfig, groups: ClassGroups
 ) -> tuple[Tensor, Tensor]:
     """Compute L_ATOM over layers 1 to L-1 and L_MMD of the embedding: equations 3 and 4, both scalars.
 
     With ``config.feature_maps`` the former also matches the feature maps themselves, as in the paper's Table 4.
 
     Args:
-        extractor: a network of constants.
-        real: [B, C, H, W], constants; synthetic: [B', C, H, W], which receive the gradient.
+        real: what `make_extractor`'s function returns for the real images; constants.
+        synthetic: the same for the synthetic images, which receive the gradient.
         config: the powers of the attention.
         groups: the rows of each class (`atom_fast.functional.class_groups`).
     """
-    powers = config.spatial_power, config.channel_power
-    layers_of, options = (extractor.features, ()) if config.feature_maps else (extractor.attention, powers)
-    with stage("real"), torch.no_grad():
-        real_embedding, real_layers = layers_of(real, *options)
-    with stage("synthetic"):
-        synthetic_embedding, synthetic_layers = layers_of(synthetic, *options)
-    with stage("loss"):
-        mmd = mean_matching_loss(real_embedding, synthetic_embedding, groups=groups)
-        if config.feature_maps:
-            pairs = zip(real_layers[:-1], synthetic_layers[:-1], strict=True)
-            layers = [
-                attention_matching_loss(*pair, spatial_power=powers[0], channel_power=powers[1], groups=groups)
-                + feature_matching_loss(*pair, groups)
-                for pair in pairs
-            ]
-        elif powers == (None, None):
-            layers = []
-        else:
-            pairs = zip(real_layers, synthetic_layers, strict=True)
-            layers = [attention_matching_from_maps(*pair, groups=groups) for pair in pairs]
-        return sum(layers, torch.zeros_like(mmd)), mmd
+    (real_embedding, real_layers), (synthetic_embedding, synthetic_layers) = real, synthetic
+    powers = {"spatial_power": config.spatial_power, "channel_power": config.channel_power}
+    mmd = mean_matching_loss(real_embedding, synthetic_embedding, groups=groups)
+    if config.feature_maps:
+        pairs = zip(real_layers[:-1], synthetic_layers[:-1], strict=True)
+        layers = [
+            attention_matching_loss(*pair, **powers, groups=groups) + feature_matching_loss(*pair, groups)
+            for pair in pairs
+        ]
+    elif config.spatial_power is None and config.channel_power is None:
+        layers = []
+    else:
+        pairs = zip(real_layers, synthetic_layers, strict=True)
+        layers = [attention_matching_from_maps(*pair, groups=groups) for pair in pairs]
+    return sum(layers, torch.zeros_like(mmd)), mmd
 
 
 def feature_matching_loss(real: Tensor, synthetic: Tensor, groups: ClassGroups) -> Tensor:

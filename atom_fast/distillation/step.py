@@ -18,14 +18,13 @@ from atom_fast.data.sampling import sample_class_indices
 from atom_fast.data.whitening import Preprocessing, real_image_gatherer
 from atom_fast.distillation.config import DistillConfig
 from atom_fast.distillation.logs import log
-from atom_fast.distillation.matching import fused_if_possible, matching_terms
+from atom_fast.distillation.matching import describe_fusion, make_extractor, matching_terms
 from atom_fast.distillation.stages import stage
 from atom_fast.functional import class_groups
 from atom_fast.networks.convnet import ConvNet
 from atom_fast.ops.launching import KernelError
 from atom_fast.ops.matching import ClassGroups
 
-TERMS = ("loss", "attention_loss", "mmd_loss")
 # An image this many times as large as the images were at the start is lost. Real images in model space reach a few
 # standard deviations, and distilled ones some times that.
 GROWTH = 1000
@@ -73,6 +72,8 @@ class Distillation:
         config: resolved settings.
         class_chunk: classes that run at once. The gradient is exactly the sum over chunks, since a norm of each sample
             leaves the classes independent.
+        network: the ConvNet that every step draws again.
+        extract: what is matched of images, by that network (`make_extractor`).
         fusion: how the network runs, in words for the log; ``matching.FUSED`` where it is fused.
     """
 
@@ -114,15 +115,18 @@ class Distillation:
         self._gradient = torch.empty_like(self.images)  # kept, so that a chunk needs memory for its own part only
         self.labels = torch.arange(classes.start, classes.stop, device=device).repeat_interleave(config.ipc)
         # pyrefly: ignore[no-matching-overload]  PyTorch's stubs lack a device beside a memory format
-        self.network = make_network(config, data).to(device, memory_format=layout)
-        self.extractor, self.fusion = fused_if_possible(self.network, config, self.images)
+        self.network = make_convnet(config, data).to(device, memory_format=layout)
+        self.extract = make_extractor(self.network, config)
+        self.fusion = describe_fusion(self.network, config, self.images)
         self.gather_real = real_image_gatherer(
             data, preprocessing, memory_format=layout, precision=config.precision, progress=progress
         )
         self.generator = torch.Generator(device)
         self._iteration = torch.zeros((), dtype=torch.int64, device=device)
-        self._sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
-        self._first_bad = torch.zeros(len(TERMS), dtype=torch.int64, device=device)  # 0: none, iterations start at 1
+        self._sums = torch.zeros(len(Terms._fields), dtype=torch.float64, device=device)
+        self._first_bad = torch.zeros(
+            len(Terms._fields), dtype=torch.int64, device=device
+        )  # 0: none, iterations start at 1
         self._steps = 0
         self._initial_peak = self.images.abs().max().clamp(min=1.0).double()
         self.set_class_chunk(config.class_chunk or len(classes))
@@ -193,10 +197,15 @@ class Distillation:
                     real = augment(real, own, chunk.real_labels)
                     synthetic = augment(synthetic, own, chunk.labels)
             with convolution_precision(config.precision, images.device, config.deterministic):
-                attention, mmd = matching_terms(self.extractor, real, synthetic, config, chunk.groups)  # 5
+                with stage("real"), torch.no_grad():
+                    real = self.extract(real)
+                with stage("synthetic"):
+                    synthetic = self.extract(synthetic)
                 with stage("loss"):
+                    attention, mmd = matching_terms(real, synthetic, config, chunk.groups)  # 5
                     # pyrefly: ignore[unsupported-operation]  both are numbers in resolved settings
                     loss = config.loss_scale * (attention + config.mmd_weight * mmd)  # 6
+                del real, synthetic  # the backward pass needs little of them
                 with stage("backward"):
                     (self._gradient[chunk.rows],) = torch.autograd.grad(loss, images)
             terms += torch.stack((loss, attention, mmd)).detach()
@@ -246,7 +255,7 @@ class Distillation:
             DivergenceError: a loss term or an image is NaN, infinite or far too large; names term, iteration, classes
                 and the settings to lower.
         """
-        iteration, steps, count = int(readings[0][0]), readings[0][1], len(TERMS)
+        iteration, steps, count = int(readings[0][0]), readings[0][1], len(Terms._fields)
         sums = [sum(column) for column in zip(*(reading[2 : 2 + count] for reading in readings), strict=True)]
         columns = zip(*(reading[2 + count : 2 + 2 * count] for reading in readings), strict=True)
         first_bad = [int(min((bad for bad in column if bad), default=0)) for column in columns]
@@ -265,7 +274,7 @@ class Distillation:
 
     def _describe_divergence(self, iteration: int, first_bad: Sequence[int], growth: Sequence[float]) -> str:
         names = self.data.class_names
-        bad_terms = [f"{name} at iteration {bad}" for name, bad in zip(TERMS, first_bad, strict=True) if bad]
+        bad_terms = [f"{name} at iteration {bad}" for name, bad in zip(Terms._fields, first_bad, strict=True) if bad]
         lost = [name for name, value in zip(names, growth, strict=True) if not value <= GROWTH]
         largest = max(growth)  # of finite ones: NaN compares as false
         if bad_terms or not all(value < float("inf") for value in growth):
@@ -351,7 +360,7 @@ def pad_batch_of_one(images: Tensor) -> Tensor:
     return images.expand(2, *images.shape[1:]) if len(images) == 1 else images
 
 
-def make_network(config: DistillConfig, data: ImageData) -> ConvNet:
+def make_convnet(config: DistillConfig, data: ImageData) -> ConvNet:
     """Return the ConvNet whose weights every step draws again; they are constants, only images get a gradient."""
     channels, height, width = data.image_shape
     network = ConvNet(

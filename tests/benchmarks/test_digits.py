@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from benchmarks import digits
+from tests.benchmarks.tiny import command
 
 
-def test_digits_distils_the_same_set_as_the_plain_loop(tmp_path, capsys):
-    digits.main(["--steps", "10", "--out", str(tmp_path / "digits.json")])
+def test_digits_distils_the_same_set_as_the_plain_loop(tmp_path):
+    printed, _ = command("digits", "--steps", 10, "--out", tmp_path / "digits.json")
     record = json.loads((tmp_path / "digits.json").read_text())
     assert record["distance"] < 1e-3
     assert record["ratio"] == pytest.approx(sum(record["plain"]["turns"]) / sum(record["fused"]["turns"]))
-    assert f"{record['ratio']:.2f} times faster" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="2"):
-        digits.main(["--steps", "15"])
+    assert f"{record['ratio']:.2f} times faster" in printed
+    _, error = command("digits", "--steps", 15, code=2)
+    assert "steps must be a multiple of 10; got 15" in error

@@ -11,9 +11,9 @@ from atom_fast import reference
 from atom_fast.data.sources import load_data
 from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.distillation import preset
-from atom_fast.distillation.matching import fused_if_possible, matching_terms
+from atom_fast.distillation.matching import describe_fusion, make_extractor, matching_terms
 from atom_fast.distillation.start import initial_images
-from atom_fast.distillation.step import Distillation, make_network
+from atom_fast.distillation.step import Distillation, make_convnet
 from atom_fast.functional import class_groups
 from benchmarks.live_bytes import LiveBytes, count_peak
 from benchmarks.methods import TIMED, attention, batched, build_step, dc, dm, fused, mtt, published
@@ -220,15 +220,15 @@ def test_feature_matching_is_equation_3_with_the_map_itself():
     data = load_data("digits")
     config = preset("paper", ipc=2, spatial_power=None, channel_power=None, feature_maps=True, **TINY)
     config = config.resolve(data.image_shape, "digits", torch.device("cpu"))
-    network = make_network(config, data)
+    network = make_convnet(config, data)
     network.reset_parameters(torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
     real, synthetic = (torch.randn(10 * n, 1, 8, 8, generator=generator) for n in (3, 2))
     real_labels, labels = (torch.arange(10).repeat_interleave(n) for n in (3, 2))
     synthetic.requires_grad_()
-    extractor, why = fused_if_possible(network, config, synthetic)
-    assert extractor is network and "feature_maps" in why
-    attention, _ = matching_terms(extractor, real, synthetic, config, class_groups(real_labels, labels))
+    assert "feature_maps" in describe_fusion(network, config, synthetic)
+    extract = make_extractor(network, config)
+    attention, _ = matching_terms(extract(real), extract(synthetic), config, class_groups(real_labels, labels))
     expected = 0
     for layer in range(config.depth - 1):
         f, g = (network.features(images)[1][layer] for images in (real, synthetic))

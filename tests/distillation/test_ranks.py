@@ -415,7 +415,7 @@ def test_a_closed_connection_is_explained_by_the_rank_that_closed_it():
 
 
 def test_the_estimate_for_gpus_counts_images_and_momentum():
-    sizes = {"classes": 5, "ipc": 10}
+    sizes = benchmark.Sizes(classes=5, ipc=10)
     cell = {"processes": 3, "bytes_sent": 2 * 2 * 4 * 5 * 10 * 3 * 32 * 32}  # two ranks, two tensors, float32
     cifar10 = benchmark.estimate(cell, sizes)[0]
     assert cifar10["bytes_received"] == 2 * 4 * 500 * 3 * 32 * 32 * 7 / 8

@@ -152,7 +152,7 @@ def test_a_step_dispatches_as_many_operators_for_2_classes_as_for_100_and_reads_
 
 
 def test_nine_frames_lead_from_distill_to_a_kernel(tmp_path, monkeypatch):
-    """Of this package, below `distill`; PyTorch's own between an operator's call and its body are not counted."""
+    """Of this package, `distill` the first; PyTorch's own between an operator's call and its body are not counted."""
     if not native.is_built():
         pytest.skip("needs the kernels in C")
     package, depths = str(Path(af.__file__).parent), []
@@ -163,7 +163,7 @@ def test_nine_frames_lead_from_distill_to_a_kernel(tmp_path, monkeypatch):
         while frame.f_code is not distill.__code__:
             names += [frame.f_code.co_name] if frame.f_code.co_filename.startswith(package) else []
             frame = frame.f_back
-        depths.append(names[::-1])
+        depths.append(["distill", *names[::-1]])
         return run(*arguments)
 
     monkeypatch.setattr(native, "run", counted)
@@ -404,10 +404,10 @@ def test_running_out_of_memory_halves_the_chunk_and_goes_on_from_the_same_step(d
         expected.step(iteration)
     match = step.matching_terms
 
-    def limited(extractor, real, *rest):
-        if len(real) > run.config.real_batch:
+    def limited(real, *rest):
+        if len(real[0]) > run.config.real_batch:
             raise torch.OutOfMemoryError("out of memory")
-        return match(extractor, real, *rest)
+        return match(real, *rest)
 
     run.step(1)
     monkeypatch.setattr(step, "matching_terms", limited)
@@ -416,7 +416,7 @@ def test_running_out_of_memory_halves_the_chunk_and_goes_on_from_the_same_step(d
     assert "out of memory with 4 classes at once: continuing with 2" in capsys.readouterr().err
     assert (run.images - expected.images).norm() <= 1e-6 * expected.images.norm()
     before = run.images.clone()
-    monkeypatch.setattr(step, "matching_terms", lambda *_: limited(None, range(1000)))
+    monkeypatch.setattr(step, "matching_terms", lambda *_: limited([range(1000)]))
     with pytest.raises(torch.OutOfMemoryError):
         run.step(3)
     assert torch.equal(run.images, before)

@@ -9,7 +9,7 @@ import torch.nn as nn
 import atom_fast as af
 from atom_fast import reference
 from atom_fast.distillation.config import preset
-from atom_fast.distillation.matching import fused_if_possible
+from atom_fast.distillation.matching import describe_fusion
 from atom_fast.networks import ConvNet
 from atom_fast.ops.norm_block import NORMS
 from benchmarks.live_bytes import LiveBytes
@@ -259,7 +259,7 @@ def test_features_and_gradient_never_wait_for_the_device(norm, device):
 def test_distillation_runs_batch_norm_with_fused_blocks():
     config = preset("paper", norm="batch", depth=2, width=8)
     network = frozen(3, 8, width=8, depth=2, norm="batch", device="cpu")
-    assert fused_if_possible(network, config, torch.zeros(1, 3, 8, 8)) == (network, "with fused blocks")
+    assert describe_fusion(network, config, torch.zeros(1, 3, 8, 8)) == "with fused blocks"
 
 
 @pytest.mark.gpu
