@@ -1,9 +1,9 @@
 """Algorithm 1 of the ATOM paper in one file of plain PyTorch: ``python examples/plain_atom.py``.
 
 Distils the handwritten digits of scikit-learn into one image per class, then trains networks on those ten images and
-prints their accuracy on real ones: about a minute on one CPU core. Of atom_fast only the digits are used. It is written
-to be read, class after class; atom_fast computes the same steps for all classes at once, and its tests and benchmarks
-compare with `distill` below.
+prints their accuracy on real ones: about a minute on one CPU core. It uses atom_fast only to load the digits. It is
+written to be read, one class after the other; atom_fast computes the same steps for all classes at once, and its tests
+and benchmarks compare it with `distill` below.
 """
 
 from __future__ import annotations
@@ -157,8 +157,8 @@ def accuracy(images: Tensor, labels: Tensor, test_images: Tensor, test_labels: T
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
-    parser.add_argument("--iterations", type=int, default=300)
-    parser.add_argument("--epochs", type=int, default=300)
+    parser.add_argument("--iterations", type=int, default=300, help="steps of the distillation")
+    parser.add_argument("--epochs", type=int, default=300, help="epochs of each network trained on the images")
     parser.add_argument("--ipc", type=int, default=1, help="synthetic images per class")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)

@@ -27,7 +27,7 @@ STEPS = (
 COLUMNS = {"eager": "eager PyTorch", "compile": "`torch.compile`", "fused": "atom_fast"}
 # Notes on the measured code, by its commit.
 COMMITS = {
-    "93659fb": "In 93659fb its gradient was wrong for some tile sizes: atom_fast's times there are timings only.",
+    "93659fb": "In 93659fb the first block's gradient was wrong for some tile sizes: that run counts for time only.",
     "9013630": "",
 }
 CPU_IPC = 10
@@ -161,26 +161,26 @@ def _where(gpu: Sequence[Path]) -> str:
     where = load_results(gpu[0])["environment"]
     return paragraph(
         f"CIFAR-10 at 50 images per class, ConvNet of width 128 with InstanceNorm (not the preset at this size), TF32, "
-        f"{where['device']}. Ratios are within a run, since eager PyTorch waits for its host:"
+        f"{where['device']}. Ratios compare steps of one run, because the time of eager PyTorch depends on the host:"
     )
 
 
 def _caveats(gpu: Sequence[Path]) -> str:
     """Return what a reader must know to judge the ratios: what was captured, and what has changed since."""
     cells = newest_cells(gpu)
-    text = "`torch.compile` runs in its default mode; `distill` captures a CUDA graph. "
+    text = "`torch.compile` runs in its default mode, without a CUDA graph. "
     if ("fused", "tf32") in cells:
         faster = milliseconds(cells["compile", "tf32"]) / milliseconds(cells["fused", "tf32"]) - 1
         text += (
-            f"Without a CUDA graph atom_fast is {100 * faster:.0f} % faster than `torch.compile`; the rest of the gain "
-            f"is the graph. `torch.compile` inside a graph was not measured. "
+            f"Without one, atom_fast is {100 * faster:.0f} % faster; the rest of the gain is the graph that `distill` "
+            f"captures. `torch.compile` inside a graph was not measured. "
         )
     dates = {_commit(path): load_results(path)["cells"][0]["measured_at"][:10] for path in gpu}
     known = [commit for commit in COMMITS if commit in dates]
     if known:
         text += (
-            f"Measured on {', '.join(sorted({dates[commit] for commit in known}))}; the kernels have changed since, "
-            f"most of all the first block's. {' '.join(filter(None, map(COMMITS.get, known)))}"
+            f"Measured on {', '.join(sorted({dates[commit] for commit in known}))}; the kernels have changed since. "
+            f"{' '.join(filter(None, map(COMMITS.get, known)))}"
         )
     return text.strip()
 
@@ -220,10 +220,10 @@ def accuracy_table(table1: Path) -> str:
     sets, networks = (_range(sizes, "{:.0f}", " or ") for sizes in ([r.sets for r in rows], [r.networks for r in rows]))
     images = record.content["data"]["cifar10"].partition("(")[2].rstrip(")")
     under = paragraph(
-        f"{sets} sets per cell, {networks} networks per set (paper: 5 and 20). Evaluated with DataDAM's schedule "
-        f"({_schedule(record)}). The preset's open settings were chosen by CIFAR-10 test accuracy; no validation split "
-        f"was used, so the comparison with the paper is optimistic. DM ran {record.iterations:,} of its 20,000 steps. "
-        f"Images were read from JPEG files of quality {images.removeprefix('JPEG q')}; what that costs is not known."
+        f"{sets} sets per cell, {networks} networks per set (paper: 5 and 20), tested with {_schedule(record)}. The "
+        f"preset's open settings were chosen by CIFAR-10 test accuracy, without a validation split, so the comparison "
+        f"with the paper is optimistic. DM ran {record.iterations:,} of its 20,000 steps. Images were read from JPEG "
+        f"files of quality {images.removeprefix('JPEG q')} (effect unknown)."
     )
     return f"{markdown.table(head, lines)}\n\n{under}"
 

@@ -155,7 +155,7 @@ OPEN = (
         "the last iterate",
         "a running average with BatchNorm, the last iterate otherwise",
         (("running average, 1,000 steps", (("cifar10-ipc10-average", "image_average True"),)),),
-        "running-mean",
+        "running-average",
     ),
     Open(
         "initial images",
