@@ -18,7 +18,7 @@ DEVICE = "cuda" if CUDA else "cpu"
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    """Every case compiles its own function; the compiler's limit is for one that is compiled anew without need."""
+    """Every case compiles its own function; the compiler's limit guards against one function that is recompiled needlessly."""
     torch.compiler.reset()
 
 

@@ -33,7 +33,7 @@ from .norm_block import (
     map_length,
     normalize_planes,
     pooled_pointers,
-    rectify_quad,
+    relu_quad,
     store_maps,
     store_tile,
     sum_quad,
@@ -301,7 +301,7 @@ def conv_block_forward_kernel(
         quad = _convolve(columns, _filters(p_filter, o_k, o_c, operand, CI, C), dtype, PRECISION, APART)
         quad, b_rstd = normalize_planes(quad, valid, p_mean, p_rstd, i_b, o_c, eps, C, H, W, EXACT, USE_STATISTICS)
         b_weight, b_bias = load_affine(p_weight, p_bias, o_c, dtype, C, AFFINE, BLOCK_C)
-        quad = rectify_quad(quad, b_rstd * b_weight, b_bias, valid, EXACT)
+        quad = relu_quad(quad, b_rstd * b_weight, b_bias, valid, EXACT)
         pointers, mask = pooled_pointers(
             p_pooled, 0, o_c, pooled_stride_c, pooled_stride_h, pooled_stride_w, C, H, W, BLOCK_P
         )

@@ -318,16 +318,16 @@ def centre_quad(quad, b_mean, valid, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _rectify(b_d, b_scale, b_shift):
+def _relu(b_d, b_scale, b_shift):
     """Return ReLU(d scale + shift); NaN stays NaN."""
     return tl.maximum(b_d * b_scale[None, :] + b_shift[None, :], 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def rectify_quad(quad, b_scale, b_shift, valid, EXACT: tl.constexpr):
+def relu_quad(quad, b_scale, b_shift, valid, EXACT: tl.constexpr):
     """Return the features of centred tiles, zero outside the plane."""
-    b_00, b_01 = _rectify(quad[0], b_scale, b_shift), _rectify(quad[1], b_scale, b_shift)
-    b_10, b_11 = _rectify(quad[2], b_scale, b_shift), _rectify(quad[3], b_scale, b_shift)
+    b_00, b_01 = _relu(quad[0], b_scale, b_shift), _relu(quad[1], b_scale, b_shift)
+    b_10, b_11 = _relu(quad[2], b_scale, b_shift), _relu(quad[3], b_scale, b_shift)
     return mask_quad((b_00, b_01, b_10, b_11), valid, EXACT)
 
 
@@ -541,7 +541,7 @@ def norm_block_forward_kernel(
         )
         quad, b_rstd = normalize_planes(quad, valid, p_mean, p_rstd, i_b, o_c, eps, C, H, W, EXACT, USE_STATISTICS)
         b_weight, b_bias = load_affine(p_weight, p_bias, o_c, dtype, C, AFFINE, BLOCK_C)
-        quad = rectify_quad(quad, b_rstd * b_weight, b_bias, valid, EXACT)
+        quad = relu_quad(quad, b_rstd * b_weight, b_bias, valid, EXACT)
         pointers, mask = pooled_pointers(
             p_pooled, 0, o_c, pooled_stride_c, pooled_stride_h, pooled_stride_w, C, H, W, BLOCK_P
         )
@@ -819,7 +819,7 @@ def add_tile(
         ``b_channel`` [BLOCK_P, BLOCK_C] with the tile's (f / peak)^p added.
     """
     valid = valid_quad(start, H, W, BLOCK_P)
-    quad = rectify_quad(centre_quad(quad, b_mean, valid, False), b_scale, b_bias, valid, False)
+    quad = relu_quad(centre_quad(quad, b_mean, valid, False), b_scale, b_bias, valid, False)
     pointers, mask = pooled_pointers(
         p_pooled, start, o_c, pooled_stride_c, pooled_stride_h, pooled_stride_w, C, H, W, BLOCK_P
     )

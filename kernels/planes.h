@@ -81,5 +81,5 @@ INLINE Affine affine(const Norm *norm, int64_t c, int64_t n) {
 
 INLINE vector normalized(Affine a, vector x, int relu) {
     vector value = (x - a.mean) * a.scale + a.shift;
-    return relu ? rectified(value) : value;
+    return relu ? vector_relu(value) : value;
 }

@@ -46,7 +46,7 @@ INLINE vector choose(mask which, vector yes, vector no) {
 }
 
 /* ReLU: zero for negative values; NaN stays NaN. */
-INLINE vector rectified(vector value) { return choose(value < splat(0), splat(0), value); }
+INLINE vector vector_relu(vector value) { return choose(value < splat(0), splat(0), value); }
 
 INLINE float sum_of(vector value) {
     typedef float eight __attribute__((vector_size(32)));

@@ -312,7 +312,7 @@ def test_doctor_finds_a_kernel_that_computes_something_else(monkeypatch):
 
 @WITHOUT_GPU
 def test_doctor_checks_the_kernels_in_the_interpreter():
-    """What it checks on a GPU, here by Triton's interpreter."""
+    """The checks that it runs on a GPU, here in Triton's interpreter."""
     with af.backend("triton"):
         errors = doctor.self_check(torch.device("cpu"))
     assert all(doctor.passes(*check) for check in errors.items()), errors

@@ -59,7 +59,7 @@ class Run:
         return self.start("--resume", *options, **faults)
 
     def messages(self):
-        """What was printed since this was last asked."""
+        """Return what was printed since the last call."""
         text = self.printed.read_text("utf-8")
         self.printed.unlink()
         return text

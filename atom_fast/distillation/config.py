@@ -514,7 +514,7 @@ def _explanation(error: Mapping[str, Any]) -> str:
 
 
 def _accepted(setting: Mapping[str, Any]) -> str:
-    """What a setting accepts, in words."""
+    """Describe in words what a setting accepts."""
     if "enum" in setting:
         return f"one of {', '.join(setting['enum'])}"
     words = {"integer": "a whole number", "number": "a number", "string": "text", "boolean": "true or false"}

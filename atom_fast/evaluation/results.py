@@ -158,7 +158,7 @@ def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def write_record(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
-    """Put a record of one evaluation into a file, in place of an earlier one with the same ``hash``."""
+    """Put a record of one evaluation into a file, replacing an earlier one with the same ``hash``."""
     by_hash = {old["hash"]: old for old in read_records(path)} | {record["hash"]: dict(record)}
     write_atomically(path, json.dumps(list(by_hash.values()), indent=1) + "\n")
 

@@ -68,7 +68,7 @@ class Launch:
             process.start()
 
     def results(self, timeout=60, ranks=None):
-        """What each of the processes, by default all, returned, or the error it raised."""
+        """Return what each of the processes (default: all) returned, or the error it raised."""
         expected = range(len(self.processes)) if ranks is None else ranks
         found = dict(self.reports.get(timeout=timeout) for _ in expected)
         for process in self.processes:
@@ -139,7 +139,7 @@ def _refusals(folder):
 
 @pytest.fixture(scope="module")
 def shared(context, tmp_path_factory):
-    """What four processes, then two, then one found, and the folder that they wrote."""
+    """Return the results of four processes, then two, then one, and the folder that they wrote."""
     folder = tmp_path_factory.mktemp("ranks")
     return folder, {size: Launch(context, size, distil_all, folder).results() for size in (4, 2, 1)}
 

@@ -110,7 +110,7 @@ def train(trainer, seed):
 
 
 def assert_same_network(got, network, tolerance=1e-9):
-    """The same weights, but for biases that InstanceNorm takes away: a plain loop lets them decay."""
+    """The same weights, except biases that InstanceNorm subtracts: a plain loop lets them decay."""
     instance = {f"{name}.convolution.bias" for name, m in network.named_modules() if _has_instance_norm(m)}
     for name, tensor in network.state_dict().items():
         if name not in instance:

@@ -435,7 +435,7 @@ def test_a_tile_that_was_wrong_on_a_gpu(divided, device, monkeypatch):
 
 @pytest.mark.parametrize("size", [8])
 def test_divided_offsets_are_the_same_offsets(size, device, monkeypatch):
-    """What is kept beside the comparisons computes the same, where nothing miscompiles it."""
+    """The divisions kept beside the comparisons compute the same where no compiler bug interferes."""
     inputs = draw(1, 3, 16, size, size, device)
     expected = fused("triton", *inputs)
     monkeypatch.setattr(atom_fast.kernels, "conv_block", divided_kernels())

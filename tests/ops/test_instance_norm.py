@@ -24,7 +24,7 @@ def inputs(*shape, device="cpu", dtype=torch.float64, layout="channels_last", me
 
 
 def dtype_of(backend):
-    """What a backend computes most precisely."""
+    """Return the most precise dtype that a backend computes in."""
     return torch.float32 if backend == "torch" else torch.float64
 
 

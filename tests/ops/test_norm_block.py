@@ -327,7 +327,7 @@ def test_integers_are_refused():
 
 
 def launches_of(shape, dtype=torch.float32, channels_last=True, norm="instance"):
-    """What forward and backward launch for x of this shape, without running it."""
+    """Return the launches of forward and backward for x of this shape, without running them."""
     x, weight, bias = draw(shape, "cpu", dtype, channels_last)
     with recorded(kernels) as launches, af.backend("triton"):
         block = norm_block(x.requires_grad_(), weight.float(), bias.float(), norm=norm)
