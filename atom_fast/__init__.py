@@ -10,7 +10,7 @@ if _typing.TYPE_CHECKING:
     from .data.sources import load_data
     from .distillation.config import preset
     from .distillation.loop import distill
-    from .evaluation.evaluate import evaluate
+    from .evaluation.accuracy import evaluate
     from .evaluation.sets import select
     from .functional import (
         attention_matching_from_maps,
@@ -52,7 +52,7 @@ __getattr__, __dir__ = _lazy_names(
         "channel_attention": "functional",
         "class_groups": "functional",
         "distill": "distillation.loop",
-        "evaluate": "evaluation.evaluate",
+        "evaluate": "evaluation.accuracy",
         "load_data": "data.sources",
         "mean_matching_loss": "functional",
         "preset": "distillation.config",

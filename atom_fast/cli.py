@@ -169,8 +169,8 @@ def evaluate(
     need --dataset. `torchrun --nproc-per-node N -m atom_fast evaluate ...` shares the networks among N processes.
     """
     from atom_fast.distillation import ranks
-    from atom_fast.evaluation.evaluate import architecture_of
-    from atom_fast.evaluation.evaluate import evaluate as run
+    from atom_fast.evaluation.accuracy import architecture_of
+    from atom_fast.evaluation.accuracy import evaluate as run
     from atom_fast.evaluation.results import read_records, summary
     from atom_fast.evaluation.sets import random_sets
     from atom_fast.pictures import result_line

@@ -16,7 +16,7 @@ from atom_fast.data.dataset import ImageData
 from atom_fast.data.sources import load_data
 from atom_fast.distillation.config import DistillConfig, drop_removed_settings, preset
 from atom_fast.distillation.loop import distill
-from atom_fast.evaluation.evaluate import architecture_of, evaluate
+from atom_fast.evaluation.accuracy import architecture_of, evaluate
 from atom_fast.evaluation.results import summary
 from atom_fast.evaluation.sets import random_sets
 from atom_fast.pictures import comparison_table, result_line, save_run_pictures

@@ -78,7 +78,7 @@ _accuracy_options = _options(
         type=CommaList(_Cell()),
         help="data sets and images per class, such as cifar10:1,tiny:50  [default: the paper's]",
     ),
-    click.option("--seeds", type=int, help="distilled sets per cell  [default: 5 sets, 3 for digits]"),
+    click.option("--seeds", type=click.IntRange(max=1000), help="distilled sets per cell  [default: 5, 3 for digits]"),
     click.option("--networks", type=int, help="networks trained on each set  [default: 20 networks, 2 for digits]"),
     click.option("--iterations", type=int, help="steps of every distillation  [default: the method's, 200 for digits]"),
     click.option("--width", type=int, help="channels of the ConvNets  [default: 128 channels, 32 for digits]"),
@@ -128,7 +128,7 @@ def _add_target(name: str, target: Target) -> None:
         plan = accuracy.plan(name, cells, methods, factors, settings=settings, **size)
         if listed:
             if is_first():
-                click.echo("\n".join(list_units(plan, out)))
+                click.echo("\n".join(list_units(plan, out, only)))
             return
         record = accuracy.reproduce(
             plan, out, data_dir=data_dir, download=download, only=only, device=device_name(device), progress=not quiet

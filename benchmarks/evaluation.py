@@ -24,7 +24,7 @@ from atom_fast.data import load_data
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.evaluation import get_protocol, random_selection
-from atom_fast.evaluation.evaluate import evaluate
+from atom_fast.evaluation.accuracy import evaluate
 from atom_fast.synthetic import SyntheticSet
 
 from .harness import environment, save_results
@@ -113,7 +113,7 @@ def make_data() -> ImageData:
 
 
 def ensemble(data: ImageData, networks: int, epochs: int, **settings) -> Callable[[], None]:
-    """Return this project's evaluation; ``settings`` as in :func:`atom_fast.evaluation.evaluate`."""
+    """Return this project's evaluation; ``settings`` as in :func:`atom_fast.evaluation.accuracy`."""
     space = fit_preprocessing(data.train_images, "standard", progress=False)
     images = space.to_model(data.train_images)
     synthetic = SyntheticSet(images, data.train_labels, data.class_names, space)

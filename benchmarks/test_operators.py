@@ -18,7 +18,7 @@ DEVICE = "cuda" if CUDA else "cpu"
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    """Every case compiles its own function; the compiler's limit guards against one function that is recompiled needlessly."""
+    """Every case compiles its own function; its limit is for one function that is recompiled needlessly."""
     torch.compiler.reset()
 
 

@@ -56,7 +56,7 @@ def import_readers(guided: bool) -> None:
 def read_set(path: Path) -> None:
     """Read a synthetic set like ``atom-fast info``, ``show`` and ``evaluate``."""
     from atom_fast.cli import _lines
-    from atom_fast.evaluation.evaluate import architecture_of
+    from atom_fast.evaluation.accuracy import architecture_of
     from atom_fast.options import printable
     from atom_fast.pictures import describe
     from atom_fast.synthetic import SyntheticSet, _public_model_space, folder_names

@@ -29,7 +29,7 @@ def test_the_loss_is_replaced_and_the_images_stay_the_same(capsys):
 
 def test_digits_are_distilled_and_evaluated(tmp_path, monkeypatch, capsys):
     short = dataclasses.replace(get_protocol("digits"), epochs=1)
-    evaluation = importlib.import_module("atom_fast.evaluation.evaluate")  # as an attribute it is the function
+    evaluation = importlib.import_module("atom_fast.evaluation.accuracy")
     monkeypatch.setattr(evaluation, "get_protocol", lambda name: short)
     run("digits", "--iterations", 2, "--networks", 1, "--output", tmp_path / "run")
     (accuracy,) = re.findall(r"^digits ipc=10 atom: (\d+\.\d) ", capsys.readouterr().out, re.M)

@@ -22,7 +22,7 @@ from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing
 from atom_fast.distillation.checkpoint import DamagedCheckpointError, load_checkpoint
 from atom_fast.distillation.config import SETTINGS, preset, read_config, read_settings, write_config
-from atom_fast.evaluation.evaluate import architecture_of
+from atom_fast.evaluation.accuracy import architecture_of
 from atom_fast.synthetic import SyntheticSet, load_public
 from tests import fuzz_readers
 from tests.processes import ROOT

@@ -141,7 +141,7 @@ def test_the_drop_in_gives_the_same_number_and_gradient():
 def test_the_program_distils_and_evaluates(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     short = dataclasses.replace(get_protocol("digits"), epochs=1)
-    evaluation = importlib.import_module("atom_fast.evaluation.evaluate")  # as an attribute it is the function
+    evaluation = importlib.import_module("atom_fast.evaluation.accuracy")
     monkeypatch.setattr(evaluation, "get_protocol", lambda name: short)
     (code,) = [block for block in blocks(page, "python") if "distill(" in block]
     assert "iterations=300" in code

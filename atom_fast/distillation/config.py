@@ -46,6 +46,13 @@ def _setting(
     return field(default, description=help, json_schema_extra=extra, **limits)
 
 
+def _plain(value: object) -> object:
+    """Return NumPy's numbers as Python's; pydantic would take NumPy's True for a 1.0, and refuse its integers."""
+    import numpy
+
+    return value.item() if isinstance(value, numpy.generic) else value
+
+
 def _explained(cls: type[_Class]) -> type[_Class]:
     """Make a pydantic class raise plain ValueErrors that name the setting, the value and what is accepted."""
     checked: Any = cls
@@ -55,7 +62,7 @@ def _explained(cls: type[_Class]) -> type[_Class]:
     def __init__(self, **settings) -> None:
         check_names(settings)
         try:
-            validate(self, **settings)
+            validate(self, **{name: _plain(value) for name, value in settings.items()})
         except pydantic.ValidationError as error:
             raise ValueError(_explanation(error.errors(include_url=False)[0])) from None
 
@@ -383,7 +390,7 @@ def preset(name: str = "paper", **overrides: Any) -> DistillConfig:
     Raises:
         ValueError: an unknown preset or setting, or a value that is not accepted.
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {name!r}{suggestion(name, PRESETS)}")
     return DistillConfig(**{**PRESETS[name], **overrides})
 
@@ -447,8 +454,8 @@ def read_settings(path: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no YAML mapping of names to plain values, names an unknown setting, or one that is gone
-            (`drop_removed_settings`).
+        ValueError: the file is no YAML mapping of names to plain values, or names a setting that is unknown, repeated
+            or gone (`drop_removed_settings`).
     """
     import yaml
 
@@ -464,11 +471,16 @@ def read_settings(path: str | os.PathLike) -> dict[str, Any]:
         found = (event for event in yaml.parse(text, yaml.SafeLoader) if isinstance(event, nested))
         if next(found, None) is not None and next(found, None) is not None:
             raise ValueError("it must hold names and plain values, but holds a list, a mapping or an alias among them")
+        _check_repeated(yaml.compose(text, yaml.SafeLoader))
         settings = yaml.safe_load(text)
     except OSError:
         raise
+    except yaml.MarkedYAMLError as error:  # its text has several lines
+        mark = error.problem_mark
+        where = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
+        raise ValueError(f"{path} is not readable as YAML: {error.problem or error.context}{where}") from error
     except Exception as error:  # PyYAML's constructors let every kind of error through: "!!bool x" is a KeyError
-        raise ValueError(f"{path} is not readable as YAML: {error}") from error
+        raise ValueError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from error
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold settings as `name: value` lines; got a {type(settings).__name__}")
@@ -477,6 +489,14 @@ def read_settings(path: str | os.PathLike) -> dict[str, Any]:
             raise ValueError(f"{path} must hold names and plain values; got {name!r}: {value!r}")
     based_on = {"preset": settings.pop("preset")} if "preset" in settings else {}
     return based_on | from_yaml(drop_removed_settings(settings))
+
+
+def _check_repeated(node: Any) -> None:
+    """Refuse a name that a YAML mapping holds twice; YAML's loader would silently take the last."""
+    names = [name.value for name, _ in node.value] if getattr(node, "id", "") == "mapping" else []
+    repeated = next((name for place, name in enumerate(names) if name in names[:place]), None)
+    if repeated is not None:
+        raise ValueError(f"it holds {repeated!r} twice")
 
 
 def read_config(path: str | os.PathLike) -> DistillConfig:

@@ -55,6 +55,7 @@ def distill(
         The synthetic set, on the CPU.
 
     Raises:
+        TypeError: data, config or start is another kind of object.
         ValueError: settings that do not fit the data, the device or the number of processes, or the run to be resumed;
             nothing was changed.
         FileExistsError: the folder is not empty and ``resume`` is not set.
@@ -63,6 +64,7 @@ def distill(
         OSError: a file could not be written (a full disk); the newest checkpoint is named.
         SystemExit: the run was interrupted, and saved.
     """
+    _check_kinds(data, config, start)
     device = own_device(device)
     config = config.resolve(data.image_shape, data.name, device)
     _check_fit(config, data, preprocessing, draws_start=not resume and start is None)
@@ -75,6 +77,19 @@ def distill(
             run.step(iteration)
             folder.record(run, iteration)  # what is due: log, checkpoint, picture
         return folder.finish(run)
+
+
+def _check_kinds(data: object, config: object, start: object) -> None:
+    """Name an argument that is another kind of object, such as a path in place of the set there."""
+    kinds: list[tuple[str, object, type, str]] = [
+        ("data", data, ImageData, "load_data(name) reads them"),
+        ("config", config, DistillConfig, "preset(name, ...) makes one"),
+    ]
+    if start is not None:
+        kinds.append(("start", start, SyntheticSet, "SyntheticSet.load(path) reads one"))
+    for name, value, kind, advice in kinds:
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be of type {kind.__name__} ({advice}); got {type(value).__name__}")
 
 
 def _check_fit(

@@ -171,7 +171,7 @@ def own_device(device: torch.device | str | None) -> torch.device:
         ValueError: there is no such device, or it is neither a CPU nor a GPU of CUDA, or there are fewer GPUs than
             processes on this machine.
     """
-    named = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    named = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     try:
         device = torch.device(named)
     except RuntimeError:  # names every kind of device that PyTorch was ever ported to

@@ -329,7 +329,11 @@ class RunFolder:
 
     def _check_same_run(self, checkpoint: Checkpoint) -> None:
         try:
-            before, current = drop_removed_settings(checkpoint.config), self._config.to_dict()
+            # A checkpoint needs no start any more, and memory_budget changed no image.
+            saved = {**checkpoint.config, "memory_budget": None}
+            if saved.get("image_init") == "given":
+                saved["image_init"] = self._config.image_init
+            before, current = drop_removed_settings(saved), self._config.to_dict()
         except ValueError as error:
             raise ValueError(f"the run in {self.path} cannot be resumed by this version: {error}") from error
         names = [name for name in current if affects_result(name) and name != "iterations"]

@@ -1,13 +1,11 @@
-"""Accuracy of networks trained on a synthetic set, and the baselines it is compared with.
-
-``evaluate`` is in :mod:`atom_fast.evaluation.evaluate`, and as ``atom_fast.evaluate`` at the top.
-"""
+"""Accuracy of networks trained on a synthetic set, and the baselines it is compared with."""
 
 import typing as _typing
 
 from atom_fast._lazy import lazy_names as _lazy_names
 
 if _typing.TYPE_CHECKING:
+    from atom_fast.evaluation.accuracy import evaluate
     from atom_fast.evaluation.coresets import (
         ForgettingCounter,
         forgetting_selection,
@@ -24,6 +22,7 @@ __all__ = [
     "EvaluationResult",
     "ForgettingCounter",
     "Protocol",
+    "evaluate",
     "forgetting_selection",
     "get_protocol",
     "herding_selection",
@@ -39,6 +38,7 @@ __getattr__, __dir__ = _lazy_names(
         "EvaluationResult": "results",
         "ForgettingCounter": "coresets",
         "Protocol": "protocols",
+        "evaluate": "accuracy",
         "forgetting_selection": "coresets",
         "get_protocol": "protocols",
         "herding_selection": "coresets",

@@ -3,8 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from atom_fast.names import STRATEGY, split_strategy, suggestion
+
+
+def check_count(name: str, value: object, least: int = 1, *, optional: bool = False) -> None:
+    """Check that a value is a whole number of at least ``least``, or None where it is optional.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if optional and value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        accepted = f"a whole number, at least {least}" + (", or None" if optional else "")
+        raise ValueError(f"{name} must be {accepted}; got {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +57,18 @@ class Protocol:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "decay_every"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number, at least 1; got {value!r}")
+            check_count(name, getattr(self, name), optional=name == "decay_every")
         for name in ("learning_rate", "decay_factor"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0; got {getattr(self, name)!r}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1); got {self.momentum!r}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay must be 0 or above; got {self.weight_decay!r}")
+            if not _is_number(getattr(self, name)) or getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be a number above 0; got {getattr(self, name)!r}")
+        if not _is_number(self.momentum) or not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be a number in [0, 1); got {self.momentum!r}")
+        if not _is_number(self.weight_decay) or self.weight_decay < 0:
+            raise ValueError(f"weight_decay must be a number, 0 or above; got {self.weight_decay!r}")
+        if not isinstance(self.unit_variance, bool):
+            raise ValueError(f"unit_variance must be true or false; got {self.unit_variance!r}")
+        if not isinstance(self.augmentation, str):
+            raise ValueError(f"augmentation must be text; got {self.augmentation!r}")
         split_strategy(self.augmentation)
 
     def learning_rate_at(self, epoch: int) -> float:
@@ -106,7 +126,7 @@ def get_protocol(name: str, **overrides) -> Protocol:
     Raises:
         ValueError: an unknown preset or setting, or a value that is not accepted.
     """
-    if name not in PROTOCOLS:
+    if not isinstance(name, str) or name not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}; got {name!r}{suggestion(name, PROTOCOLS)}")
     preset = PROTOCOLS[name]
     settings = [field.name for field in dataclasses.fields(Protocol) if field.name != "name"]

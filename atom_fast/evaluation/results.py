@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,21 @@ def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
             f"{path} is not a record of evaluations by this version ({error}); move it, or name another file"
         ) from error
     return records
+
+
+@contextlib.contextmanager
+def locked_record(path: str | os.PathLike) -> Iterator[None]:
+    """Let no other process read and write back a file of this folder meanwhile, where the file system can lock."""
+    folder = Path(path).resolve().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):  # Windows; some network file systems
+            import fcntl
+
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def write_record(path: str | os.PathLike, record: Mapping[str, Any]) -> None:

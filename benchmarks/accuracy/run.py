@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from atom_fast._files import write_atomically
 from atom_fast.distillation import ranks
@@ -21,6 +22,8 @@ from benchmarks.accuracy.record import collect
 from benchmarks.accuracy.render import Record, render
 from benchmarks.accuracy.tables import Plan, Unit
 from benchmarks.accuracy.work import DataCache, finished, work
+
+_T = TypeVar("_T")
 
 # Errors of one cell that the next need not have: it diverges, is too large (a plain RuntimeError on a CPU), is damaged,
 # or does not fit its data or the part of it that exists.
@@ -138,10 +141,15 @@ def write_results(
     return record
 
 
-def list_units(plan: Plan, output: str | os.PathLike) -> list[str]:
-    """Return a line per unit with its number and state, for ``--only`` and the job arrays of a scheduler."""
+def list_units(plan: Plan, output: str | os.PathLike, only: Sequence[int] | None = None) -> list[str]:
+    """Return a line per unit with its number and state, for ``--only`` and the job arrays of a scheduler.
+
+    Raises:
+        ValueError: a number in ``only`` that is not there.
+    """
     lines, common = [], _common_settings(plan.units)
-    for number, unit in enumerate(plan.units, start=1):
+    chosen = _chosen(list(enumerate(plan.units, start=1)), only)
+    for number, unit in chosen:
         state = "finished" if finished(Path(output), *unit) else "to do"
         lines.append(f"{number:3d}  {state:8s}  {describe(unit, common)}")
     return lines
@@ -168,7 +176,7 @@ def _common_settings(units: Sequence[Unit]) -> set:
     return set.intersection(*(set(cell.settings) for cell, _ in units)) if units else set()
 
 
-def _chosen(units: list[Unit], only: Sequence[int] | None) -> list[Unit]:
+def _chosen(units: list[_T], only: Sequence[int] | None) -> list[_T]:
     if only is None:
         return units
     for number in only:

@@ -15,7 +15,7 @@ from atom_fast.data.whitening import Preprocessing, fit_preprocessing
 from atom_fast.distillation import distill
 from atom_fast.distillation.checkpoint import remove_unfinished
 from atom_fast.distillation.config import DistillConfig
-from atom_fast.evaluation.evaluate import evaluate
+from atom_fast.evaluation.accuracy import evaluate
 from atom_fast.evaluation.sets import select
 from atom_fast.synthetic import SYNTHETIC_FILE, SyntheticSet
 from benchmarks.accuracy.cells import (

@@ -89,3 +89,8 @@ def test_commands_on_the_pages_exist(page):
             settings = parse_settings(options["given"])
             chosen = options.get("methods"), options.get("factors")
             assert plan(name, options["cells"], *chosen, settings=settings, **size).units
+
+
+def test_more_sets_than_memory_could_list_are_refused():
+    with pytest.raises(click.BadParameter, match="not in the range x<=1000"):
+        main.commands["table1"].make_context("table1", ["--list", "--seeds", "99999999999"])

@@ -279,6 +279,9 @@ def test_a_cell_that_another_process_has_is_passed_over(tmp_path):
     assert measured == ["MMD + spatial + channel"]
     assert any("1 cells are being run by other processes" in line for line in said)
     assert "finished" in list_units(target, tmp_path)[1] and "to do" in list_units(target, tmp_path)[0]
+    assert list_units(target, tmp_path, [2]) == list_units(target, tmp_path)[1:]
+    with pytest.raises(ValueError, match="there are cells 1 to 2; got 3"):
+        list_units(target, tmp_path, [3])
 
 
 @pytest.mark.fault(

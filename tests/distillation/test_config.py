@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import click
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -233,7 +234,7 @@ def test_settings_of_the_version_before_are_dropped_or_refused_by_name(tmp_path,
     config = preset("channel", ipc=10)
     settings = {**config.to_dict(), **earlier}
     path = write_config(config, tmp_path / "config.yaml")
-    path.write_text(path.read_text() + "".join(f"{name}: {value or 'null'}\n" for name, value in earlier.items()))
+    path.write_text("".join(f"{name}: {'null' if value is None else value}\n" for name, value in settings.items()))
     if message is None:
         assert DistillConfig.from_dict(settings) == read_config(path) == config
         assert drop_removed_settings(settings) == config.to_dict()
@@ -294,3 +295,34 @@ def test_the_words_that_help_shows_are_accepted(tmp_path):
     assert values["loss_scale"] is None and values["depth"] is None and values["channel_power"] is None
     with pytest.raises(click.BadParameter, match="'auto' is not a valid float"):
         command.make_context("distill", ["--spatial-power", "auto"])
+
+
+def test_a_name_given_twice_is_refused(tmp_path):
+    path = tmp_path / "settings.yaml"
+    for text in ("ipc: 1\nnorm: batch\nipc: 10\n", "preset: dm\npreset: paper\n"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"'{text[: text.index(':')]}' twice"):
+            read_settings(path)
+
+
+def test_errors_of_yaml_are_one_line_with_the_place(tmp_path):
+    path = tmp_path / "settings.yaml"
+    for text in ("ipc: 1\n\tnorm: batch\n", "ipc: 1\nnorm: !!python/name:os.system x\n"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"in line 2, column \d+$") as caught:
+            read_settings(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_numpy_numbers_are_taken_as_pythons():
+    config = preset(ipc=np.int64(3), loss_scale=np.float32(2), feature_maps=np.bool_(True))
+    assert (config.ipc, config.loss_scale, config.feature_maps) == (3, 2.0, True)
+    assert all(type(value).__module__ == "builtins" for value in config.to_dict().values())
+    for wrong in ({"ipc": np.bool_(True)}, {"loss_scale": np.bool_(True)}, {"ipc": np.float64(2)}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+            preset(**wrong)
+
+
+def test_a_preset_that_is_no_name():
+    with pytest.raises(ValueError, match="preset must be one of"):
+        preset(["paper"])

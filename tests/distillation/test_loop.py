@@ -127,14 +127,29 @@ def test_a_run_of_an_earlier_version_is_resumed_or_refused_with_the_reason(finis
         save_checkpoint(tmp_path / "checkpoints", earlier)
         return distill(data, small(), tmp_path, resume=True, progress=False, device="cpu")
 
-    for settings, reason in (
-        ({"memory_budget": "600 MB"}, "memory_budget.*'600 MB'"),
-        ({"image_init": "herding"}, "herding"),
-    ):
-        with pytest.raises(ValueError, match=f"cannot be resumed by this version.*{reason}"):
-            resume_as_written_with(**settings)
+    with pytest.raises(ValueError, match="cannot be resumed by this version.*herding"):
+        resume_as_written_with(image_init="herding")
     assert latest_checkpoint(tmp_path / "checkpoints").iteration == 4
-    assert torch.equal(resume_as_written_with(memory_budget=None).images, finished[1].images)
+    for harmless in ({"memory_budget": None}, {"memory_budget": "600 MB"}, {"image_init": "given"}):
+        assert torch.equal(resume_as_written_with(**harmless).images, finished[1].images)
+        (tmp_path / "checkpoints" / f"iteration-{small().iterations:08d}.safetensors").unlink()
+
+
+def test_an_argument_of_another_kind_is_named_before_anything_is_written(finished, data, tmp_path):
+    output, start = tmp_path / "run", finished[1]
+    for arguments, message in (
+        ((small(), data, output), "data must be of type ImageData .*; got DistillConfig"),
+        ((data, "paper", output), r"config must be of type DistillConfig .*preset\(.*; got str"),
+        ((start, small(), output), "data must be of type ImageData .*; got SyntheticSet"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            distill(*arguments, progress=False)
+    with pytest.raises(TypeError, match=r"start must be of type SyntheticSet .*load\(path\).*; got PosixPath"):
+        distill(data, small(), output, start=finished[0], progress=False)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="'cuda:0' is not available"):  # 0 is a GPU's number, not "choose one"
+            distill(data, small(), output, device=0)
+    assert not output.exists()
 
 
 def test_a_damaged_newest_checkpoint_costs_only_its_steps(finished, data, tmp_path, capsys):

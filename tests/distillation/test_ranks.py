@@ -21,7 +21,7 @@ from atom_fast.distillation.config import preset
 from atom_fast.distillation.loop import distill
 from atom_fast.distillation.ranks import RankError, StopSign, join, launched, own_device
 from atom_fast.distillation.step import Distillation, DivergenceError
-from atom_fast.evaluation.evaluate import evaluate
+from atom_fast.evaluation.accuracy import evaluate
 from atom_fast.evaluation.protocols import get_protocol
 from atom_fast.synthetic import SyntheticSet
 from benchmarks import ranks as benchmark

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from atom_fast.cli import main
 from atom_fast.data.sources import load_data
 from atom_fast.evaluation import PROTOCOLS
-from atom_fast.evaluation import evaluate as evaluation
+from atom_fast.evaluation import accuracy as evaluation
 from atom_fast.evaluation.sets import select
 from atom_fast.evaluation.training import Trainer
 from atom_fast.synthetic import SyntheticSet
@@ -61,8 +61,8 @@ def test_several_architectures_are_a_line_and_a_record_each(file, tmp_path):
         (["--arch", "resnet"], "'resnet' is not one of 'convnet', 'alexnet', 'vgg11', 'resnet18', 'vit'. Did you mean"),
         (["--arch", "convnet,vgg11"], "VGG-11 needs images whose sides are multiples of 32; got 8x8"),
         (["--preprocessing", "zca"], "holds its own preprocessing; --preprocessing is for a .pt or a folder"),
-        (["--together", "0"], "together must be at least 1"),
-        (["--evaluate-every", "0"], "evaluate_every must be at least 1"),
+        (["--together", "0"], "together must be a whole number, at least 1"),
+        (["--evaluate-every", "0"], "evaluate_every must be a whole number, at least 1"),
         (["--epochs", "0"], "epochs must be a whole number, at least 1; got 0"),
     ],
 )

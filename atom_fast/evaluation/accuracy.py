@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -22,8 +23,8 @@ from atom_fast.distillation import ranks
 from atom_fast.distillation.config import preset
 from atom_fast.distillation.logs import versions
 from atom_fast.evaluation.ensemble import train_networks
-from atom_fast.evaluation.protocols import Protocol, default_protocol, get_protocol
-from atom_fast.evaluation.results import Curve, EvaluationResult, curves_of, read_records, write_record
+from atom_fast.evaluation.protocols import Protocol, check_count, default_protocol, get_protocol
+from atom_fast.evaluation.results import Curve, EvaluationResult, curves_of, locked_record, read_records, write_record
 from atom_fast.evaluation.training import (
     Trainer,
     accuracy,
@@ -83,18 +84,21 @@ def evaluate(
             trains only what the file lacks. Other evaluations in the file stay there.
 
     Raises:
+        TypeError: an argument is another kind of object, such as a path in place of a set.
         ValueError: the set does not fit the data, ``data`` is needed, an unknown protocol or network, a setting that is
             not accepted, or ``record`` is another kind of file.
     """
-    _check_settings(networks, precision, evaluate_every, together)
+    _check_settings(networks, precision, evaluate_every, together, seed)
     device = ranks.own_device(device)
     if precision == "bfloat16":
         check_bfloat16(device)
     own_sets, shared = (synthetic, synthetic(0)) if callable(synthetic) else (None, synthetic)
-    data = _own_data(shared) if data is None else data
+    data = _own_data(shared) if data is None and isinstance(shared, SyntheticSet) else data
+    if isinstance(data, ImageData) and (protocol is None or isinstance(protocol, str)):
+        protocol = get_protocol(default_protocol(data.name) if protocol is None else protocol)
+    _check_kinds(shared, data, protocol)
+    assert isinstance(data, ImageData) and isinstance(protocol, Protocol)  # for the type checker
     _check_fit(shared, data)
-    if protocol is None or isinstance(protocol, str):
-        protocol = get_protocol(protocol or default_protocol(data.name))
     if network == "convnet":
         given = architecture_of(shared, data.name) if architecture is None else architecture
         architecture = {"depth": default_depth(*data.image_shape[1:]), **given}
@@ -130,7 +134,9 @@ def evaluate(
             finished = networks - len(so_far.unfinished)
             bar.set_postfix_str(f"{finished} networks: {so_far.mean:.1f} ± {so_far.std:.1f} %")
             if record is not None and ranks.is_first():
-                write_record(record, {"hash": digest, **result(curves).to_dict(), "versions": installed})
+                with locked_record(record):  # what another process, or a call with more networks, put there stays
+                    saved = _merged(curves, read_records(record), digest)
+                    write_record(record, {"hash": digest, **result(saved).to_dict(), "versions": installed})
     return result(curves[:networks])
 
 
@@ -283,6 +289,12 @@ def _hash(task: _Task, synthetic: SyntheticSet, evaluate_every: int | None) -> s
     return digest.hexdigest()
 
 
+def _merged(curves: Sequence[Curve], records: Sequence[Mapping[str, Any]], digest: str) -> list[Curve]:
+    """Return curves, and those of an equal evaluation in a file for networks that are not finished here."""
+    saved = next((curves_of(record) for record in records if record["hash"] == digest), [])
+    return [own or other for own, other in itertools.zip_longest(curves, saved, fillvalue={})]
+
+
 def _find(path: str | os.PathLike | None, digest: str) -> dict[str, Any]:
     """The record of an evaluation as the first rank finds it, or an empty one."""
     found: dict[str, Any] = {"seconds": 0.0, "curves": []}
@@ -291,14 +303,25 @@ def _find(path: str | os.PathLike | None, digest: str) -> dict[str, Any]:
     return ranks.all_gather_object({"seconds": found["seconds"], "curves": found["curves"]})[0]
 
 
-def _check_settings(networks: int, precision: str, evaluate_every: int | None, together: int | None) -> None:
-    if networks < 1:
-        raise ValueError(f"networks must be at least 1; got {networks}")
+def _check_settings(networks: int, precision: str, evaluate_every: int | None, together: int | None, seed: int) -> None:
+    check_count("networks", networks)
+    check_count("seed", seed, 0)
     if precision not in TRAINING_PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(TRAINING_PRECISIONS)}; got {precision!r}")
     for name, value in (("evaluate_every", evaluate_every), ("together", together)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, or None; got {value}")
+        check_count(name, value, optional=True)
+
+
+def _check_kinds(synthetic: object, data: object, protocol: object) -> None:
+    """Name an argument that is another kind of object, such as a path in place of what the file there holds."""
+    kinds = (
+        ("the set to evaluate", synthetic, SyntheticSet, "SyntheticSet.load(path) reads one"),
+        ("data", data, ImageData, "load_data(name) reads them"),
+        ("protocol", protocol, Protocol, "get_protocol(name) makes one"),
+    )
+    for name, value, kind, advice in kinds:
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be of type {kind.__name__} ({advice}); got {type(value).__name__}")
 
 
 def _check_fit(synthetic: SyntheticSet, data: ImageData) -> None:

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -16,10 +18,10 @@ from atom_fast.data.augmentation import augment, draw_augmentation
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing, fit_preprocessing
 from atom_fast.distillation.config import preset
-from atom_fast.evaluation import evaluate as evaluation
+from atom_fast.evaluation import accuracy as evaluation
 from atom_fast.evaluation import get_protocol, training
+from atom_fast.evaluation.accuracy import architecture_of, evaluate
 from atom_fast.evaluation.ensemble import _Ensemble, train_networks
-from atom_fast.evaluation.evaluate import architecture_of, evaluate
 from atom_fast.evaluation.sets import random_sets, select
 from atom_fast.evaluation.training import Trainer, accuracy, network_seed
 from atom_fast.networks import NETWORKS, ConvNet, make_network
@@ -582,14 +584,14 @@ def test_result_records_what_ran(small_set, data, preprocessing):
         ({"labels": lambda y: y + 1}, r"labels must be below 3, the number of class names; got 3"),
         ({"class_names": lambda names: tuple("abc")}, r"the 3 classes a, b, c; stripes has the 3 classes class 0, "),
         ({"protocol": "papr"}, r"protocol must be one of paper, .*; got 'papr'; did you mean 'paper'"),
-        ({"networks": 0}, r"networks must be at least 1; got 0"),
-        ({"evaluate_every": 0}, r"evaluate_every must be at least 1, or None; got 0"),
+        ({"networks": 0}, r"networks must be a whole number, at least 1; got 0"),
+        ({"evaluate_every": 0}, r"evaluate_every must be a whole number, at least 1, or None; got 0"),
         ({"network": "resnet"}, r"network must be one of convnet, .*; got 'resnet'"),
         ({"network": "resnet18", "architecture": {}}, r"ResNet-18 needs images of 16x16 or larger; got 8x8"),
         ({"network": "vgg11", "architecture": {}}, r"VGG-11 needs images whose sides are multiples of 32; got 8x8"),
         ({"network": "vit"}, r"vit has no setting 'width'; it has no settings"),
         ({"precision": "half"}, r"precision must be one of float32, bfloat16; got 'half'"),
-        ({"together": 0}, r"together must be at least 1, or None; got 0"),
+        ({"together": 0}, r"together must be a whole number, at least 1, or None; got 0"),
         ({"architecture": {"norm": "bach"}}, r"norm must be one of .*; got 'bach'"),
         ({"architecture": {"depth": 4}}, r"too small for depth 4"),
     ],
@@ -614,3 +616,55 @@ def test_preprocessing_is_applied_to_the_test_set(small_set, data, preprocessing
     wrong.preprocessing = shifted
     right, wrong = (evaluate(synthetic, data, **settings) for synthetic in (right, wrong))
     assert right.mean > 90 > wrong.mean + 20
+
+
+def test_the_package_exports_the_function_whatever_was_imported_first():
+    for first in ("atom_fast.evaluation.accuracy", "atom_fast.evaluation", "atom_fast"):
+        code = (
+            f"import {first}; from atom_fast.evaluation import evaluate; import atom_fast, atom_fast.evaluation as e; "
+            "assert callable(evaluate) and evaluate is e.evaluate is atom_fast.evaluate"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_argument_of_another_kind_is_named(small_set, data, tmp_path):
+    for arguments, message in (
+        ((tmp_path, data), r"the set to evaluate must be of type SyntheticSet .*load\(path\).*; got PosixPath"),
+        ((data, small_set), "the set to evaluate .*; got ImageData"),
+        ((small_set, "digits"), r"data must be of type ImageData .*load_data\(name\).*; got str"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            evaluate(*arguments, progress=False)
+    with pytest.raises(TypeError, match="protocol must be of type Protocol .*; got int"):
+        evaluate(small_set, data, protocol=3)
+    for settings in ({"networks": True}, {"networks": 1.0}, {"together": "2"}, {"seed": None}, {"evaluate_every": 1.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(settings))} must be a whole number"):
+            evaluate(small_set, data, **settings)
+
+
+def test_what_an_equal_evaluation_wrote_meanwhile_is_kept(small_set, data, tmp_path, monkeypatch):
+    """Two processes with one record: the slower one, stopped early, leaves what the faster one finished."""
+    settings = {"protocol": PROTOCOL, "architecture": SMALL, "progress": False, "together": 1}
+    settings["record"] = tmp_path / "record.json"
+    evaluate(small_set, data, networks=3, **settings)
+    (whole,) = json.loads(settings["record"].read_text())
+    monkeypatch.setattr(evaluation, "_find", lambda path, digest: {"seconds": 0.0, "curves": []})  # as before the other
+    interrupted_after(1, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(small_set, data, networks=2, **settings)
+    (kept,) = json.loads(settings["record"].read_text())
+    assert kept["unfinished"] == [] and kept["accuracies"] == whole["accuracies"]
+
+
+def test_evaluations_of_several_processes_in_one_record_are_all_kept(small_set, data, tmp_path):
+    """A record is read and written back as a whole: without a lock one process drops what another one added."""
+    path, code = tmp_path / "record.json", (
+        "import sys, atom_fast.evaluation.results as r\n"
+        "for number in range(40):\n"
+        "    with r.locked_record(sys.argv[1]):\n"
+        "        r.write_record(sys.argv[1], {'hash': sys.argv[2] + str(number), 'seconds': 0, 'curves': [], "
+        "'protocol': {'epochs': 1}})"
+    )  # fmt: skip
+    running = [subprocess.Popen([sys.executable, "-c", code, str(path), name]) for name in "ab"]
+    assert [process.wait() for process in running] == [0, 0]
+    assert len(json.loads(path.read_text())) == 80
