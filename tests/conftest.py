@@ -12,7 +12,9 @@ from hypothesis import HealthCheck, settings
 
 import atom_fast as af
 from atom_fast.ops import native
+from tests.interpreter import hasten
 
+hasten()
 native.is_built()  # once before any test: some limit a process's time or disk space
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
 settings.register_profile(

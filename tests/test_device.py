@@ -20,9 +20,10 @@ from atom_fast.cli import main
 from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.distillation.config import preset
 from atom_fast.distillation.loop import distill
-from atom_fast.evaluation import evaluate
+from atom_fast.evaluation.evaluate import evaluate
 from atom_fast.ops import dispatch
 from atom_fast.ops.launching import KernelError, device_of
+from atom_fast.synthetic import SyntheticSet
 from tests import workloads
 from tests.cubin import check_report
 from tests.distillation.test_step import make_data
@@ -72,19 +73,20 @@ def as_the_chip(capability: int):
 
 
 def tiny_run(folder, norm, size=32, width=16):
-    """A step for two classes; the distilled images."""
-    config = preset("paper", iterations=1, real_batch=1, depth=2, width=width, norm=norm)
-    return distill(make_data(2, size=size), config, folder, progress=False, device="cpu").images
+    """A step for one image of one class; the distilled image."""
+    config = preset("paper", ipc=1, iterations=1, real_batch=1, depth=2, width=width, norm=norm)
+    return distill(make_data(1, size=size), config, folder, progress=False, device="cpu").images
 
 
 @WITHOUT_GPU
-@pytest.mark.parametrize(("capability", "norm"), [(75, "instance"), (86, "batch")])
-def test_a_distillation_runs_to_its_end_on_chips_with_less_shared_memory(capability, norm, tmp_path, capsys):
+@pytest.mark.parametrize(("capability", "norm", "size"), [(75, "instance", 17), (86, "batch", 24)])
+def test_a_distillation_runs_to_its_end_on_chips_with_less_shared_memory(capability, norm, size, tmp_path, capsys):
+    """Images a little larger than those whose planes fit."""
     with af.backend("reference"):
-        expected = tiny_run(tmp_path / "reference", norm)
+        expected = tiny_run(tmp_path / "reference", norm, size, width=8)
     capsys.readouterr()
     with workloads.pretended(capability), launcher(as_the_chip(capability)) as ran, af.backend("triton"):
-        images = tiny_run(tmp_path / "chip", norm)
+        images = tiny_run(tmp_path / "chip", norm, size, width=8)
     assert "tiled_conv_block_forward_kernel" in ran and "conv_block_forward_kernel" not in ran
     # What is left of a kink that rounding crosses: a whole term of a gradient.
     assert (images - expected).norm() <= 1e-4 * expected.norm()
@@ -181,12 +183,14 @@ def test_a_gpu_without_tf32_takes_float32_and_refuses_the_others(turing):
         resolve(precision="bfloat16")
 
 
-def test_an_evaluation_refuses_bfloat16_where_it_is_emulated(turing):
+def test_an_evaluation_refuses_bfloat16_where_it_is_emulated(turing, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     data = make_data(2)
     space = fit_preprocessing(data.train_images, "standard", progress=False)
-    images, labels = space.to_model(data.train_images), data.train_labels
+    synthetic_set = SyntheticSet(space.to_model(data.train_images), data.train_labels, data.class_names, space)
     with pytest.raises(ValueError, match="'bfloat16' needs .* cuda:0 has 7.5"):
-        evaluate(images, labels, data, space, device=turing, precision="bfloat16", progress=False)
+        evaluate(synthetic_set, data, device=turing, precision="bfloat16", progress=False)
 
 
 def test_tf32_is_the_default_where_it_is(monkeypatch):

@@ -100,12 +100,12 @@ def test_attention_equals_the_float64_equation(name, f, power, normalize, spatia
 @pytest.mark.parametrize("name", BACKENDS)
 def test_loss_equals_the_float64_equation(name, real, seed, spatial_power, channel_power, classes, device):
     generator = torch.Generator().manual_seed(seed)
-    real = real.repeat(4, 1, 1, 1)
-    synthetic = torch.randn(9, *real.shape[1:], generator=generator)
+    real = real.repeat(2, 1, 1, 1)
+    synthetic = torch.randn(5, *real.shape[1:], generator=generator)
     ids = torch.randperm(100, generator=generator)[:classes]  # labels are names, not indices
     real_labels = ids[torch.cat([torch.arange(classes), torch.randint(classes, (len(real),), generator=generator)])]
     real_labels = real_labels[torch.randperm(len(real_labels), generator=generator)][: len(real)]
-    synthetic_labels = ids[torch.randint(classes, (9,), generator=generator)]
+    synthetic_labels = ids[torch.randint(classes, (5,), generator=generator)]
     common = set(real_labels.tolist()) & set(synthetic_labels.tolist())
     if not common:
         return
@@ -213,8 +213,9 @@ def test_gradcheck(name, device):
     for power in ((4.0, 3.0), (None, 1.0)):
         with af.backend(name):
             assert torch.autograd.gradcheck(
-                lambda x, p=power: af.attention_matching_loss(real, x, spatial_power=p[0], channel_power=p[1]), (f,)
-            )
+                lambda x, p=power: af.attention_matching_loss(real, x, spatial_power=p[0], channel_power=p[1]), (f,),
+                fast_mode=name == "triton",  # one random direction: the interpreter is slow
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -32,7 +32,7 @@ def test_importing_the_package_does_not_import_torch():
 @pytest.mark.parametrize("handled", ["exit_on_interrupt()", "stack.enter_context(interrupts_raised())"])
 def test_an_interrupt_in_an_import_ends_the_process(handled, tmp_path):
     (tmp_path / "interrupted.py").write_text(MODULE)
-    code = f"""
+    code = f"""{HEARD}
 import contextlib, sys
 from atom_fast._interrupts import exit_on_interrupt, interrupts_raised
 sys.path.append({str(tmp_path)!r})
@@ -45,11 +45,14 @@ with contextlib.ExitStack() as stack:
 
 
 def test_an_interrupt_elsewhere_in_a_command_can_be_cleaned_up_after():
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), interrupts_raised():
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(10)
-    assert signal.getsignal(signal.SIGINT) is before
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), interrupts_raised():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, inherited)
 
 
 def test_an_ignored_interrupt_stays_ignored():
@@ -65,8 +68,14 @@ print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
     assert run_python(code).stdout == "True\n"
 
 
+# A child of a background job or of nohup inherits that SIGINT is ignored; these children answer it as under a terminal.
+HEARD = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+"""
+
 # Before this line Python starts, some hundredths of a second in which Ctrl-C is Python's to answer.
-STARTED = """
+STARTED = f"""{HEARD}
 from atom_fast.__main__ import exit_on_interrupt, main
 exit_on_interrupt()
 print("started", flush=True)

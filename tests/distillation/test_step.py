@@ -381,14 +381,14 @@ def test_a_step_never_waits_for_the_device(graph):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_chunks_of_classes_give_the_gradients_of_all_at_once(backend, place):
+    """Chunks of two classes and of one, by one setting."""
     results = []
-    for chunk in (None, 1, 3):
-        run = make_run(make_data(4, device=place), class_chunk=chunk)[0]
+    for chunk in (None, 2):
+        run = make_run(make_data(3, device=place), class_chunk=chunk, real_batch=2, width=4, depth=2)[0]
         with af.backend(backend):
             run.step(1)
         results.append(run.momentum.double())
-    for chunked in results[1:]:
-        assert (chunked - results[0]).norm() <= 1e-6 * results[0].norm()
+    assert (results[1] - results[0]).norm() <= 1e-6 * results[0].norm()
 
 
 def test_chunks_are_refused_where_the_norm_couples_the_classes(device):

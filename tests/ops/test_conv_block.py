@@ -67,8 +67,11 @@ POWERS = st.sampled_from([None, 1.0, 2.5, 4.0, 16.0])
 SHAPES = st.tuples(*(st.integers(*ends) for ends in ((1, 3), (1, 4), (1, 20), (2, 11), (2, 11))))
 
 
-@given(shape=SHAPES, affine=st.booleans(), powers=st.tuples(POWERS, POWERS), norm=st.sampled_from(NORMS))
-@settings(max_examples=10)
+@given(
+    shape=st.tuples(*(st.integers(*ends) for ends in ((1, 2), (1, 4), (1, 18), (2, 10), (2, 10)))),
+    affine=st.booleans(), powers=st.tuples(POWERS, POWERS), norm=st.sampled_from(NORMS),
+)  # fmt: skip
+@settings(max_examples=8)
 def test_results_and_gradient_equal_the_equations(shape, affine, powers, norm, device):
     images, filters, weight, bias = draw(*shape, device)
     inputs = images, filters, *((weight, bias) if affine else (None, None)), *powers
@@ -279,7 +282,7 @@ def test_launch_table_knows_how_much_shared_memory_is_asked_for(image_channels, 
     images, filters, *_ = draw(1, image_channels, channels, size, size, dtype=torch.float32)
     with products("tf32"), recorded(kernels) as launches, af.backend("triton"):
         conv_block(images, filters)
-    for capability in (80, 90):
+    for capability in (86, 90) if channels == 128 else (86,):
         needed = compile_launch(launches[0], capability).shared
         for shared, fits in ((needed - 1, False), (1.5 * needed + 8192, True)):
             launch = kernels.conv_block_launch(image_channels, channels, size, size, 4, shared)
