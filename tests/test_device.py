@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from atom_fast.evaluation.evaluate import evaluate
 from click.testing import CliRunner
 from triton.runtime.errors import OutOfResources
 
@@ -21,6 +20,7 @@ from atom_fast.cli import main
 from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.distillation.config import preset
 from atom_fast.distillation.loop import distill
+from atom_fast.evaluation import evaluate
 from atom_fast.ops import dispatch
 from atom_fast.ops.launching import KernelError, device_of
 from atom_fast.synthetic import SyntheticSet

@@ -213,9 +213,8 @@ def test_gradcheck(name, device):
     for power in ((4.0, 3.0), (None, 1.0)):
         with af.backend(name):
             assert torch.autograd.gradcheck(
-                lambda x, p=power: af.attention_matching_loss(real, x, spatial_power=p[0], channel_power=p[1]), (f,),
-                fast_mode=name == "triton",  # one random direction: the interpreter is slow
-            )  # fmt: skip
+                lambda x, p=power: af.attention_matching_loss(real, x, spatial_power=p[0], channel_power=p[1]), (f,)
+            )
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -82,7 +82,7 @@ def work(output: Path, cell: Cell, evaluations: Sequence[Evaluation], cache: Dat
 
     Raises:
         ValueError: the folder holds another or a damaged cell, or settings do not fit the data.
-        OSError, RuntimeError: as `distill`, including `NonFiniteError`.
+        OSError, RuntimeError: as `distill`, including `DivergenceError`.
         SystemExit: stopped by a signal while distilling; the run is saved.
     """
     folder = cell_folder(output, cell)
