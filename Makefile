@@ -1,7 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-WORKERS ?= 2
+# One more than two cores: tests that wait for a process or a compiler leave a core idle.
+WORKERS ?= 3
 
 .PHONY: install demo test lint clean gpu table3-cpu report
 
