@@ -428,8 +428,8 @@ def _seconds_of_both_backends():
     """Processor time of one thread, best of up to 20 in turns: what else the machine is doing hardly counts."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
-    real = torch.randn(64, 128, 32, 32, generator=generator).relu_()
-    synthetic = torch.randn(64, 128, 32, 32, generator=generator).relu_().requires_grad_()
+    real = torch.randn(24, 128, 32, 32, generator=generator).relu_()
+    synthetic = torch.randn(24, 128, 32, 32, generator=generator).relu_().requires_grad_()
 
     def seconds(name):
         start = time.process_time()

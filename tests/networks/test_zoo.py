@@ -157,7 +157,7 @@ def test_the_search_space_holds_720_networks_that_fit():
         for setting in settings:
             network = make_network("convnet", 3, 10, 32, **setting)
             sizes.add((setting["depth"], setting["width"], sum(p.numel() for p in network.parameters())))
-            if setting["width"] == 32:
+            if setting["width"] == 32 and setting["activation"] == "relu":
                 assert network(torch.empty(2, 3, 32, 32)).shape == (2, 10)
     assert len(sizes) > 16
 
