@@ -394,6 +394,7 @@ def test_a_second_signal_acts_at_once(data, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Distillation, "step", signalled_twice)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits "ignore"
     with pytest.raises(KeyboardInterrupt):
         distill(data, small(10), tmp_path, progress=False, device="cpu")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

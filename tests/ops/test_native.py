@@ -18,7 +18,7 @@ from atom_fast.ops.instance_norm import instance_norm
 from atom_fast.ops.norm_block import norm_block
 from benchmarks.live_bytes import count_peak
 
-COPY = f'while [ "$1" != -o ]; do shift; done\ncp {native._library()._name} "$2"'  # the library of this session
+COPY = f'while [ "$1" != -o ]; do shift; done\ncp {native._library()._name} "$2"'  # the library that this process built
 
 
 def compiler(folder, commands=COPY):
