@@ -25,6 +25,15 @@ _Class = TypeVar("_Class")
 # MTT and DataDAM whiten CIFAR; the ATOM paper (section 7.2) does not whiten Tiny ImageNet, DM whitens nothing.
 _WHITENED = ("cifar10", "cifar100")
 
+# Settings that are arguments of `atom_fast.networks.ConvNet`, and the names that they have there.
+CONVNET_SETTINGS = {
+    "width": "width",
+    "depth": "depth",
+    "norm": "norm",
+    "pooling": "pooling",
+    "network_init": "initialization",
+}
+
 _SIZE = {"ge": 1, "lt": 2**31}  # larger sizes overflow 32-bit indices
 
 # Settings that earlier versions wrote and that are gone: the value that still means the same, and what to do instead.
@@ -242,6 +251,10 @@ class DistillConfig:
             ValueError: as `DistillConfig` and `drop_removed_settings`.
         """
         return cls(**drop_removed_settings(settings))
+
+    def convnet_settings(self) -> dict[str, Any]:
+        """Return the settings of `atom_fast.networks.ConvNet` by its argument names."""
+        return {argument: getattr(self, setting) for setting, argument in CONVNET_SETTINGS.items()}
 
     def config_hash(self) -> str:
         """Return the first 16 hex digits of the SHA-256 of the settings that the images depend on."""

@@ -363,14 +363,5 @@ def pad_batch_of_one(images: Tensor) -> Tensor:
 def make_convnet(config: DistillConfig, data: ImageData) -> ConvNet:
     """Return the ConvNet whose weights every step draws again; they are constants, only images get a gradient."""
     channels, height, width = data.image_shape
-    network = ConvNet(
-        channels,
-        data.num_classes,
-        (height, width),
-        width=config.width,
-        depth=config.depth,  # pyrefly: ignore[bad-argument-type]  a number in resolved settings
-        norm=config.norm,
-        pooling=config.pooling,
-        initialization=config.network_init,
-    )
+    network = ConvNet(channels, data.num_classes, (height, width), **config.convnet_settings())
     return network.requires_grad_(False)

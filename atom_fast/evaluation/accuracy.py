@@ -20,7 +20,7 @@ from atom_fast._device import check_bfloat16
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.sources import load_data
 from atom_fast.distillation import ranks
-from atom_fast.distillation.config import preset
+from atom_fast.distillation.config import CONVNET_SETTINGS, preset
 from atom_fast.distillation.logs import versions
 from atom_fast.evaluation.ensemble import train_networks
 from atom_fast.evaluation.protocols import Protocol, check_count, default_protocol, get_protocol
@@ -154,12 +154,10 @@ def architecture_of(synthetic: SyntheticSet, dataset: str) -> dict[str, Any]:
         ValueError: a recorded setting is not one that a distillation accepts.
     """
     config = synthetic.metadata.get("config", {})
-    names = {"width": "width", "depth": "depth", "norm": "norm", "pooling": "pooling", "network_init": "initialization"}
-    recorded = {setting: config[setting] for setting in names if config.get(setting) is not None}
+    recorded = {setting: config[setting] for setting in CONVNET_SETTINGS if config.get(setting) is not None}
     per_class = max(1, len(synthetic) // len(synthetic.class_names))  # the mean, where classes differ in size
     _, channels, height, width = synthetic.images.shape
-    config = preset("paper", ipc=per_class, **recorded).for_data((channels, height, width), dataset)
-    return {name: getattr(config, setting) for setting, name in names.items()}
+    return preset("paper", ipc=per_class, **recorded).for_data((channels, height, width), dataset).convnet_settings()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -120,8 +120,7 @@ def architecture(cell: Cell, network: str, norm: str | None = None) -> dict[str,
         return {}
     config = configuration("atom", cell.ipc, cell.seed, dict(cell.settings))
     config = config.for_data(DATASETS[cell.dataset][2], cell.dataset)
-    names = {"width": "width", "depth": "depth", "norm": "norm", "pooling": "pooling", "network_init": "initialization"}
-    found = {name: getattr(config, key) for key, name in names.items()}
+    found = config.convnet_settings()
     return found if norm is None else {**found, "norm": norm}
 
 

@@ -26,6 +26,7 @@ from atom_fast.evaluation.sets import random_sets, select
 from atom_fast.evaluation.training import Trainer, accuracy, network_seed
 from atom_fast.networks import NETWORKS, ConvNet, make_network
 from atom_fast.synthetic import SyntheticSet
+from tests.evaluation.interruptions import count_trained, interrupted_after
 
 SMALL = {"width": 8, "depth": 2}
 
@@ -447,26 +448,6 @@ def test_no_result_is_invented_where_all_networks_diverge(small_set, data, prepr
     assert math.isnan(result.mean) and math.isnan(result.std)
     assert result.best_accuracies == (None, None)
     assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["accuracy_mean"] is None
-
-
-def interrupted_after(finished, monkeypatch):
-    """Stop evaluations as by Ctrl-C when so many networks have been recorded."""
-    written, write = [], evaluation.write_record
-
-    def stopping(path, record):
-        write(path, record)
-        written.append(record)
-        if len(written) == finished:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(evaluation, "write_record", stopping)
-
-
-def count_trained(monkeypatch):
-    """The seeds of the networks that are trained."""
-    seeds, restart = [], Trainer.restart
-    monkeypatch.setattr(Trainer, "restart", lambda trainer, seed: (seed and seeds.append(seed), restart(trainer, seed)))
-    return seeds
 
 
 def test_an_equal_call_goes_on_from_the_record(small_set, data, tmp_path, monkeypatch):

@@ -12,8 +12,8 @@ from atom_fast.data.sources import load_data
 from atom_fast.evaluation import PROTOCOLS
 from atom_fast.evaluation import accuracy as evaluation
 from atom_fast.evaluation.sets import select
-from atom_fast.evaluation.training import Trainer
 from atom_fast.synthetic import SyntheticSet
+from tests.evaluation.interruptions import count_trained, interrupted_after
 
 
 @pytest.fixture(autouse=True)
@@ -77,28 +77,6 @@ def test_epochs_replace_those_of_the_protocol_and_the_result_says_so(file, tmp_p
     (record,) = json.loads((tmp_path / "result.json").read_text())
     assert record["protocol"]["epochs"] == 3 and record["protocol"]["name"] == "digits (epochs=3)"
     assert list(record["curves"][0]) == ["3"]
-
-
-def interrupted_after(finished, monkeypatch):
-    """Stop as by Ctrl-C when so many networks have been recorded."""
-    written, write = [], evaluation.write_record
-
-    def stopping(path, record):
-        write(path, record)
-        written.append(record)
-        if len(written) == finished:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(evaluation, "write_record", stopping)
-
-
-def count_trained(monkeypatch):
-    """One entry per network that is trained."""
-    trained, restart = [], Trainer.restart
-    monkeypatch.setattr(
-        Trainer, "restart", lambda trainer, seed: (seed and trained.append(seed), restart(trainer, seed))
-    )
-    return trained
 
 
 @pytest.mark.fault(
