@@ -12,7 +12,6 @@ import click
 from atom_fast import __version__
 from atom_fast._malloc import keep_freed_memory
 from atom_fast.distillation.config import PRESETS
-from atom_fast.evaluation.protocols import PROTOCOLS, default_protocol, get_protocol
 from atom_fast.names import (
     EXPORT_FORMATS,
     FEATURES,
@@ -40,6 +39,7 @@ from atom_fast.options import (
     set_argument,
     setting_options,
 )
+from atom_fast.training.protocols import PROTOCOLS, default_protocol, get_protocol
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -10,7 +10,6 @@ from pathlib import Path
 import click
 
 from atom_fast.distillation.config import PRESETS
-from atom_fast.evaluation.protocols import PROTOCOLS
 from atom_fast.names import WATCHED_EPOCHS
 from atom_fast.options import (
     Choice,
@@ -25,6 +24,7 @@ from atom_fast.options import (
     quiet_option,
     setting_options,
 )
+from atom_fast.training.protocols import PROTOCOLS
 from benchmarks import devices, gpu, ranks, roofline, scaling, step, table3
 from benchmarks.accuracy.study import FACTORS
 from benchmarks.accuracy.tables import TARGETS, Target, parse_cell

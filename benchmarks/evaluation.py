@@ -23,9 +23,10 @@ from atom_fast._malloc import keep_freed_memory
 from atom_fast.data import load_data
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import fit_preprocessing
-from atom_fast.evaluation import get_protocol, random_selection
+from atom_fast.evaluation import random_selection
 from atom_fast.evaluation.accuracy import evaluate
 from atom_fast.synthetic import SyntheticSet
+from atom_fast.training import get_protocol
 
 from .harness import environment, save_results
 from .methods.published import ConvNet, augment

@@ -17,8 +17,8 @@ import atom_fast.distillation
 from atom_fast import demo
 from atom_fast.cli import main
 from atom_fast.distillation.config import PRESETS, SETTINGS, DistillConfig, preset, read_config
-from atom_fast.evaluation.protocols import PROTOCOLS, get_protocol
 from atom_fast.synthetic import SyntheticSet
+from atom_fast.training.protocols import PROTOCOLS, get_protocol
 
 TINY = ["--width", "8", "--depth", "2", "--iterations", "4", "--real-batch", "8", "--log-every", "2"]
 

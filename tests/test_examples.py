@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from atom_fast.evaluation.protocols import get_protocol
 from atom_fast.synthetic import SyntheticSet
+from atom_fast.training.protocols import get_protocol
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples"
 

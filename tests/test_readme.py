@@ -16,8 +16,8 @@ from click.testing import CliRunner
 import benchmarks.__main__
 from atom_fast import cli
 from atom_fast.data.whitening import fit_preprocessing
-from atom_fast.evaluation.protocols import get_protocol
 from atom_fast.synthetic import SyntheticSet
+from atom_fast.training.protocols import get_protocol
 
 ROOT = Path(__file__).resolve().parent.parent
 README, USAGE = ROOT / "README.md", ROOT / "docs" / "usage.md"

@@ -14,17 +14,13 @@ if _typing.TYPE_CHECKING:
         random_selection,
         watch_training,
     )
-    from atom_fast.evaluation.protocols import PROTOCOLS, Protocol, get_protocol
     from atom_fast.evaluation.results import EvaluationResult
 
 __all__ = [
-    "PROTOCOLS",
     "EvaluationResult",
     "ForgettingCounter",
-    "Protocol",
     "evaluate",
     "forgetting_selection",
-    "get_protocol",
     "herding_selection",
     "k_center_selection",
     "random_selection",
@@ -34,13 +30,10 @@ __all__ = [
 __getattr__, __dir__ = _lazy_names(
     __name__,
     {
-        "PROTOCOLS": "protocols",
         "EvaluationResult": "results",
         "ForgettingCounter": "coresets",
-        "Protocol": "protocols",
         "evaluate": "accuracy",
         "forgetting_selection": "coresets",
-        "get_protocol": "protocols",
         "herding_selection": "coresets",
         "k_center_selection": "coresets",
         "random_selection": "coresets",

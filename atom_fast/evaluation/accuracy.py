@@ -22,10 +22,15 @@ from atom_fast.data.sources import load_data
 from atom_fast.distillation import ranks
 from atom_fast.distillation.config import CONVNET_SETTINGS, preset
 from atom_fast.distillation.logs import versions
-from atom_fast.evaluation.ensemble import train_networks
-from atom_fast.evaluation.protocols import Protocol, check_count, default_protocol, get_protocol
 from atom_fast.evaluation.results import Curve, EvaluationResult, curves_of, locked_record, read_records, write_record
-from atom_fast.evaluation.training import (
+from atom_fast.names import TRAINING_PRECISIONS
+from atom_fast.networks.convnet import default_depth
+from atom_fast.networks.layers import memory_format
+from atom_fast.pictures import method_name
+from atom_fast.synthetic import SyntheticSet
+from atom_fast.training.ensemble import train_networks
+from atom_fast.training.protocols import Protocol, check_count, default_protocol, get_protocol
+from atom_fast.training.trainer import (
     Trainer,
     accuracy,
     empty_network,
@@ -33,11 +38,6 @@ from atom_fast.evaluation.training import (
     network_seed,
     repeatable_convolutions,
 )
-from atom_fast.names import TRAINING_PRECISIONS
-from atom_fast.networks.convnet import default_depth
-from atom_fast.networks.layers import memory_format
-from atom_fast.pictures import method_name
-from atom_fast.synthetic import SyntheticSet
 
 
 def evaluate(
@@ -58,7 +58,7 @@ def evaluate(
 ) -> EvaluationResult:
     """Train fresh networks on a set and test them on the whole test set after the last epoch.
 
-    Several are trained at a time; see :mod:`atom_fast.evaluation.ensemble`. Network i has its own generator, seeded
+    Several are trained at a time; see :mod:`atom_fast.training.ensemble`. Network i has its own generator, seeded
     from ``seed`` and i, for its initial weights, batch order, augmentation and dropout. It is the same network, to
     rounding, however many others there are. After :func:`atom_fast.distillation.ranks.join`, processes share the
     networks; each calls this function with the same arguments and gets the whole result.

@@ -12,8 +12,10 @@ from torch import Tensor
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.sampling import check_class_sizes
 from atom_fast.data.whitening import Preprocessing
-from atom_fast.evaluation.protocols import Protocol, get_protocol
-from atom_fast.evaluation.training import (
+from atom_fast.names import WATCHED_EPOCHS
+from atom_fast.networks.layers import memory_format
+from atom_fast.training.protocols import Protocol, get_protocol
+from atom_fast.training.trainer import (
     Trainer,
     empty_network,
     in_batches,
@@ -21,8 +23,6 @@ from atom_fast.evaluation.training import (
     network_seed,
     repeatable_convolutions,
 )
-from atom_fast.names import WATCHED_EPOCHS
-from atom_fast.networks.layers import memory_format
 
 
 def random_selection(data: ImageData, ipc: int, seed: int) -> Tensor:

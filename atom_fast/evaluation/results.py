@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from atom_fast._files import write_atomically
-from atom_fast.evaluation.protocols import Protocol
-
-Curve = dict[int, float | None]
+from atom_fast.training.ensemble import Curve
+from atom_fast.training.protocols import Protocol
 
 
 @dataclasses.dataclass(frozen=True)

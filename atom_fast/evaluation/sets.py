@@ -23,9 +23,9 @@ from atom_fast.evaluation.coresets import (
     random_selection,
     watch_training,
 )
-from atom_fast.evaluation.protocols import Protocol
 from atom_fast.names import FEATURES, PREPROCESSINGS, SELECTIONS, WATCHED_EPOCHS
 from atom_fast.synthetic import PUBLIC_NORMALIZATION, SyntheticSet, folder_names, load_public
+from atom_fast.training.protocols import Protocol
 
 
 def select(

@@ -19,8 +19,8 @@ from pathlib import Path
 from atom_fast._files import write_atomically
 from atom_fast.distillation.config import DistillConfig
 from atom_fast.distillation.logs import log
-from atom_fast.evaluation.protocols import Protocol
 from atom_fast.evaluation.results import is_curve
+from atom_fast.training.protocols import Protocol
 from benchmarks.accuracy.datasets import DATASETS
 from benchmarks.methods import configuration, get_method
 

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 
 from atom_fast.distillation.config import affects_result, preset
-from atom_fast.evaluation.protocols import Protocol, default_protocol, get_protocol
 from atom_fast.names import WATCHED_EPOCHS
+from atom_fast.training.protocols import Protocol, default_protocol, get_protocol
 from benchmarks.paper import NETWORKS, SETS
 
 _OF_DM = ("iterations", "real_batch")  # settings for which DM has its own values

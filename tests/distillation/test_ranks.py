@@ -22,8 +22,8 @@ from atom_fast.distillation.loop import distill
 from atom_fast.distillation.ranks import RankError, StopSign, join, launched, own_device
 from atom_fast.distillation.step import Distillation, DivergenceError
 from atom_fast.evaluation.accuracy import evaluate
-from atom_fast.evaluation.protocols import get_protocol
 from atom_fast.synthetic import SyntheticSet
+from atom_fast.training.protocols import get_protocol
 from benchmarks import ranks as benchmark
 from tests.distillation.test_step import make_data, make_run
 

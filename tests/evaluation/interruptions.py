@@ -1,7 +1,7 @@
 """Evaluations that end early, and the networks that they train."""
 
 from atom_fast.evaluation import accuracy as evaluation
-from atom_fast.evaluation.training import Trainer
+from atom_fast.training.trainer import Trainer
 
 
 def interrupted_after(finished, monkeypatch):

@@ -19,13 +19,14 @@ from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing, fit_preprocessing
 from atom_fast.distillation.config import preset
 from atom_fast.evaluation import accuracy as evaluation
-from atom_fast.evaluation import get_protocol, training
 from atom_fast.evaluation.accuracy import architecture_of, evaluate
-from atom_fast.evaluation.ensemble import _Ensemble, train_networks
 from atom_fast.evaluation.sets import random_sets, select
-from atom_fast.evaluation.training import Trainer, accuracy, network_seed
 from atom_fast.networks import NETWORKS, ConvNet, make_network
 from atom_fast.synthetic import SyntheticSet
+from atom_fast.training import get_protocol
+from atom_fast.training import trainer as training
+from atom_fast.training.ensemble import _Ensemble, train_networks
+from atom_fast.training.trainer import Trainer, accuracy, network_seed
 from tests.evaluation.interruptions import count_trained, interrupted_after
 
 SMALL = {"width": 8, "depth": 2}

@@ -9,10 +9,10 @@ from click.testing import CliRunner
 
 from atom_fast.cli import main
 from atom_fast.data.sources import load_data
-from atom_fast.evaluation import PROTOCOLS
 from atom_fast.evaluation import accuracy as evaluation
 from atom_fast.evaluation.sets import select
 from atom_fast.synthetic import SyntheticSet
+from atom_fast.training import PROTOCOLS
 from tests.evaluation.interruptions import count_trained, interrupted_after
 
 

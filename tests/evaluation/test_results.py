@@ -6,8 +6,9 @@ import math
 
 import pytest
 
-from atom_fast.evaluation import EvaluationResult, get_protocol
+from atom_fast.evaluation import EvaluationResult
 from atom_fast.evaluation.results import curves_of, read_records, summary, write_record
+from atom_fast.training import get_protocol
 
 PROTOCOL = get_protocol("paper", epochs=6)
 ABOUT = {

@@ -5,11 +5,12 @@ import torch
 
 from atom_fast.data.whitening import Preprocessing, fit_preprocessing
 from atom_fast.distillation.config import preset
-from atom_fast.evaluation import get_protocol, herding_selection, random_selection
+from atom_fast.evaluation import herding_selection, random_selection
 from atom_fast.evaluation.accuracy import evaluate
 from atom_fast.evaluation.sets import read_set, select
 from atom_fast.names import SELECTIONS
 from atom_fast.synthetic import PUBLIC_NORMALIZATION, SyntheticSet
+from atom_fast.training import get_protocol
 from tests.evaluation.small import small_data
 
 

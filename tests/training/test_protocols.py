@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from atom_fast.evaluation import PROTOCOLS, get_protocol
+from atom_fast.training import PROTOCOLS, get_protocol
 
 
 def test_learning_rates_of_the_protocols():

@@ -1,6 +1,6 @@
 """Training of several networks at a time: the one place that decides how.
 
-Each network has its own :class:`~atom_fast.evaluation.training.Trainer` and seed, so that its result does not depend on
+Each network has its own :class:`~atom_fast.training.trainer.Trainer` and seed, so that its result does not depend on
 the others. On a CPU each has a thread. Measured on two cores with 100 digits per step, a network's step takes 7.3 ms,
 against 8.7 ms where both cores share each step; grouped convolutions and ``vmap``, which run the same arithmetic in
 PyTorch's own norms and poolings, took 17 ms and more. On a GPU the steps of several networks are one CUDA graph in
@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from atom_fast._device import is_out_of_memory
-from atom_fast.evaluation.results import Curve
-from atom_fast.evaluation.training import Trainer
 from atom_fast.ops.launching import unfused_if_refused
+from atom_fast.training.trainer import Trainer
+
+Curve = dict[int, float | None]  # accuracy in percent after each tested epoch; None: the network diverged
 
 # Images in a GPU's graph: four networks at a batch of 256, more networks at smaller batches.
 _IMAGES_TOGETHER = 1024

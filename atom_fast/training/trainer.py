@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from atom_fast.data.augmentation import augment, draw_augmentation
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing
-from atom_fast.evaluation.protocols import Protocol
 from atom_fast.networks import make_network
+from atom_fast.training.protocols import Protocol
 
 # Pixels tested at once: on a CPU 256 images of 32x32, whose first feature map takes 128 MiB at width 128; eight times
 # as many elsewhere.
