@@ -17,11 +17,13 @@ from typing import Any
 import torch
 
 from atom_fast._files import write_atomically
+from atom_fast.data.partition import check_partition, decode
 from atom_fast.data.whitening import Preprocessing
 from atom_fast.names import EXPORT_FORMATS, SYNTHETIC_FILE
 
 FORMAT = "atom_fast.synthetic_set"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_BEFORE_PARTITIONS = 1  # sets without a partition are still written in this version
 
 # Mean and standard deviation with which the public DC, DM and DataDAM programs normalise test images. CIFAR-10's differ
 # from its pixels' (0.247, 0.243, 0.262): a set normalised by its pixels would have another contrast there.
@@ -38,8 +40,11 @@ class SyntheticSet(torch.utils.data.Dataset):
     As a ``torch.utils.data.Dataset`` it yields ``(image, label)``: float32 ``[C, H, W]`` in model space and an int.
 
     Attributes:
-        images: float32 ``[N, C, H, W]`` in model space: normalised, and whitened if the preprocessing whitens.
+        images: float32 ``[N, C, H, W]`` in model space: normalised, and whitened if the preprocessing whitens. With a
+            partition these are the images on the sheets, cut out and enlarged; change ``sheets`` to change them.
         labels: int64 ``[N]``, each in ``[0, len(class_names))``.
+        sheets: float32 ``[N / partition^2, C, H, W]``, the stored images; without a partition the images themselves.
+        partition: rows and columns of images on a sheet (`atom_fast.data.partition`); 1: none.
         class_names: one name per class.
         preprocessing: :class:`~atom_fast.data.whitening.Preprocessing` between pixels and model space.
         metadata: the set's origin, as JSON values. ``distill`` writes ``config``, ``config_hash``, ``seed``,
@@ -53,14 +58,22 @@ class SyntheticSet(torch.utils.data.Dataset):
         class_names: Sequence[str],
         preprocessing: Preprocessing,
         metadata: dict | None = None,
+        partition: int = 1,
     ):
         """Check and keep the parts; nothing is copied.
+
+        Args:
+            images: float32 ``[N, C, H, W]`` in model space, or the sheets.
+            labels: int64 ``[N]``, one per image or sheet.
+            class_names, preprocessing, metadata, partition: the attributes.
 
         Raises:
             ValueError: as `check`.
         """
-        self.images = images.detach()
-        self.labels = labels
+        self.sheets = images.detach()
+        self.partition = partition
+        self.labels = labels if partition == 1 else labels.repeat_interleave(partition**2)
+        self._decoded: tuple[torch.Tensor, torch.Tensor] | None = None  # the sheets, and the images on them
         self.class_names = tuple(class_names)
         self.preprocessing = preprocessing
         self.metadata = dict(metadata or {})
@@ -73,6 +86,7 @@ class SyntheticSet(torch.utils.data.Dataset):
             ValueError: a wrong shape or dtype, a value that is not finite, a label without a class name, images that
                 the preprocessing does not fit, or an entry of the metadata of another type than ``distill`` writes.
         """
+        check_partition(self.partition, *self.sheets.shape[2:])
         _check_parts(self.images, self.labels, self.class_names)
         if not all(tensor.isfinite().all() for tensor in self.preprocessing.tensors().values()):
             raise ValueError("the preprocessing must be finite; got NaN or infinity")
@@ -86,8 +100,23 @@ class SyntheticSet(torch.utils.data.Dataset):
             f"{self.preprocessing})"
         )
 
+    @property
+    def images(self) -> torch.Tensor:
+        """The images that networks train on."""
+        if self.partition == 1:
+            return self.sheets
+        if self._decoded is None or self._decoded[0] is not self.sheets:
+            self._decoded = self.sheets, decode(self.sheets, self.partition)
+        return self._decoded[1]
+
+    @images.setter
+    def images(self, images: torch.Tensor) -> None:
+        if self.partition > 1:
+            raise AttributeError(f"images come from the sheets of partition {self.partition}: change sheets")
+        self.sheets = images
+
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.labels)
 
     def __getitem__(self, index: int | slice | Sequence[int]) -> tuple[torch.Tensor, int | torch.Tensor]:
         """Return an image and its label, or several of each, indexed like the tensors."""
@@ -101,9 +130,14 @@ class SyntheticSet(torch.utils.data.Dataset):
 
     @property
     def ipc(self) -> int | None:
-        """Images per class, or None where the classes differ in size."""
+        """Stored images (sheets) per class, or None where the classes differ in size."""
         sizes = set(self.class_sizes)
-        return sizes.pop() if len(sizes) == 1 else None
+        return sizes.pop() // self.partition**2 if len(sizes) == 1 else None
+
+    @property
+    def sheet_labels(self) -> torch.Tensor:
+        """The class of each stored image."""
+        return self.labels[:: self.partition**2]
 
     def pixels(self) -> torch.Tensor:
         """Return the images as pixels: float32 ``[N, C, H, W]`` in [0, 1], clamped."""
@@ -112,11 +146,12 @@ class SyntheticSet(torch.utils.data.Dataset):
     def to(self, device: torch.device | str) -> SyntheticSet:
         """Return the set with its tensors on ``device``."""
         return SyntheticSet(
-            self.images.to(device),
-            self.labels.to(device),
+            self.sheets.to(device),
+            self.sheet_labels.to(device),
             self.class_names,
             self.preprocessing.to(device),
             self.metadata,
+            self.partition,
         )
 
     def save(self, path: str | os.PathLike) -> Path:
@@ -136,10 +171,12 @@ class SyntheticSet(torch.utils.data.Dataset):
 
         self.check()
 
-        tensors = {"images": self.images, "labels": self.labels}
+        tensors = {"images": self.sheets, "labels": self.sheet_labels}
         tensors |= {f"preprocessing.{name}": tensor for name, tensor in self.preprocessing.tensors().items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        description = {"format_version": FORMAT_VERSION, "class_names": self.class_names, "metadata": self.metadata}
+        description = {"format_version": _BEFORE_PARTITIONS, "class_names": self.class_names, "metadata": self.metadata}
+        if self.partition > 1:
+            description |= {"format_version": FORMAT_VERSION, "partition": self.partition}
         description = json.loads(_to_json(description))  # keys that are numbers become text before they are sorted
         description["sha256"] = _digest(tensors, description)
         # One entry: safetensors writes several in an order that changes from run to run.
@@ -164,7 +201,12 @@ class SyntheticSet(torch.utils.data.Dataset):
             if not isinstance(description["class_names"], list):
                 raise ValueError(f"class_names must be a list; got a {type(description['class_names']).__name__}")
             synthetic = cls(
-                tensors["images"], tensors["labels"], description["class_names"], preprocessing, description["metadata"]
+                tensors["images"],
+                tensors["labels"],
+                description["class_names"],
+                preprocessing,
+                description["metadata"],
+                description.get("partition", 1),
             )
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"{path} does not hold a usable synthetic set: {error}") from error
@@ -332,10 +374,10 @@ def _read_file(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         description = dict(json.loads(header[FORMAT]))
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: its header is not a JSON object: {error}") from error
-    if description.get("format_version") != FORMAT_VERSION:
+    if description.get("format_version") not in (_BEFORE_PARTITIONS, FORMAT_VERSION):
         raise ValueError(
-            f"{path} has format version {description.get('format_version')!r}, this atom_fast reads {FORMAT_VERSION}; "
-            "install the version that wrote it"
+            f"{path} has format version {description.get('format_version')!r}, this atom_fast reads "
+            f"{_BEFORE_PARTITIONS} and {FORMAT_VERSION}; install the version that wrote it"
         )
     if _digest(tensors, description) != description.get("sha256"):
         raise ValueError(f"{path} is damaged: its content does not match its checksum; use another copy of it")

@@ -55,24 +55,29 @@ def describe_small_classes(data: ImageData, batch: int) -> str | None:
     )
 
 
-def check_class_sizes(data: ImageData, ipc: int, way_out: str = "") -> None:
-    """Check that every class has at least ``ipc`` training images.
+def check_class_sizes(data: ImageData, ipc: int, way_out: str = "", *, partition: int = 1) -> None:
+    """Check that every class has training images for ``ipc`` stored ones.
 
     Args:
         data: the real images.
-        ipc: images per class.
+        ipc: stored images per class.
+        partition: rows and columns of real images on each stored image.
         way_out: an alternative to a smaller ``ipc``, appended to the message.
 
     Raises:
         ValueError: ``ipc`` is below 1, or a class has fewer images; the message names the class and both numbers.
     """
     name, smallest = _smallest_class(data)
+    each = partition**2
+    most = smallest // each
     if ipc < 1:
-        raise ValueError(f"images per class must be 1 to {smallest} for {data.name}; got {ipc}")
-    if ipc > smallest:
+        raise ValueError(f"images per class must be 1 to {most} for {data.name}; got {ipc}")
+    if ipc > most:
+        sheets = "" if partition == 1 else f" ({each} on each of {ipc} sheets)"
+        smaller = f"give an ipc of at most {most}" if most else "give a smaller partition"
         raise ValueError(
-            f"class {name!r} of {data.name} has {smallest} training images, but {ipc} different ones per class were "
-            f"asked for; give an ipc of at most {smallest}{way_out}"
+            f"class {name!r} of {data.name} has {smallest} training images, but {ipc * each} different ones per class "
+            f"were asked for{sheets}; {smaller}{way_out}"
         )
 
 

@@ -36,6 +36,10 @@ CONVNET_SETTINGS = {
 
 _SIZE = {"ge": 1, "lt": 2**31}  # larger sizes overflow 32-bit indices
 
+# Settings that earlier versions lacked, whose defaults are what these versions did; left out of the hash there, so that
+# runs and results of before keep theirs.
+_ADDED = ("partition", "synthetic_batch", "pool_networks", "pool_epochs", "calibration_weight", "easy_fraction")
+
 # Settings that earlier versions wrote and that are gone: the value that still means the same, and what to do instead.
 _REMOVED = {
     "memory_budget": (None, "use class_chunk"),
@@ -160,6 +164,51 @@ class DistillConfig:
         "initial images where no set is given to start from: random real ones, or Gaussian noise",
         source="paper section 3: random sampling",
     )
+    partition: int = _setting(
+        1,
+        "rows and columns of smaller images on each stored image, a sheet; they are enlarged before use, so that every "
+        "stored image trains as partition^2 images. It must divide the sides; 1: none",
+        source="IDC (Kim et al. 2022): 2 up to 64x64, 3 for larger images; no part of ATOM",
+        **_SIZE,
+    )
+    synthetic_batch: int | None = _setting(
+        None,
+        "synthetic images per class per step, drawn from those on the sheets; auto: all of them",
+        unit="per class",
+        source="IDC's code: at most 128",
+        **_SIZE,
+    )
+    pool_networks: int = _setting(
+        0,
+        "networks trained on the real images; a step draws one, at a random point between its initial and its trained "
+        "weights. 0: every step draws new random weights",
+        unit="networks",
+        source="DANCE (Zhang et al. 2024): 5; NCFM: 20; no part of ATOM",
+        ge=0,
+        lt=2**31,
+    )
+    pool_epochs: int = _setting(
+        20,
+        "passes of these networks over the real images",
+        unit="epochs",
+        source="DANCE and NCFM: 60; DSDM: 20",
+        **_SIZE,
+    )
+    calibration_weight: float = _setting(
+        0.0,
+        "weight of the cross-entropy of the synthetic images on the drawn network, beside the attention loss; needs "
+        "pool_networks",
+        source="DANCE, NCFM and IDM; no part of ATOM",
+        ge=0,
+    )
+    easy_fraction: float = _setting(
+        1.0,
+        "share of each class's real images that are used, the easiest ones by the pool's scores; below 1 it needs "
+        "pool_networks",
+        source="PAD (Li et al. 2024): 0.5 at one image per class; no part of ATOM",
+        gt=0,
+        le=1,
+    )
     augmentation: str = _setting(
         STRATEGY,
         "operations of siamese augmentation, joined by underscores; each class draws one per step; 'none': no "
@@ -234,6 +283,16 @@ class DistillConfig:
             raise ValueError("nothing to match: spatial_power and channel_power are None and mmd_weight is 0")
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _check_pool(self) -> DistillConfig:
+        needing = {"calibration_weight": self.calibration_weight > 0, "easy_fraction": self.easy_fraction < 1}
+        for name, needs in needing.items():
+            if needs and self.pool_networks == 0:
+                raise ValueError(
+                    f"{name} {getattr(self, name):g} needs trained networks: give pool_networks, at least 1"
+                )
+        return self
+
     @property
     def _matches_layers(self) -> bool:
         """True if anything is matched besides the mean embeddings."""
@@ -259,6 +318,7 @@ class DistillConfig:
     def config_hash(self) -> str:
         """Return the first 16 hex digits of the SHA-256 of the settings that the images depend on."""
         settings = {name: value for name, value in self.to_dict().items() if affects_result(name)}
+        settings = {k: v for k, v in settings.items() if k not in _ADDED or v != SETTINGS[k]["default"]}
         canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -552,8 +612,10 @@ def _accepted(setting: Mapping[str, Any]) -> str:
         return f"one of {', '.join(setting['enum'])}"
     words = {"integer": "a whole number", "number": "a number", "string": "text", "boolean": "true or false"}
     text = words[setting["type"]]
-    if "maximum" in setting:
+    if "maximum" in setting and "minimum" in setting:
         text += f" in [{setting['minimum']}, {setting['maximum']}]"
     elif "minimum" in setting:
         text += f" of at least {setting['minimum']}"
+    elif "exclusiveMinimum" in setting:
+        text += f" above {setting['exclusiveMinimum']}"
     return text + (", or None" if setting["nullable"] else "")

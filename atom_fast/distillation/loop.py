@@ -7,8 +7,10 @@ import os
 import torch
 
 from atom_fast.data.dataset import ImageData
+from atom_fast.data.partition import check_partition
 from atom_fast.data.whitening import Preprocessing, fit_preprocessing
 from atom_fast.distillation.config import DistillConfig
+from atom_fast.distillation.pool import trained_pool
 from atom_fast.distillation.ranks import own_device
 from atom_fast.distillation.run_folder import RunFolder
 from atom_fast.distillation.start import check_start
@@ -72,7 +74,8 @@ def distill(
         real = data.to(device)
         if preprocessing is None:
             preprocessing = fit_preprocessing(real.train_images, config.preprocessing, progress=progress)
-        run = folder.start(real, preprocessing, start)
+        pool = trained_pool(real, preprocessing, config, progress=progress) if config.pool_networks else None
+        run = folder.start(real, preprocessing, start, pool)
         for iteration in folder.remaining(run):  # ends early, saved, on SIGTERM or Ctrl-C
             run.step(iteration)
             folder.record(run, iteration)  # what is due: log, checkpoint, picture
@@ -100,6 +103,7 @@ def _check_fit(
     for name in ("image_lr", "loss_scale", "mmd_weight"):
         if getattr(config, name) > largest:
             raise ValueError(f"{name} must be at most {largest:.2g}, float32's limit; got {getattr(config, name):g}")
+    check_partition(config.partition, *data.image_shape[1:])
     if draws_start:
         check_start(config, data)
     make_convnet(config, data)  # raises where the images are too small for its depth

@@ -23,6 +23,7 @@ from atom_fast.distillation.checkpoint import Checkpoint, latest_checkpoint, rem
 from atom_fast.distillation.config import DistillConfig, affects_result, drop_removed_settings, write_config
 from atom_fast.distillation.logs import RunLog, append_environment, environment, log, peak_memory, versions
 from atom_fast.distillation.matching import FUSED
+from atom_fast.distillation.pool import Pool, easiest
 from atom_fast.distillation.start import given_images, initial_images
 from atom_fast.distillation.step import Distillation, DivergenceError
 from atom_fast.pictures import save_image_grid
@@ -99,16 +100,19 @@ class RunFolder:
                     f"{self._how_to_go_on}"
                 )
 
-    def start(self, data: ImageData, preprocessing: Preprocessing, start: SyntheticSet | None) -> Distillation:
+    def start(
+        self, data: ImageData, preprocessing: Preprocessing, start: SyntheticSet | None, pool: Pool | None
+    ) -> Distillation:
         """Prepare the run as it begins, or as its checkpoint left it, and write its settings and environment.
 
         Args:
             data: real images, on the device that computes.
             preprocessing: on the same device.
             start: initial images instead of ``image_init``; not used where there is a checkpoint.
+            pool: the trained networks; None without ``pool_networks``.
 
         Raises:
-            ValueError: ``start`` does not fit the settings or the data.
+            ValueError: ``start`` does not fit the settings or the data, or the checkpoint's pool was another one.
             OSError: a file could not be written.
         """
         config, checkpoint, device = self._config, self._checkpoint, data.train_images.device
@@ -122,12 +126,13 @@ class RunFolder:
             elif start is not None:
                 images = given_images(start, config, data, preprocessing)
             else:
-                images = initial_images(config, data, preprocessing)
+                used = data if pool is None else easiest(data, pool.scores, config.easy_fraction)
+                images = initial_images(config, used, preprocessing)
         own = torch.empty(len(classes) * config.ipc, *data.image_shape, device=device)
         images = ranks.scatter(images, own, data.num_classes)
         assert images is not None  # the first rank has them, the others received theirs
         progress = self._progress and ranks.is_first()
-        run = Distillation(config, data, preprocessing, images, classes=classes, progress=progress)
+        run = Distillation(config, data, preprocessing, images, classes=classes, pool=pool, progress=progress)
         if checkpoint is not None:
             saved = checkpoint.tensors
             run.restore(
@@ -310,7 +315,8 @@ class RunFolder:
         assert images is not None  # gathered on every rank
         images = images.detach().cpu().contiguous()
         labels = torch.arange(data.num_classes).repeat_interleave(config.ipc)
-        return SyntheticSet(images, labels, data.class_names, self._preprocessing.to("cpu"), metadata)
+        space = self._preprocessing.to("cpu")
+        return SyntheticSet(images, labels, data.class_names, space, metadata, config.partition)
 
     def _checkpoint_to_resume(self) -> Checkpoint | None:
         """Return the newest intact checkpoint, None without any; raise ValueError if it is of another run."""
@@ -330,7 +336,8 @@ class RunFolder:
     def _check_same_run(self, checkpoint: Checkpoint) -> None:
         try:
             # A checkpoint needs no start any more, and memory_budget changed no image.
-            saved = {**checkpoint.config, "memory_budget": None}
+            # Settings that its version lacked have the defaults.
+            saved = {**DistillConfig().to_dict(), **checkpoint.config, "memory_budget": None}
             if saved.get("image_init") == "given":
                 saved["image_init"] = self._config.image_init
             before, current = drop_removed_settings(saved), self._config.to_dict()

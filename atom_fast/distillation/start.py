@@ -7,6 +7,7 @@ from torch import Tensor
 
 from atom_fast._seeds import derive_seed
 from atom_fast.data.dataset import ImageData
+from atom_fast.data.partition import make_sheets
 from atom_fast.data.sampling import check_class_sizes, sample_class_indices
 from atom_fast.data.whitening import Preprocessing
 from atom_fast.distillation.config import DistillConfig
@@ -22,28 +23,29 @@ def initial_images(config: DistillConfig, data: ImageData, preprocessing: Prepro
         preprocessing: from pixels to model space, on the same device.
 
     Returns:
-        float32 [K*ipc, C, H, W] in model space, class-major.
+        float32 [K*ipc, C, H, W] in model space, class-major; with a partition, sheets of shrunk real images.
 
     Raises:
-        ValueError: ``image_init`` is "real" and a class has fewer than ``config.ipc`` real images.
+        ValueError: ``image_init`` is "real" and a class has fewer real images than are needed.
     """
     generator = torch.Generator(data.train_images.device).manual_seed(derive_seed(config.seed, 0))
     check_start(config, data)
     if config.image_init == "noise":
         shape = (data.num_classes * config.ipc, *data.image_shape)
         return torch.randn(shape, generator=generator, device=generator.device)
-    indices = sample_class_indices(data, config.ipc, generator).flatten()
-    return preprocessing.to_model(data.train_images[indices])
+    indices = sample_class_indices(data, config.ipc * config.partition**2, generator).flatten()
+    return make_sheets(preprocessing.to_model(data.train_images[indices]), config.partition)
 
 
 def check_start(config: DistillConfig, data: ImageData) -> None:
     """Check that every class has enough real images to start from.
 
     Raises:
-        ValueError: a class has fewer than ``config.ipc``; the message says what to do.
+        ValueError: a class has fewer than are needed; the message says what to do.
     """
     if config.image_init == "real":
-        check_class_sizes(data, config.ipc, ", or start from noise (image_init 'noise', --image-init noise)")
+        way_out = ", or start from noise (image_init 'noise', --image-init noise)"
+        check_class_sizes(data, config.ipc, way_out, partition=config.partition)
 
 
 def given_images(start: SyntheticSet, config: DistillConfig, data: ImageData, preprocessing: Preprocessing) -> Tensor:
@@ -52,7 +54,7 @@ def given_images(start: SyntheticSet, config: DistillConfig, data: ImageData, pr
     Raises:
         ValueError: the set has other classes, another ``ipc`` or another image shape.
     """
-    shape = tuple(start.images.shape[1:])
+    shape = tuple(start.sheets.shape[1:])
     if start.class_names != data.class_names or start.ipc != config.ipc or shape != data.image_shape:
         raise ValueError(
             f"the set to start from must have {config.ipc} images {list(data.image_shape)} of each of the "
@@ -60,8 +62,8 @@ def given_images(start: SyntheticSet, config: DistillConfig, data: ImageData, pr
             f"{list(shape)} of {len(start.class_names)} classes {', '.join(start.class_names[:3])} ..."
         )
     start = start.to(data.train_images.device)
-    order = torch.argsort(start.labels, stable=True)
+    order = torch.argsort(start.sheet_labels, stable=True)
     own, others = preprocessing.tensors(), start.preprocessing.tensors()
     if own.keys() == others.keys() and all(torch.equal(own[name], others[name]) for name in own):
-        return start.images[order]  # not by way of pixels, which are clamped to [0, 1]
+        return start.sheets[order]  # not by way of pixels, which are clamped to [0, 1]
     return preprocessing.to_model(start.pixels()[order])

@@ -8,17 +8,20 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from atom_fast._device import convolution_precision, is_out_of_memory, refuse_triton, triton_refusal
 from atom_fast._seeds import derive_seed
 from atom_fast.data.augmentation import AugmentationParameters, augment, draw_augmentation
 from atom_fast.data.dataset import ImageData
+from atom_fast.data.partition import decode
 from atom_fast.data.sampling import sample_class_indices
 from atom_fast.data.whitening import Preprocessing, real_image_gatherer
 from atom_fast.distillation.config import DistillConfig
 from atom_fast.distillation.logs import log
 from atom_fast.distillation.matching import describe_fusion, make_extractor, matching_terms
+from atom_fast.distillation.pool import Pool, easiest
 from atom_fast.distillation.stages import stage
 from atom_fast.functional import class_groups
 from atom_fast.networks.convnet import ConvNet
@@ -36,14 +39,17 @@ class Terms(typing.NamedTuple):
     """Mean loss terms over the steps since the last reading.
 
     Attributes:
-        loss: scale * (attention_loss + mmd_weight * mmd_loss), equation 4.
+        loss: scale * (attention_loss + mmd_weight * mmd_loss + calibration_weight * calibration_loss); equation 4
+            without the last term.
         attention_loss: L_ATOM, equation 3, summed over layers and classes.
         mmd_loss: L_MMD, summed over classes.
+        calibration_loss: cross-entropy of the synthetic images, summed over classes; 0 without ``calibration_weight``.
     """
 
     loss: float
     attention_loss: float
     mmd_loss: float
+    calibration_loss: float
 
 
 class DivergenceError(RuntimeError):
@@ -65,14 +71,16 @@ class Distillation:
 
     Attributes:
         classes: the classes of these images.
-        images: float32 [len(classes)*ipc, C, H, W], model space, class-major; changed in place by every step.
+        images: float32 [len(classes)*ipc, C, H, W], model space, class-major; changed in place by every step. With a
+            partition these are the sheets.
         momentum: of the same shape, the buffer of SGD.
         average: of the same shape, the running mean of ``image_average``; None without it.
         labels: int64 [len(classes)*ipc], the class of each image.
         config: resolved settings.
         class_chunk: classes that run at once. The gradient is exactly the sum over chunks, since a norm of each sample
             leaves the classes independent.
-        network: the ConvNet that every step draws again.
+        network: the ConvNet that every step draws again, at random or from ``pool``.
+        pool: trained networks; None without ``pool_networks``.
         extract: what is matched of images, by that network (`make_extractor`).
         fusion: how the network runs, in words for the log; ``matching.FUSED`` where it is fused.
     """
@@ -85,6 +93,7 @@ class Distillation:
         images: Tensor,
         *,
         classes: range | None = None,
+        pool: Pool | None = None,
         progress: bool = False,
     ):
         """Prepare the steps.
@@ -96,6 +105,7 @@ class Distillation:
             preprocessing: on the same device.
             images: float32 [len(classes)*ipc, C, H, W], the initial images; copied.
             classes: consecutive classes to distil; None: all of them.
+            pool: what ``config.pool_networks`` asks for (`trained_pool`), on the same device; None where it is 0.
             progress: show long preparations on standard error.
 
         Raises:
@@ -108,6 +118,8 @@ class Distillation:
         layout = torch.channels_last  # what convolutions on a CPU and on tensor cores work on
         self.config = config
         self.data = data
+        self.pool = pool
+        self._sampled = data if pool is None else easiest(data, pool.scores, config.easy_fraction)
         self.classes = classes
         self.images = images.detach().to(device, copy=True, memory_format=layout)
         self.momentum = torch.zeros_like(self.images)
@@ -118,6 +130,8 @@ class Distillation:
         self.network = make_convnet(config, data).to(device, memory_format=layout)
         self.extract = make_extractor(self.network, config)
         self.fusion = describe_fusion(self.network, config, self.images)
+        self._held = config.ipc * config.partition**2  # images of a class on its sheets
+        self._drawn = self._held if config.synthetic_batch is None else min(config.synthetic_batch, self._held)
         self.gather_real = real_image_gatherer(
             data, preprocessing, memory_format=layout, precision=config.precision, progress=progress
         )
@@ -147,12 +161,14 @@ class Distillation:
             )
         self.class_chunk = min(size, len(self.classes))
         self._chunks = []
+        position = torch.arange(all_classes, device=device) - self.classes.start
+        self._first_held = position % self.class_chunk * self._held
         for start in range(0, len(self.classes), self.class_chunk):
             chosen = self.classes[start : start + self.class_chunk]
             numbers = torch.arange(len(chosen), device=device)
             real_labels, labels = (
                 numbers.repeat_interleave(each if len(chosen) * each > 1 else 2)  # see pad_batch_of_one
-                for each in (self.config.real_batch, self.config.ipc)
+                for each in (self.config.real_batch, self._drawn)
             )
             rows = slice(start * self.config.ipc, (start + len(chosen)) * self.config.ipc)
             groups = class_groups(real_labels, labels).of_classes(len(chosen))
@@ -179,22 +195,33 @@ class Distillation:
     def _step(self) -> None:
         """Lines 3 to 7 of Algorithm 1, on the device. Images change only after the last allocation."""
         config, generator = self.config, self.generator
-        with stage("network"):
-            self.network.reset_parameters(generator)  # 3: theta ~ P_theta
+        with stage("network"):  # 3: theta ~ P_theta
+            if self.pool is None:
+                self.network.reset_parameters(generator)
+            else:
+                self.pool.draw(self.network, generator)
         with stage("sample"):
-            indices = sample_class_indices(self.data, config.real_batch, generator)  # 4: B_k^T
+            indices = sample_class_indices(self._sampled, config.real_batch, generator)  # 4: B_k^T
         with stage("augment"):  # siamese: one operation per class, for its real and synthetic images
             drawn = draw_augmentation(self.data.num_classes, generator, strategy=config.augmentation)
+        with stage("sample"):
+            chosen = self._choose(generator)
         terms = torch.zeros_like(self._sums)
         for chunk in self._chunks:  # one of all classes, unless memory is short
             with stage("sample"):
                 real = self.gather_real(pad_batch_of_one(indices[chunk.classes].flatten()))
-            images = self.images[chunk.rows].detach().requires_grad_()  # 4: B_k^S, all of it
-            synthetic = pad_batch_of_one(images)
-            if config.augmentation not in ("", "none"):
-                with stage("augment"):
-                    own = AugmentationParameters(*(parameter[chunk.classes] for parameter in drawn))
+            images = self.images[chunk.rows].detach().requires_grad_()  # 4: B_k^S
+            with stage("augment"):
+                own = AugmentationParameters(*(parameter[chunk.classes] for parameter in drawn))
+                if config.augmentation not in ("", "none"):
                     real = augment(real, own, chunk.real_labels)
+                if config.partition > 1 or chosen is not None:
+                    numbers = None if chosen is None else chosen[chunk.classes].flatten()
+                    synthetic = pad_batch_of_one(decode(images, config.partition))
+                    synthetic = synthetic if numbers is None else synthetic[numbers]
+                else:
+                    synthetic = pad_batch_of_one(images)
+                if config.augmentation not in ("", "none"):
                     synthetic = augment(synthetic, own, chunk.labels)
             with convolution_precision(config.precision, images.device, config.deterministic):
                 with stage("real"), torch.no_grad():
@@ -204,11 +231,16 @@ class Distillation:
                 with stage("loss"):
                     attention, mmd = matching_terms(real, synthetic, config, chunk.groups)  # 5
                     # pyrefly: ignore[unsupported-operation]  both are numbers in resolved settings
-                    loss = config.loss_scale * (attention + config.mmd_weight * mmd)  # 6
+                    matched = attention + config.mmd_weight * mmd
+                    calibration = torch.zeros_like(mmd)
+                    if config.calibration_weight > 0:
+                        calibration = self._cross_entropy(synthetic[0], chunk)
+                        matched = matched + config.calibration_weight * calibration
+                    loss = config.loss_scale * matched  # 6
                 del real, synthetic  # the backward pass needs little of them
                 with stage("backward"):
                     (self._gradient[chunk.rows],) = torch.autograd.grad(loss, images)
-            terms += torch.stack((loss, attention, mmd)).detach()
+            terms += torch.stack((loss, attention, mmd, calibration)).detach()
         with stage("update"):
             self.momentum.mul_(config.momentum).add_(self._gradient)  # 7: SGD
             self.images.sub_(self.momentum, alpha=config.image_lr)
@@ -217,6 +249,25 @@ class Distillation:
             self._sums.add_(terms)
             newly_bad = ~torch.isfinite(terms) & (self._first_bad == 0)
             self._first_bad.add_(newly_bad * self._iteration)
+
+    def _choose(self, generator: torch.Generator) -> Tensor | None:
+        """Draw ``synthetic_batch`` of each class's images on the sheets, int64 [K, batch], numbered from the first of
+        the class's chunk; None where all are used."""
+        if self._drawn == self._held:
+            return None
+        keys = torch.rand(self.data.num_classes, self._held, device=self.images.device, generator=generator)
+        return keys.topk(self._drawn, dim=1).indices.sort(dim=1).values + self._first_held[:, None]
+
+    def _cross_entropy(self, embedding: Tensor, chunk: _Chunk) -> Tensor:
+        """Return the cross-entropy of synthetic images on the drawn network, the mean of a class, summed over classes.
+
+        Args:
+            embedding: [B, D] of the synthetic images.
+            chunk: their classes.
+        """
+        labels = chunk.labels + chunk.classes.start
+        logits = self.network.classifier(embedding)
+        return F.cross_entropy(logits.float(), labels) * (chunk.classes.stop - chunk.classes.start)
 
     def _way_out(self, error: RuntimeError) -> Callable[[], None]:
         """Return what to do before a failed step or capture is tried again; re-raise the error if nothing helps."""

@@ -155,7 +155,8 @@ def architecture_of(synthetic: SyntheticSet, dataset: str) -> dict[str, Any]:
     """
     config = synthetic.metadata.get("config", {})
     recorded = {setting: config[setting] for setting in CONVNET_SETTINGS if config.get(setting) is not None}
-    per_class = max(1, len(synthetic) // len(synthetic.class_names))  # the mean, where classes differ in size
+    stored = len(synthetic.sheets)
+    per_class = max(1, stored // len(synthetic.class_names))  # the mean, where classes differ in size
     _, channels, height, width = synthetic.images.shape
     return preset("paper", ipc=per_class, **recorded).for_data((channels, height, width), dataset).convnet_settings()
 

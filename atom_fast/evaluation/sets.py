@@ -12,6 +12,7 @@ from torch import Tensor
 from atom_fast._seeds import derive_seed
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.decoding import decode_images
+from atom_fast.data.partition import check_partition, make_sheets
 from atom_fast.data.sampling import check_class_sizes, describe_small_classes
 from atom_fast.data.sources import _class_names, _labelled_files
 from atom_fast.data.whitening import Preprocessing, fit_preprocessing
@@ -33,6 +34,7 @@ def select(
     method: str,
     ipc: int = 1,
     *,
+    partition: int = 1,
     preprocessing: str | Preprocessing = "auto",
     features: str = "embedding",
     protocol: Protocol | str = "paper",
@@ -48,6 +50,8 @@ def select(
         method: "random", "herding", "k-center", "forgetting" (the most often forgotten), "least-forgetting", or "full"
             for the whole training set.
         ipc: images per class; not used by "full".
+        partition: shrink partition^2 times as many and put so many on each stored image, the fair baseline beside
+            partitioned synthetic sets; 1: whole images.
         preprocessing: kind of the map to model space, fitted on the training set
             (:func:`~atom_fast.data.whitening.fit_preprocessing`); "auto" is the kind that `distill` uses for such data;
             or a fitted map.
@@ -70,8 +74,12 @@ def select(
     for name, value, accepted in (("method", method, SELECTIONS), ("features", features, FEATURES)):
         if value not in accepted:
             raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {value!r}")
+    check_partition(partition, *data.image_shape[1:])
+    if method == "full" and partition > 1:
+        raise ValueError(f"the whole training set has no partition; got {partition}")
     if method != "full":
-        check_class_sizes(data, ipc)  # before a network is trained
+        check_class_sizes(data, ipc, partition=partition)  # before a network is trained
+    each = ipc * partition**2
     space = preprocessing
     if not isinstance(space, Preprocessing):
         kind = preset(preprocessing=preprocessing).for_data(data.image_shape, data.name).preprocessing
@@ -80,30 +88,31 @@ def select(
     if method == "full":
         chosen = data.class_index
     elif method == "random":
-        chosen = random_selection(data, ipc, seed)
+        chosen = random_selection(data, each, seed)
     elif method in ("forgetting", "least-forgetting"):
         _, events = watch_training(data, space, **settings)
-        chosen = forgetting_selection(events, data, ipc, least=method == "least-forgetting")
+        chosen = forgetting_selection(events, data, each, least=method == "least-forgetting")
     else:
         if features == "embedding":
             rows, _ = watch_training(data, space, **settings)
         else:
             rows = space.to_model(data.train_images).flatten(1)
-        chosen = {"herding": herding_selection, "k-center": k_center_selection}[method](rows, data, ipc)
+        chosen = {"herding": herding_selection, "k-center": k_center_selection}[method](rows, data, each)
     details: dict[str, object] = {"seed": seed}
     if method in ("herding", "k-center"):
         details["features"] = features
     if method not in ("random", "full") and details.get("features") != "pixels":
         details |= {"protocol": str(getattr(protocol, "name", protocol)), "epochs": epochs}
-    return _real_set(data, chosen, space, {"method": method, "selection": {**details, "indices": chosen.tolist()}})
+    about = {"method": method, "selection": {**details, "indices": chosen.tolist()}}
+    return _real_set(data, chosen, space, about, partition)
 
 
 def random_sets(data: ImageData, synthetic: SyntheticSet, *, seed: int = 0) -> Callable[[int], SyntheticSet]:
     """Return the baseline Random for a set: a function from a network's number to its own random real images.
 
-    They are as many per class, in the set's model space. Each network has its own selection because the selection
-    moves the accuracy more than the network does (by 4 against 1 points at one digit per class): the deviation over
-    networks on a single selection would claim a precision that Random does not have.
+    They are as many per class, in the set's model space and with its partition. Each network has its own selection
+    because the selection moves the accuracy more than the network does (by 4 against 1 points at one digit per class):
+    the deviation over networks on a single selection would claim a precision that Random does not have.
 
     Args:
         data: the real images.
@@ -113,19 +122,24 @@ def random_sets(data: ImageData, synthetic: SyntheticSet, *, seed: int = 0) -> C
     Raises:
         ValueError: the set's classes differ in size, or a class has fewer real images.
     """
-    ipc, space = synthetic.ipc, synthetic.preprocessing
+    ipc, space, partition = synthetic.ipc, synthetic.preprocessing, synthetic.partition
     if ipc is None:
         raise ValueError("Random needs a set with as many images in every class; leave it out (--no-random)")
-    if small := describe_small_classes(data, ipc):
-        raise ValueError(f"Random needs {ipc} images of every class, but {small}; leave it out (--no-random)")
-    return lambda index: select(data, "random", ipc, preprocessing=space, seed=derive_seed(seed, index))
+    if small := describe_small_classes(data, ipc * partition**2):
+        raise ValueError(
+            f"Random needs {ipc * partition**2} images of every class, but {small}; leave it out (--no-random)"
+        )
+    options = {"partition": partition, "preprocessing": space}
+    return lambda index: select(data, "random", ipc, **options, seed=derive_seed(seed, index))
 
 
-def _real_set(data: ImageData, chosen: Tensor, preprocessing: Preprocessing, about: dict) -> SyntheticSet:
+def _real_set(
+    data: ImageData, chosen: Tensor, preprocessing: Preprocessing, about: dict, partition: int
+) -> SyntheticSet:
     metadata = {"dataset": data.name, "dataset_fingerprint": data.fingerprint, **about}
     images = preprocessing.to(chosen.device).to_model(data.train_images[chosen])
-    labels = data.train_labels[chosen]
-    return SyntheticSet(images.cpu(), labels.cpu(), data.class_names, preprocessing.to("cpu"), metadata)
+    sheets, labels = make_sheets(images, partition).cpu(), data.train_labels[chosen][:: partition**2].cpu()
+    return SyntheticSet(sheets, labels, data.class_names, preprocessing.to("cpu"), metadata, partition)
 
 
 def read_set(

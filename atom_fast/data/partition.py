@@ -1,0 +1,61 @@
+"""Sheets: stored images that hold several smaller ones, so that few images train a network as many do.
+
+A sheet [C, H, W] of partition r holds r x r images, row by row. Each is cropped out and enlarged to H x W before use
+(IDC, Kim et al. 2022). Decoded images are numbered sheet by sheet: ``sheet * r * r + row * r + column``.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def check_partition(partition: int, height: int, width: int) -> None:
+    """Check that sheets of a size can be cut into ``partition`` rows and columns.
+
+    Raises:
+        ValueError: they cannot; the message names the numbers that divide both sides.
+    """
+    if partition < 1 or height % partition or width % partition:
+        fitting = [str(r) for r in range(1, min(height, width) + 1) if height % r == 0 and width % r == 0]
+        raise ValueError(
+            f"partition must divide the sides of images of {height}x{width}: one of {', '.join(fitting)}; "
+            f"got {partition}"
+        )
+
+
+def make_sheets(images: Tensor, partition: int) -> Tensor:
+    """Shrink images and put each r x r consecutive ones on a sheet.
+
+    An image is shrunk by averaging r x r pixels, its antialiased bilinear shrinking.
+
+    Args:
+        images: floating point [N * r * r, C, H, W].
+        partition: r; 1 returns the images themselves.
+
+    Returns:
+        [N, C, H, W], such that `decode` returns blurred ``images`` in their order.
+
+    Raises:
+        ValueError: ``partition`` does not divide H, W, or r * r the number of images.
+    """
+    check_partition(partition, *images.shape[2:])
+    if partition == 1:
+        return images
+    if len(images) % partition**2:
+        raise ValueError(f"sheets of partition {partition} take {partition**2} images each; got {len(images)} images")
+    small = F.avg_pool2d(images, partition)
+    count, channels, height, width = small.shape
+    grid = small.view(count // partition**2, partition, partition, channels, height, width)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, partition * height, partition * width)
+
+
+def decode(sheets: Tensor, partition: int) -> Tensor:
+    """Cut sheets [N, C, H, W] into their images and enlarge these: [N * r * r, C, H, W], differentiable."""
+    if partition == 1:
+        return sheets
+    count, channels, height, width = sheets.shape
+    small = (height // partition, width // partition)
+    grid = sheets.view(count, channels, partition, small[0], partition, small[1])
+    crops = grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, *small)
+    return F.interpolate(crops, size=(height, width), mode="bilinear", align_corners=False)
