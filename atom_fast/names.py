@@ -29,21 +29,27 @@ OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")  # of siames
 STRATEGY = "_".join(OPERATIONS)
 
 
-def split_strategy(strategy: str) -> tuple[str, ...]:
-    """Return the operations that an augmentation strategy such as ``"color_crop"`` joins; none for ``"none"``.
+def split_strategy(strategy: str) -> tuple[tuple[str, ...], ...]:
+    """Return the stages of an augmentation strategy, each a tuple of operations of which one is drawn.
+
+    Underscores join the operations of a stage, "+" joins stages that run one after the other: ``"color+crop_scale"`` is
+    ``(("color",), ("crop", "scale"))``. ``"none"`` and ``""`` have no stage.
 
     Raises:
         ValueError: an operation is unknown or given twice.
     """
-    names = () if strategy.lower() in ("", "none") else tuple(strategy.lower().split("_"))
+    if strategy.lower() in ("", "none"):
+        return ()
+    stages = tuple(tuple(stage.split("_")) for stage in strategy.lower().split("+"))
+    names = [name for stage in stages for name in stage]
     if unknown := [name for name in names if name not in OPERATIONS]:
         raise ValueError(
             f"augmentation strategy {strategy!r} has no operation {unknown[0]!r}; "
-            f"join any of {', '.join(OPERATIONS)} by underscores, or use 'none'"
+            f"join any of {', '.join(OPERATIONS)} by underscores, and stages by '+', or use 'none'"
         )
     if len(set(names)) < len(names):
         raise ValueError(f"augmentation strategy {strategy!r} names an operation twice")
-    return names
+    return stages
 
 
 def suggestion(name: object, known: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Differentiable siamese augmentation (DSA, Zhao and Bilen 2021), "single" mode: one operation per call.
+"""Differentiable siamese augmentation (DSA, Zhao and Bilen 2021), "single" mode: one operation per call or stage.
 
 With r uniform in [0, 1), drawn independently for each use, and images [H, W]:
 
@@ -14,11 +14,15 @@ rotate   by up to 15 degrees either way, bilinear, zeros around the image
 
 Scale and rotate act on coordinates from -1 to 1 about the image's centre, like ``affine_grid`` and ``grid_sample``. For
 square images ``align_corners`` makes no difference; otherwise rotation is as with ``align_corners=False``.
+
+A strategy joins operations by underscores, of which one is drawn. "+" joins stages that run one after the other:
+``"color+flip+crop_scale_rotate"`` applies color, then flip, then crop, scale or rotate.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -58,7 +62,8 @@ def draw_augmentation(
     Args:
         groups: number of groups, G.
         generator: source of randomness, on ``device``.
-        strategy: operations to draw with equal probability, joined by underscores; "none" or "" for none.
+        strategy: operations to draw with equal probability, joined by underscores; "none" or "" for none. One stage:
+            :func:`draw_stages` draws for several.
         shared_operation: draw one operation for all groups; each group still gets its own parameters.
         device: device of the tensors; the generator's by default.
 
@@ -66,12 +71,46 @@ def draw_augmentation(
         Parameters of G groups.
 
     Raises:
+        ValueError: a name in ``strategy`` is unknown or given twice, it has several stages, or ``groups`` is negative.
+    """
+    stages = _codes(strategy)
+    if len(stages) > 1:
+        raise ValueError(f"strategy must be one stage, without '+'; got {strategy!r}")
+    device = generator.device if device is None else device
+    return _draw(groups, generator, stages[0] if stages else (), shared_operation, device)
+
+
+def draw_stages(
+    groups: int, generator: torch.Generator, *, strategy: str, shared_operation: bool = False
+) -> tuple[AugmentationParameters, ...]:
+    """Draw each group's operation and parameters in every stage of a strategy, without host synchronisation.
+
+    A strategy of one stage draws as :func:`draw_augmentation` does. So does "none", whose numbers are not used: what a
+    generator draws afterwards is the same.
+
+    Args:
+        groups: number of groups, G.
+        generator: source of randomness; the parameters are on its device.
+        strategy: stages joined by "+", each of operations joined by underscores; "none" or "" for no stage.
+        shared_operation: draw one operation per stage for all groups; each group still gets its own parameters.
+
+    Returns:
+        Parameters of G groups for each stage, in order; empty without a stage.
+
+    Raises:
         ValueError: a name in ``strategy`` is unknown or given twice, or ``groups`` is negative.
     """
-    codes = _codes(strategy)
+    stages = _codes(strategy)
+    drawn = [_draw(groups, generator, codes, shared_operation, generator.device) for codes in stages or ((),)]
+    return tuple(drawn) if stages else ()
+
+
+def _draw(
+    groups: int, generator: torch.Generator, codes: tuple[int, ...], shared_operation: bool, device: torch.device | str
+) -> AugmentationParameters:
+    """Draw one of the operations ``codes``, or none of none, for each group or all, and each group's parameters."""
     if groups < 0:
         raise ValueError(f"groups must be 0 or more; got {groups}")
-    device = generator.device if device is None else device
     if codes:
         drawn = torch.randint(len(codes), (1 if shared_operation else groups,), generator=generator, device=device)
         # All codes fit one integer; a tensor of codes would be copied from the host.
@@ -84,9 +123,9 @@ def draw_augmentation(
 
 
 @functools.cache
-def _codes(strategy: str) -> tuple[int, ...]:
-    """Return the codes of the operations that a strategy names."""
-    return tuple(OPERATIONS.index(name) for name in split_strategy(strategy))
+def _codes(strategy: str) -> tuple[tuple[int, ...], ...]:
+    """Return, for each stage of a strategy, the codes of its operations."""
+    return tuple(tuple(OPERATIONS.index(name) for name in stage) for stage in split_strategy(strategy))
 
 
 def augment(images: Tensor, parameters: AugmentationParameters, groups: Tensor | None = None) -> Tensor:
@@ -107,6 +146,13 @@ def augment(images: Tensor, parameters: AugmentationParameters, groups: Tensor |
     """
     _check(images, parameters, groups)
     return operator.augment(images, parameters.operation, parameters.uniforms, groups, False, True)
+
+
+def augment_stages(images: Tensor, stages: Iterable[AugmentationParameters], groups: Tensor | None = None) -> Tensor:
+    """Apply the stages that :func:`draw_stages` drew, one after the other, each as :func:`augment` does."""
+    for parameters in stages:
+        images = augment(images, parameters, groups)
+    return images
 
 
 def _check(images: Tensor, parameters: AugmentationParameters, groups: Tensor | None) -> None:

@@ -271,7 +271,7 @@ def _hash(task: _Task, synthetic: SyntheticSet, evaluate_every: int | None) -> s
     """SHA-256 of everything that a network's curve depends on except its number and the device."""
     settings = {
         "data": task.data.fingerprint,
-        "protocol": dataclasses.asdict(task.protocol),
+        "protocol": task.protocol.to_dict(),
         "network": task.network,
         "architecture": task.architecture,
         "precision": task.precision,

@@ -108,7 +108,7 @@ class EvaluationResult:
             "unfinished": list(self.unfinished),
             "networks": len(self.curves),
             "curves": [{str(epoch): accuracy for epoch, accuracy in curve.items()} for curve in self.curves],
-            "protocol": dataclasses.asdict(self.protocol),
+            "protocol": self.protocol.to_dict(),
             "network": self.network,
             "architecture": dict(self.architecture),
             "precision": self.precision,

@@ -25,6 +25,9 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+_YOUNGER = ("decay_at", "cutmix")  # settings of Protocol that the first records of evaluations do not have
+
+
 @dataclasses.dataclass(frozen=True)
 class Protocol:
     """Training of one network by SGD on a distilled set.
@@ -37,11 +40,15 @@ class Protocol:
         momentum: of SGD.
         weight_decay: L2 penalty of SGD, on every parameter.
         decay_factor: factor on the learning rate at each decay; 1 keeps it fixed.
-        decay_every: epochs between two decays; None decays once, after half of the epochs.
-        augmentation: DSA operations joined by underscores, one drawn per mini-batch; "none" for none.
+        decay_every: epochs between two decays; None decays after the shares ``decay_at`` of the epochs.
+        augmentation: DSA operations joined by underscores, one drawn per mini-batch, and stages of them joined by "+";
+            "none" for none.
         unit_variance: train and test on images in model space divided by the standard deviation of real images there.
             It is 1 except after whitening (0.25 for whitened CIFAR). DSA's brightness, up to half a unit of model
             space, assumes 1.
+        decay_at: shares of the epochs, in (0, 1), after each of which the learning rate decays where ``decay_every`` is
+            None.
+        cutmix: probability of :mod:`CutMix <atom_fast.training.cutmix>` in a mini-batch, after the augmentation.
     """
 
     name: str
@@ -54,6 +61,8 @@ class Protocol:
     decay_every: int | None
     augmentation: str
     unit_variance: bool = True
+    decay_at: tuple[float, ...] = (0.5,)
+    cutmix: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "decay_every"):
@@ -70,11 +79,29 @@ class Protocol:
         if not isinstance(self.augmentation, str):
             raise ValueError(f"augmentation must be text; got {self.augmentation!r}")
         split_strategy(self.augmentation)
+        if not isinstance(self.decay_at, tuple) or not all(
+            _is_number(share) and 0 < share < 1 for share in self.decay_at
+        ):
+            raise ValueError(f"decay_at must be a tuple of numbers between 0 and 1; got {self.decay_at!r}")
+        if not _is_number(self.cutmix) or not 0 <= self.cutmix <= 1:
+            raise ValueError(f"cutmix must be a number in [0, 1]; got {self.cutmix!r}")
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the settings by name, as JSON values.
+
+        A setting that is younger than the first records of evaluations is left out at its default: files and hashes
+        made of these settings stay those of earlier versions.
+        """
+        settings = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        for field in dataclasses.fields(self):
+            if field.name in _YOUNGER and getattr(self, field.name) == field.default:
+                del settings[field.name]
+        return settings
 
     def learning_rate_at(self, epoch: int) -> float:
         """Return the learning rate of ``epoch``, counted from 0."""
         if self.decay_every is None:
-            decays = int(2 * epoch >= self.epochs)
+            decays = sum(epoch / self.epochs >= share for share in self.decay_at)
         else:
             decays = epoch // self.decay_every
         return self.learning_rate * self.decay_factor**decays
@@ -107,6 +134,17 @@ PROTOCOLS = {
         dataclasses.replace(_PAPER, name="dc", epochs=300, augmentation="none"),
         # DataDAM's code: longer, with smaller batches.
         dataclasses.replace(_PAPER, name="datadam-code", epochs=1800, batch_size=64),
+        # IDC (Kim et al. 2022), as its public code tests sets of CIFAR-10. DANCE and DSDM train like this for 1,500
+        # epochs. Its flips come before its colours, which changes nothing.
+        dataclasses.replace(
+            _PAPER,
+            name="idc",
+            batch_size=64,
+            decay_factor=0.2,
+            decay_at=(2 / 3, 5 / 6),
+            augmentation="color+flip+crop_scale_rotate",
+            cutmix=0.5,
+        ),
         # For handwritten digits: a mirrored digit is no digit. Up to 25 images per class an epoch is a single step; the
         # larger learning rate fits them in 300 steps as well as 0.01 does in 1000.
         dataclasses.replace(

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atom_fast.data.augmentation import augment, draw_augmentation
+from atom_fast.data.augmentation import augment_stages, draw_stages
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing
 from atom_fast.networks import make_network
+from atom_fast.training.cutmix import draw_cutmix, mix_images, mixed_cross_entropy
 from atom_fast.training.protocols import Protocol
 
 # Pixels tested at once: on a CPU 256 images of 32x32, whose first feature map takes 128 MiB at width 128; eight times
@@ -54,7 +55,7 @@ class Trainer:
     Attributes:
         network: the network in training.
         images, labels: as given; their content may be changed between epochs.
-        generator: source of the network's initial weights, batch orders, augmentation and dropout.
+        generator: source of the network's initial weights, batch orders, augmentation, CutMix and dropout.
         protocol: as given.
     """
 
@@ -105,16 +106,27 @@ class Trainer:
             self.step(indices)
 
     def step(self, indices: Tensor) -> Tensor:
-        """Train on the images at ``indices``, int64 [B]; return their logits [B, K] before the update."""
+        """Train on the images at ``indices``, int64 [B]; return their logits [B, K] before the update.
+
+        The logits are of the images that it trains on, augmented and mixed.
+        """
         # index_select by itself returns NCHW.
         images = torch.index_select(self.images, 0, indices, out=torch.empty_like(self.images[: len(indices)]))
+        labels = self.labels.index_select(0, indices)
         if self.protocol.augmentation != "none":
             strategy = self.protocol.augmentation
-            drawn = draw_augmentation(len(indices), self.generator, strategy=strategy, shared_operation=True)
-            images = augment(images, drawn)
+            drawn = draw_stages(len(indices), self.generator, strategy=strategy, shared_operation=True)
+            images = augment_stages(images, drawn)
+        mixture = None
+        if self.protocol.cutmix:
+            mixture = draw_cutmix(images.shape, self.generator, self.protocol.cutmix)
+            images = mix_images(images, mixture)
         with torch.autocast(**self._autocast):
             predicted = self.network(images)
-            loss = F.cross_entropy(predicted, self.labels.index_select(0, indices))
+            if mixture is None:
+                loss = F.cross_entropy(predicted, labels)
+            else:
+                loss = mixed_cross_entropy(predicted, labels, mixture)
         # Not backward(): it ties .grad to the stream of its first call. A bias that a norm cancels has no gradient.
         gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
         for parameter, gradient in zip(self._parameters, gradients, strict=True):

@@ -106,7 +106,7 @@ class Evaluation:
 
     def file_name(self, architecture: Mapping[str, object]) -> str:
         """Return the name of the results file: one for all numbers of networks, since more of them continue fewer."""
-        digest = _hash({"protocol": dataclasses.asdict(self.protocol), "architecture": dict(architecture)})
+        digest = _hash({"protocol": self.protocol.to_dict(), "architecture": dict(architecture)})
         suffix = "" if self.iteration is None else f"-iteration-{self.iteration:08d}"
         return f"evaluation-{self.network}-{digest}{suffix}.json"
 

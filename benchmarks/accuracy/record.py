@@ -54,7 +54,7 @@ def collect(plan: Plan, output: Path, failed: Mapping[str, str] | None = None) -
             dataset: {"sets": size.seeds, "networks": size.networks, "settings": dict(size.settings)}
             for dataset, size in plan.sizes.items()
         },
-        "protocols": {p.name: {k: v for k, v in vars(p).items() if k != "name"} for p in _protocols(plan)},
+        "protocols": {p.name: {k: v for k, v in p.to_dict().items() if k != "name"} for p in _protocols(plan)},
         "configurations": _configurations(plan),
         "devices": sorted(found.devices),
         "versions": found.versions(),

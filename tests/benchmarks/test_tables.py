@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 from PIL import Image
 
+from atom_fast.training.protocols import PROTOCOLS, get_protocol
 from benchmarks import paper
 from benchmarks.accuracy import TARGETS, plan
-from benchmarks.accuracy.cells import architecture
+from benchmarks.accuracy.cells import Evaluation, architecture
 from benchmarks.accuracy.datasets import load_named
 from benchmarks.accuracy.size import size_for
 from benchmarks.accuracy.study import FACTORS
@@ -110,6 +111,12 @@ def test_protocols_are_shortened_in_proportion():
     }  # fmt: skip
     assert {"name": "evaluation epochs", "value": 100, "usual": 1000} in size.reductions()
     assert size_for("cifar10").reductions() == []
+
+
+def test_results_files_have_the_names_of_earlier_versions():
+    shorter = get_protocol("datadam-code", epochs=180)
+    assert Evaluation("convnet", PROTOCOLS["paper"], 5).file_name({"width": 128}) == "evaluation-convnet-2cfd3596.json"
+    assert Evaluation("vit", shorter, 5, 100).file_name({}) == "evaluation-vit-6369b9ed-iteration-00000100.json"
 
 
 def test_what_changes_no_result_is_no_reduction():

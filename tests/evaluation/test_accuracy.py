@@ -551,7 +551,7 @@ def test_bfloat16_trains_nearly_as_well_and_keeps_float32_weights(data, preproce
 def test_result_records_what_ran(small_set, data, preprocessing):
     result = evaluate(small_set, data, protocol=PROTOCOL, networks=1, seed=5, architecture=SMALL, progress=False)
     written = json.loads(json.dumps(result.to_dict(), allow_nan=False))
-    assert written["protocol"] == dataclasses.asdict(PROTOCOL)
+    assert written["protocol"] == PROTOCOL.to_dict()
     assert written["architecture"] == SMALL and written["network"] == "convnet" and written["precision"] == "float32"
     assert written["seed"] == 5 and written["networks"] == 1 and written["seconds"] > 0
     assert written["accuracy_mean"] == result.accuracies[0] == written["curves"][0]["6"]

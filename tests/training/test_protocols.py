@@ -1,6 +1,7 @@
 """Protocols: their learning rates and the settings they accept."""
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -20,6 +21,38 @@ def test_learning_rates_of_the_protocols():
     assert PROTOCOLS["dc"].learning_rate_at(150) == pytest.approx(0.001)
     assert (PROTOCOLS["datadam-code"].epochs, PROTOCOLS["datadam-code"].batch_size) == (1800, 64)
     assert all(name == protocol.name for name, protocol in PROTOCOLS.items())
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 7, 8, 999])
+def test_without_another_schedule_the_rate_decays_once_at_half(epochs):
+    protocol = get_protocol("paper", epochs=epochs)
+    rates = [protocol.learning_rate_at(epoch) for epoch in range(epochs)]
+    assert rates == [0.01 * 0.1 ** int(2 * epoch >= epochs) for epoch in range(epochs)]
+
+
+@pytest.mark.parametrize("epochs", [6, 18, 102, 1500])
+def test_idc_decays_at_two_thirds_and_five_sixths(epochs):
+    protocol = get_protocol("idc", epochs=epochs)
+    rates = [protocol.learning_rate_at(epoch) for epoch in range(epochs)]
+    third, sixth = epochs // 3, epochs // 6
+    assert rates == pytest.approx([0.01] * 2 * third + [0.002] * sixth + [0.0004] * sixth)
+
+
+def test_settings_are_recorded_as_before_they_could_be_chosen():
+    """The hash of an evaluation and the name of its file depend on them: earlier results are still found."""
+    earlier = {
+        "name": "paper", "epochs": 1000, "batch_size": 256, "learning_rate": 0.01, "momentum": 0.9,
+        "weight_decay": 5e-4, "decay_factor": 0.1, "decay_every": None,
+        "augmentation": "color_crop_cutout_flip_scale_rotate", "unit_variance": True,
+    }  # fmt: skip
+    assert PROTOCOLS["paper"].to_dict() == earlier
+    assert all(protocol.to_dict().keys() == earlier.keys() for name, protocol in PROTOCOLS.items() if name != "idc")
+    idc = json.loads(json.dumps(PROTOCOLS["idc"].to_dict()))
+    assert idc["cutmix"] == 0.5 and idc["decay_at"] == [2 / 3, 5 / 6]
+    assert idc == PROTOCOLS["idc"].to_dict()
+    assert get_protocol("paper", cutmix=0.25).to_dict() == {
+        **earlier, "name": "paper (cutmix=0.25)", "cutmix": 0.25,
+    }  # fmt: skip
 
 
 def test_an_overridden_protocol_says_so():
@@ -46,6 +79,11 @@ def test_an_overridden_protocol_says_so():
         ({"unit_variance": "no"}, "unit_variance must be true or false; got 'no'"),
         ({"decay_every": 0}, "decay_every must be a whole number, at least 1, or None; got 0"),
         ({"augmentation": "flip_flap"}, "no operation 'flap'"),
+        ({"augmentation": "flip+flip"}, "twice"),
+        ({"decay_at": [0.5]}, r"decay_at must be a tuple of numbers between 0 and 1; got \[0.5\]"),
+        ({"decay_at": (0.5, 1)}, r"decay_at must be a tuple of numbers between 0 and 1; got \(0.5, 1\)"),
+        ({"cutmix": 1.5}, r"cutmix must be a number in \[0, 1\]; got 1.5"),
+        ({"cutmix": True}, r"cutmix must be a number in \[0, 1\]; got True"),
         ({"epoch": 3}, "settings are epochs, .*; got 'epoch'"),
     ],
 )
