@@ -9,6 +9,11 @@ import secrets
 from pathlib import Path
 
 
+def cache_folder() -> Path:
+    """Return this user's cache folder for atom_fast, which may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atom_fast"
+
+
 def write_atomically(path: str | os.PathLike, content: bytes | str) -> Path:
     """Write ``content`` to ``path``; an earlier file stays intact until the new one is on the disk.
 

@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from atom_fast.data.partition import decode
 from atom_fast.names import OPERATIONS, STRATEGY, split_strategy
 from atom_fast.ops import augmentation as operator
 
@@ -44,6 +45,10 @@ class AugmentationParameters(NamedTuple):
 
     operation: Tensor
     uniforms: Tensor
+
+    def of_groups(self, groups: slice) -> AugmentationParameters:
+        """Return the parameters of some of the groups."""
+        return AugmentationParameters(self.operation[groups], self.uniforms[groups])
 
 
 def draw_augmentation(
@@ -128,6 +133,11 @@ def _codes(strategy: str) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(OPERATIONS.index(name) for name in stage) for stage in split_strategy(strategy))
 
 
+def unchanged(groups: int, device: torch.device | str) -> AugmentationParameters:
+    """Return parameters that leave the images of G groups as they are."""
+    return AugmentationParameters(torch.full((groups,), -1, device=device), torch.zeros(groups, 3, device=device))
+
+
 def augment(images: Tensor, parameters: AugmentationParameters, groups: Tensor | None = None) -> Tensor:
     """Apply each group's operation to its images; differentiable in the images to every order.
 
@@ -153,6 +163,19 @@ def augment_stages(images: Tensor, stages: Iterable[AugmentationParameters], gro
     for parameters in stages:
         images = augment(images, parameters, groups)
     return images
+
+
+def decode_and_augment(
+    sheets: Tensor,
+    parameters: AugmentationParameters,
+    groups: Tensor,
+    *,
+    partition: int,
+    chosen: Tensor | None = None,
+) -> Tensor:
+    """Cut images out of sheets, enlarge and augment them."""
+    images = decode(sheets, partition)
+    return augment(images if chosen is None else images[chosen], parameters, groups)
 
 
 def _check(images: Tensor, parameters: AugmentationParameters, groups: Tensor | None) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from atom_fast._files import write_atomically
+from atom_fast._files import cache_folder, write_atomically
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing
 from atom_fast.distillation import ranks
@@ -61,8 +61,7 @@ class Pool:
 
     def to(self, device: torch.device) -> Pool:
         """Return the pool with its tensors on a device."""
-        tensors = (part.to(device) for part in (self.initial, self.trained, self.scores))
-        return Pool(*tensors, self.digest)
+        return Pool(self.initial.to(device), self.trained.to(device), self.scores.to(device), self.digest)
 
     @torch.no_grad()
     def draw(self, network: nn.Module, generator: torch.Generator) -> None:
@@ -134,9 +133,9 @@ def trained_pool(
                 for index, tensors in _train(todo, data, preprocessing, config, protocol, progress):
                     _write(_file(folder, index), tensors)
         found = {index: _read(_file(folder, index)) for index in wanted}
-    networks = [found[index] for index in wanted]
-    if any(tensors is None for tensors in networks):
-        raise OSError(f"the pool of networks in {folder} was damaged or removed while it was made")
+    networks = [tensors for tensors in found.values() if tensors is not None]
+    if len(networks) < len(wanted):
+        raise OSError(f"networks of the pool in {folder} were damaged or removed while others were trained")
     stacked = {name: torch.stack([tensors[name] for tensors in networks]) for name in ("initial", "trained", "scores")}
     digest = hashlib.sha256(stacked["initial"].numpy().data)
     digest.update(stacked["trained"].numpy().data)
@@ -145,11 +144,6 @@ def trained_pool(
         raise RuntimeError(f"the processes of this run trained different networks in {folder}; let them share a folder")
     pool = Pool(stacked["initial"], stacked["trained"], stacked["scores"].mean(0), digest.hexdigest())
     return pool.to(data.train_images.device)
-
-
-def cache_folder() -> Path:
-    """Return this user's cache folder, which may not exist yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atom_fast"
 
 
 def easiest(data: ImageData, scores: Tensor, fraction: float) -> ImageData:
@@ -162,7 +156,7 @@ def easiest(data: ImageData, scores: Tensor, fraction: float) -> ImageData:
     """
     kept = []
     for indices in data.class_index.split(data.class_sizes):
-        count = -int(-fraction * len(indices) // 1)
+        count = math.ceil(fraction * len(indices))
         order = torch.argsort(scores[indices], stable=True)[:count]
         kept.append(indices[order].sort().values)
     counts = torch.tensor([len(indices) for indices in kept], device=data.class_index.device)
@@ -257,7 +251,7 @@ def _identity(data: ImageData, preprocessing: Preprocessing, config: DistillConf
         "version": FORMAT_VERSION,
         "data": data.fingerprint,
         "architecture": config.convnet_settings(),
-        "protocol": dataclasses.asdict(protocol),
+        "protocol": protocol.to_dict(),
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(preprocessing.tensors().items()):

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from atom_fast._device import convolution_precision, is_out_of_memory, refuse_triton, triton_refusal
 from atom_fast._seeds import derive_seed
-from atom_fast.data.augmentation import AugmentationParameters, augment, draw_augmentation
+from atom_fast.data.augmentation import AugmentationParameters, augment, decode_and_augment, draw_stages, unchanged
 from atom_fast.data.dataset import ImageData
-from atom_fast.data.partition import decode
 from atom_fast.data.sampling import sample_class_indices
 from atom_fast.data.whitening import Preprocessing, real_image_gatherer
 from atom_fast.distillation.config import DistillConfig
@@ -202,8 +201,8 @@ class Distillation:
                 self.pool.draw(self.network, generator)
         with stage("sample"):
             indices = sample_class_indices(self._sampled, config.real_batch, generator)  # 4: B_k^T
-        with stage("augment"):  # siamese: one operation per class, for its real and synthetic images
-            drawn = draw_augmentation(self.data.num_classes, generator, strategy=config.augmentation)
+        with stage("augment"):  # siamese: the same operations for the real and synthetic images of a class
+            drawn = draw_stages(self.data.num_classes, generator, strategy=config.augmentation)
         with stage("sample"):
             chosen = self._choose(generator)
         terms = torch.zeros_like(self._sums)
@@ -212,17 +211,12 @@ class Distillation:
                 real = self.gather_real(pad_batch_of_one(indices[chunk.classes].flatten()))
             images = self.images[chunk.rows].detach().requires_grad_()  # 4: B_k^S
             with stage("augment"):
-                own = AugmentationParameters(*(parameter[chunk.classes] for parameter in drawn))
-                if config.augmentation not in ("", "none"):
-                    real = augment(real, own, chunk.real_labels)
-                if config.partition > 1 or chosen is not None:
-                    numbers = None if chosen is None else chosen[chunk.classes].flatten()
-                    synthetic = pad_batch_of_one(decode(images, config.partition))
-                    synthetic = synthetic if numbers is None else synthetic[numbers]
-                else:
-                    synthetic = pad_batch_of_one(images)
-                if config.augmentation not in ("", "none"):
-                    synthetic = augment(synthetic, own, chunk.labels)
+                own = [parameters.of_groups(chunk.classes) for parameters in drawn]
+                synthetic, others = self._cut_out(images, own, chunk, chosen)
+                for parameters in own:
+                    real = augment(real, parameters, chunk.real_labels)
+                for parameters in others:
+                    synthetic = augment(synthetic, parameters, chunk.labels)
             with convolution_precision(config.precision, images.device, config.deterministic):
                 with stage("real"), torch.no_grad():
                     real = self.extract(real)
@@ -230,12 +224,13 @@ class Distillation:
                     synthetic = self.extract(synthetic)
                 with stage("loss"):
                     attention, mmd = matching_terms(real, synthetic, config, chunk.groups)  # 5
-                    # pyrefly: ignore[unsupported-operation]  both are numbers in resolved settings
+                    # pyrefly: ignore[unsupported-operation]  a number in resolved settings
                     matched = attention + config.mmd_weight * mmd
                     calibration = torch.zeros_like(mmd)
                     if config.calibration_weight > 0:
                         calibration = self._cross_entropy(synthetic[0], chunk)
                         matched = matched + config.calibration_weight * calibration
+                    # pyrefly: ignore[unsupported-operation]  likewise
                     loss = config.loss_scale * matched  # 6
                 del real, synthetic  # the backward pass needs little of them
                 with stage("backward"):
@@ -250,9 +245,24 @@ class Distillation:
             newly_bad = ~torch.isfinite(terms) & (self._first_bad == 0)
             self._first_bad.add_(newly_bad * self._iteration)
 
+    def _cut_out(
+        self, images: Tensor, stages: Sequence[AugmentationParameters], chunk: _Chunk, chosen: Tensor | None
+    ) -> tuple[Tensor, Sequence[AugmentationParameters]]:
+        """Return the images on a chunk's sheets, with the first stage applied, and the stages that are left."""
+        if self.config.partition == 1 and chosen is None:
+            return pad_batch_of_one(images), stages
+        if chosen is not None:
+            chosen = pad_batch_of_one(chosen[chunk.classes].flatten())
+        first = stages[0] if stages else unchanged(len(chunk.labels), images.device)
+        options = {"partition": self.config.partition, "chosen": chosen}
+        return decode_and_augment(images, first, chunk.labels, **options), stages[1:]
+
     def _choose(self, generator: torch.Generator) -> Tensor | None:
-        """Draw ``synthetic_batch`` of each class's images on the sheets, int64 [K, batch], numbered from the first of
-        the class's chunk; None where all are used."""
+        """Draw ``synthetic_batch`` of the images on each class's sheets; None where all are used.
+
+        Returns:
+            int64 [K, batch], numbered from the first image of the class's chunk.
+        """
         if self._drawn == self._held:
             return None
         keys = torch.rand(self.data.num_classes, self._held, device=self.images.device, generator=generator)

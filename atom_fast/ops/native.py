@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from .._files import cache_folder
 
 LANES = 16  # floats in the kernels' vectors, see kernels/vectors.h
 _COMPILERS = ("cc", "gcc", "clang")
@@ -253,7 +254,7 @@ def _processor() -> str:
 @contextlib.contextmanager
 def _cache() -> Iterator[Path]:
     """Yield this user's cache folder. Code is loaded from it, so no other user may own it."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atom_fast"
+    folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
         raise PermissionError(f"{folder} belongs to another user")
