@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from torch import Tensor
 from atom_fast._files import write_atomically
 
 FORMAT = "atom_fast.checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE = ("1", "2")  # version 1 lacks the pool, and settings whose defaults are what it did
 KEEP = 3
 
 _NAME = re.compile(r"iteration-(\d+)\.safetensors")
@@ -38,6 +40,7 @@ class Checkpoint:
         data_fingerprint: ``ImageData.fingerprint`` of the real images.
         seconds: spent on the iterations so far.
         versions: of the packages that computed them.
+        pool_digest: ``Pool.digest`` of the trained networks; None without any.
     """
 
     iteration: int
@@ -46,6 +49,7 @@ class Checkpoint:
     data_fingerprint: str
     seconds: float = 0.0
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    pool_digest: str | None = None
 
 
 def save_checkpoint(folder: str | os.PathLike, checkpoint: Checkpoint, *, keep: int = KEEP) -> Path:
@@ -114,9 +118,9 @@ def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
         raise DamagedCheckpointError(f"{path} is damaged: {error}") from error
     if not intact:
         raise DamagedCheckpointError(f"{path} is damaged: its content does not match its checksum")
-    if version != str(FORMAT_VERSION):
+    if version not in _READABLE:
         raise ValueError(
-            f"{path} has format version {version}, this atom_fast reads {FORMAT_VERSION}; "
+            f"{path} has format version {version}, this atom_fast reads {' and '.join(_READABLE)}; "
             "install the version that wrote it"
         )
     try:
@@ -168,7 +172,14 @@ def _iteration(path: Path) -> int:
 
 def _check_types(checkpoint: Checkpoint) -> None:
     """Raise TypeError for a field that `save_checkpoint` would not write, whatever its checksum."""
-    kinds = {"iteration": int, "config": dict, "data_fingerprint": str, "seconds": (int, float), "versions": dict}
+    kinds: dict[str, Any] = {
+        "iteration": int,
+        "config": dict,
+        "data_fingerprint": str,
+        "seconds": (int, float),
+        "versions": dict,
+    }
+    kinds["pool_digest"] = (str, type(None))
     for name, kind in kinds.items():
         value = getattr(checkpoint, name)
         if not isinstance(value, kind) or isinstance(value, bool):

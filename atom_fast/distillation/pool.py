@@ -40,6 +40,7 @@ from atom_fast.training.trainer import (
 
 FORMAT = "atom_fast.pool_network"
 FORMAT_VERSION = 1  # of the files and of the recipe: a change of either leaves older files unused
+_PARTS = ("initial", "trained", "scores")
 _SEED = 0x706F6F6C  # of the pool's networks, apart from those of evaluations
 
 
@@ -105,8 +106,8 @@ def trained_pool(
 ) -> Pool:
     """Return the pool that a configuration asks for: from the cache, and what is missing there trained.
 
-    Processes that need a network at the same time share one: each trains those that no other one is training, and waits
-    for the others.
+    Processes that need the same networks at the same time share them: each trains those that no other one is training,
+    and waits for the rest.
 
     Args:
         data: the real images, on the device that computes.
@@ -125,24 +126,23 @@ def trained_pool(
     missing = [index for index in wanted if found[index] is None]
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
-        log(f"training {len(missing)} networks for {protocol.epochs} epochs on {data.name}, once; kept in {folder}")
-        for part in (ranks.own_jobs(missing), missing):  # its own share first, then what no process has finished
+        for part, wait in ((ranks.own_jobs(missing), False), (missing, True)):  # then what no process has finished
             with contextlib.ExitStack() as stack:
-                mine = [index for index in part if stack.enter_context(_claimed(folder, index, wait=part is missing))]
-                todo = [index for index in mine if _read(_file(folder, index)) is None]
+                mine = [index for index in part if stack.enter_context(_claimed(folder, index, wait=wait))]
+                todo = [index for index in mine if not _file(folder, index).is_file()]
+                if todo:
+                    log(f"training {len(todo)} networks on {data.name}, {protocol.epochs} epochs each, for {folder}")
                 for index, tensors in _train(todo, data, preprocessing, config, protocol, progress):
                     _write(_file(folder, index), tensors)
         found = {index: _read(_file(folder, index)) for index in wanted}
     networks = [tensors for tensors in found.values() if tensors is not None]
     if len(networks) < len(wanted):
         raise OSError(f"networks of the pool in {folder} were damaged or removed while others were trained")
-    stacked = {name: torch.stack([tensors[name] for tensors in networks]) for name in ("initial", "trained", "scores")}
-    digest = hashlib.sha256(stacked["initial"].numpy().data)
-    digest.update(stacked["trained"].numpy().data)
-    digest.update(stacked["scores"].numpy().data)
-    if len(set(ranks.all_gather_object(digest.hexdigest()))) > 1:
+    initial, trained, scores = (torch.stack([tensors[name] for tensors in networks]) for name in _PARTS)
+    digest = hashlib.sha256("".join(map(_digest, networks)).encode()).hexdigest()
+    if len(set(ranks.all_gather_object(digest))) > 1:
         raise RuntimeError(f"the processes of this run trained different networks in {folder}; let them share a folder")
-    pool = Pool(stacked["initial"], stacked["trained"], stacked["scores"].mean(0), digest.hexdigest())
+    pool = Pool(initial, trained, scores.mean(0), digest)
     return pool.to(data.train_images.device)
 
 
@@ -284,25 +284,29 @@ def _claimed(folder: Path, index: int, *, wait: bool) -> Iterator[bool]:
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save
 
-    write_atomically(path, save(tensors, metadata={"format": FORMAT, "sha256": _digest(tensors)}))
+    about = {"pool": path.parent.name, "network": path.stem, "sha256": _digest(tensors)}
+    write_atomically(path, save(tensors, metadata={FORMAT: json.dumps(about, sort_keys=True)}))
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:
-    """Read a network; None where there is none, or a damaged one, which is said and removed."""
+    """Read a network; None where there is none, or one that is damaged or another's, which is said and removed."""
     from safetensors import safe_open
 
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).clone() for name in ("initial", "trained", "scores")}
-        if header.get("sha256") == _digest(tensors):
+            about = json.loads((file.metadata() or {})[FORMAT])
+            tensors = {name: file.get_tensor(name).clone() for name in _PARTS}
+        if about != {"pool": path.parent.name, "network": path.stem, "sha256": about["sha256"]}:
+            reason = f"it is {about['network']} of {about['pool']}"
+        elif about["sha256"] != _digest(tensors):
+            reason = "its content does not match its checksum"
+        else:
             return tensors
-        reason = "its content does not match its checksum"
     except Exception as error:  # a damaged file can fail in many ways
         reason = str(error)
-    log(f"{path} is damaged ({reason}): the network is trained again")
+    log(f"{path} cannot be used ({reason}): the network is trained again")
     with contextlib.suppress(OSError):
         path.unlink()
     return None
@@ -310,7 +314,7 @@ def _read(path: Path) -> dict[str, Tensor] | None:
 
 def _digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name in ("initial", "trained", "scores"):
+    for name in _PARTS:
         digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
         digest.update(tensors[name].contiguous().numpy().data)
     return digest.hexdigest()

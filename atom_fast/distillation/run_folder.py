@@ -118,6 +118,12 @@ class RunFolder:
         config, checkpoint, device = self._config, self._checkpoint, data.train_images.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        self._pool_digest = None if pool is None else pool.digest
+        if checkpoint is not None and checkpoint.pool_digest != self._pool_digest:
+            raise ValueError(
+                f"the run in {self.path} began with other trained networks than those in the cache: on another "
+                "device or by another version they come out differently. Use the cache of that run, or another folder"
+            )
         classes = ranks.local_classes(data.num_classes)
         images = None
         if ranks.is_first():
@@ -281,7 +287,8 @@ class RunFolder:
         if ranks.is_first():
             settings, fingerprint = self._config.to_dict(), self._data.fingerprint
             tensors = {name: part for name, part in state.items() if part is not None}
-            checkpoint = Checkpoint(self.iteration, tensors, settings, fingerprint, self._seconds(), versions())
+            how = self._seconds(), versions(), self._pool_digest
+            checkpoint = Checkpoint(self.iteration, tensors, settings, fingerprint, *how)
             self._saved = save_checkpoint(self.path / CHECKPOINT_FOLDER, checkpoint)
         self.saved_iteration = self.iteration
 
@@ -308,6 +315,7 @@ class RunFolder:
             "dataset": data.name,
             "dataset_fingerprint": data.fingerprint,
             "device": run.images.device.type,
+            **({} if self._pool_digest is None else {"pool_digest": self._pool_digest}),
             "seconds": self._seconds(),
             "versions": versions(),
         }
@@ -371,7 +379,7 @@ class RunFolder:
         Raises:
             ValueError: the ranks have different settings or data.
         """
-        place = checkpoint and (checkpoint.iteration, checkpoint.seconds)
+        place = checkpoint and (checkpoint.iteration, checkpoint.seconds, checkpoint.pool_digest)
         everyone = ranks.all_gather_object([self._config.to_dict(), self._data.fingerprint, place])
         settings, fingerprint, place = everyone[0]
         for rank, (other_settings, other_fingerprint, _) in enumerate(everyone):
@@ -380,8 +388,8 @@ class RunFolder:
                 raise ValueError(f"rank {rank} of {len(everyone)} has other {differs} than rank 0; all need the same")
         if ranks.is_first() or place is None:
             return checkpoint
-        iteration, seconds = place
-        return Checkpoint(iteration, {}, settings, fingerprint, seconds)
+        iteration, seconds, pool_digest = place
+        return Checkpoint(iteration, {}, settings, fingerprint, seconds, pool_digest=pool_digest)
 
 
 def _check_processes(config: DistillConfig, data: ImageData) -> None:

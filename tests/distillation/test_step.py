@@ -6,20 +6,31 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import atom_fast as af
+from atom_fast import reference
 from atom_fast._device import convolution_precision
 from atom_fast._seeds import derive_seed
+from atom_fast.data.augmentation import augment, draw_stages
 from atom_fast.data.dataset import ImageData
+from atom_fast.data.partition import decode
+from atom_fast.data.sampling import sample_class_indices
 from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.distillation import step
 from atom_fast.distillation.config import preset
 from atom_fast.distillation.loop import distill
+from atom_fast.distillation.pool import Pool, easiest
 from atom_fast.distillation.start import initial_images
-from atom_fast.distillation.step import Distillation, DivergenceError
+from atom_fast.distillation.step import Distillation, DivergenceError, make_convnet
 from atom_fast.ops import native
 from benchmarks.digits import plain_loop
+
+ADDITIONS = {
+    "partition": 2, "synthetic_batch": 5, "pool_networks": 3, "calibration_weight": 0.5, "easy_fraction": 0.7,
+    "augmentation": "color+crop_rotate+cutout",
+}  # fmt: skip
 
 
 def make_data(classes=3, per_class=10, channels=3, size=8, device="cpu"):
@@ -37,7 +48,21 @@ def make_run(data=None, name="paper", **settings):
     settings = {"ipc": 2, "real_batch": 4, "width": 8, "depth": 3, "loss_scale": 1.0, **settings}
     config = preset(name, **settings).resolve(data.image_shape, data.name, data.train_images.device)
     preprocessing = fit_preprocessing(data.train_images, config.preprocessing, progress=False)
-    return Distillation(config, data, preprocessing, initial_images(config, data, preprocessing)), preprocessing
+    start, pool = initial_images(config, data, preprocessing), made_pool(config, data)
+    return Distillation(config, data, preprocessing, start, pool=pool), preprocessing
+
+
+def made_pool(config, data):
+    """Return a pool of random networks; None where the settings ask for none."""
+    if config.pool_networks == 0:
+        return None
+    generator, network, drawn = torch.Generator().manual_seed(7), make_convnet(config, data.to("cpu")), []
+    for _ in range(2 * config.pool_networks):
+        network.reset_parameters(generator)
+        drawn.append(torch.cat([parameter.reshape(-1) for parameter in network.parameters()]))
+    initial, trained = torch.stack(drawn).chunk(2)
+    scores = torch.rand(len(data.train_images), generator=generator)
+    return Pool(initial, trained, scores, "made").to(data.train_images.device)
 
 
 @pytest.mark.parametrize("name", ["paper", "channel", "dm"])
@@ -55,6 +80,54 @@ def test_steps_equal_the_plain_loop(name, device):
     assert (expected - start).abs().max() > 1e-2, "the images must have moved for this to mean anything"
     torch.testing.assert_close(run.images.detach(), expected, rtol=1e-5, atol=1e-5)
     assert terms.loss == pytest.approx(last_loss, rel=1e-4)
+
+
+def test_a_step_with_every_addition_equals_its_definition(device):
+    """Lines 3 to 7 in plain PyTorch, from the same random draws."""
+    data = make_data(device=device)
+    run, preprocessing = make_run(data, loss_scale=3.0, precision="float32", **ADDITIONS)
+    sheets, config, pool = run.images.clone().requires_grad_(), run.config, made_pool(run.config, data)
+    generator = torch.Generator(device).manual_seed(derive_seed(config.seed, 1))
+    network = make_convnet(config, data).to(device)
+    number = torch.randint(3, (1,), generator=generator, device=device).item()
+    age = torch.rand(1, generator=generator, device=device)
+    torch.nn.utils.vector_to_parameters(pool.initial[number].lerp(pool.trained[number], age), network.parameters())
+    network.requires_grad_(False)
+    indices = sample_class_indices(easiest(data, pool.scores, 0.7), config.real_batch, generator)
+    stages = draw_stages(3, generator, strategy=config.augmentation)
+    keys = torch.rand(3, 8, generator=generator, device=device)
+    loss = matched = calibration = 0
+    for label in range(3):
+        of_class = torch.zeros(64, dtype=torch.int64, device=device)
+        real = preprocessing.to_model(data.train_images[indices[label]])
+        synthetic = decode(sheets[2 * label : 2 * label + 2], 2)[keys[label].topk(5).indices.sort().values]
+        for stage in stages:
+            own = stage.of_groups(slice(label, label + 1))
+            real, synthetic = (augment(images, own, of_class[: len(images)]) for images in (real, synthetic))
+        (real_embedding, real_maps), (embedding, maps) = network.features(real), network.features(synthetic)
+        attention = sum(
+            reference.attention_matching_loss(one, other, spatial_power=4.0, channel_power=4.0)
+            for one, other in zip(real_maps[:-1], maps[:-1], strict=True)
+        )
+        matched = matched + attention + 0.01 * (real_embedding.mean(0) - embedding.mean(0)).square().sum()
+        logits = network.classifier(embedding)
+        calibration = calibration + F.cross_entropy(logits, torch.full((5,), label, device=device))
+    loss = 3.0 * (matched + 0.5 * calibration)
+    (gradient,) = torch.autograd.grad(loss, sheets)
+    run.step(1)
+    torch.testing.assert_close(run.momentum, gradient, rtol=1e-4, atol=1e-6)
+    terms = run.read_terms()
+    assert terms.calibration_loss == pytest.approx(calibration.item(), rel=1e-5)
+    assert terms.loss == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_images_that_a_step_does_not_draw_do_not_move():
+    run, _ = make_run(ipc=1, partition=2, synthetic_batch=1, momentum=0.0)
+    before = run.images.clone()
+    run.step(1)
+    moved = (run.images != before).any(1)  # [K, H, W]
+    quarters = moved.unfold(1, 4, 4).unfold(2, 4, 4).flatten(3).any(3).flatten(1)
+    assert quarters.sum(1).tolist() == [1, 1, 1]
 
 
 def test_the_loss_is_made_of_its_terms():
@@ -300,13 +373,14 @@ def test_images_far_outside_of_the_data_are_noticed_and_the_setting_is_named(los
     assert str(stop.value).endswith(f"lower image_lr (it is 1e+30) or loss_scale ({loss_scale:g})")
 
 
-def test_parts_of_the_classes_have_the_images_and_terms_of_all():
+@pytest.mark.parametrize("settings", [{}, ADDITIONS])
+def test_parts_of_the_classes_have_the_images_and_terms_of_all(settings):
     data = make_data(5)
-    whole, preprocessing = make_run(data)
-    start = whole.images.clone()
+    whole, preprocessing = make_run(data, **settings)
+    start, pool = whole.images.clone(), whole.pool
     parts = [
         Distillation(
-            whole.config, data, preprocessing, start[2 * own.start : 2 * own.stop], classes=own
+            whole.config, data, preprocessing, start[2 * own.start : 2 * own.stop], classes=own, pool=pool
         ) for own in (range(2), range(2, 5))
     ]  # fmt: skip
     for iteration in (1, 2):
@@ -341,7 +415,8 @@ def test_a_graph_needs_a_gpu():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "settings", [{}, {"precision": "bfloat16"}, {"spatial_power": None}, {"norm": "batch"}, {"image_average": True}]
+    "settings",
+    [{}, {"precision": "bfloat16"}, {"spatial_power": None}, {"norm": "batch"}, {"image_average": True}, ADDITIONS],
 )
 def test_a_captured_step_gives_the_same_images(settings):
     data = make_data(classes=5, size=32, device="cuda")
@@ -363,9 +438,10 @@ def test_a_captured_step_gives_the_same_images(settings):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, ADDITIONS])
 @pytest.mark.parametrize("graph", [False, True])
-def test_a_step_never_waits_for_the_device(graph):
-    run, _ = make_run(make_data(classes=5, size=32, device="cuda"))
+def test_a_step_never_waits_for_the_device(graph, settings):
+    run, _ = make_run(make_data(classes=5, size=32, device="cuda"), **settings)
     run.step(1)
     if graph:
         run.capture()
@@ -379,12 +455,12 @@ def test_a_step_never_waits_for_the_device(graph):
     run.read_terms()
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_chunks_of_classes_give_the_gradients_of_all_at_once(backend, place):
+@pytest.mark.parametrize(("backend", "settings"), [("torch", {}), ("triton", {}), ("torch", ADDITIONS)])
+def test_chunks_of_classes_give_the_gradients_of_all_at_once(backend, settings, place):
     """Chunks of two classes and of one, by one setting."""
     results = []
     for chunk in (None, 2):
-        run = make_run(make_data(3, device=place), class_chunk=chunk, real_batch=2, width=4, depth=2)[0]
+        run = make_run(make_data(3, device=place), class_chunk=chunk, real_batch=2, width=4, depth=2, **settings)[0]
         with af.backend(backend):
             run.step(1)
         results.append(run.momentum.double())
