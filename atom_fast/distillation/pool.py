@@ -201,7 +201,7 @@ def _train(
         index, scores = current[trainer], _scores(trainer)
         trained = _flat(trainer.network)
         if not scores.isfinite().all() or not trained.isfinite().all():
-            raise RuntimeError(f"network {index} of the pool diverged; see pool_epochs")
+            raise RuntimeError(f"network {index} of the pool diverged")
         finished[index] = {"initial": initial[index], "trained": trained, "scores": scores}
         return 0.0
 

@@ -15,7 +15,7 @@ import torch
 
 from atom_fast.data.sources import load_data
 from atom_fast.data.whitening import fit_preprocessing
-from atom_fast.distillation import ranks, run_folder
+from atom_fast.distillation import pool, ranks, run_folder
 from atom_fast.distillation.checkpoint import latest_checkpoint
 from atom_fast.distillation.config import preset
 from atom_fast.distillation.loop import distill
@@ -34,6 +34,13 @@ CONFIGURATIONS = {
     "one image in chunks": {"ipc": 1, "class_chunk": 2, "image_average": True},
     "layer norm": {"norm": "layer", "augmentation": "none"},
     "matched means": {"name": "dm", "real_batch": 1},
+    "with a pool": {
+        "partition": 2,
+        "synthetic_batch": 3,
+        "pool_networks": 3,
+        "pool_epochs": 1,
+        "calibration_weight": 1.0,
+    },
 }
 
 
@@ -96,6 +103,7 @@ def distil_all(folder):
     """
     data, size = make_data(classes=10), ranks.count()
     options = {"progress": False, "device": "cpu"}
+    pool.cache_folder = lambda: folder / f"cache of {size}"  # each number of processes trains the networks anew
     images = {
         name: distill(data, small(**settings), folder / f"{size} {name}", **options).images.numpy()
         for name, settings in CONFIGURATIONS.items()
