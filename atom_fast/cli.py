@@ -55,7 +55,9 @@ def main():
 @main.command()
 @data_options("digits", "digits")
 @click.option("--resolution", type=int, help="resize images to squares of this side, in pixels  [default: as they are]")
-@click.option("--output", type=FilePath(), help="the run's folder  [default: runs/DATASET-ipcN-PRESET]")
+@click.option(
+    "--output", type=FilePath(), help="the run's folder  [default: runs/DATASET-ipcN-PRESET, or ...-partitionR-PRESET]"
+)
 @click.option(
     "--resume", is_flag=True, help="continue from the newest checkpoint in --output, if there is one  [default: off]"
 )
@@ -84,14 +86,14 @@ def distill(
     from atom_fast.data.sources import load_data
     from atom_fast.distillation import distill as run
     from atom_fast.distillation import ranks
-    from atom_fast.pictures import save_run_pictures
+    from atom_fast.pictures import count_images, save_run_pictures
     from atom_fast.synthetic import SyntheticSet
 
     config, preset_name = configuration(ctx, settings, config, preset_name)
     if given and settings["image_init"]:
         raise ValueError(f"give --set or --image-init {settings['image_init']}, not both")
     start = SyntheticSet.load(given) if given else None
-    output = output or Path("runs") / f"{dataset}-ipc{config.ipc}-{preset_name}"
+    output = output or Path("runs") / f"{dataset}-{_size_name(config.ipc, config.partition)}-{preset_name}"
     options = {"resolution": resolution, "progress": not quiet and ranks.is_first()}
     data = ranks.after_first(lambda: load_data(dataset, data_dir, download=download, **options))
     synthetic = run(
@@ -102,9 +104,13 @@ def distill(
         return
     save_run_pictures(output, synthetic)
     file = output / SYNTHETIC_FILE
-    click.echo(f"{len(synthetic)} images in {file}, their picture in {output / 'synthetic.png'}")
+    click.echo(f"{count_images(synthetic)} in {file}, their picture in {output / 'synthetic.png'}")
     where = ["--data-dir", str(data_dir)] if data_dir else []
     click.echo(f"next: {shlex.join(['atom-fast', 'evaluate', str(file), *where])}", err=True)
+
+
+def _size_name(ipc: int, partition: int) -> str:
+    return f"ipc{ipc}" if partition == 1 else f"ipc{ipc}-partition{partition}"
 
 
 @main.command()
@@ -217,7 +223,7 @@ def _set_and_data(file: Path, dataset: str | None, data_dir: Path | None, prepro
     if dataset not in SOURCES:
         recorded = f"says that it is for {dataset!r}" if dataset else "does not say which data set it is for"
         raise ValueError(f"the set {recorded}; {choices}")
-    height, width = synthetic.images.shape[2:]
+    height, width = synthetic.sheets.shape[2:]
     if options["resolution"] is None and height == width:
         options["resolution"] = height
     return synthetic, load_data(dataset, data_dir, **options)
@@ -227,7 +233,13 @@ def _set_and_data(file: Path, dataset: str | None, data_dir: Path | None, prepro
 @data_options("digits", "digits")
 @click.option("--resolution", type=int, help="resize images to squares of this side, in pixels  [default: as they are]")
 @click.option("--method", type=Choice(SELECTIONS), default="random", show_default=True, help="how to choose the images")
-@click.option("--ipc", default=1, help="images to choose per class; not used by full  [default: 1 per class]")
+@click.option("--ipc", default=1, help="images to store per class; not used by full  [default: 1 per class]")
+@click.option(
+    "--partition",
+    default=1,
+    help="choose this number squared times as many images, and put so many on each stored one, shrunk: to compare with "
+    "sets distilled with --partition  [default: 1: whole images]",
+)
 @click.option("--output", type=FilePath(), help="file to write  [default: runs/DATASET-ipcN-METHOD...]")
 @click.option(
     "--preprocessing",
@@ -257,7 +269,9 @@ def _set_and_data(file: Path, dataset: str | None, data_dir: Path | None, prepro
 @device_option
 @quiet_option
 @alone
-def select(dataset, data_dir, download, resolution, method, ipc, output, device, protocol, quiet, **settings):
+def select(
+    dataset, data_dir, download, resolution, method, ipc, partition, output, device, protocol, quiet, **settings
+):
     """Choose real images of a data set, as a set to evaluate beside distilled ones.
 
     Methods: random; herding; k-center; forgetting, the images that a network forgets most often, and
@@ -266,23 +280,24 @@ def select(dataset, data_dir, download, resolution, method, ipc, output, device,
     from atom_fast.data.sources import load_data
     from atom_fast.distillation import ranks
     from atom_fast.evaluation.sets import select as choose
+    from atom_fast.pictures import count_images
 
     chosen_device = ranks.own_device(device_name(device))
     data = load_data(dataset, data_dir, download=download, resolution=resolution, progress=not quiet)
-    size = "full" if method == "full" else f"ipc{ipc}-{method}"
+    size = "full" if method == "full" else f"{_size_name(ipc, partition)}-{method}"
     output = output or Path("runs") / f"{dataset}-{size}.safetensors"
     chosen = choose(
-        data, method, ipc, protocol=protocol or default_protocol(data.name), progress=not quiet,
+        data, method, ipc, partition=partition, protocol=protocol or default_protocol(data.name), progress=not quiet,
         device=chosen_device, **settings,
     )  # fmt: skip
-    click.echo(f"{len(chosen)} images in {chosen.save(output)}")
+    click.echo(f"{count_images(chosen)} in {chosen.save(output)}")
 
 
 @main.command()
 @set_argument
 @click.option("--output", type=FilePath(), help="PNG file to write  [default: FILE with .png]")
 def show(file, output):
-    """Draw the images in FILE as one PNG, one row per class."""
+    """Draw the images in FILE as one PNG, one row per class; with a partition, the sheets that hold them."""
     from atom_fast.pictures import describe, save_synthetic_grid
     from atom_fast.synthetic import SyntheticSet
 
@@ -304,7 +319,10 @@ def show(file, output):
     "code  [default: pt if OUTPUT ends in .pt, otherwise folder]",
 )
 def export(file, output, form):
-    """Write the set in FILE to OUTPUT in a format that other programs read."""
+    """Write the set in FILE to OUTPUT in a format that other programs read.
+
+    The sheets of a set with a partition are cut into the images that they hold, which are enlarged.
+    """
     from atom_fast.synthetic import SyntheticSet
 
     click.echo(SyntheticSet.load(file).export(output, format=form))
@@ -322,13 +340,16 @@ def info(file, as_json):
     statistics = synthetic.preprocessing.describe()
     kind = statistics.pop("kind")
     facts = {
-        "images": list(synthetic.images.shape),
+        "images": [len(synthetic), *synthetic.sheets.shape[1:]],
+        "partition": synthetic.partition,
+        **({} if synthetic.partition == 1 else {"sheets": list(synthetic.sheets.shape)}),
+        "ipc": synthetic.ipc,
         "class_names": list(synthetic.class_names),
         "class_sizes": list(synthetic.class_sizes),
         "preprocessing": kind,
         **statistics,
-        **synthetic.metadata,
     }
+    facts |= {name: value for name, value in synthetic.metadata.items() if name not in facts}
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return

@@ -9,7 +9,7 @@ import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -64,12 +64,14 @@ def save_image_grid(
 
 
 def save_synthetic_grid(synthetic: SyntheticSet, path: str | os.PathLike, title: str | None = None) -> Path:
-    """Write a synthetic set to one PNG: one row per class, or ten images per row if every class has one image.
+    """Write the stored images of a synthetic set to one PNG, with a partition its sheets.
 
-    Rows of smaller classes are padded with white. See :func:`save_image_grid` for arguments, result and errors.
+    One row per class, or ten images per row if every class has one; rows of smaller classes are padded with white. See
+    :func:`save_image_grid` for arguments, result and errors.
     """
-    pixels = synthetic.pixels()[torch.argsort(synthetic.labels, stable=True)]
-    sizes, largest = synthetic.class_sizes, max(synthetic.class_sizes)
+    pixels = synthetic.sheet_pixels()[torch.argsort(synthetic.sheet_labels, stable=True)]
+    sizes = [size // synthetic.partition**2 for size in synthetic.class_sizes]
+    largest = max(sizes)
     names = [name for name, size in zip(synthetic.class_names, sizes, strict=True) if size]
     if largest == 1:
         return save_image_grid(pixels, path, columns=min(10, len(pixels)), class_names=names, title=title)
@@ -92,10 +94,17 @@ def save_run_pictures(folder: str | os.PathLike, synthetic: SyntheticSet) -> Non
 def describe(synthetic: SyntheticSet) -> str:
     """Describe a synthetic set in one line: data set, size, method and iterations, if its metadata contains them."""
     metadata, config = synthetic.metadata, synthetic.metadata.get("config", {})
-    size = f"{len(synthetic)} images" if synthetic.ipc is None else f"{synthetic.ipc} per class"
+    size = count_images(synthetic) if synthetic.ipc is None else f"{synthetic.ipc} per class"
+    if synthetic.partition > 1 and synthetic.ipc is not None:
+        size = f"{synthetic.ipc} sheets of {synthetic.partition**2} images per class"
     parts = [metadata.get("dataset"), size, metadata.get("method") or method_name(config)]
     parts.append(f"{config['iterations']} iterations" if "iterations" in config else None)
     return ", ".join(part for part in parts if part)
+
+
+def count_images(synthetic: SyntheticSet) -> str:
+    """Return how many images a set trains as, and with a partition their sheets: ``80 images on 20 sheets``."""
+    return f"{len(synthetic)} images" + (f" on {len(synthetic.sheets)} sheets" if synthetic.partition > 1 else "")
 
 
 def method_name(config: Mapping[str, object]) -> str:
@@ -239,25 +248,37 @@ def _loss_curves(records: Iterable[dict]) -> dict[str, list[tuple[int, float]]]:
     return curves
 
 
-def result_line(result: dict) -> str:
+def size_text(result: Mapping[str, Any]) -> str:
+    """Return a set's size as a line shows it, after a blank: `` ipc=10``, and with a partition what it trains as.
+
+    Args:
+        result: ``ipc``, None for classes of different sizes, and perhaps ``partition``.
+    """
+    ipc, partition = result["ipc"], result.get("partition", 1)  # older results have none
+    text = "" if ipc is None else f" ipc={ipc}"
+    if partition > 1:
+        text += f" partition={partition}" + ("" if ipc is None else f" ({ipc * partition**2} images per class)")
+    return text
+
+
+def result_line(result: Mapping[str, Any]) -> str:
     """Format a result as one line, such as ``digits ipc=10 atom 96.1 ± 0.3 random 91.1 ± 1.0`` (per cent).
 
     Args:
-        result: ``dataset``, ``ipc``, ``method``, ``accuracy_mean``, ``accuracy_std`` and, if Random was evaluated,
-            ``random_mean`` and ``random_std``.
+        result: ``dataset``, ``ipc``, ``method``, ``accuracy_mean``, ``accuracy_std``, with a partition ``partition``
+            and, if Random was evaluated, ``random_mean`` and ``random_std``.
     """
-    size = "" if result["ipc"] is None else f" ipc={result['ipc']}"  # None for classes of different sizes
-    line = f"{result['dataset']}{size} {result['method']} {_accuracy(result, 'accuracy')}"
+    line = f"{result['dataset']}{size_text(result)} {result['method']} {_accuracy(result, 'accuracy')}"
     return f"{line} random {_accuracy(result, 'random')}" if result.get("random_mean") is not None else line
 
 
-def comparison_table(results: Iterable[dict]) -> str:
+def comparison_table(results: Iterable[Mapping[str, Any]]) -> str:
     """Format results (see :func:`result_line`, with optional ``seconds``) as an aligned Markdown table."""
     head = ("data set", "images per class", "method", "accuracy %", "random %", "distillation s")
     rows = [
         (
             result["dataset"],
-            str(result["ipc"]),
+            _images_per_class(result),
             result["method"],
             _accuracy(result, "accuracy"),
             _accuracy(result, "random") if result.get("random_mean") is not None else "",
@@ -272,7 +293,14 @@ def comparison_table(results: Iterable[dict]) -> str:
     )
 
 
-def _accuracy(result: dict, name: str) -> str:
+def _images_per_class(result: Mapping[str, Any]) -> str:
+    ipc, partition = result["ipc"], result.get("partition", 1)
+    if partition == 1:
+        return str(ipc)
+    return f"sheets of {partition**2}" if ipc is None else f"{ipc} sheets, {ipc * partition**2} images"
+
+
+def _accuracy(result: Mapping[str, Any], name: str) -> str:
     if result[f"{name}_mean"] is None:
         return "diverged"
     return f"{result[f'{name}_mean']:.1f} ± {result[f'{name}_std']:.1f}"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from atom_fast._files import write_atomically
-from atom_fast.data.partition import check_partition, decode
+from atom_fast.data.partition import check_partition, decode, sheet_pixels
 from atom_fast.data.whitening import Preprocessing
 from atom_fast.names import EXPORT_FORMATS, SYNTHETIC_FILE
 
@@ -41,9 +41,11 @@ class SyntheticSet(torch.utils.data.Dataset):
 
     Attributes:
         images: float32 ``[N, C, H, W]`` in model space: normalised, and whitened if the preprocessing whitens. With a
-            partition these are the images on the sheets, cut out and enlarged; change ``sheets`` to change them.
-        labels: int64 ``[N]``, each in ``[0, len(class_names))``.
+            partition they are cut out of the sheets and enlarged at every use: keep them in a variable, and change
+            ``sheets`` to change them.
+        labels: int64 ``[N]``, each in ``[0, len(class_names))``; with a partition, of the images on the sheets.
         sheets: float32 ``[N / partition^2, C, H, W]``, the stored images; without a partition the images themselves.
+        sheet_labels: int64 ``[N / partition^2]``, one per sheet.
         partition: rows and columns of images on a sheet (`atom_fast.data.partition`); 1: none.
         class_names: one name per class.
         preprocessing: :class:`~atom_fast.data.whitening.Preprocessing` between pixels and model space.
@@ -63,17 +65,16 @@ class SyntheticSet(torch.utils.data.Dataset):
         """Check and keep the parts; nothing is copied.
 
         Args:
-            images: float32 ``[N, C, H, W]`` in model space, or the sheets.
-            labels: int64 ``[N]``, one per image or sheet.
+            images: float32 ``[N, C, H, W]`` in model space; with a partition above 1 the sheets.
+            labels: int64 ``[N]``, one per image; with a partition above 1 one per sheet.
             class_names, preprocessing, metadata, partition: the attributes.
 
         Raises:
             ValueError: as `check`.
         """
         self.sheets = images.detach()
+        self.sheet_labels = labels
         self.partition = partition
-        self.labels = labels if partition == 1 else labels.repeat_interleave(partition**2)
-        self._decoded: tuple[torch.Tensor, torch.Tensor] | None = None  # the sheets, and the images on them
         self.class_names = tuple(class_names)
         self.preprocessing = preprocessing
         self.metadata = dict(metadata or {})
@@ -83,31 +84,29 @@ class SyntheticSet(torch.utils.data.Dataset):
         """Check that the set is valid, for example after its attributes were changed.
 
         Raises:
-            ValueError: a wrong shape or dtype, a value that is not finite, a label without a class name, images that
-                the preprocessing does not fit, or an entry of the metadata of another type than ``distill`` writes.
+            ValueError: a wrong shape or dtype, a value that is not finite, a label without a class name, a partition
+                that does not divide the images' sides, images that the preprocessing does not fit, or an entry of the
+                metadata of another type than ``distill`` writes.
         """
+        _check_parts(self.sheets, self.sheet_labels, self.class_names, "image" if self.partition == 1 else "sheet")
         check_partition(self.partition, *self.sheets.shape[2:])
-        _check_parts(self.images, self.labels, self.class_names)
         if not all(tensor.isfinite().all() for tensor in self.preprocessing.tensors().values()):
             raise ValueError("the preprocessing must be finite; got NaN or infinity")
-        self.preprocessing.to(self.images.device).to_pixels(self.images[:1])
+        self.preprocessing.to(self.sheets.device).to_pixels(self.sheets[:1])
         _check_metadata(self.metadata)
 
     def __repr__(self) -> str:
         of = f" of {self.metadata['dataset']!r}" if self.metadata.get("dataset") else ""
+        on = "" if self.partition == 1 else f" on {len(self.sheets)} sheets"
         return (
-            f"SyntheticSet({len(self)} images {list(self.images.shape[1:])}{of}, {len(self.class_names)} classes, "
+            f"SyntheticSet({len(self)} images {list(self.sheets.shape[1:])}{on}{of}, {len(self.class_names)} classes, "
             f"{self.preprocessing})"
         )
 
     @property
     def images(self) -> torch.Tensor:
         """The images that networks train on."""
-        if self.partition == 1:
-            return self.sheets
-        if self._decoded is None or self._decoded[0] is not self.sheets:
-            self._decoded = self.sheets, decode(self.sheets, self.partition)
-        return self._decoded[1]
+        return decode(self.sheets, self.partition)
 
     @images.setter
     def images(self, images: torch.Tensor) -> None:
@@ -115,18 +114,34 @@ class SyntheticSet(torch.utils.data.Dataset):
             raise AttributeError(f"images come from the sheets of partition {self.partition}: change sheets")
         self.sheets = images
 
+    @property
+    def labels(self) -> torch.Tensor:
+        """The class of each image."""
+        return self.sheet_labels if self.partition == 1 else self.sheet_labels.repeat_interleave(self.partition**2)
+
+    @labels.setter
+    def labels(self, labels: torch.Tensor) -> None:
+        if self.partition > 1:
+            raise AttributeError(f"labels come from the sheets of partition {self.partition}: change sheet_labels")
+        self.sheet_labels = labels
+
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.sheets) * self.partition**2
 
     def __getitem__(self, index: int | slice | Sequence[int]) -> tuple[torch.Tensor, int | torch.Tensor]:
         """Return an image and its label, or several of each, indexed like the tensors."""
         label = self.labels[index]
-        return self.images[index], label if label.dim() else int(label)
+        if label.dim() or self.partition == 1:
+            return self.images[index], label if label.dim() else int(label)
+        number: Any = index
+        sheet, place = divmod(range(len(self))[number], self.partition**2)
+        return decode(self.sheets[sheet : sheet + 1], self.partition)[place], int(label)
 
     @property
     def class_sizes(self) -> tuple[int, ...]:
         """Number of images in each class."""
-        return tuple(torch.bincount(self.labels, minlength=len(self.class_names)).tolist())
+        sheets = torch.bincount(self.sheet_labels, minlength=len(self.class_names))
+        return tuple((sheets * self.partition**2).tolist())
 
     @property
     def ipc(self) -> int | None:
@@ -134,14 +149,16 @@ class SyntheticSet(torch.utils.data.Dataset):
         sizes = set(self.class_sizes)
         return sizes.pop() // self.partition**2 if len(sizes) == 1 else None
 
-    @property
-    def sheet_labels(self) -> torch.Tensor:
-        """The class of each stored image."""
-        return self.labels[:: self.partition**2]
-
     def pixels(self) -> torch.Tensor:
         """Return the images as pixels: float32 ``[N, C, H, W]`` in [0, 1], clamped."""
         return self.preprocessing.to_pixels(self.images)
+
+    def sheet_pixels(self) -> torch.Tensor:
+        """Return the stored images as pixels, to look at: float32 ``[N / partition^2, C, H, W]`` in [0, 1], clamped.
+
+        With a partition they are a little blurred (`atom_fast.data.partition.sheet_pixels`).
+        """
+        return sheet_pixels(self.sheets, self.partition, self.preprocessing)
 
     def to(self, device: torch.device | str) -> SyntheticSet:
         """Return the set with its tensors on ``device``."""
@@ -157,8 +174,9 @@ class SyntheticSet(torch.utils.data.Dataset):
     def save(self, path: str | os.PathLike) -> Path:
         """Write the set to one ``.safetensors`` file, completely or not at all.
 
-        The tensors are ``images``, ``labels`` and ``preprocessing.*``; the header holds the class names and the
-        metadata as JSON, and a SHA-256 of everything, so that `load` notices damage.
+        The tensors are ``images`` and ``labels``, which hold the sheets and their labels, and ``preprocessing.*``; the
+        header holds the class names, the partition where it is not 1 and the metadata as JSON, and a SHA-256 of
+        everything, so that `load` notices damage.
 
         Returns:
             The path written.
@@ -206,7 +224,7 @@ class SyntheticSet(torch.utils.data.Dataset):
                 description["class_names"],
                 preprocessing,
                 description["metadata"],
-                description.get("partition", 1),
+                1 if description["format_version"] == _BEFORE_PARTITIONS else description["partition"],
             )
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"{path} does not hold a usable synthetic set: {error}") from error
@@ -214,6 +232,9 @@ class SyntheticSet(torch.utils.data.Dataset):
 
     def export(self, path: str | os.PathLike, format: str | None = None) -> Path:
         """Write the set in a format that other programs read.
+
+        Other programs know no partition: they get the images that are on the sheets, cut out and enlarged, and the
+        entries ``"partition"`` and ``"decoded": true``, which say so. A set without a partition has neither entry.
 
         Args:
             path: the folder or file to write. A folder must be empty or not exist; a file is replaced.
@@ -305,14 +326,18 @@ def _check_metadata(metadata: dict) -> None:
             raise ValueError(f"metadata {name!r} must not be a {type(metadata[name]).__name__}")
 
 
-def _check_parts(images: torch.Tensor, labels: torch.Tensor, class_names: tuple[str, ...] | None = None) -> None:
+def _check_parts(
+    images: torch.Tensor, labels: torch.Tensor, class_names: tuple[str, ...] | None = None, noun: str = "image"
+) -> None:
+    """Refuse images, or sheets if that is the noun, and labels that are not of the shapes and types of a set."""
     if images.ndim != 4 or images.dtype != torch.float32 or 0 in images.shape:
-        raise ValueError(f"images must be float32 [N, C, H, W] and not empty; got {images.dtype} {list(images.shape)}")
+        got = f"{images.dtype} {list(images.shape)}"
+        raise ValueError(f"{noun}s must be float32 [N, C, H, W] and not empty; got {got}")
     if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
-        expected = f"int64 [{len(images)}], one per image"
+        expected = f"int64 [{len(images)}], one per {noun}"
         raise ValueError(f"labels must be {expected}; got {labels.dtype} {list(labels.shape)}")
     if not images.isfinite().all():
-        raise ValueError("images must be finite; got NaN or infinity")
+        raise ValueError(f"{noun}s must be finite; got NaN or infinity")
     smallest, largest = labels.min().item(), labels.max().item()
     if smallest < 0:
         raise ValueError(f"labels must be at least 0; got {smallest}")
@@ -404,7 +429,7 @@ def folder_names(class_names: Sequence[str]) -> list[str]:
 def _export_folder(synthetic: SyntheticSet, path: Path) -> Path:
     from PIL import Image
 
-    channels = synthetic.images.shape[1]
+    channels = synthetic.sheets.shape[1]
     if channels not in (1, 3):
         raise ValueError(f"PNG files need images with 1 or 3 channels; got {channels}")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -425,6 +450,7 @@ def _export_folder(synthetic: SyntheticSet, path: Path) -> Path:
             "class_names": synthetic.class_names,
             "metadata": synthetic.metadata,
             "preprocessing": synthetic.preprocessing.describe(),
+            **_decoded_note(synthetic),
         }
         (content / "metadata.json").write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", "utf-8")
         if path.exists():
@@ -437,22 +463,28 @@ def _export_folder(synthetic: SyntheticSet, path: Path) -> Path:
     return path
 
 
+def _decoded_note(synthetic: SyntheticSet) -> dict[str, object]:
+    """Entries of an export that say that its images were cut out of sheets; none where they were not."""
+    return {} if synthetic.partition == 1 else {"partition": synthetic.partition, "decoded": True}
+
+
 def _public_model_space(synthetic: SyntheticSet) -> tuple[torch.Tensor, dict[str, object]]:
     """The images in the space of the public programs, and that space as `Preprocessing.describe` describes it."""
-    preprocessing = synthetic.preprocessing
+    images, preprocessing = synthetic.images, synthetic.preprocessing
     own_mean, own_std = preprocessing.mean, preprocessing.std
     constants = PUBLIC_NORMALIZATION.get(str(synthetic.metadata.get("dataset")))
     if preprocessing.kind != "standard" or constants is None or own_mean is None or own_std is None:
-        return synthetic.images, preprocessing.describe()
-    mean, std = (synthetic.images.new_tensor(values)[:, None, None] for values in constants)
+        return images, preprocessing.describe()
+    mean, std = (images.new_tensor(values)[:, None, None] for values in constants)
     # Not to_pixels, which clamps: distilled images reach outside [0, 1].
-    pixels = synthetic.images * own_std[:, None, None] + own_mean[:, None, None]
+    pixels = images * own_std[:, None, None] + own_mean[:, None, None]
     return (pixels - mean) / std, Preprocessing(mean.flatten(), std.flatten()).describe()
 
 
 def _export_public(synthetic: SyntheticSet, path: Path) -> Path:
     images, space = _public_model_space(synthetic)
     images = images.float().cpu().contiguous()
+    content = {"data": [[images, synthetic.labels.cpu()]], "accs_all_exps": {}, "preprocessing": space}
     buffer = io.BytesIO()
-    torch.save({"data": [[images, synthetic.labels.cpu()]], "accs_all_exps": {}, "preprocessing": space}, buffer)
+    torch.save({**content, **_decoded_note(synthetic)}, buffer)
     return write_atomically(path, buffer.getvalue())

@@ -67,6 +67,7 @@ def read_set(path: Path) -> None:
         assert all(printable(line).isprintable() for line in _lines(name, value))
     assert not any("/" in name or "\\" in name for name in folder_names(synthetic.class_names))
     assert synthetic.pixels().isfinite().all() or synthetic.images.abs().max() > 1e18
+    assert len(synthetic.sheet_pixels()) * synthetic.partition**2 == len(synthetic)
     _public_model_space(synthetic)
     architecture_of(synthetic, "digits")
 
@@ -201,7 +202,9 @@ def seeds(target: str) -> list[bytes]:
             archive.writestr("set/", "")
             archive.writestr("set/a.txt", "a" * 50)
         return [buffer.getvalue()]
-    return [json.dumps(described if target == "described-set" else fields).encode()]
+    if target == "described-set":
+        return [json.dumps(some).encode() for some in (described, {**described, "format_version": 2, "partition": 2})]
+    return [json.dumps(fields).encode()]
 
 
 # ---------------------------------------------------------------- engines

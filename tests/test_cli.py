@@ -174,6 +174,8 @@ def test_every_setting_can_be_given(configured):
 
 def test_default_output_names_data_size_and_preset(configured):
     assert str(configured("--ipc", 10, "--preset", "dm")["output"]) == os.path.join("runs", "digits-ipc10-dm")
+    output = configured("--ipc", 10, "--partition", 2)["output"]
+    assert str(output) == os.path.join("runs", "digits-ipc10-partition2-paper")
 
 
 @pytest.mark.parametrize(
@@ -197,6 +199,12 @@ def test_default_output_names_data_size_and_preset(configured):
         (["evaluate", "missing.safetensors"], ["missing.safetensors does not exist"]),
         (["evaluate", "missing.safetensors", "--seed", -1], ["--seed", "-1 is not in the range x>=0"]),
         (["select", "--seed", -1], ["--seed", "-1 is not in the range x>=0"]),
+        (["distill", "--partition", 3], ["partition must be a whole number", "8x8: one of 1, 2, 4, 8; got 3"]),
+        (["distill", "--partition", 0], ["partition must be a whole number of at least 1; got 0"]),
+        (["select", "--partition", 3], ["partition must be a whole number", "8x8: one of 1, 2, 4, 8; got 3"]),
+        (["select", "--partition", -1], ["8x8: one of 1, 2, 4, 8; got -1"]),
+        (["select", "--partition", "two"], ["--partition", "'two' is not a valid integer"]),
+        (["select", "--method", "full", "--partition", 2], ["method 'full'", "its partition must be 1; got 2"]),
         (["show", "missing.safetensors"], ["missing.safetensors does not exist"]),
         (["show", "missing.safetensors", "--output", "a.jpg"], ["--output must end in .png; got a.jpg"]),
         (["info"], ["Missing argument 'FILE'"]),
@@ -321,6 +329,97 @@ def test_a_set_of_another_resolution_is_evaluated_from_its_export(finished, tmp_
     assert stdout.startswith("digits ipc=1 ")
 
 
+@pytest.fixture(scope="module")
+def partitioned(tmp_path_factory):
+    """The folder of a run with two sheets of four images per class, and what the command printed."""
+    output = tmp_path_factory.mktemp("runs") / "sheets"
+    stdout, _ = run("distill", "--output", output, "--ipc", 2, "--partition", 2, "--device", "cpu", "--quiet", *TINY)
+    return output, stdout
+
+
+def test_a_partitioned_run_is_described_by_both_counts(partitioned, tmp_path):
+    folder, printed = partitioned
+    assert printed.startswith(f"80 images on 20 sheets in {folder / 'synthetic.safetensors'}, ")
+    assert SyntheticSet.load(folder).partition == 2
+    stdout, _ = run("info", folder)
+    assert stdout.startswith("digits, 2 sheets of 4 images per class, atom, 4 iterations\n")
+    lines = stdout.splitlines()
+    for line in ("images: 80, 1, 8, 8", "sheets: 20, 1, 8, 8", "partition: 2", "ipc: 2"):
+        assert line in lines
+    facts = json.loads(run("info", folder, "--json")[0])
+    assert facts["images"] == [80, 1, 8, 8] and facts["sheets"] == [20, 1, 8, 8]
+    assert facts["partition"] == facts["ipc"] == 2 and facts["class_sizes"] == [8] * 10
+
+
+def test_a_pool_is_trained_once_for_several_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    settings = ["--partition", 2, "--pool-networks", 1, "--pool-epochs", 1, "--calibration-weight", 0.1]
+    for seed in (0, 1):
+        options = ["--output", tmp_path / str(seed), "--seed", seed, "--device", "cpu", "--quiet"]
+        _, stderr = run("distill", *options, *settings, *TINY)
+        assert ("training 1 networks on digits" in stderr) == (seed == 0)
+    (network,) = (tmp_path / "cache" / "atom_fast" / "pools").glob("digits-*/network-000.safetensors")
+    assert network.stat().st_size < 100_000
+
+
+def test_facts_of_a_set_are_not_replaced_by_its_metadata(finished, tmp_path):
+    synthetic = SyntheticSet.load(finished)
+    synthetic.metadata |= {"partition": 7, "images": "many", "note": "kept"}
+    facts = json.loads(run("info", synthetic.save(tmp_path / "set.safetensors"), "--json")[0])
+    assert facts["partition"] == 1 and facts["images"] == [20, 1, 8, 8] and facts["note"] == "kept"
+    assert "sheets" not in facts and facts["ipc"] == 2
+
+
+def test_pictures_of_a_partitioned_run_show_its_sheets(partitioned, tmp_path):
+    """The same in the run's folder, beside the result and from the command, a class in a row."""
+    image = pytest.importorskip("PIL.Image")
+    folder, _ = partitioned
+    run("show", folder, "--output", tmp_path / "grid.png")
+    assert (folder / "synthetic.png").read_bytes() == (tmp_path / "grid.png").read_bytes()
+    tiles = SyntheticSet.load(folder).sheet_pixels()[:, 0].mul(255).round().to(torch.uint8)
+    with image.open(folder / "images" / "iteration-00000004.png") as opened:
+        drawn = torch.tensor(list(opened.convert("L").tobytes()), dtype=torch.uint8).view(*opened.size[::-1])
+    left = drawn.shape[1] - 8 - 2 * 66  # the names take the rest
+    for number, tile in enumerate(tiles):
+        y, x = 8 + number // 2 * 66, left + number % 2 * 66
+        assert torch.equal(drawn[y : y + 64 : 8, x : x + 64 : 8], tile), number
+
+
+def test_a_partitioned_set_is_evaluated_beside_random_sheets(partitioned, tmp_path):
+    path, json_path = partitioned[0] / "synthetic.safetensors", tmp_path / "result.json"
+    options = ["--networks", 1, "--epochs", 2, "--device", "cpu", "--quiet", "--json", json_path]
+    stdout, _ = run("evaluate", path, *options)
+    assert stdout.startswith("digits ipc=2 partition=2 (8 images per class) atom ") and " random " in stdout
+    result, random = json.loads(json_path.read_text())
+    assert result["method"] == "atom" and random["method"] == "random"
+    assert result["partition"] == random["partition"] == 2 and result["ipc"] == random["ipc"] == 2
+    # The same images, stored one by one, are another set, in a record of its own.
+    run("export", path, tmp_path / "set.pt")
+    stdout, _ = run("evaluate", tmp_path / "set.pt", "--dataset", "digits", "--no-random", *options)
+    assert stdout.startswith("digits ipc=8 public ")
+    assert [record["partition"] for record in json.loads(json_path.read_text())] == [2, 2, 1]
+
+
+def test_select_makes_sheets_and_names_their_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for partition, stored, shown in ((1, "digits-ipc2-random", "20 images"),
+                                     (2, "digits-ipc2-partition2-random", "80 images on 20 sheets")):  # fmt: skip
+        path = os.path.join("runs", f"{stored}.safetensors")
+        assert run("select", "--ipc", 2, "--partition", partition, "--quiet")[0] == f"{shown} in {path}\n"
+        assert SyntheticSet.load(path).partition == partition
+
+
+def test_a_run_starts_from_a_set_of_its_partition_only(partitioned, finished, tmp_path):
+    settings = ["--ipc", 2, "--device", "cpu", "--quiet", *TINY, "--image-lr", 0]
+    folder, output = partitioned[0], tmp_path / "run"
+    run("distill", "--output", output, "--set", folder, "--partition", 2, *settings)
+    assert torch.equal(SyntheticSet.load(output).sheets, SyntheticSet.load(folder).sheets)
+    for given, own, others in ((folder, 1, 2), (finished, 2, 1)):
+        _, stderr = run("distill", "--output", tmp_path / "no", "--set", given, "--partition", own, *settings, code=2)
+        assert f"the set to start from has partition {others}, this run partition {own}; use partition" in stderr
+    assert not (tmp_path / "no").exists()
+
+
 def test_a_folder_of_a_run_stands_for_its_set(finished):
     assert run("info", finished) == run("info", finished / "synthetic.safetensors")
 
@@ -377,7 +476,7 @@ def test_demo_keeps_what_it_finished_and_nothing_that_is_not_its_own(tmp_path, m
     assert line.startswith("digits ipc=1 atom ") and " random " in line and line.count("\n") == 1
     assert json.loads((output / "summary.json").read_text()) == first
     assert set(first[0]) == {
-        *("dataset", "ipc", "method", "accuracy_mean", "accuracy_std", "random_mean", "random_std"),
+        *("dataset", "ipc", "partition", "method", "accuracy_mean", "accuracy_std", "random_mean", "random_std"),
         *("seconds", "device", "config_hash"),
     }
     cell = output / "digits-ipc1"

@@ -8,10 +8,12 @@ import numpy
 import pytest
 import torch
 
+from atom_fast.data.partition import make_sheets
 from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.pictures import (
     _draw_grid,
     comparison_table,
+    count_images,
     describe,
     method_name,
     read_log,
@@ -146,11 +148,37 @@ def test_a_set_is_drawn_with_one_row_per_class(tmp_path, labels, rows, columns):
         assert contains(picture, image.permute(1, 2, 0).repeat_interleave(8, 0).repeat_interleave(8, 1))
 
 
+def make_partitioned(labels):
+    """Sheets of 2x2 images."""
+    plain = make_set([0])
+    train = torch.randint(0, 256, (4 * len(labels), 1, 8, 8), generator=torch.Generator().manual_seed(1))
+    sheets = make_sheets(plain.preprocessing.to_model(train / 255), 2)
+    return SyntheticSet(sheets, torch.tensor(labels), plain.class_names, plain.preprocessing, plain.metadata, 2)
+
+
+@pytest.mark.parametrize(
+    ("labels", "rows", "columns"),
+    [([0, 0, 1, 1, 2, 2], 3, 2), ([0, 1, 2], 1, 3), ([2, 0, 2, 0, 0], 2, 3)],
+)
+def test_a_partitioned_set_is_drawn_as_its_sheets(tmp_path, labels, rows, columns):
+    synthetic = make_partitioned(labels)
+    picture = read_png(save_synthetic_grid(synthetic, tmp_path / "set.png"))
+    assert rows * 64 <= picture.shape[0] < (rows + 1) * 64
+    assert columns * 64 <= picture.shape[1] < (columns + 1) * 64
+    for sheet in (synthetic.sheet_pixels() * 255).round().to(torch.uint8).expand(-1, 3, -1, -1):
+        assert contains(picture, sheet.permute(1, 2, 0).repeat_interleave(8, 0).repeat_interleave(8, 1))
+
+
 def test_description():
     assert describe(make_set([0, 1, 2])) == "pets, 1 per class, atom, 30 iterations"
     bare = make_set([0, 0, 1])
     bare.metadata = {}
-    assert describe(bare) == "3 images, synthetic"
+    assert describe(bare) == "3 images, synthetic" and count_images(bare) == "3 images"
+    partitioned = make_partitioned([0, 0, 1, 1, 2, 2])
+    assert describe(partitioned) == "pets, 2 sheets of 4 images per class, atom, 30 iterations"
+    uneven = make_partitioned([0, 0, 1])
+    uneven.metadata = {}
+    assert describe(uneven) == "12 images on 3 sheets, synthetic"
 
 
 @pytest.mark.parametrize(
@@ -195,6 +223,18 @@ def test_result_line():
     assert result_line({**RESULT, "ipc": None}) == "digits atom 96.1 ± 0.3 random 91.1 ± 1.0"
     assert result_line({**RESULT, "random_mean": None}) == "digits ipc=10 atom 96.1 ± 0.3"
     assert result_line({**RESULT, "accuracy_mean": None}) == "digits ipc=10 atom diverged random 91.1 ± 1.0"
+
+
+def test_results_of_partitioned_sets_are_told_apart():
+    """In a line and in a table, by both counts; a result without the entry is of a version that knew no partition."""
+    plain, partitioned = {**RESULT, "partition": 1}, {**RESULT, "partition": 2}
+    assert result_line(plain) == result_line(RESULT)
+    line = "digits ipc=10 partition=2 (40 images per class) atom 96.1 ± 0.3 random 91.1 ± 1.0"
+    assert result_line(partitioned) == line
+    assert result_line({**partitioned, "ipc": None}).startswith("digits partition=2 atom 96.1")
+    rows = comparison_table([RESULT, plain, partitioned, {**partitioned, "ipc": None}]).splitlines()[2:]
+    sizes = [row.split("|")[2].strip() for row in rows]
+    assert sizes == ["10", "10", "10 sheets, 40 images", "sheets of 4"]
 
 
 def test_comparison_table_lines_up():

@@ -1,6 +1,7 @@
 """The synthetic set's file: what is read is what was written, damage is noticed, exports open elsewhere."""
 
 import builtins
+import copy
 import errno
 import json
 import os
@@ -13,8 +14,17 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from atom_fast.data.partition import decode, make_sheets
 from atom_fast.data.whitening import fit_preprocessing
-from atom_fast.synthetic import PUBLIC_NORMALIZATION, SyntheticSet, folder_names, load_public
+from atom_fast.synthetic import (
+    FORMAT,
+    PUBLIC_NORMALIZATION,
+    SyntheticSet,
+    _digest,
+    _read_file,
+    folder_names,
+    load_public,
+)
 
 METADATA = {"dataset": "shapes", "seed": 3, "config": {"ipc": 2, "mmd_weight": 0.01}, "note": "café ✓"}
 
@@ -26,6 +36,16 @@ def make_set(kind="standard", channels=3, classes=("cat", "dog", "emu"), ipc=2, 
     images = preprocessing.to_model(train[: ipc * len(classes)]) + 0.25
     labels = torch.arange(len(classes)).repeat_interleave(ipc)
     return SyntheticSet(images, labels, classes, preprocessing, {**METADATA, "dataset": dataset})
+
+
+def make_partitioned(kind="standard", channels=3, ipc=2, dataset="shapes"):
+    """Sheets of 2x2 images of 6x4 pixels."""
+    generator = torch.Generator().manual_seed(0)
+    train = torch.randint(0, 256, (40, channels, 6, 4), generator=generator, dtype=torch.uint8)
+    preprocessing = fit_preprocessing(train, kind, progress=False)
+    sheets = make_sheets(preprocessing.to_model(train[: 12 * ipc]), 2) + 0.25
+    labels, metadata = torch.arange(3).repeat_interleave(ipc), {**METADATA, "dataset": dataset}
+    return SyntheticSet(sheets, labels, ("cat", "dog", "emu"), preprocessing, metadata, partition=2)
 
 
 @pytest.fixture
@@ -48,6 +68,118 @@ def test_round_trip_is_bit_exact(tmp_path, kind):
     for name, tensor in synthetic.preprocessing.tensors().items():
         assert torch.equal(read.preprocessing.tensors()[name], tensor)
     assert torch.equal(read.pixels(), synthetic.pixels())
+
+
+def test_a_partitioned_set_stores_sheets_and_trains_as_the_images_on_them(device):
+    synthetic = make_partitioned().to(device)
+    assert synthetic.sheets.shape == (6, 3, 6, 4) and synthetic.images.shape == (24, 3, 6, 4)
+    assert torch.equal(synthetic.images, decode(synthetic.sheets, 2))
+    assert synthetic.sheet_labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert synthetic.labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    assert len(synthetic) == len(synthetic.labels) == 24
+    assert synthetic.class_sizes == (8, 8, 8) and synthetic.ipc == 2
+    assert synthetic.pixels().shape == (24, 3, 6, 4) and synthetic.sheet_pixels().shape == (6, 3, 6, 4)
+    assert repr(synthetic).startswith("SyntheticSet(24 images [3, 6, 4] on 6 sheets of 'shapes', 3 classes, Prepro")
+    uneven = torch.tensor([0, 0, 0, 2, 2, 1], device=device)
+    uneven = SyntheticSet(synthetic.sheets, uneven, "abc", synthetic.preprocessing, partition=2)
+    assert uneven.class_sizes == (12, 4, 8) and uneven.ipc is None
+
+
+def test_a_partitioned_set_is_indexed_by_its_images():
+    synthetic = make_partitioned()
+    for index in (0, 13, -1, torch.tensor(5), numpy.int64(7)):
+        image, label = synthetic[index]
+        torch.testing.assert_close(image, synthetic.images[index])
+        assert label == synthetic.labels[index] and type(label) is int
+    for several in (slice(3, 9), [3, -4, 5], synthetic.labels == 1, torch.tensor([9, 3])):
+        images, labels = synthetic[several]
+        assert torch.equal(images, synthetic.images[several]) and torch.equal(labels, synthetic.labels[several])
+    batches = list(torch.utils.data.DataLoader(synthetic, batch_size=10))
+    torch.testing.assert_close(torch.cat([images for images, _ in batches]), synthetic.images)
+    assert torch.cat([labels for _, labels in batches]).equal(synthetic.labels)
+    for beyond in (24, -25):
+        with pytest.raises(IndexError):
+            synthetic[beyond]
+
+
+def test_changed_sheets_give_changed_images():
+    synthetic = make_partitioned()
+    before = synthetic.images
+    synthetic.sheets[0] = 0  # in place
+    assert not synthetic.images[:4].any() and torch.equal(synthetic.images[4:], before[4:])
+    synthetic.sheets = synthetic.sheets * 2
+    torch.testing.assert_close(synthetic.images[4:], 2 * before[4:])
+    synthetic.sheet_labels = synthetic.sheet_labels.flip(0)
+    assert synthetic.labels.tolist() == [2] * 8 + [1] * 8 + [0] * 8
+
+
+@pytest.mark.parametrize(("name", "instead"), [("images", "sheets"), ("labels", "sheet_labels")])
+def test_what_comes_from_the_sheets_is_not_replaced(name, instead):
+    synthetic, plain = make_partitioned(), make_set()
+    with pytest.raises(AttributeError, match=f"{name} come from the sheets of partition 2: change {instead}$"):
+        setattr(synthetic, name, getattr(synthetic, name))
+    setattr(plain, name, getattr(plain, name)[:3])
+    assert len(getattr(plain, name)) == len(getattr(plain, instead)) == 3
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda some: pickle.loads(pickle.dumps(some)), copy.copy])
+def test_a_partitioned_set_is_copied(copied, tmp_path):
+    synthetic = make_partitioned()
+    other = copied(synthetic)
+    assert other.partition == 2 and torch.equal(other.images, synthetic.images)
+    assert synthetic.save(tmp_path / "a").read_bytes() == other.save(tmp_path / "b").read_bytes()
+
+
+def test_a_partitioned_file_says_so_and_others_are_what_they_were(tmp_path):
+    synthetic = make_partitioned()
+    path = synthetic.save(tmp_path / "set.safetensors")
+    description, tensors = _read_file(path)
+    assert description["format_version"] == 2 and description["partition"] == 2
+    assert tensors["images"].shape == (6, 3, 6, 4) and tensors["labels"].tolist() == [0, 0, 1, 1, 2, 2]
+    read = SyntheticSet.load(path)
+    assert read.partition == 2 and read.metadata == synthetic.metadata and read.class_names == synthetic.class_names
+    assert torch.equal(read.sheets, synthetic.sheets) and torch.equal(read.images, synthetic.images)
+    assert torch.equal(read.labels, synthetic.labels)
+    plain, _ = _read_file(make_set().save(tmp_path / "plain.safetensors"))
+    assert plain.keys() == {"format_version", "class_names", "metadata", "sha256"} and plain["format_version"] == 1
+
+
+@pytest.mark.fault(
+    "Damaged files",
+    "a set's file whose partition is no whole number or does not divide its images",
+    "refused; the message names the partitions that fit, the file stays",
+)
+@pytest.mark.parametrize("partition", [0, -1, 3, 4, 2.0, "2", True, None])
+def test_wrong_partitions_are_refused_and_files_stay(partition, tmp_path):
+    synthetic = make_partitioned()
+    parts = synthetic.sheets, synthetic.sheet_labels, synthetic.class_names, synthetic.preprocessing
+    message = f"partition must be a whole number .* images of 6x4: one of 1, 2; got {partition!r}$"
+    with pytest.raises(ValueError, match=message):
+        SyntheticSet(*parts, partition=partition)
+    path = synthetic.save(tmp_path / "set.safetensors")
+    before = path.read_bytes()
+    synthetic.partition = partition
+    with pytest.raises(ValueError, match=message):
+        synthetic.save(path)
+    for name in ("set.pt", "images"):
+        with pytest.raises(ValueError, match=message):
+            synthetic.export(tmp_path / name)
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == [path.name]
+    rewrite(path, partition=partition)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=f"set.safetensors does not hold a usable synthetic set: {message}"):
+        SyntheticSet.load(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(24, dtype=torch.int64), torch.zeros(5, dtype=torch.int64)])
+def test_labels_are_one_per_sheet(labels):
+    synthetic = make_partitioned()
+    parts = synthetic.class_names, synthetic.preprocessing
+    with pytest.raises(ValueError, match=rf"labels must be int64 \[6\], one per sheet; got .*\[{len(labels)}\]"):
+        SyntheticSet(synthetic.sheets, labels, *parts, partition=2)
+    with pytest.raises(ValueError, match=r"sheets must be float32 \[N, C, H, W\] and not empty; got .*\[3, 6, 4\]"):
+        SyntheticSet(synthetic.sheets[0], labels, *parts, partition=2)
 
 
 def test_same_set_gives_the_same_file(tmp_path):
@@ -138,8 +270,6 @@ def rewrite(path, tensors=None, **changes):
     """The file with some tensors and entries of its description replaced, its checksum made right again."""
     from safetensors.torch import save_file
 
-    from atom_fast.synthetic import FORMAT, _digest, _read_file
-
     description, content = _read_file(path)
     content = {name: tensor for name, tensor in {**content, **(tensors or {})}.items() if tensor is not None}
     description |= changes
@@ -147,11 +277,26 @@ def rewrite(path, tensors=None, **changes):
     save_file(content, path, metadata={FORMAT: json.dumps(description)})
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", None])
-def test_another_version_is_refused(saved, version):
-    rewrite(saved[1], format_version=version)
-    with pytest.raises(ValueError, match=f"format version {version!r}, this atom_fast reads 1"):
-        SyntheticSet.load(saved[1])
+@pytest.mark.parametrize("version", [3, 0, "1", None])
+@pytest.mark.parametrize("make", [make_set, make_partitioned])
+def test_another_version_is_refused(make, version, tmp_path):
+    path = make().save(tmp_path / "set.safetensors")
+    rewrite(path, format_version=version)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=f"format version {version!r}, this atom_fast reads 1 and 2; install the"):
+        SyntheticSet.load(path)
+    assert path.read_bytes() == before
+
+
+def test_the_version_decides_what_a_partition_is(tmp_path):
+    """Version 1 had none, so that its readers take what is stored for the images; version 2 needs one."""
+    path = make_partitioned().save(tmp_path / "set.safetensors")
+    rewrite(path, format_version=1)
+    assert SyntheticSet.load(path).partition == 1
+    path = make_set().save(tmp_path / "set.safetensors")
+    rewrite(path, format_version=2)
+    with pytest.raises(ValueError, match="set.safetensors does not hold a usable synthetic set: 'partition'"):
+        SyntheticSet.load(path)
 
 
 @pytest.mark.parametrize(
@@ -302,6 +447,26 @@ def test_folder_export_is_read_by_torchvision(tmp_path):
     about = {"class_names": list(synthetic.class_names), "metadata": synthetic.metadata}
     assert described == {**about, "preprocessing": synthetic.preprocessing.describe()}
     assert described["preprocessing"]["std"] == pytest.approx(synthetic.preprocessing.std.tolist(), abs=1e-6)
+
+
+def test_a_partitioned_set_is_exported_as_the_images_that_it_trains_as(tmp_path):
+    """Programs that know no partition train on what this one does."""
+    datasets = pytest.importorskip("torchvision.datasets")
+    synthetic = make_partitioned(dataset="cifar10")
+    read = datasets.ImageFolder(synthetic.export(tmp_path / "images") / "train")
+    assert [label for _, label in read.samples] == synthetic.labels.tolist()
+    expected = (synthetic.pixels() * 255).round().to(torch.uint8)
+    for index, (image, _) in enumerate(read):
+        assert torch.equal(torch.from_numpy(numpy.array(image)).permute(2, 0, 1), expected[index])
+    described = json.loads((tmp_path / "images" / "metadata.json").read_text("utf-8"))
+    content = torch.load(synthetic.export(tmp_path / "set.pt"), weights_only=True)
+    [(images, labels)] = load_public(tmp_path / "set.pt")
+    mean, std = (torch.tensor(values)[:, None, None] for values in PUBLIC_NORMALIZATION["cifar10"])
+    torch.testing.assert_close((images * std + mean).clamp(0, 1), synthetic.pixels())
+    assert torch.equal(labels, synthetic.labels)
+    for about in (described, content):
+        assert about["partition"] == 2 and about["decoded"] is True
+    assert described["preprocessing"] == synthetic.preprocessing.describe()
 
 
 def test_folder_export_of_grey_images(tmp_path):

@@ -6,21 +6,28 @@ A sheet [C, H, W] of partition r holds r x r images, row by row. Each is cropped
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from atom_fast.data.whitening import Preprocessing
 
 
 def check_partition(partition: int, height: int, width: int) -> None:
     """Check that sheets of a size can be cut into ``partition`` rows and columns.
 
     Raises:
-        ValueError: they cannot; the message names the numbers that divide both sides.
+        ValueError: they cannot, or ``partition`` is no whole number; the message names the numbers that divide both
+            sides.
     """
-    if partition < 1 or height % partition or width % partition:
+    whole = isinstance(partition, int) and not isinstance(partition, bool)
+    if not whole or partition < 1 or height % partition or width % partition:
         fitting = [str(r) for r in range(1, min(height, width) + 1) if height % r == 0 and width % r == 0]
         raise ValueError(
-            f"partition must divide the sides of images of {height}x{width}: one of {', '.join(fitting)}; "
-            f"got {partition}"
+            f"partition must be a whole number that divides the sides of images of {height}x{width}: one of "
+            f"{', '.join(fitting)}; got {partition!r}"
         )
 
 
@@ -59,3 +66,12 @@ def decode(sheets: Tensor, partition: int) -> Tensor:
     grid = sheets.view(count, channels, partition, small[0], partition, small[1])
     crops = grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, *small)
     return F.interpolate(crops, size=(height, width), mode="bilinear", align_corners=False)
+
+
+def sheet_pixels(sheets: Tensor, partition: int, preprocessing: Preprocessing) -> Tensor:
+    """Return sheets in model space as pixels in [0, 1], to look at: float32 [N, C, H, W].
+
+    A preprocessing acts on whole images. Those of a sheet are cut out and enlarged, brought to pixels, and shrunk back
+    onto their sheet, which blurs them a little; without a partition nothing is.
+    """
+    return make_sheets(preprocessing.to_pixels(decode(sheets, partition)), partition)

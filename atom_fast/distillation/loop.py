@@ -47,7 +47,7 @@ def distill(
         output: the run's folder, new or empty, or with ``resume`` that of an earlier run.
         resume: continue from the newest intact checkpoint, or start where there is none. The settings must be the
             same; ``iterations`` may be higher. On one CPU the result has the same bits as an uninterrupted run.
-        start: initial images, instead of ``config.image_init``; same classes, ipc and image shape.
+        start: initial images, instead of ``config.image_init``; same classes, ipc, partition and image shape.
         progress: show a progress bar on standard error.
         device: where to compute; None: the GPU, if there is one. Each of several processes has its own GPU.
         preprocessing: ``config.preprocessing`` as fitted to these images before, on the same device; None: fit it.
@@ -69,7 +69,9 @@ def distill(
     _check_kinds(data, config, start)
     device = own_device(device)
     config = config.resolve(data.image_shape, data.name, device)
-    _check_fit(config, data, preprocessing, draws_start=not resume and start is None)
+    _check_fit(config, data, preprocessing)
+    if not resume:
+        check_start(config, data, start)
     with RunFolder(output, config, data, resume=resume, progress=progress, how_to_go_on=how_to_go_on) as folder:
         real = data.to(device)
         if preprocessing is None:
@@ -95,17 +97,13 @@ def _check_kinds(data: object, config: object, start: object) -> None:
             raise TypeError(f"{name} must be of type {kind.__name__} ({advice}); got {type(value).__name__}")
 
 
-def _check_fit(
-    config: DistillConfig, data: ImageData, preprocessing: Preprocessing | None, *, draws_start: bool
-) -> None:
+def _check_fit(config: DistillConfig, data: ImageData, preprocessing: Preprocessing | None) -> None:
     """Refuse what cannot work before anything is written."""
     largest = torch.finfo(torch.float32).max
     for name in ("image_lr", "loss_scale", "mmd_weight"):
         if getattr(config, name) > largest:
             raise ValueError(f"{name} must be at most {largest:.2g}, float32's limit; got {getattr(config, name):g}")
     check_partition(config.partition, *data.image_shape[1:])
-    if draws_start:
-        check_start(config, data)
     make_convnet(config, data)  # raises where the images are too small for its depth
     if preprocessing is not None and preprocessing.kind != config.preprocessing:
         raise ValueError(f"preprocessing must be of kind {config.preprocessing!r}; got {preprocessing.kind!r}")

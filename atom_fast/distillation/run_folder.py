@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from atom_fast.data.dataset import ImageData
+from atom_fast.data.partition import sheet_pixels
 from atom_fast.data.sampling import describe_small_classes
 from atom_fast.data.whitening import Preprocessing
 from atom_fast.distillation import ranks
@@ -300,7 +301,7 @@ class RunFolder:
             return
         columns = self._config.ipc if self._config.ipc > 1 else 10
         save_image_grid(
-            self._preprocessing.to_pixels(images),
+            sheet_pixels(images, self._config.partition, self._preprocessing),
             self.path / IMAGE_FOLDER / f"iteration-{self.iteration:08d}.png",
             columns=columns,
             class_names=self._data.class_names,

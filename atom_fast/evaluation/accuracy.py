@@ -155,9 +155,8 @@ def architecture_of(synthetic: SyntheticSet, dataset: str) -> dict[str, Any]:
     """
     config = synthetic.metadata.get("config", {})
     recorded = {setting: config[setting] for setting in CONVNET_SETTINGS if config.get(setting) is not None}
-    stored = len(synthetic.sheets)
-    per_class = max(1, stored // len(synthetic.class_names))  # the mean, where classes differ in size
-    _, channels, height, width = synthetic.images.shape
+    per_class = max(1, len(synthetic.sheets) // len(synthetic.class_names))  # the mean, where classes differ in size
+    _, channels, height, width = synthetic.sheets.shape
     return preset("paper", ipc=per_class, **recorded).for_data((channels, height, width), dataset).convnet_settings()
 
 
@@ -250,7 +249,7 @@ def _own_data(synthetic: SyntheticSet) -> ImageData:
         wanted = f"the set was made from {name!r}" if name else "the set does not say which data set it is for"
         call = f"load_data({name!r}, FOLDER)" if name else "load_data(NAME, FOLDER)"
         raise ValueError(f"{wanted}: pass data={call}")
-    height, width = synthetic.images.shape[2:]
+    height, width = synthetic.sheets.shape[2:]
     return load_data("digits", resolution=height if height == width else None, progress=False)
 
 
@@ -260,6 +259,7 @@ def _about(synthetic: SyntheticSet, data: ImageData) -> dict[str, Any]:
     return {
         "dataset": data.name,
         "ipc": synthetic.ipc,
+        "partition": synthetic.partition,
         "method": metadata.get("method") or method_name(metadata.get("config", {})),
         "config_hash": metadata.get("config_hash"),
         "set_seconds": metadata.get("seconds"),
@@ -279,6 +279,8 @@ def _hash(task: _Task, synthetic: SyntheticSet, evaluate_every: int | None) -> s
         "evaluate_every": evaluate_every,
         "own_sets": task.own_sets is not None,
     }
+    if synthetic.partition > 1:  # apart from a set that stores the same images one by one
+        settings["partition"] = synthetic.partition
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     tensors = {"images": synthetic.images, "labels": synthetic.labels, **synthetic.preprocessing.tensors()}
     for name, tensor in tensors.items():
@@ -330,10 +332,10 @@ def _check_fit(synthetic: SyntheticSet, data: ImageData) -> None:
             f"the set was made for the {len(synthetic.class_names)} classes {_some(synthetic.class_names)}; "
             f"{data.name} has the {data.num_classes} classes {_some(data.class_names)}"
         )
-    if tuple(synthetic.images.shape[1:]) != data.image_shape:
+    if tuple(synthetic.sheets.shape[1:]) != data.image_shape:
         raise ValueError(
             f"images must be [N, {', '.join(map(str, data.image_shape))}] to fit the test set of {data.name}; "
-            f"got {list(synthetic.images.shape)}"
+            f"got {list(synthetic.sheets.shape)}"
         )
     synthetic.check()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from atom_fast._files import write_atomically
+from atom_fast.pictures import size_text
 from atom_fast.training.ensemble import Curve
 from atom_fast.training.protocols import Protocol
 
@@ -22,7 +23,8 @@ class EvaluationResult:
     """Test accuracies in percent of networks trained on one set.
 
     Attributes:
-        about: the set: ``dataset``, ``ipc``, ``method``, ``config_hash``, ``set_seconds`` (of its distillation) and
+        about: the set: ``dataset``, ``ipc`` (stored images per class), ``partition`` (each stored image trains as
+            partition^2 images; 1: as itself), ``method``, ``config_hash``, ``set_seconds`` (of its distillation) and
             ``same_data`` (True if it was made from the data it was tested on); each None where it is not known.
         curves: per network its accuracy after each tested epoch, ``{epoch: percent}`` with epochs counted from 1; the
             last epoch is always tested. None where a logit was not finite: the network diverged. Empty for a network
@@ -89,8 +91,8 @@ class EvaluationResult:
 
     def __str__(self) -> str:
         noun = "network" if len(self.curves) == 1 else "networks"
-        size = "" if self.about["ipc"] is None else f" ipc={self.about['ipc']}"
-        text = f"{self.about['dataset']}{size} {self.about['method']}: {self.mean:.1f} ± {self.std:.1f} %"
+        text = f"{self.about['dataset']}{size_text(self.about)} {self.about['method']}"
+        text += f": {self.mean:.1f} ± {self.std:.1f} %"
         text += f" ({len(self.curves)} {self.network} {noun}, last epoch)"
         for name, indices in (("diverged", self.diverged), ("unfinished", self.unfinished)):
             text += f", {name}: {', '.join(map(str, indices))}" if indices else ""
@@ -122,13 +124,13 @@ def summary(result: EvaluationResult, random: EvaluationResult | None = None) ->
     """Put a set's accuracy beside Random's, as :func:`atom_fast.pictures.result_line` prints it.
 
     Returns:
-        ``dataset``, ``ipc``, ``method``, ``accuracy_mean``, ``accuracy_std``, ``random_mean``, ``random_std`` (percent;
-        None where not measured or all diverged), ``seconds`` (of the distillation), ``device`` (of the evaluation) and
-        ``config_hash``.
+        ``dataset``, ``ipc``, ``partition``, ``method``, ``accuracy_mean``, ``accuracy_std``, ``random_mean``,
+        ``random_std`` (percent; None where not measured or all diverged), ``seconds`` (of the distillation), ``device``
+        (of the evaluation) and ``config_hash``.
     """
     found, baseline = result.to_dict(), {} if random is None else random.to_dict()
     return {
-        **{name: found[name] for name in ("dataset", "ipc", "method", "accuracy_mean", "accuracy_std")},
+        **{name: found[name] for name in ("dataset", "ipc", "partition", "method", "accuracy_mean", "accuracy_std")},
         "random_mean": baseline.get("accuracy_mean"),
         "random_std": baseline.get("accuracy_std"),
         "seconds": found["set_seconds"],

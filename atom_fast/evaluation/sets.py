@@ -49,9 +49,9 @@ def select(
         data: the real images.
         method: "random", "herding", "k-center", "forgetting" (the most often forgotten), "least-forgetting", or "full"
             for the whole training set.
-        ipc: images per class; not used by "full".
-        partition: shrink partition^2 times as many and put so many on each stored image, the fair baseline beside
-            partitioned synthetic sets; 1: whole images.
+        ipc: stored images per class; not used by "full".
+        partition: choose partition^2 times as many images, and put so many on each stored one, shrunk: what to compare
+            with synthetic sets of this partition. 1: whole images.
         preprocessing: kind of the map to model space, fitted on the training set
             (:func:`~atom_fast.data.whitening.fit_preprocessing`); "auto" is the kind that `distill` uses for such data;
             or a fitted map.
@@ -69,14 +69,15 @@ def select(
         the training set.
 
     Raises:
-        ValueError: an unknown method, kind of features or preprocessing, or a class has fewer images.
+        ValueError: an unknown method, kind of features or preprocessing, a partition that does not divide the images'
+            sides or goes with "full", or a class has fewer images.
     """
     for name, value, accepted in (("method", method, SELECTIONS), ("features", features, FEATURES)):
         if value not in accepted:
             raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {value!r}")
     check_partition(partition, *data.image_shape[1:])
     if method == "full" and partition > 1:
-        raise ValueError(f"the whole training set has no partition; got {partition}")
+        raise ValueError(f"method 'full' takes every training image as it is: its partition must be 1; got {partition}")
     if method != "full":
         check_class_sizes(data, ipc, partition=partition)  # before a network is trained
     each = ipc * partition**2

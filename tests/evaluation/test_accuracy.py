@@ -510,6 +510,31 @@ def test_random_has_its_own_selection_for_every_network(data, preprocessing, sma
     assert len(images) == 10
 
 
+def test_a_partitioned_set_is_tested_by_the_images_on_its_sheets(data, tmp_path):
+    """As a set that holds these images one by one, but never taken for one."""
+    sheets = select(data, "random", 2, partition=2, progress=False)
+    plain = SyntheticSet(sheets.images, sheets.labels, sheets.class_names, sheets.preprocessing)
+    settings = {"protocol": PROTOCOL, "networks": 1, "architecture": SMALL, "progress": False}
+    settings["record"] = tmp_path / "record.json"
+    tested, alike = evaluate(sheets, data, **settings), evaluate(plain, data, **settings)
+    assert tested.curves == alike.curves
+    assert (tested.about["ipc"], tested.about["partition"]) == (2, 2)
+    assert (alike.about["ipc"], alike.about["partition"]) == (8, 1)
+    assert str(tested).startswith("stripes ipc=2 partition=2 (8 images per class) random: ")
+    records = json.loads(settings["record"].read_text())
+    assert [(record["ipc"], record["partition"]) for record in records] == [(2, 2), (8, 1)]
+    beside = evaluate(random_sets(data, sheets), data, **settings)
+    assert (beside.about["ipc"], beside.about["partition"], beside.about["method"]) == (2, 2, "random")
+
+
+def test_networks_of_a_partitioned_set_depend_on_its_stored_images():
+    """As those of a distillation with as many images per class."""
+    data = dataclasses.replace(stripes(), name="cifar10")
+    for ipc, norm in ((1, "instance"), (2, "batch")):
+        sheets = select(data, "random", ipc, partition=2, preprocessing="standard", progress=False)
+        assert architecture_of(sheets, "cifar10")["norm"] == norm
+
+
 def test_random_that_cannot_be_drawn_is_refused(data, preprocessing, small_set):
     with pytest.raises(ValueError, match="Random needs a set with as many images in every class; .*--no-random"):
         random_sets(data, small_set)

@@ -12,7 +12,8 @@ from atom_fast.training import get_protocol
 
 PROTOCOL = get_protocol("paper", epochs=6)
 ABOUT = {
-    "dataset": "digits", "ipc": 1, "method": "atom", "config_hash": "abc", "set_seconds": 2.0, "same_data": True,
+    "dataset": "digits", "ipc": 1, "partition": 1, "method": "atom", "config_hash": "abc", "set_seconds": 2.0,
+    "same_data": True,
 }  # fmt: skip
 
 
@@ -32,6 +33,13 @@ def test_mean_and_population_deviation():
     assert str(unfinished).endswith(": 91.5 ± 1.5 % (3 convnet networks, last epoch), unfinished: 2")
     uneven = dataclasses.replace(result, about={**ABOUT, "ipc": None})
     assert str(uneven).startswith("digits atom: ")
+
+
+def test_a_partitioned_set_is_never_shown_as_a_plain_one():
+    result = dataclasses.replace(result_of(90.0), about={**ABOUT, "partition": 3})
+    assert str(result).startswith("digits ipc=1 partition=3 (9 images per class) atom: 90.0")
+    assert result.to_dict()["partition"] == 3
+    assert summary(result)["partition"] == 3 and summary(result_of(90.0))["partition"] == 1
 
 
 def test_random_stands_beside_a_set():

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from atom_fast.data.partition import make_sheets
 from atom_fast.data.whitening import Preprocessing, fit_preprocessing
 from atom_fast.distillation.config import preset
 from atom_fast.evaluation import herding_selection, random_selection
 from atom_fast.evaluation.accuracy import evaluate
-from atom_fast.evaluation.sets import read_set, select
+from atom_fast.evaluation.sets import random_sets, read_set, select
 from atom_fast.names import SELECTIONS
 from atom_fast.synthetic import PUBLIC_NORMALIZATION, SyntheticSet
 from atom_fast.training import get_protocol
@@ -29,6 +30,33 @@ def test_a_selected_set_holds_real_images_of_every_class(method, data, tmp_path)
     torch.testing.assert_close(chosen.pixels() * 255, data.train_images.cpu()[indices].float(), rtol=0, atol=1e-3)
     loaded = SyntheticSet.load(chosen.save(tmp_path / "chosen.safetensors"))
     assert loaded.metadata["method"] == method and loaded.metadata["dataset_fingerprint"] == data.fingerprint
+
+
+@pytest.mark.parametrize("method", [method for method in SELECTIONS if method != "full"])
+def test_a_partition_puts_shrunk_real_images_of_a_class_on_each_sheet(method, data, tmp_path):
+    chosen = select(data, method, 2, partition=2, epochs=1, progress=False)
+    indices = torch.tensor(chosen.metadata["selection"]["indices"])
+    assert chosen.partition == 2 and chosen.ipc == 2 and chosen.class_sizes == (8, 8, 8)
+    assert indices.unique().numel() == 24
+    assert torch.equal(data.train_labels.cpu()[indices], chosen.labels)
+    assert chosen.sheet_labels.tolist() == [0, 0, 1, 1, 2, 2]
+    shrunk = make_sheets(chosen.preprocessing.to_model(data.train_images.cpu()[indices]), 2)
+    torch.testing.assert_close(chosen.sheets, shrunk)
+    loaded = SyntheticSet.load(chosen.save(tmp_path / "chosen.safetensors"))
+    assert loaded.partition == 2 and torch.equal(loaded.images, chosen.images)
+
+
+def test_random_beside_a_partitioned_set_has_its_partition(data):
+    synthetic = select(data, "herding", 2, partition=2, features="pixels", progress=False)
+    random = random_sets(data, synthetic)
+    assert random(0).partition == 2 and random(0).ipc == 2 and not torch.equal(random(0).sheets, random(1).sheets)
+    larger = select(data, "random", 3, partition=2, progress=False)
+    larger = SyntheticSet(
+        larger.sheets.repeat(2, 1, 1, 1), larger.sheet_labels.repeat(2), larger.class_names, larger.preprocessing,
+        partition=2,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="Random needs 24 images of every class, but 3 of 3 classes have fewer"):
+        random_sets(data, larger)
 
 
 def test_pixels_need_no_network(data, monkeypatch):
@@ -75,6 +103,16 @@ def test_real_images_and_foreign_sets_are_tested_as_a_distilled_one(ipc, norm, t
         (lambda data: select(data, "random", preprocessing="zac"), "preprocessing must be one of auto, .*; got 'zac'"),
         (lambda data: select(data, "random", 14, progress=False), "has 13 training images, but 14"),
         (lambda data: select(data, "herding", 1, epochs=0, progress=False), "epochs must be .*; got 0"),
+        (lambda data: select(data, "random", 4, partition=2), r"16 .* \(4 on each of 4 sheets\); .* ipc of at most 3"),
+        (lambda data: select(data, "random", 1, partition=4), r"16 .* on each of 1 sheets\); give a smaller partition"),
+        (lambda data: select(data, "full", partition=2), "method 'full' takes every .* partition must be 1; got 2"),
+        *(
+            (
+                lambda data, partition=partition: select(data, "random", partition=partition),
+                f"partition must be a whole number .* of 8x8: one of 1, 2, 4, 8; got {partition!r}$",
+            )
+            for partition in (0, -1, 3, 2.0, "2", True)
+        ),
     ],
 )
 def test_what_cannot_be_selected_is_refused(call, message):
