@@ -47,6 +47,7 @@ COVERED = {
     ),
     r"^make report$|benchmarks report": (TEST, "benchmarks/test_report.py::test_pages_show_what_was_measured"),
     r"^pip install \.$": (TEST, "test_package.py::test_the_source_archive_holds_every_kernel_once_and_installs"),
+    r"^atom-fast distill .*--pool-networks": (TEST, "test_cli.py::test_a_pool_is_trained_once_for_several_runs"),
     r"^atom-fast distill --dataset digits": (RUN, "--iterations 2 --width 8 --quiet"),
     r"^atom-fast distill --set": (TEST, "test_cli.py::test_a_run_starts_from_a_given_set"),
     r"^atom-fast evaluate .*\.safetensors": (RUN, "--networks 1 --epochs 1 --quiet"),
