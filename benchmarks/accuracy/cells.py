@@ -60,6 +60,11 @@ class Cell:
         return self.config.for_data(DATASETS[self.dataset][2], self.dataset)
 
     @property
+    def partition(self) -> int:
+        """Rows and columns of images on a stored one; the full data set has none."""
+        return 1 if self.method == "full" else self.config.partition
+
+    @property
     def folder_name(self) -> str:
         """A readable name that differs whenever anything that the set depends on differs."""
         size = f"ipc{self.ipc}" if self.ipc else "all"
@@ -71,6 +76,8 @@ class Cell:
             return {"dataset": self.dataset, "config": config, "milestones": self.milestones}
         how = {"epochs": self.selection_epochs, "protocol": self.selection_protocol}
         own = {} if self.method in ("random", "full") else how
+        if self.partition > 1:  # named only then: folders of before keep their names
+            own = {**own, "partition": self.partition}
         return {
             "dataset": self.dataset,
             "method": self.method,

@@ -32,10 +32,16 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Entries by the names of their columns."""
+    """Entries by the names of their columns.
+
+    Attributes:
+        title, entries: contents.
+        base: title of the row that this one is compared with; None: the section's.
+    """
 
     title: str
     entries: Mapping[str, Entry]
+    base: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Section:
         title: title of the section: a cell as DATASET:IPC, or "".
         heading: heading of the rows' titles.
         columns, rows: contents.
-        base: title of the row that the others are compared with, set by set.
+        base: title of the row that the others are compared with, set by set, unless they name another.
     """
 
     title: str

@@ -35,7 +35,8 @@ def collect(plan: Plan, output: Path, failed: Mapping[str, str] | None = None) -
         - ``ours``: mean and population deviation over all networks of all sets, and every accuracy; None if not
           measured; ``difference``: ours minus the paper's mean;
         - ``wanted``: number of sets, ``failed``: number of failed sets, ``cited``: True if nothing is to be measured;
-        - ``to_base``, if the section has a ``base``: mean difference of sets of the same seed, and its standard error.
+        - ``to_base``, if the section has a ``base``: mean difference to the row's base, of sets of the same seed, and
+          its standard error.
 
     Raises:
         ValueError: cells of one data set were made from different images, or one is damaged.
@@ -135,8 +136,9 @@ def _section(section: Section, found: _Found) -> dict:
             ours = _average(entries) if entry.average else found.ours(entry.jobs)
             entries[column] = _entry(entry, ours, 0 if entry.average else found.failures(entry.jobs, ours))
         rows.append({"title": row.title, "entries": entries})
-    for row in rows if section.base else ():
-        [base] = [other for other in rows if other["title"] == section.base]
+    by_title = {row["title"]: row for row in rows}
+    for row, described in zip(rows, section.rows, strict=True) if section.base else ():
+        base = by_title.get(described.base or section.base, row)
         for column, entry in row["entries"].items():
             entry["to_base"] = None if row is base else _paired(entry["ours"], base["entries"][column]["ours"])
     described = {"title": section.title, "heading": section.heading, "base": section.base}

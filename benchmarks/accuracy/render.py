@@ -84,6 +84,7 @@ class Record:
     def where(self) -> str:
         """Data set and images per class, if there is only one of each."""
         titles = [section["title"] for section in self.content["sections"] if section["title"]] or self.columns
+        titles = list(dict.fromkeys(titles))
         return self.place(titles[0]) if len(titles) == 1 else ""
 
     @property
@@ -160,11 +161,17 @@ def render(record: Record) -> str:
     if any(section.get("base") and len(section["columns"]) == 1 for section in content["sections"]):
         lines.append("Differences pair sets of the same seed: mean ± standard error.")
     parts = ["\n".join(lines)]
-    for section in content["sections"]:
-        if section["title"] and len(content["sections"]) > 1:
+    return "\n\n".join([*parts, *tables(record)])
+
+
+def tables(record: Record, *, measured_only: bool = False) -> list[str]:
+    """Return the table of every section, under its title if there are several; ``measured_only`` as in `table`."""
+    parts, sections = [], record.content["sections"]
+    for section, before in zip(sections, [None, *sections], strict=False):
+        if section["title"] and len(sections) > 1 and (before is None or before["title"] != section["title"]):
             parts.append(f"**{record.place(section['title'])}**")
-        parts.append(table(record, section))
-    return "\n\n".join(parts)
+        parts.append(table(record, section, measured_only=measured_only))
+    return parts
 
 
 def note(record: Record) -> str:
@@ -174,15 +181,41 @@ def note(record: Record) -> str:
         f"{where or name}: {'; '.join(_sizes(record, dataset)) or 'the size of the paper'}"
         for dataset, name in content["data"].items()
     ]
-    made = f" {record.made}." if where and content["target"] != "study" else ""
-    text = f"{'. '.join(sizes)}.{made}"
+    made = f" {record.made}." if where and content["target"] not in ("study", "additions") else ""
+    text = f"{'. '.join(sizes)}.{made}{_additions(record)}"
     if content["devices"]:
         text += f" Measured on {record.device}, {content['date']}, torch {content['versions']['torch']}."
     return markdown.paragraph(text)
 
 
+def _additions(record: Record) -> str:
+    """Return what a record of additions was made with; nothing for another record."""
+    content = record.content
+    if content["target"] != "additions":
+        return ""
+    made = [entry["config"] for entry in content["configurations"].values() if entry["method"] not in ("dm", "random")]
+    pooled = [config for config in made if config["pool_networks"]] or made
+
+    def stated(name: str, configurations: Sequence[Mapping]) -> str:
+        values = dict.fromkeys(config[name] for config in configurations)
+        return " or ".join(f"{value:,}" if isinstance(value, int) else _NORMS.get(value, value) for value in values)
+
+    protocols = " and ".join(
+        f"{name.partition(' (')[0]} ({one['epochs']:,} epochs)" for name, one in content["protocols"].items()
+    )
+    weight = max(config["calibration_weight"] for config in made)
+    easy = min(config["easy_fraction"] for config in made)
+    return (
+        f" Protocol {protocols}; networks of width {stated('width', pooled)} with {stated('norm', pooled)}; "
+        f"{stated('iterations', pooled)} steps. *Partition* r: r² images on each stored one. *Pool*: "
+        f"{stated('pool_networks', pooled)} networks, trained for {stated('pool_epochs', pooled)} epochs on the real "
+        f"images; the seconds per set are without that. *Cross-entropy*: of weight {weight:g}, in DM of the same rate "
+        f"(loss scale times weight). *Easiest*: {easy:.0%} of the real images of a class."
+    )
+
+
 def _sizes(record: Record, dataset: str) -> list[str]:
-    stated = _STATED if record.where else ()
+    stated = _STATED if record.where and record.content["target"] != "additions" else ()
     return [_reduction(**entry) for entry in record.content["reduced"][dataset] if entry["name"] not in stated]
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from benchmarks import paper
-from benchmarks.accuracy import study
+from benchmarks.accuracy import additions, study
 from benchmarks.accuracy.cells import Cell, Evaluation
 from benchmarks.accuracy.datasets import DATASETS
 from benchmarks.accuracy.entries import Entry, Job, Row, Section, jobs_for, make_cell
@@ -246,6 +246,11 @@ def _study(request: Request) -> Iterable[Section]:
         yield study.section(dataset, ipc, request.sizes[dataset], request.factors)
 
 
+def _additions(request: Request) -> Iterable[Section]:
+    for dataset, ipc in request.cells:
+        yield from additions.sections(dataset, ipc, request.sizes[dataset], request.methods)
+
+
 TARGETS = {
     "table1": Target(
         "Table 1: accuracy by data set and images per class", "table", paper.TABLE1_CELLS, _table1,
@@ -267,5 +272,9 @@ TARGETS = {
     "fig7": Target("Figure 7: synthetic images", "grids", (("tiny", 10),), _grids, ("atom",)),
     "study": Target(
         "What the paper leaves open", "table", (("cifar10", 1), ("cifar10", 10)), _study, ("atom",)
+    ),
+    "additions": Target(
+        "What known additions give", "table", (("cifar10", 1), ("cifar10", 10), ("cifar10", 50)), _additions,
+        (*additions.SELECTED, *additions.DISTILLED),
     ),
 }  # fmt: skip

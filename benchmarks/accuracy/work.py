@@ -135,6 +135,7 @@ def _choose(cell: Cell, cache: DataCache) -> SyntheticSet:
     config = cell.config.resolve(data.image_shape, data.name, cache.device)
     space = cache.preprocessing(cell.dataset, config.preprocessing)
     options = {"preprocessing": space, "seed": cell.seed, "progress": cache.progress, "device": cache.device}
+    options["partition"] = cell.partition
     if cell.selection_protocol:
         options |= {"protocol": cell.selection_protocol, "epochs": cell.selection_epochs}
     started = time.monotonic()
@@ -166,8 +167,8 @@ def _is_of(synthetic: SyntheticSet, cell: Cell, iterations: int, fingerprint: st
     if about.get("dataset_fingerprint") != fingerprint:
         return False
     if not get_method(cell.method).distils:
-        chosen = (about.get("method"), about.get("selection", {}).get("seed"), synthetic.ipc)
-        return chosen == (cell.method, cell.seed, cell.ipc or synthetic.ipc)
+        chosen = (about.get("method"), about.get("selection", {}).get("seed"), synthetic.ipc, synthetic.partition)
+        return chosen == (cell.method, cell.seed, cell.ipc or synthetic.ipc, cell.partition)
     made = DistillConfig.from_dict(about.get("config", {}))
     wanted = dataclasses.replace(cell.resolved_config, iterations=iterations)
     if wanted.precision == "auto":  # the device's

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import markdown
-from benchmarks.accuracy.render import Measured, Record, accuracy, difference, figure, images, note, read, table
+from benchmarks.accuracy.render import Measured, Record, accuracy, difference, figure, images, note, read, tables
 
 TABLE1 = "cifar10-table1"
 # They show that a target runs at a small size, and are too small to conclude anything from.
@@ -20,8 +20,37 @@ def sections(folder: Path) -> dict[str, str]:
     """Return every section of the page by name: Table 1, the open settings, and each file that is shown."""
     records = {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
     first = table1(records[TABLE1]) if TABLE1 in records else ""
-    shown = {name: details(record) for name, record in records.items() if name not in (TABLE1, *UNSHOWN)}
-    return {"table1": first, "open": open_settings(records), **shown}
+    together = {name: record for name, record in records.items() if record.content["target"] == "additions"}
+    alone = {name: record for name, record in records.items() if name not in (TABLE1, *UNSHOWN, *together)}
+    shown = {name: details(record) for name, record in alone.items()}
+    return {"table1": first, "open": open_settings(records), "additions": additions(together), **shown}
+
+
+def additions(records: Mapping[str, Record]) -> str:
+    """Return the section of the records of additions, with the command of each; "" where there are none."""
+    if not records:
+        return ""
+    about = markdown.paragraph(
+        "Additions of other papers to DM, DAM and ATOM, one after the other, all else equal. The first table of a cell "
+        "compares every method with DM of the same additions: what attention gives on top of them. The second compares "
+        "ATOM with ATOM alone. A partitioned set stores as many images and trains as more: compare it with Random and "
+        "Herding of the same partition, not with sets without one."
+    )
+    shown = (f"{details(record)}\n\n```sh\n{_command(record)}  # {name}\n```" for name, record in records.items())
+    return "\n\n".join(("## What known additions give", about, *shown))
+
+
+def _command(record: Record) -> str:
+    """Return the command that measures a record of one data set again."""
+    content = record.content
+    [(dataset, size)] = content["sizes"].items()
+    cells = ",".join(dict.fromkeys(section["title"] for section in content["sections"]))
+    changed = {entry["name"]: entry["value"] for entry in content["reduced"][dataset]}
+    options = {"cells": cells, "seeds": size["sets"], "networks": size["networks"]}
+    options |= {"protocol": changed.get("evaluation protocol"), "epochs": changed.get("evaluation epochs")}
+    settings = [f"--set {name}={'none' if value is None else value}" for name, value in size["settings"].items()]
+    given = [f"--{name} {value}" for name, value in options.items() if value is not None]
+    return " ".join(("python -m benchmarks additions", *given, *settings, "--data-dir data"))
 
 
 def table1(record: Record) -> str:
@@ -69,8 +98,7 @@ def details(record: Record) -> str:
         return markdown.paragraph(
             f"{parts[0]} {'. '.join(f'{row.title}: {_sentence(row)}' for row in record.rows(columns[0]))}."
         )
-    parts += [table(record, section, measured_only=True) for section in record.content["sections"]]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *tables(record, measured_only=True)])
 
 
 def _study(record: Record, rows: Sequence[Measured]) -> str:
