@@ -26,6 +26,7 @@ from atom_fast.options import (
 )
 from atom_fast.training.protocols import PROTOCOLS
 from benchmarks import devices, gpu, ranks, roofline, scaling, step, table3
+from benchmarks.accuracy.datasets import DATASETS
 from benchmarks.accuracy.study import FACTORS
 from benchmarks.accuracy.tables import TARGETS, Target, parse_cell
 from benchmarks.harness import ROOT
@@ -175,6 +176,46 @@ def parse_settings(given: tuple[str, ...]) -> dict[str, object]:
     return from_yaml(settings)
 
 
+@click.option("--name", required=True, help="name of the record and of its file")
+@click.option("--dataset", type=Choice(list(DATASETS)), default="cifar10", show_default=True, help="data set")
+@click.option("--data-dir", type=click.Path(path_type=Path), help="folder of the data  [default: data]")
+@click.option("--ipc", type=click.IntRange(1), default=1, show_default=True, help="stored images per class")
+@click.option("--preset", "preset_name", type=Choice(list(PRESETS)), default="best", show_default=True, help="settings")
+@click.option(
+    "--set", "given", multiple=True, metavar="NAME=VALUE", help="a setting of distill  [default: the preset's]"
+)
+@click.option(
+    "--protocol",
+    type=Choice(list(PROTOCOLS)),
+    help="training of the networks  [default: digits for digits, paper for others]",
+)
+@click.option("--networks", type=click.IntRange(1), default=5, show_default=True, help="networks trained on the set")
+@click.option("--epochs", type=click.IntRange(1), help="epochs of that protocol  [default: the protocol's]")
+@click.option("--what", required=True, help="what changed against the records before")
+@click.option("--output", type=click.Path(path_type=Path), help="folder of the record  [default: runs/records/NAME]")
+@device_option
+@quiet_option
+@alone
+def _record(name, given, output, device, quiet, **options):
+    """Measure a row of docs/records.md.
+
+    Loads the data, trains the pool, distils and evaluates one set, and writes NAME.json with the seconds of each stage,
+    the accuracy, all settings and the hash of the set. The same command continues an interrupted record.
+    """
+    from atom_fast._malloc import keep_freed_memory
+    from benchmarks import records
+
+    keep_freed_memory()
+    output = Path("runs", "records", name) if output is None else output
+    record = records.run(
+        name, output=output, settings=parse_settings(given), device=device_name(device), progress=not quiet, **options
+    )
+    seconds = ", ".join(f"{stage} {record['seconds'][stage]:.1f}" for stage in records.STAGES)
+    accuracy = record["accuracy"]
+    click.echo(f"{accuracy['mean']:.1f} ± {accuracy['std']:.1f} % in seconds: {seconds}; SHA-256 {record['sha256']}")
+    click.echo(f"written: {output / name}.json", err=True)
+
+
 @click.option("--edition", type=Choice(list(table3.EDITIONS)), default="cpu", show_default=True, help="size and device")
 @_out("runs/benchmarks", "folder of the results file")
 @click.option("--methods", type=CommaList(Choice(list(TIMED))), help="methods to time  [default: all]")
@@ -207,6 +248,7 @@ for _name, _target in TARGETS.items():  # in the paper's order
     _add_target(_name, _target)
     if _name == "table2":
         main.command("table3", short_help="Table 3: time and memory of a step of seven methods")(_table3)
+main.command("record", short_help="A set from the data to its tested accuracy, timed")(_record)
 
 
 @main.command("scaling")

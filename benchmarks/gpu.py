@@ -2,15 +2,17 @@
 
 Needs a checkout and a Python with torch, triton, numpy and pytest; with images of CIFAR-10 also everything that the
 package requires (kornia, to whiten). Nothing is installed or fetched. Each part has its own time limit, and what a part
-has measured is kept however it ends. The folder of the results holds at most eight files: ``summary.json``,
-``log.txt``, ``table3-gpu.json``, ``scaling-gpu.json``, ``kernels.json``, ``evaluation.json`` and, with images,
-``table1.json`` and ``study.json``, whose sets stay in ``runs/gpu-accuracy``: another run continues them.
+has measured is kept however it ends. The folder of the results holds at most twelve files: ``summary.json``,
+``log.txt``, ``table3-gpu.json``, ``scaling-gpu.json``, ``kernels.json``, ``evaluation.json``, ``best.json`` and, with
+images, ``table1.json``, ``study.json`` and three records, whose sets stay in ``runs/gpu-accuracy``: another run
+continues them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -37,6 +39,13 @@ TABLE1 = [
 ]
 STUDY = ["study", "--cells", "cifar10:10,cifar10:50", "--factors", "loss_scale,image_average", "--seeds", "3"]
 STUDY += _LIKE_THE_PAPER
+# The shape of CIFAR-10 at 50 images per class; the preset paper as it is there.
+STEP = ["profile", "--shape", "10", "3", "32", "32", "--ipc", "50", "--steps", "30", "--warm-up", "5", "--quiet"]
+STEPS_OF = {
+    "paper": ["--preset", "paper", "--norm", "batch", "--preprocessing", "zca"],
+    "best": ["--preset", "best"],
+}
+RECORD = ["record", "--dataset", "cifar10", "--preset", "best", "--protocol", "idc", "--networks", "5", "--quiet"]
 _SECONDS_TO_STOP = 25  # in which a stopped command writes its results and reports failures
 
 
@@ -161,6 +170,40 @@ def _accuracies(run: GpuRun, limit: float, arguments: list[str]) -> str:
     return outcome
 
 
+def best(run: GpuRun, limit: float) -> str:
+    """Time a step of the preset best beside one of the preset paper, at 50 images per class."""
+    cells, outcomes = [], []
+    for name, options in STEPS_OF.items():
+        folder = CELLS_FOLDER / "steps" / name
+        profile = folder / "profile.json"
+        profile.unlink(missing_ok=True)
+        ending, _ = run.command([*BENCHMARKS, *STEP, *options, "--out", str(folder)], limit / len(STEPS_OF))
+        if profile.exists():
+            measured = json.loads(profile.read_text("utf-8"))
+            kept = ("precision", "fusion", "step_seconds", "captured_seconds")
+            cells.append({"preset": name, "options": options, **{field: measured[field] for field in kept}})
+            seconds = measured["captured_seconds"] or measured["step_seconds"]
+            ending = f"{1e3 * seconds:.2f} ms" if ending == "ok" else ending
+        outcomes.append(f"{name} {ending}")
+    if cells:
+        save_results(run.out / "best.json", {"environment": environment("cuda"), "cells": cells})
+    return ", ".join(outcomes)
+
+
+def record(run: GpuRun, limit: float, ipc: int) -> str:
+    """Measure the preset best at one size of CIFAR-10 from the data to a tested set (docs/records.md)."""
+    if run.cifar is None:
+        return "left out: no --cifar DIR"
+    name = f"cifar10-ipc{ipc}"
+    folder = CELLS_FOLDER / "records" / name
+    where = ["--data-dir", str(run.cifar), "--output", str(folder)]
+    which = ["--name", name, "--ipc", str(ipc), "--what", "preset best"]
+    outcome = ": ".join(run.command([*BENCHMARKS, *RECORD, *which, *where], limit))
+    if (folder / f"{name}.json").exists():
+        shutil.copy(folder / f"{name}.json", run.out)
+    return outcome
+
+
 # In order of importance; seconds of each in a run of eight minutes. The last of those chosen gets all that is left.
 PARTS: dict[str, tuple[Callable[[GpuRun, float], str], float]] = {
     "machine": (machine, 30),
@@ -169,6 +212,8 @@ PARTS: dict[str, tuple[Callable[[GpuRun, float], str], float]] = {
     "kernels": (kernel_benchmarks, 60),
     "table1": (table1, 240),
     "study": (study, 240),
+    "best": (best, 60),
+    **{f"record-{ipc}": (functools.partial(record, ipc=ipc), 240) for ipc in (1, 10, 50)},
     "evaluation": (evaluation, 180),
     "table3": (whole_table, 600),
     "scaling": (growth, 120),

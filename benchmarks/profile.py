@@ -17,6 +17,7 @@ from atom_fast._files import write_atomically
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.distillation.config import DistillConfig
+from atom_fast.distillation.pool import trained_pool
 from atom_fast.distillation.ranks import own_device
 from atom_fast.distillation.stages import PREFIX, STAGES
 from atom_fast.distillation.start import initial_images
@@ -171,7 +172,10 @@ def _prepare(config: DistillConfig, data: ImageData, device: torch.device, progr
     data = data.to(device)
     preprocessing = fit_preprocessing(data.train_images, config.preprocessing, progress=progress)
     images = initial_images(config, data, preprocessing)
-    return Distillation(config, data, preprocessing, images, progress=progress)
+    pool = None
+    if config.pool_networks:  # no step takes longer for networks that were trained for longer
+        pool = trained_pool(data, preprocessing, dataclasses.replace(config, pool_epochs=1), progress=progress)
+    return Distillation(config, data, preprocessing, images, pool=pool, progress=progress)
 
 
 def _seconds_a_step(step: Callable[[], None], steps: int, device: torch.device) -> float:
@@ -260,6 +264,7 @@ def _floors(run: Distillation, rates: devices.Device) -> tuple[dict[str, tuple],
     """Return fewest operations, fewest bytes and least seconds by stage, and the settings that prevent counting."""
     config, data = run.config, run.data
     counted = {"norm": "instance", "pooling": "avg2", "feature_maps": False, "image_average": False}
+    counted |= {"partition": 1, "synthetic_batch": None, "pool_networks": 0}
     other = [f"{name} {getattr(config, name)!r}" for name, value in counted.items() if getattr(config, name) != value]
     if other:
         return dict.fromkeys(STAGES, (None, None, None)), ", ".join(other)

@@ -11,7 +11,7 @@ from atom_fast._files import write_atomically
 from . import compilers, findings, plots, scaling
 from .harness import load_results
 from .markdown import replace_sections
-from .pages import benchmarks, performance, readme, results
+from .pages import benchmarks, performance, readme, records, results
 from .timings import digest
 
 
@@ -67,6 +67,7 @@ def pages(folder: Path) -> dict[str, dict[str, str]]:
             ),
         },
         "docs/results.md": results.sections(folder / "accuracy"),
+        "docs/records.md": {"records": records.section(folder / "records")},
         "docs/usage.md": {
             "class-chunks": _where(performance.class_chunks, folder / "scaling-cpu.json"),
             "compilers": _where(compilers.table, folder / "compilers.json"),

@@ -205,13 +205,18 @@ def _additions(record: Record) -> str:
     )
     weight = max(config["calibration_weight"] for config in made)
     easy = min(config["easy_fraction"] for config in made)
-    return (
+    parts = [
         f" Protocol {protocols}; networks of width {stated('width', pooled)} with {stated('norm', pooled)}; "
-        f"{stated('iterations', pooled)} steps. *Partition* r: r² images on each stored one. *Pool*: "
-        f"{stated('pool_networks', pooled)} networks, trained for {stated('pool_epochs', pooled)} epochs on the real "
-        f"images; the seconds per set are without that. *Cross-entropy*: of weight {weight:g}, in DM of the same rate "
-        f"(loss scale times weight). *Easiest*: {easy:.0%} of the real images of a class."
-    )
+        f"{stated('iterations', pooled)} steps.",
+        "*Partition* r: r² images on each stored one." if any(config["partition"] > 1 for config in made) else "",
+        f"*Pool*: {stated('pool_networks', pooled)} networks, trained for {stated('pool_epochs', pooled)} epochs on "
+        "the real images; the seconds per set are without that."
+        if pooled is not made
+        else "",
+        f"*Cross-entropy*: of weight {weight:g}, in DM of the same rate (loss scale times weight)." if weight else "",
+        f"*Easiest*: {easy:.0%} of the real images of a class." if easy < 1 else "",
+    ]
+    return " ".join(filter(None, parts))
 
 
 def _sizes(record: Record, dataset: str) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import markdown
+from benchmarks.accuracy import TARGETS
 from benchmarks.accuracy.render import Measured, Record, accuracy, difference, figure, images, note, read, tables
 
 TABLE1 = "cifar10-table1"
@@ -46,8 +47,16 @@ def _command(record: Record) -> str:
     [(dataset, size)] = content["sizes"].items()
     cells = ",".join(dict.fromkeys(section["title"] for section in content["sections"]))
     changed = {entry["name"]: entry["value"] for entry in content["reduced"][dataset]}
-    options = {"cells": cells, "seeds": size["sets"], "networks": size["networks"]}
-    options |= {"protocol": changed.get("evaluation protocol"), "epochs": changed.get("evaluation epochs")}
+    methods = {entry["method"] for entry in content["configurations"].values()}
+    options = {
+        "cells": cells,
+        "methods": ",".join(name for name in TARGETS["additions"].methods if name in methods),
+        "seeds": size["sets"],
+        "networks": size["networks"],
+        "protocol": changed.get("evaluation protocol"),
+        "epochs": changed.get("evaluation epochs"),
+        "selection-epochs": changed.get("epochs before images are chosen"),
+    }
     settings = [f"--set {name}={'none' if value is None else value}" for name, value in size["settings"].items()]
     given = [f"--{name} {value}" for name, value in options.items() if value is not None]
     return " ".join(("python -m benchmarks additions", *given, *settings, "--data-dir data"))

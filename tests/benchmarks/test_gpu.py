@@ -6,6 +6,7 @@ import signal
 import pytest
 
 from benchmarks import gpu
+from benchmarks.__main__ import main
 from tests.benchmarks.tiny import command
 
 
@@ -43,6 +44,41 @@ def test_gpu_script_runs_tables_where_the_images_are(monkeypatch, tmp_path, part
         assert measure(run, 120).startswith(outcome) and not (tmp_path / f"{part}.json").exists()
     monkeypatch.setattr(gpu, "BENCHMARKS", ["-c", f"open({str(kept)!r}, 'w').write('new')"])
     assert measure(run, 120).startswith("ok") and (tmp_path / f"{part}.json").read_text() == "new"
+
+
+def test_gpu_script_times_the_preset_best_beside_the_paper_s(monkeypatch, tmp_path):
+    """The commands are accepted, each profile is read, and one that fails is named."""
+    for options in gpu.STEPS_OF.values():
+        main.commands["profile"].make_context("profile", [*gpu.STEP[1:], *options])
+    monkeypatch.setattr(gpu, "CELLS_FOLDER", tmp_path / "cells")
+    monkeypatch.setattr(gpu, "environment", lambda device: {"device": device})
+    measured = {"precision": "tf32", "fusion": "fused", "step_seconds": 0.004, "captured_seconds": 0.002}
+    folder = tmp_path / "cells" / "steps" / "best"
+    folder.mkdir(parents=True)
+    script = (
+        f"import sys; 'best' in sys.argv or sys.exit(2); open({str(folder / 'profile.json')!r}, 'w').write("
+        f"{json.dumps(measured)!r})"
+    )
+    monkeypatch.setattr(gpu, "BENCHMARKS", ["-c", script])
+    assert gpu.best(gpu.GpuRun(tmp_path, 0, None, []), 120) == "paper failed (exit status 2), best 2.00 ms"
+    [cell] = json.loads((tmp_path / "best.json").read_text())["cells"]
+    assert cell["preset"] == "best" and cell["captured_seconds"] == 0.002
+
+
+@pytest.mark.parametrize("ipc", [1, 10, 50])
+def test_gpu_script_measures_records_where_the_images_are(monkeypatch, tmp_path, ipc):
+    part, seconds = gpu.PARTS[f"record-{ipc}"]
+    assert seconds <= 240 and "no --cifar" in part(gpu.GpuRun(tmp_path, 0, None, []), 60)
+    monkeypatch.setattr(gpu, "CELLS_FOLDER", tmp_path / "cells")
+    folder = tmp_path / "cells" / "records" / f"cifar10-ipc{ipc}"
+    folder.mkdir(parents=True)
+    script = f"import json, sys; open({str(folder / f'cifar10-ipc{ipc}.json')!r}, 'w').write(json.dumps(sys.argv))"
+    monkeypatch.setattr(gpu, "BENCHMARKS", ["-c", script])
+    assert part(gpu.GpuRun(tmp_path, 0, tmp_path / "images", []), 120).startswith("ok")
+    given = json.loads((tmp_path / f"cifar10-ipc{ipc}.json").read_text())
+    options = main.commands["record"].make_context("record", given[2:]).params
+    assert options["ipc"] == ipc and options["preset_name"] == "best" and options["output"] == folder
+    assert options["data_dir"] == tmp_path / "images"
 
 
 def test_gpu_script_ends_what_takes_too_long(tmp_path):

@@ -70,7 +70,7 @@ def test_missing_data_says_where_and_how(tmp_path):
 PAGES = (
     "README.md",
     "CONTRIBUTING.md",
-    *(f"docs/{name}.md" for name in ("benchmarks", "results", "performance", "usage")),
+    *(f"docs/{name}.md" for name in ("benchmarks", "results", "records", "performance", "usage")),
 )
 
 

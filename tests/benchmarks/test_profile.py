@@ -12,6 +12,7 @@ from atom_fast.distillation.config import preset
 from atom_fast.distillation.stages import PREFIX, STAGES, stage
 from atom_fast.distillation.start import initial_images
 from atom_fast.distillation.step import Distillation
+from atom_fast.ops import native
 from benchmarks.devices import DEVICES, measure_device
 from benchmarks.profile import _floors, _prepare, profile, profile_table, random_data, stage_seconds
 from benchmarks.roofline import WAYS, Configuration, stages, totals
@@ -41,13 +42,23 @@ def test_every_stage_takes_time_and_together_they_take_the_steps(profiled):
     assert 0.8 * result.traced_seconds < together <= result.traced_seconds
 
 
+def test_a_step_with_a_pool_draws_from_it_and_is_not_counted(tmp_path, monkeypatch):
+    native.is_built()  # from the user's cache, before there is another
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = preset("best", **{**SMALL, "pool_networks": 2})
+    run = _prepare(config, random_data(2, 3, 16, 16, per_class=8), torch.device("cpu"), progress=False)
+    assert run.pool is not None and run.pool.initial.shape == run.pool.trained.shape and len(run.pool.trained) == 2
+    _, not_counted = _floors(run, DEVICES["H100"])
+    assert "partition 2" in not_counted and "pool_networks 2" in not_counted
+
+
 def test_the_trace_is_of_those_steps_and_names_the_stages(profiled):
     result, document = profiled
     names = [event["name"] for event in document["traceEvents"] if event.get("cat") == "user_annotation"]
     assert names.count("step") == result.steps == 4
     for name in STAGES:
-        # Drawing and fetching are two pieces of a stage.
-        assert names.count(PREFIX + name) == 4 * (2 if name in ("sample", "augment") else 1)
+        # Real images are drawn and fetched, and synthetic ones drawn; augmentations are drawn and applied.
+        assert names.count(PREFIX + name) == 4 * {"sample": 3, "augment": 2}.get(name, 1)
 
 
 def test_the_work_is_that_of_the_roofline(profiled):
