@@ -72,7 +72,6 @@ COVERED = {
         TEST,
         "benchmarks/test_profile.py::test_the_command_prints_the_table_and_keeps_the_figures",
     ),
-    r"benchmarks record$": (RUN, "--help"),
     r"benchmarks record": (TEST, "benchmarks/test_records.py::test_a_record_names_what_was_measured_and_its_seconds"),
     r"benchmarks roofline": (RUN, ""),
     r"benchmarks scaling": (TEST, "benchmarks/test_report.py::test_scaling_is_drawn"),
