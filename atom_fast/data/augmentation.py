@@ -26,6 +26,7 @@ from torch import Tensor
 
 from atom_fast.names import OPERATIONS, STRATEGY, split_strategy
 from atom_fast.ops import augmentation as operator
+from atom_fast.ops import partition as decoder
 
 _BITS = 4  # per code, enough for all operations
 
@@ -105,15 +106,94 @@ def augment(images: Tensor, parameters: AugmentationParameters, groups: Tensor |
     Raises:
         ValueError: a shape, dtype or device does not fit.
     """
-    _check(images, parameters, groups)
+    _check_images(images)
+    _check_parameters(images.shape[0], images.device, parameters, groups)
     return operator.augment(images, parameters.operation, parameters.uniforms, groups, False, True)
 
 
-def _check(images: Tensor, parameters: AugmentationParameters, groups: Tensor | None) -> None:
+def decode_and_augment(
+    sheets: Tensor,
+    parameters: AugmentationParameters,
+    groups: Tensor | None = None,
+    *,
+    partition: int,
+    chosen: Tensor | None = None,
+) -> Tensor:
+    """Decode small images from sheets and augment them in one pass: ``augment(decode(sheets)[chosen], ...)``.
+
+    Differentiable in the sheets to every order; the same inputs give the same bits, forward and backward.
+
+    Args:
+        sheets: [S, C, H, W], floating point, any strides. Half-precision types are computed in float32.
+        parameters: parameters of G groups, on the sheets' device.
+        groups: int64 [B] in [0, G), each decoded image's group (not checked on a GPU); None if image i of the result
+            belongs to group i.
+        partition: small images along each side of a sheet, r; divides H and W. With 1 a sheet is one image.
+        chosen: int64 [B] in [0, S r r), numbers of decoded images in any order, also several times (not checked on a
+            GPU); None for all in order. Number ``sheet * r * r + row * r + column``.
+
+    Returns:
+        [B, C, H, W] in the dtype of ``sheets``, channels_last if they are.
+
+    Raises:
+        ValueError: ``partition`` does not divide the sheets, or a shape, dtype or device does not fit.
+        IndexError: on a CPU, a number in ``chosen`` or ``groups`` is out of range.
+    """
+    count = _check_sheets(sheets, partition)
+    if chosen is not None:
+        if chosen.dim() != 1 or chosen.dtype != torch.int64:
+            raise ValueError(f"chosen must be int64 [B]; got {chosen.dtype} of shape {tuple(chosen.shape)}")
+        if chosen.device != sheets.device:
+            raise ValueError(f"chosen must be on the images' device {sheets.device}; got {chosen.device}")
+        count = chosen.shape[0]
+    _check_parameters(count, sheets.device, parameters, groups)
+    return decoder.decode_and_augment(sheets, *parameters, groups, chosen, partition)
+
+
+def decode(sheets: Tensor, partition: int) -> Tensor:
+    """Decode all small images of sheets; differentiable in the sheets to every order.
+
+    A small image is cropped and enlarged to H x W as ``F.interpolate(mode="bilinear", align_corners=False)`` does.
+
+    Args:
+        sheets: [S, C, H, W], floating point, any strides.
+        partition: small images along each side of a sheet, r; divides H and W.
+
+    Returns:
+        [S r r, C, H, W] in the dtype of ``sheets``, channels_last if they are; number
+        ``sheet * r * r + row * r + column``.
+
+    Raises:
+        ValueError: ``partition`` does not divide the sheets, or they are not floating point [S, C, H, W].
+    """
+    count = _check_sheets(sheets, partition)
+    operation = torch.full((count,), -1, device=sheets.device)
+    uniforms = torch.zeros((count, 3), device=sheets.device)
+    return decoder.decode_and_augment(sheets, operation, uniforms, None, None, partition)
+
+
+def _check_sheets(sheets: Tensor, partition: int) -> int:
+    """Return the number of small images; raise ValueError if sheets or partition do not fit."""
+    _check_images(sheets)
+    height, width = sheets.shape[2:]
+    if partition < 1 or height % partition or width % partition:
+        raise ValueError(
+            f"partition must be 1 or more and divide the height and width of {height} x {width} images; got {partition}"
+        )
+    return sheets.shape[0] * partition**2
+
+
+def _check_images(images: Tensor) -> None:
     if images.dim() != 4 or not images.is_floating_point():
         raise ValueError(
             f"images must be floating point [B, C, H, W]; got {images.dtype} of shape {tuple(images.shape)}"
         )
+
+
+def _check_parameters(
+    count: int, device: torch.device, parameters: AugmentationParameters, groups: Tensor | None
+) -> None:
+    """Raise ValueError if parameters or groups do not fit a number of images on a device."""
     operation, uniforms = parameters
     if operation.dim() != 1 or operation.dtype != torch.int64:
         raise ValueError(f"operation must be int64 [G]; got {operation.dtype} of shape {tuple(operation.shape)}")
@@ -121,13 +201,12 @@ def _check(images: Tensor, parameters: AugmentationParameters, groups: Tensor | 
         raise ValueError(
             f"uniforms must be float32 [{operation.shape[0]}, 3]; got {uniforms.dtype} of shape {tuple(uniforms.shape)}"
         )
-    if groups is None and operation.shape[0] != images.shape[0]:
+    if groups is None and operation.shape[0] != count:
         raise ValueError(
-            f"without groups each image needs its own parameters; got {images.shape[0]} images and "
-            f"{operation.shape[0]} groups"
+            f"without groups each image needs its own parameters; got {count} images and {operation.shape[0]} groups"
         )
-    if groups is not None and (groups.shape != images.shape[:1] or groups.dtype != torch.int64):
-        raise ValueError(f"groups must be int64 [{images.shape[0]}]; got {groups.dtype} of shape {tuple(groups.shape)}")
+    if groups is not None and (groups.shape != (count,) or groups.dtype != torch.int64):
+        raise ValueError(f"groups must be int64 [{count}]; got {groups.dtype} of shape {tuple(groups.shape)}")
     for name, tensor in (("operation", operation), ("uniforms", uniforms), ("groups", groups)):
-        if tensor is not None and tensor.device != images.device:
-            raise ValueError(f"{name} must be on the images' device {images.device}; got {tensor.device}")
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} must be on the images' device {device}; got {tensor.device}")
