@@ -122,13 +122,11 @@ def _empty_result(images: Tensor, chosen: Tensor | None, sheets: int, partition:
     return torch.empty((count, *images.shape[1:]), dtype=images.dtype, device=images.device, memory_format=layout)
 
 
-def _rows(chosen: Tensor | None, parts: int) -> tuple[Tensor | None, Tensor | None]:
-    """Return the rows ordered by small image, and where each small image's start; None if row i shows small image i.
+def _rows(chosen: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """Return the rows ordered by small image, and where each small image's start.
 
     Nothing waits for the device, and equal inputs give equal orders.
     """
-    if chosen is None:
-        return None, None
     ordered, order = torch.sort(chosen, stable=True)
     return order, torch.searchsorted(ordered, torch.arange(parts + 1, device=chosen.device))
 
@@ -168,7 +166,7 @@ def _triton(images, operation, uniforms, groups, chosen, sheets, partition, tran
             # sources less than 1 from them.
             radius = partition if partition % 2 else partition + 0.5
             reach_y, reach_x = (augmentation._reach(aspect, radius) for aspect in (height / width, width / height))
-            order, starts = (operation if rows is None else rows for rows in _rows(chosen, parts))
+            order, starts = (operation, operation) if chosen is None else _rows(chosen, parts)
             partition_transposed_kernel[grid](
                 images, operation, uniforms, groups, order, starts, output, *images.stride(), **constants,
                 REACH_Y=reach_y, REACH_X=reach_x,
@@ -190,13 +188,17 @@ def _c(images, operation, uniforms, groups, chosen, sheets, partition, transpose
     parts = sheets * partition**2
     results = parts if transposed else output.shape[0]
     channels_last = layout == torch.channels_last
-    values, rows = channels * height * width, height // partition * width * (channels if channels_last else 1)
-    needed = 2 * _padded(values) + _padded(rows) + _padded(4 * (height * width + 1) + 8 * width)
+    values, lines = channels * height * width, height // partition * width * (channels if channels_last else 1)
+    needed = 2 * _padded(values) + _padded(lines) + _padded(4 * (height * width + 1) + 8 * width)
+    if transposed:
+        rows = (None, None) if chosen is None else _rows(chosen, parts)
+    else:
+        rows = (contiguous(chosen),)
     native.run(
         "partition_transposed" if transposed else "partition_forward",
         results,
         images.contiguous(memory_format=layout),
-        *(_rows(chosen, parts) if transposed else (contiguous(chosen),)),
+        *rows,
         operation.contiguous(),
         uniforms.contiguous(),
         output,
