@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from atom_fast._device import HAS_TRITON, Chip, chip_of, convolution_precision, has_tf32, triton_refusal
-from atom_fast.data.augmentation import AugmentationParameters, augment
+from atom_fast.data.augmentation import AugmentationParameters, augment, decode_and_augment
 from atom_fast.distillation.logs import versions
 from atom_fast.functional import attention_matching_loss, mean_matching_loss
 from atom_fast.ops import native
@@ -272,6 +272,11 @@ def _parameters(x: Tensor) -> AugmentationParameters:
     return AugmentationParameters(operations, _constant(x, len(x), 3).float().sigmoid())
 
 
+def _decoding(x: Tensor) -> Tensor:
+    chosen = torch.arange(len(x), device=x.device) * 4 % 7  # one twice, others never
+    return decode_and_augment(x, _parameters(x), partition=2, chosen=chosen)
+
+
 _FEATURES, _IMAGES = (4, 16, 8, 8), (6, 3, 8, 8)
 _CHECKS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "attention maps": (_attention, _FEATURES),
@@ -282,6 +287,7 @@ _CHECKS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "InstanceNorm": (lambda x: _norm(x, "instance"), _FEATURES),
     "BatchNorm": (lambda x: _norm(x, "batch"), _FEATURES),
     "augmentation": (lambda x: augment(x, _parameters(x)), _IMAGES),
+    "decoding and augmentation": (_decoding, _IMAGES),
 }
 
 

@@ -11,11 +11,12 @@ import functools
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import atom_fast as af
 from atom_fast import reference
-from atom_fast.data.augmentation import AugmentationParameters, augment, draw_augmentation
+from atom_fast.data.augmentation import AugmentationParameters, augment, decode_and_augment, draw_augmentation
 from atom_fast.ops.attention import attention_maps
 from atom_fast.ops.batch_norm import batch_norm
 from atom_fast.ops.conv_block import conv_block
@@ -100,13 +101,14 @@ def cases(
         "batch_norm": layers,
         "conv_block": [(batch, 3, 32, 32) for batch in batches],
         "augment": [(batch, 3, side, side) for side in (64, 32) for batch in batches],
+        "decode": [(batch // 4, 3, side, side) for side in (64, 32) for batch in batches],
         "matching": [(batch, columns) for columns in (32 * 32 + WIDTH, 16 * 16 + WIDTH, 2048) for batch in batches],
     }
     return [
         Case(operator, shape, dtype, layout, implementation, direction)
         for operator in operators or OPERATORS
         for shape in sizes[operator]
-        for dtype in (dtypes if operator not in ("augment", "matching") else ("float32",))
+        for dtype in (dtypes if operator not in ("augment", "decode", "matching") else ("float32",))
         for layout in (LAYOUTS if len(shape) == 4 else ("rows",))
         for direction in DIRECTIONS
         for implementation in implementations
@@ -192,11 +194,20 @@ def _batch_norm(x: Tensor) -> Operator:
 
 def _augment(x: Tensor) -> Operator:
     """Return siamese augmentation of a batch of ten classes with all six operations."""
-    parameters = draw_augmentation(CLASSES, torch.Generator(x.device).manual_seed(0))
-    operation = torch.arange(CLASSES, device=x.device) % 6
-    parameters = AugmentationParameters(operation, parameters.uniforms)
-    groups = _labels(x)
+    parameters, groups = _parameters(x.device), _labels(x)
     return Operator(lambda x: (batched_augmentation(x, *parameters),), lambda x: (augment(x, parameters, groups),))
+
+
+def _decode(x: Tensor) -> Operator:
+    """Return decoding of four images from each sheet, and their siamese augmentation as in `_augment`."""
+    images = x.new_empty(4 * x.shape[0], *x.shape[1:])
+    augmentation, groups, parameters = _augment(images), _labels(images), _parameters(x.device)
+
+    def eager(x):
+        small = x.unflatten(3, (2, -1)).unflatten(2, (2, -1)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+        return augmentation.eager(F.interpolate(small, size=x.shape[2:], mode="bilinear", align_corners=False))
+
+    return Operator(eager, lambda x: (decode_and_augment(x, parameters, groups, partition=2),))
 
 
 def _matching(synthetic: Tensor) -> Operator:
@@ -220,6 +231,7 @@ OPERATORS: dict[str, Callable[[Tensor], Operator]] = {
     "instance_norm": _instance_norm,
     "batch_norm": _batch_norm,
     "augment": _augment,
+    "decode": _decode,
     "matching": _matching,
 }
 
@@ -242,6 +254,12 @@ def _best_seconds(call: Callable[[], object], device: str) -> float:
 
     run()
     return min(timeit.repeat(run, number=1, repeat=10))
+
+
+def _parameters(device: torch.device) -> AugmentationParameters:
+    """Return parameters of ten classes with all six operations."""
+    uniforms = draw_augmentation(CLASSES, torch.Generator(device).manual_seed(0)).uniforms
+    return AugmentationParameters(torch.arange(CLASSES, device=device) % 6, uniforms)
 
 
 def _labels(x: Tensor) -> Tensor:

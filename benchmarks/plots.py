@@ -51,11 +51,12 @@ OPERATOR_NAMES = {
     "instance_norm": "InstanceNorm, ReLU, pooling",
     "batch_norm": "BatchNorm, ReLU, pooling",
     "augment": "augmentation",
+    "decode": "decoding and augmentation",
     "matching": "class means",
 }
 LAYOUT_NAMES = {"nchw": ", NCHW", "channels_last": ",\nchannels_last", "rows": ""}
 # Bound by their launch on a GPU, so that their bandwidth says nothing.
-LAUNCH_BOUND = ("augment", "matching")
+LAUNCH_BOUND = ("augment", "decode", "matching")
 # Real images of a CIFAR-10 step: the largest tensors.
 SHAPES = ([1280, 128, 32, 32], [1280, 3, 32, 32], [1280, 1152])
 BARS = {

@@ -13,12 +13,14 @@ import torch.nn.functional as F
 import atom_fast as af
 from atom_fast import _device
 from atom_fast._device import SHARED_MEMORY, Chip, convolution_precision
-from atom_fast.data.augmentation import augment, draw_augmentation
+from atom_fast.data.augmentation import augment, decode_and_augment, draw_augmentation
 from atom_fast.networks.convnet import ConvNet, default_depth
 from atom_fast.ops.attention import attention_maps
 from tests.launches import Launch, recorded
 
-MODULES = ("attention", "augmentation", "batch_norm", "norm_block", "conv_block", "instance_norm", "matching")
+MODULES = (
+    "attention", "augmentation", "batch_norm", "norm_block", "conv_block", "instance_norm", "matching", "partition"
+)  # fmt: skip
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Channels and side in pixels: digits, MNIST, CIFAR (in colour, grey, with alpha), Tiny ImageNet, subsets of ImageNet.
 IMAGES = ((1, 8), (1, 28), (3, 32), (1, 32), (4, 32), (3, 64), (3, 96), (3, 128))
@@ -75,6 +77,7 @@ def workloads(images=IMAGES) -> list[Workload]:
         for layout in (torch.contiguous_format, torch.channels_last):
             name = f"{size} {'channels_last' if layout == torch.channels_last else 'NCHW'}"
             found.append(Workload(f"augment {name}", _augmentation(channels, side, layout), known))
+            found.append(Workload(f"decode {name}", decoding(channels, side, layout), False))
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for layout in (torch.contiguous_format, torch.channels_last):
                 name = f"{side}x{side} {str(dtype)[6:]} {'channels_last' if layout == torch.channels_last else 'NCHW'}"
@@ -118,6 +121,20 @@ def _augmentation(channels: int, side: int, layout: torch.memory_format) -> Call
         images = torch.zeros(4, channels, side, side).contiguous(memory_format=layout).requires_grad_()
         parameters = draw_augmentation(2, torch.Generator())
         augment(images, parameters, torch.tensor([0, 0, 1, 1])).backward(torch.zeros(4, channels, side, side))
+
+    return run
+
+
+def decoding(channels: int, side: int, layout: torch.memory_format, dtype=torch.float32) -> Callable[[], None]:
+    """Return decoding and augmentation of chosen images from sheets of 2 x 2, and its gradient."""
+
+    def run():
+        sheets = torch.zeros(2, channels, side, side, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+        chosen = torch.tensor([0, 5, 5, 7])
+        images = decode_and_augment(
+            sheets, draw_augmentation(2, torch.Generator()), chosen % 2, partition=2, chosen=chosen
+        )
+        images.backward(torch.zeros_like(images))
 
     return run
 

@@ -28,9 +28,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from atom_fast.data.partition import decode
+from atom_fast.data.partition import check_partition
 from atom_fast.names import OPERATIONS, STRATEGY, split_strategy
 from atom_fast.ops import augmentation as operator
+from atom_fast.ops import partition as decoder
 
 _BITS = 4  # per code, enough for all operations
 
@@ -154,7 +155,8 @@ def augment(images: Tensor, parameters: AugmentationParameters, groups: Tensor |
     Raises:
         ValueError: a shape, dtype or device does not fit.
     """
-    _check(images, parameters, groups)
+    _check_images(images)
+    _check_parameters(images.shape[0], images.device, parameters, groups)
     return operator.augment(images, parameters.operation, parameters.uniforms, groups, False, True)
 
 
@@ -168,21 +170,55 @@ def augment_stages(images: Tensor, stages: Iterable[AugmentationParameters], gro
 def decode_and_augment(
     sheets: Tensor,
     parameters: AugmentationParameters,
-    groups: Tensor,
+    groups: Tensor | None = None,
     *,
     partition: int,
     chosen: Tensor | None = None,
 ) -> Tensor:
-    """Cut images out of sheets, enlarge and augment them."""
-    images = decode(sheets, partition)
-    return augment(images if chosen is None else images[chosen], parameters, groups)
+    """Decode small images from sheets and augment them in one pass: ``augment(decode(sheets)[chosen], ...)``.
+
+    Differentiable in the sheets to every order; the same inputs give the same bits, forward and backward.
+
+    Args:
+        sheets: [S, C, H, W], floating point, any strides. Half-precision types are computed in float32.
+        parameters: parameters of G groups, on the sheets' device.
+        groups: int64 [B] in [0, G), each decoded image's group (not checked on a GPU); None if image i of the result
+            belongs to group i.
+        partition: small images along each side of a sheet, r; divides H and W. With 1 a sheet is one image.
+        chosen: int64 [B] in [0, S r r), numbers of decoded images in any order, also several times (not checked on a
+            GPU); None for all in order. Number ``sheet * r * r + row * r + column``.
+
+    Returns:
+        [B, C, H, W] in the dtype of ``sheets``, channels_last if they are.
+
+    Raises:
+        ValueError: ``partition`` does not divide the sheets, or a shape, dtype or device does not fit.
+        IndexError: on a CPU, a number in ``chosen`` or ``groups`` is out of range.
+    """
+    _check_images(sheets)
+    check_partition(partition, *sheets.shape[2:])
+    count = len(sheets) * partition**2
+    if chosen is not None:
+        if chosen.dim() != 1 or chosen.dtype != torch.int64:
+            raise ValueError(f"chosen must be int64 [B]; got {chosen.dtype} of shape {tuple(chosen.shape)}")
+        if chosen.device != sheets.device:
+            raise ValueError(f"chosen must be on the images' device {sheets.device}; got {chosen.device}")
+        count = chosen.shape[0]
+    _check_parameters(count, sheets.device, parameters, groups)
+    return decoder.decode_and_augment(sheets, *parameters, groups, chosen, partition)
 
 
-def _check(images: Tensor, parameters: AugmentationParameters, groups: Tensor | None) -> None:
+def _check_images(images: Tensor) -> None:
     if images.dim() != 4 or not images.is_floating_point():
         raise ValueError(
             f"images must be floating point [B, C, H, W]; got {images.dtype} of shape {tuple(images.shape)}"
         )
+
+
+def _check_parameters(
+    count: int, device: torch.device, parameters: AugmentationParameters, groups: Tensor | None
+) -> None:
+    """Raise ValueError if parameters or groups do not fit a number of images on a device."""
     operation, uniforms = parameters
     if operation.dim() != 1 or operation.dtype != torch.int64:
         raise ValueError(f"operation must be int64 [G]; got {operation.dtype} of shape {tuple(operation.shape)}")
@@ -190,13 +226,12 @@ def _check(images: Tensor, parameters: AugmentationParameters, groups: Tensor | 
         raise ValueError(
             f"uniforms must be float32 [{operation.shape[0]}, 3]; got {uniforms.dtype} of shape {tuple(uniforms.shape)}"
         )
-    if groups is None and operation.shape[0] != images.shape[0]:
+    if groups is None and operation.shape[0] != count:
         raise ValueError(
-            f"without groups each image needs its own parameters; got {images.shape[0]} images and "
-            f"{operation.shape[0]} groups"
+            f"without groups each image needs its own parameters; got {count} images and {operation.shape[0]} groups"
         )
-    if groups is not None and (groups.shape != images.shape[:1] or groups.dtype != torch.int64):
-        raise ValueError(f"groups must be int64 [{images.shape[0]}]; got {groups.dtype} of shape {tuple(groups.shape)}")
+    if groups is not None and (groups.shape != (count,) or groups.dtype != torch.int64):
+        raise ValueError(f"groups must be int64 [{count}]; got {groups.dtype} of shape {tuple(groups.shape)}")
     for name, tensor in (("operation", operation), ("uniforms", uniforms), ("groups", groups)):
-        if tensor is not None and tensor.device != images.device:
-            raise ValueError(f"{name} must be on the images' device {images.device}; got {tensor.device}")
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} must be on the images' device {device}; got {tensor.device}")

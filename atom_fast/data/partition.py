@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from atom_fast.ops import partition as operator
 
 if TYPE_CHECKING:
     from atom_fast.data.whitening import Preprocessing
@@ -58,14 +61,27 @@ def make_sheets(images: Tensor, partition: int) -> Tensor:
 
 
 def decode(sheets: Tensor, partition: int) -> Tensor:
-    """Cut sheets [N, C, H, W] into their images and enlarge these: [N * r * r, C, H, W], differentiable."""
+    """Cut all images out of sheets and enlarge them; differentiable in the sheets to every order.
+
+    They are enlarged as ``F.interpolate(mode="bilinear", align_corners=False)`` does it.
+
+    Args:
+        sheets: [N, C, H, W], floating point, any strides.
+        partition: r; 1 returns the sheets themselves.
+
+    Returns:
+        [N r r, C, H, W] in the dtype of ``sheets``, channels_last if they are.
+
+    Raises:
+        ValueError: ``partition`` does not divide H and W.
+    """
+    check_partition(partition, *sheets.shape[2:])
     if partition == 1:
         return sheets
-    count, channels, height, width = sheets.shape
-    small = (height // partition, width // partition)
-    grid = sheets.view(count, channels, partition, small[0], partition, small[1])
-    crops = grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, *small)
-    return F.interpolate(crops, size=(height, width), mode="bilinear", align_corners=False)
+    count = len(sheets) * partition**2
+    operation = torch.full((count,), -1, device=sheets.device)  # none: an image is only decoded
+    uniforms = torch.zeros((count, 3), device=sheets.device)
+    return operator.decode_and_augment(sheets, operation, uniforms, None, None, partition)
 
 
 def sheet_pixels(sheets: Tensor, partition: int, preprocessing: Preprocessing) -> Tensor:

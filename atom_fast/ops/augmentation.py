@@ -46,15 +46,15 @@ def extent(height: int, width: int) -> Extent:
     )
 
 
-def _reach(aspect: float) -> int:
-    """Return the whole pixels within the inverse image of a bilinear tent, around the pixel nearest to its middle.
+def _reach(aspect: float, radius: float = 1.0) -> int:
+    """Return the whole pixels within the inverse image of a square, around the pixel nearest to its middle.
 
-    A tent spans one pixel each way. Scaling stretches that to ``MAX_SCALE``; a rotation by t, in coordinates
-    from -1 to 1, to cos t + aspect sin t.
+    The square spans ``radius`` pixels each way, as a bilinear tent spans one. Scaling stretches that by
+    ``MAX_SCALE``; a rotation by t, in coordinates from -1 to 1, by cos t + aspect sin t.
     """
     steepest = min(MAX_ANGLE, math.atan(aspect))
     stretched = max(MAX_SCALE, math.cos(steepest) + aspect * math.sin(steepest))
-    return int(stretched + 0.5)
+    return int(radius * stretched + 0.5)
 
 
 def augment(

@@ -15,6 +15,7 @@ SMALL = {
     "instance_norm": (10, 128, 8, 8),
     "batch_norm": (10, 128, 8, 8),
     "augment": (20, 3, 8, 8),
+    "decode": (5, 3, 8, 8),
     "matching": (20, 64),
 }
 

@@ -11,10 +11,20 @@ import pytest
 import torch
 
 import atom_fast as af
-from atom_fast.ops import attention, augmentation, batch_norm, conv_block, dispatch, instance_norm, matching, norm_block
+from atom_fast.ops import (
+    attention,
+    augmentation,
+    batch_norm,
+    conv_block,
+    dispatch,
+    instance_norm,
+    matching,
+    norm_block,
+    partition,
+)
 from atom_fast.ops.dispatch import TABLE, resolve_backend
 
-MODULES = attention, augmentation, batch_norm, conv_block, instance_norm, matching, norm_block
+MODULES = attention, augmentation, batch_norm, conv_block, instance_norm, matching, norm_block, partition
 X = torch.zeros(1)
 
 
