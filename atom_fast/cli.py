@@ -275,7 +275,8 @@ def select(
     """Choose real images of a data set, as a set to evaluate beside distilled ones.
 
     Methods: random; herding; k-center; forgetting, the images that a network forgets most often, and
-    least-forgetting; full, all training images.
+    least-forgetting; easy, random images of the half that trained networks
+    find easiest; full, all training images.
     """
     from atom_fast.data.sources import load_data
     from atom_fast.distillation import ranks

@@ -18,7 +18,7 @@ PREPROCESSINGS: tuple[str, ...] = get_args(PreprocessingKind)
 NETWORK_NAMES = ("convnet", "alexnet", "vgg11", "resnet18", "vit")
 TRAINING_PRECISIONS = ("float32", "bfloat16")
 SOURCES = ("digits", "cifar10", "cifar100", "tiny", "folder")
-SELECTIONS = ("random", "herding", "k-center", "forgetting", "least-forgetting", "full")
+SELECTIONS = ("random", "herding", "k-center", "forgetting", "least-forgetting", "easy", "full")
 FEATURES = ("embedding", "pixels")
 EXPORT_FORMATS = ("folder", "pt")
 # Epochs of the network that is watched to select images: they separate long before it has learned them all.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ from atom_fast.data.partition import check_partition, make_sheets
 from atom_fast.data.sampling import check_class_sizes, describe_small_classes
 from atom_fast.data.sources import _class_names, _labelled_files
 from atom_fast.data.whitening import Preprocessing, fit_preprocessing
-from atom_fast.distillation.config import preset
+from atom_fast.distillation.config import PRESETS, preset
+from atom_fast.distillation.pool import easiest, trained_pool
 from atom_fast.evaluation.coresets import (
     forgetting_selection,
     herding_selection,
@@ -26,7 +28,7 @@ from atom_fast.evaluation.coresets import (
 )
 from atom_fast.names import FEATURES, PREPROCESSINGS, SELECTIONS, WATCHED_EPOCHS
 from atom_fast.synthetic import PUBLIC_NORMALIZATION, SyntheticSet, folder_names, load_public
-from atom_fast.training.protocols import Protocol
+from atom_fast.training.protocols import Protocol, get_protocol
 
 
 def select(
@@ -47,8 +49,9 @@ def select(
 
     Args:
         data: the real images.
-        method: "random", "herding", "k-center", "forgetting" (the most often forgotten), "least-forgetting", or "full"
-            for the whole training set.
+        method: "random", "herding", "k-center", "forgetting" (the most often forgotten), "least-forgetting", "easy"
+            (random ones of the half that the pool of the preset "best" finds easiest), or "full" for the whole training
+            set.
         ipc: stored images per class; not used by "full".
         partition: choose partition^2 times as many images, and put so many on each stored one, shrunk: what to compare
             with synthetic sets of this partition. 1: whole images.
@@ -58,8 +61,8 @@ def select(
         features: space in which herding and k-center measure distances: "embedding" of a ConvNet trained on the whole
             training set in model space, or "pixels" in model space.
         protocol: how that network, or the one that forgets, is trained, or the protocol's name; its epochs are not
-            used.
-        epochs: of that network.
+            used, and for "easy" only its augmentation is.
+        epochs: of that network, or of those of the pool.
         seed: of the random choice, or of the network.
         device: where to compute; None: where the images are.
         progress: show progress bars on standard error.
@@ -78,8 +81,8 @@ def select(
     check_partition(partition, *data.image_shape[1:])
     if method == "full" and partition > 1:
         raise ValueError(f"method 'full' takes every training image as it is: its partition must be 1; got {partition}")
-    if method != "full":
-        check_class_sizes(data, ipc, partition=partition)  # before a network is trained
+    if method != "full":  # before a network is trained
+        check_class_sizes(_easy_half(data) if method == "easy" else data, ipc, partition=partition)
     each = ipc * partition**2
     space = preprocessing
     if not isinstance(space, Preprocessing):
@@ -90,6 +93,12 @@ def select(
         chosen = data.class_index
     elif method == "random":
         chosen = random_selection(data, each, seed)
+    elif method == "easy":
+        place = data.train_images.device if device is None else torch.device(device)
+        augmentation = (get_protocol(protocol) if isinstance(protocol, str) else protocol).augmentation
+        config = preset("best", pool_epochs=epochs, augmentation=augmentation).for_data(data.image_shape, data.name)
+        pool = trained_pool(data.to(place), space.to(place), config, progress=progress)
+        chosen = random_selection(_easy_half(data, pool.scores), each, seed)
     elif method in ("forgetting", "least-forgetting"):
         _, events = watch_training(data, space, **settings)
         chosen = forgetting_selection(events, data, each, least=method == "least-forgetting")
@@ -102,10 +111,19 @@ def select(
     details: dict[str, object] = {"seed": seed}
     if method in ("herding", "k-center"):
         details["features"] = features
-    if method not in ("random", "full") and details.get("features") != "pixels":
+    if method == "easy":
+        details |= {"pool_networks": PRESETS["best"]["pool_networks"], "epochs": epochs}
+    elif method not in ("random", "full") and details.get("features") != "pixels":
         details |= {"protocol": str(getattr(protocol, "name", protocol)), "epochs": epochs}
     about = {"method": method, "selection": {**details, "indices": chosen.tolist()}}
     return _real_set(data, chosen, space, about, partition)
+
+
+def _easy_half(data: ImageData, scores: Tensor | None = None) -> ImageData:
+    """Return the data with the easiest half of each class by ``scores`` [N]; None for one that is as large."""
+    scores = torch.zeros(len(data.train_labels)) if scores is None else scores
+    half = easiest(data, scores.to(data.train_images.device), 0.5)
+    return dataclasses.replace(half, name=f"the easiest half of {data.name}")
 
 
 def random_sets(data: ImageData, synthetic: SyntheticSet, *, seed: int = 0) -> Callable[[int], SyntheticSet]:

@@ -5,6 +5,7 @@ import torch
 
 from atom_fast.data.partition import make_sheets
 from atom_fast.data.whitening import Preprocessing, fit_preprocessing
+from atom_fast.distillation import pool as pools
 from atom_fast.distillation.config import preset
 from atom_fast.evaluation import herding_selection, random_selection
 from atom_fast.evaluation.accuracy import evaluate
@@ -17,7 +18,15 @@ from tests.evaluation.small import small_data
 
 @pytest.fixture(scope="module")
 def data(device):
-    return small_data().to(device)
+    return small_data(train=48).to(device)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setattr(pools, "cache_folder", lambda: folder)
+        yield
 
 
 @pytest.mark.parametrize("method", SELECTIONS)
@@ -44,6 +53,24 @@ def test_a_partition_puts_shrunk_real_images_of_a_class_on_each_sheet(method, da
     torch.testing.assert_close(chosen.sheets, shrunk)
     loaded = SyntheticSet.load(chosen.save(tmp_path / "chosen.safetensors"))
     assert loaded.partition == 2 and torch.equal(loaded.images, chosen.images)
+
+
+def test_easy_images_are_random_ones_of_the_easiest_half(data, capsys):
+    config = preset("best", pool_epochs=1).for_data(data.image_shape, data.name)
+    space = fit_preprocessing(data.train_images, "standard", progress=False)
+    scores = pools.trained_pool(data, space, config, progress=False).scores
+    capsys.readouterr()
+    seen = set()
+    for seed in range(8):
+        chosen = select(data, "easy", 2, preprocessing=space, epochs=1, seed=seed, progress=False)
+        seen |= set(chosen.metadata["selection"]["indices"])
+    assert capsys.readouterr().err == "", "the networks are those of the preset"
+    half = set()
+    for indices in data.class_index.split(data.class_sizes):
+        half |= set(indices[scores[indices].argsort()[: -(-len(indices) // 2)]].tolist())
+    assert seen <= half and len(seen) > 6
+    with pytest.raises(ValueError, match="of the easiest half of small has"):
+        select(data, "easy", max(data.class_sizes), progress=False)
 
 
 def test_random_beside_a_partitioned_set_has_its_partition(data):
