@@ -95,7 +95,7 @@ def test_pixels_need_no_network(data, monkeypatch):
 
 @pytest.mark.parametrize(
     "method, features, images",
-    [("random", "pixels", 6), ("forgetting", "pixels", 46), ("herding", "embedding", 46), ("herding", "pixels", 46)],
+    [("random", "pixels", 6), ("forgetting", "pixels", 54), ("herding", "embedding", 54), ("herding", "pixels", 54)],
 )
 def test_images_are_brought_to_model_space_once_and_where_they_are_used(method, features, images, data, monkeypatch):
     """The 6 that are chosen, and all 40 where a network or distances need them."""
