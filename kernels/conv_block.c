@@ -2,11 +2,7 @@
  * stays in the thread's cache. Filters are [3, 3, C_in, padded(C)], zero beyond C. */
 #include "norm_block.h"
 
-#ifdef __AVX512F__
 #define RUN 8 /* positions convolved at once: the sums fit the registers and hide the latency of additions */
-#else
-#define RUN 4
-#endif
 
 /* Copy an image [C_in, H, W] of any strides to [H + 2, W + 2, C_in], framed by zeros. */
 INLINE void pad_image(const float *image, const int64_t *strides, int64_t image_channels, Shape s,
@@ -50,22 +46,27 @@ INLINE void convolve(const float *padded_image, int64_t image_channels, const fl
 /* Compute the transposed convolution at `count` neighbouring pixels; `gradient` is the first pixel's window. */
 INLINE void fold_run(const float *gradient, int64_t row, int64_t pitch, const float *filters, int64_t image_channels,
                      float *out, int64_t channel_stride, int count) {
-    vector sums[4][4];
-    for (int i = 0; i < count; i++)
-        for (int64_t ci = 0; ci < image_channels; ci++) sums[i][ci] = splat(0);
-    for (int64_t ky = 0; ky < 3; ky++)
-        for (int64_t kx = 0; kx < 3; kx++)
-            for (int64_t c = 0; c < pitch; c += LANES) {
-                vector own[4];
-                for (int64_t ci = 0; ci < image_channels; ci++)
-                    own[ci] = load(filters + ((ky * 3 + kx) * image_channels + ci) * pitch + c, LANES);
-                for (int i = 0; i < count; i++) {
-                    vector g = load(gradient + (2 - ky) * row + (i + 2 - kx) * pitch + c, LANES);
-                    for (int64_t ci = 0; ci < image_channels; ci++) sums[i][ci] += g * own[ci];
+    vector sums[4][4][PARTS];
+    for (int part = 0; part < PARTS; part++) {
+        vector own_sums[4][4];
+        for (int i = 0; i < count; i++)
+            for (int64_t ci = 0; ci < image_channels; ci++) own_sums[i][ci] = splat(0);
+        for (int64_t ky = 0; ky < 3; ky++)
+            for (int64_t kx = 0; kx < 3; kx++)
+                for (int64_t c = part * LANES; c < pitch; c += GROUP) {
+                    vector own[4];
+                    for (int64_t ci = 0; ci < image_channels; ci++)
+                        own[ci] = load(filters + ((ky * 3 + kx) * image_channels + ci) * pitch + c, LANES);
+                    for (int i = 0; i < count; i++) {
+                        vector g = load(gradient + (2 - ky) * row + (i + 2 - kx) * pitch + c, LANES);
+                        for (int64_t ci = 0; ci < image_channels; ci++) own_sums[i][ci] += g * own[ci];
+                    }
                 }
-            }
+        for (int i = 0; i < count; i++)
+            for (int64_t ci = 0; ci < image_channels; ci++) sums[i][ci][part] = own_sums[i][ci];
+    }
     for (int i = 0; i < count; i++)
-        for (int64_t ci = 0; ci < image_channels; ci++) out[ci * channel_stride + i] = sum_of(sums[i][ci]);
+        for (int64_t ci = 0; ci < image_channels; ci++) out[ci * channel_stride + i] = sum_of_group(sums[i][ci]);
 }
 
 INLINE void fold(const float *gradient, Shape s, const float *filters, int64_t image_channels, float *out) {

@@ -28,28 +28,33 @@ INLINE float *pooled_at(float *pooled, Shape s, int64_t y, int64_t column) {
 /* `features_pass` for `down` x `across` positions, the first at `x` and at `index` of a map. */
 INLINE void features_of_square(const float *x, Shape s, int down, int across, int64_t index, const Norm *norm,
                                int relu, float peak, float *pooled, float *whole, Maps maps) {
-    vector spatial[2][2] = {{{0}, {0}}, {{0}, {0}}};
-    for (int64_t c = 0; c < s.channels; c += LANES) {
-        int64_t n = at_most(s.channels - c, LANES);
-        Affine a = affine(norm, c, n);
-        vector total = {0}, channel = {0};
+    vector spatial[2][2][PARTS];
+    for (int part = 0; part < PARTS; part++) {
+        vector sums[2][2] = {{{0}, {0}}, {{0}, {0}}};
+        for (int64_t c = part * LANES; c < s.channels; c += GROUP) {
+            int64_t n = at_most(s.channels - c, LANES);
+            Affine a = affine(norm, c, n);
+            vector total = {0}, channel = {0};
+            for (int i = 0; i < down; i++)
+                for (int j = 0; j < across; j++) {
+                    vector f = normalized(a, load(x + i * s.row + j * s.pitch + c, n), relu);
+                    total += f;
+                    if (whole) store(whole + (index + i * s.width + j) * s.channels + c, f, n);
+                    if (peak != 1) f /= splat(peak);
+                    vector power = {0};
+                    if (maps.spatial_power) sums[i][j] += power = raised(f, maps.spatial_power);
+                    if (maps.channel_power)
+                        channel += maps.channel_power == maps.spatial_power ? power : raised(f, maps.channel_power);
+                }
+            if (pooled) store(pooled + c, total * splat(0.25f), n);
+            if (maps.channel_power) store(maps.channel + c, load(maps.channel + c, n) + channel, n);
+        }
         for (int i = 0; i < down; i++)
-            for (int j = 0; j < across; j++) {
-                vector f = normalized(a, load(x + i * s.row + j * s.pitch + c, n), relu);
-                total += f;
-                if (whole) store(whole + (index + i * s.width + j) * s.channels + c, f, n);
-                if (peak != 1) f /= splat(peak);
-                vector power = {0};
-                if (maps.spatial_power) spatial[i][j] += power = raised(f, maps.spatial_power);
-                if (maps.channel_power)
-                    channel += maps.channel_power == maps.spatial_power ? power : raised(f, maps.channel_power);
-            }
-        if (pooled) store(pooled + c, total * splat(0.25f), n);
-        if (maps.channel_power) store(maps.channel + c, load(maps.channel + c, n) + channel, n);
+            for (int j = 0; j < across; j++) spatial[i][j][part] = sums[i][j];
     }
     if (maps.spatial_power)
         for (int i = 0; i < down; i++)
-            for (int j = 0; j < across; j++) maps.spatial[index + i * s.width + j] = sum_of(spatial[i][j]);
+            for (int j = 0; j < across; j++) maps.spatial[index + i * s.width + j] = sum_of_group(spatial[i][j]);
 }
 
 INLINE void features_of_squares(const float *x, Shape s, const Norm *norm, int relu, float peak, float *pooled,

@@ -2,6 +2,14 @@
  * stays in the second-level cache, so that a pass over it costs little compared with a convolution. */
 #pragma once
 
+/* As many lanes as a register has. Compilers keep wider vectors in memory and compare them lane by lane. */
+#ifdef __AVX512F__
+#define LANES 16
+#elif defined __AVX2__
+#define LANES 8
+#else
+#define LANES 4
+#endif
 #include "vectors.h"
 
 /* A sample: neighbouring positions are `pitch` floats apart, rows of positions `row` floats. */

@@ -1,4 +1,4 @@
-/* Vectors of sixteen floats, which GCC and Clang compile to the processor's vector instructions. */
+/* Vectors of LANES floats, which GCC and Clang compile to the processor's vector instructions. */
 #pragma once
 
 #include <math.h>
@@ -12,7 +12,14 @@
 #define omp_get_thread_num() 0
 #endif
 
-#define LANES 16
+/* Sums are taken over groups of GROUP floats and memory is padded to them, whatever LANES is, so that results do not
+ * depend on it. A file may define LANES before it includes this one. */
+#define GROUP 16
+#ifndef LANES
+#define LANES GROUP
+#endif
+#define PARTS (GROUP / LANES) /* vectors of a group */
+
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vector __attribute__((vector_size(4 * LANES)));
@@ -21,8 +28,8 @@ typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_a
 
 INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Round a number of values up to whole vectors. */
-INLINE int64_t padded(int64_t values) { return (values + LANES - 1) / LANES * LANES; }
+/* Round a number of values up to whole groups. */
+INLINE int64_t padded(int64_t values) { return (values + GROUP - 1) / GROUP * GROUP; }
 
 INLINE vector splat(float value) { return value - (vector){0}; }
 
@@ -48,15 +55,21 @@ INLINE vector choose(mask which, vector yes, vector no) {
 /* ReLU: zero for negative values; NaN stays NaN. */
 INLINE vector vector_relu(vector value) { return choose(value < splat(0), splat(0), value); }
 
-INLINE float sum_of(vector value) {
+/* Add the lanes of a group. */
+INLINE float sum_of_group(const vector *parts) {
     typedef float eight __attribute__((vector_size(32)));
     typedef float four __attribute__((vector_size(16)));
     /* Unions, because __builtin_shufflevector needs GCC 12. */
-    union { vector whole; eight parts[2]; } halves = {value};
+    union { vector given[PARTS]; eight parts[2]; } halves;
+    for (int part = 0; part < PARTS; part++) halves.given[part] = parts[part];
     union { eight whole; four parts[2]; } quarters = {halves.parts[0] + halves.parts[1]};
     four quarter = quarters.parts[0] + quarters.parts[1];
     return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
+
+#if LANES == GROUP
+INLINE float sum_of(vector value) { return sum_of_group(&value); }
+#endif
 
 /* Return value^power for values >= 0, by products if the power is 0, 1, 2, 3, 4, 7 or 8. */
 INLINE vector raised(vector value, float power) {
