@@ -24,7 +24,8 @@ INLINE void convolve_run(const float *image, int64_t image_row, int64_t image_ch
     for (int64_t ky = 0; ky < 3; ky++)
         for (int64_t k = 0; k < 3 * image_channels; k++) {
             vector filter = load(filters + (ky * 3 * image_channels + k) * pitch, LANES);
-            for (int i = 0; i < count; i++) sums[i] += filter * splat(image[ky * image_row + i * image_channels + k]);
+            for (int i = 0; i < count; i++)
+                sums[i] = multiply_add(filter, splat(image[ky * image_row + i * image_channels + k]), sums[i]);
         }
     for (int i = 0; i < count; i++) store(out + i * pitch, sums[i], LANES);
 }
@@ -59,7 +60,8 @@ INLINE void fold_run(const float *gradient, int64_t row, int64_t pitch, const fl
                         own[ci] = load(filters + ((ky * 3 + kx) * image_channels + ci) * pitch + c, LANES);
                     for (int i = 0; i < count; i++) {
                         vector g = load(gradient + (2 - ky) * row + (i + 2 - kx) * pitch + c, LANES);
-                        for (int64_t ci = 0; ci < image_channels; ci++) own_sums[i][ci] += g * own[ci];
+                        for (int64_t ci = 0; ci < image_channels; ci++)
+                            own_sums[i][ci] = multiply_add(g, own[ci], own_sums[i][ci]);
                     }
                 }
         for (int i = 0; i < count; i++)

@@ -1,6 +1,26 @@
 /* The block after a convolution, of one sample: InstanceNorm, ReLU, both attention maps, 2x2 average pooling. */
 #pragma once
 
+#include <math.h>
+#include <stdint.h>
+
+/* Of single values, before `planes.h` forbids to reorder sums. */
+#define SCALAR static __attribute__((noinline, unused))
+
+SCALAR double norm_of(const float *values, int64_t count) {
+    double sum = 0;
+    for (int64_t i = 0; i < count; i++) sum += (double)values[i] * values[i];
+    return sqrt(sum);
+}
+
+/* Compute the factors of (f / peak)^(p - 1) in the gradient of each feature: `factor` times the map's gradient without
+ * its component along the map, which the normalisation removes. */
+SCALAR void project(const float *gradient, const float *map, int64_t count, float factor, float *out) {
+    double along = 0;
+    for (int64_t i = 0; i < count; i++) along += (double)gradient[i] * map[i];
+    for (int64_t i = 0; i < count; i++) out[i] = factor * (gradient[i] - (float)along * map[i]);
+}
+
 #include "planes.h"
 
 /* If a map's norm is between these, no power or sum of it left the range of float32. */
@@ -84,12 +104,6 @@ INLINE void features_pass(const float *x, Shape s, const Norm *norm, int relu, f
         features_of_squares(x, s, norm, relu, peak, pooled, whole, maps);
 }
 
-INLINE double norm_of(const float *values, int64_t count) {
-    double sum = 0;
-    for (int64_t i = 0; i < count; i++) sum += (double)values[i] * values[i];
-    return sqrt(sum);
-}
-
 INLINE float largest_feature(const float *x, Shape s, const Norm *norm) {
     vector largest = {0};
     for (int64_t y = 0; y < s.height; y++)
@@ -126,14 +140,6 @@ INLINE void block_of_sample(const float *x, Shape s, const Norm *norm, float *po
     statistics[0] = peak;
     statistics[1] = to_unit_length(maps.spatial, places, spatial);
     statistics[2] = to_unit_length(maps.channel, channels, channel);
-}
-
-/* Compute the factors of (f / peak)^(p - 1) in the gradient of each feature: `factor` times the map's gradient without
- * its component along the map, which the normalisation removes. */
-INLINE void project(const float *gradient, const float *map, int64_t count, float factor, float *out) {
-    double along = 0;
-    for (int64_t i = 0; i < count; i++) along += (double)gradient[i] * map[i];
-    for (int64_t i = 0; i < count; i++) out[i] = factor * (gradient[i] - (float)along * map[i]);
 }
 
 /* Write the factors of sample `i` to `out`; NULL for `grad_maps` counts as zero. */

@@ -10,6 +10,11 @@
 #else
 #define LANES 4
 #endif
+/* Sums are taken as written: GCC reorders those that it keeps in registers, and takes back the centring of
+ * `mean_over_places`. Sixteen lanes keep the order that their recorded results were computed in. */
+#if defined __GNUC__ && !defined __clang__ && LANES < 16
+#pragma GCC optimize("no-associative-math")
+#endif
 #include "vectors.h"
 
 /* A sample: neighbouring positions are `pitch` floats apart, rows of positions `row` floats. */

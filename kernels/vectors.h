@@ -6,6 +6,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifdef __FMA__
+#include <immintrin.h>
+#endif
+
 #ifdef _OPENMP
 #include <omp.h>
 #else
@@ -50,6 +54,16 @@ INLINE void store(float *to, vector value, int64_t count) {
 
 INLINE vector choose(mask which, vector yes, vector no) {
     return (vector)((which & (mask)yes) | (~which & (mask)no));
+}
+
+/* Return a * b + c, rounded once if the processor can. In loops GCC splits what it could fuse when it tunes for some
+ * processors, to shorten a chain of dependent sums; the kernels have enough independent ones. */
+INLINE vector multiply_add(vector a, vector b, vector c) {
+#if defined __FMA__ && LANES == 8
+    return _mm256_fmadd_ps(a, b, c);
+#else
+    return a * b + c;
+#endif
 }
 
 /* ReLU: zero for negative values; NaN stays NaN. */
