@@ -10,8 +10,8 @@
 #else
 #define LANES 4
 #endif
-/* Sums are taken as written: GCC reorders those that it keeps in registers, and takes back the centring of
- * `mean_over_places`. Sixteen lanes keep the order that their recorded results were computed in. */
+/* Sums are taken as written: GCC would reorder those that it keeps in registers, and so take back the centring of
+ * `mean_over_places`. With sixteen lanes it was never seen to. */
 #if defined __GNUC__ && !defined __clang__ && LANES < 16
 #pragma GCC optimize("no-associative-math")
 #endif
