@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -38,7 +38,10 @@ _SIZE = {"ge": 1, "lt": 2**31}  # larger sizes overflow 32-bit indices
 
 # Settings that earlier versions lacked, whose defaults are what these versions did; left out of the hash there, so that
 # runs and results of before keep theirs.
-_ADDED = ("partition", "synthetic_batch", "pool_networks", "pool_epochs", "calibration_weight", "easy_fraction")
+_ADDED = (
+    "partition", "synthetic_batch", "pool_networks", "pool_epochs", "characteristic_weight", "calibration_weight",
+    "easy_fraction",
+)  # fmt: skip
 
 # Settings that earlier versions wrote and that are gone: the value that still means the same, and what to do instead.
 _REMOVED = {
@@ -194,6 +197,12 @@ class DistillConfig:
         source="DANCE and NCFM: 60; DSDM: 20",
         **_SIZE,
     )
+    characteristic_weight: float = _setting(
+        0.0,
+        "weight of the distance of the embeddings' characteristic functions, beside the attention loss",
+        source="NCFM (Wang et al. 2025), which matches nothing else; no part of ATOM",
+        ge=0,
+    )
     calibration_weight: float = _setting(
         0.0,
         "weight of the cross-entropy of the synthetic images on the drawn network, beside the attention loss; needs "
@@ -279,8 +288,10 @@ class DistillConfig:
 
     @pydantic.model_validator(mode="after")
     def _check_something_is_matched(self) -> DistillConfig:
-        if not self._matches_layers and self.mmd_weight == 0:
-            raise ValueError("nothing to match: spatial_power and channel_power are None and mmd_weight is 0")
+        if not self._matches_layers and self.mmd_weight == 0 and self.characteristic_weight == 0:
+            raise ValueError(
+                "nothing to match: spatial_power and channel_power are None, mmd_weight and characteristic_weight are 0"
+            )
         return self
 
     @pydantic.model_validator(mode="after")
@@ -457,9 +468,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "calibration_weight": 0.03,
         "norm": "instance",
         "preprocessing": "standard",
-        "network_init": "default",
         "real_batch": 64,
     },
+}
+
+
+# What the preset "best" changes only for some numbers of images per class.
+_BEST_BY_SIZE: dict[str, tuple[Callable[[int], bool], Any]] = {
+    "easy_fraction": (lambda ipc: ipc == 1, 0.5),
+    "synthetic_batch": (lambda ipc: ipc > 32, 128),  # IDC's limit; a step's time grows with the images of a class
 }
 
 
@@ -478,7 +495,15 @@ def preset(name: str = "paper", **overrides: Any) -> DistillConfig:
     """
     if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {name!r}{suggestion(name, PRESETS)}")
-    return DistillConfig(**{**PRESETS[name], **overrides})
+    return DistillConfig(**{**preset_settings(name, overrides.get("ipc", 1)), **overrides})
+
+
+def preset_settings(name: str, ipc: object) -> dict[str, Any]:
+    """Return the settings of the preset ``name`` for ``ipc`` images per class that differ from the paper's."""
+    settings = dict(PRESETS[name])
+    if name == "best" and isinstance(ipc, int):
+        settings |= {key: value for key, (used, value) in _BEST_BY_SIZE.items() if used(ipc)}
+    return settings
 
 
 def check_names(settings: Mapping[str, object]) -> None:

@@ -19,7 +19,13 @@ from atom_fast.data.sampling import sample_class_indices
 from atom_fast.data.whitening import Preprocessing, real_image_gatherer
 from atom_fast.distillation.config import DistillConfig
 from atom_fast.distillation.logs import log
-from atom_fast.distillation.matching import describe_fusion, make_extractor, matching_terms
+from atom_fast.distillation.matching import (
+    characteristic_loss,
+    describe_fusion,
+    draw_frequencies,
+    make_extractor,
+    matching_terms,
+)
 from atom_fast.distillation.pool import Pool, easiest
 from atom_fast.distillation.stages import stage
 from atom_fast.functional import class_groups
@@ -38,16 +44,19 @@ class Terms(typing.NamedTuple):
     """Mean loss terms over the steps since the last reading.
 
     Attributes:
-        loss: scale * (attention_loss + mmd_weight * mmd_loss + calibration_weight * calibration_loss); equation 4
-            without the last term.
+        loss: scale * (attention_loss + mmd_weight * mmd_loss), equation 4, with the two others times their weights in
+            the bracket.
         attention_loss: L_ATOM, equation 3, summed over layers and classes.
         mmd_loss: L_MMD, summed over classes.
+        characteristic_loss: distance of the embeddings' characteristic functions, summed over classes; 0 without
+            ``characteristic_weight``.
         calibration_loss: cross-entropy of the synthetic images, summed over classes; 0 without ``calibration_weight``.
     """
 
     loss: float
     attention_loss: float
     mmd_loss: float
+    characteristic_loss: float
     calibration_loss: float
 
 
@@ -63,6 +72,11 @@ class _Chunk(typing.NamedTuple):
     real_labels: Tensor  # int64, class of each real image, counted from the chunk's first
     labels: Tensor  # int64, class of each synthetic image, likewise
     groups: ClassGroups
+
+    @property
+    def size(self) -> int:
+        """Number of classes."""
+        return self.classes.stop - self.classes.start
 
 
 class Distillation:
@@ -205,6 +219,9 @@ class Distillation:
             drawn = draw_stages(self.data.num_classes, generator, strategy=config.augmentation)
         with stage("sample"):
             chosen = self._choose(generator)
+            frequencies = None
+            if config.characteristic_weight > 0:
+                frequencies = draw_frequencies(self.network.embedding_size, generator)
         terms = torch.zeros_like(self._sums)
         for chunk in self._chunks:  # one of all classes, unless memory is short
             with stage("sample"):
@@ -226,7 +243,10 @@ class Distillation:
                     attention, mmd = matching_terms(real, synthetic, config, chunk.groups)  # 5
                     # pyrefly: ignore[unsupported-operation]  a number in resolved settings
                     matched = attention + config.mmd_weight * mmd
-                    calibration = torch.zeros_like(mmd)
+                    characteristic = calibration = torch.zeros_like(mmd)
+                    if frequencies is not None:
+                        characteristic = characteristic_loss(real[0], synthetic[0], frequencies, chunk.size)
+                        matched = matched + config.characteristic_weight * characteristic
                     if config.calibration_weight > 0:
                         calibration = self._cross_entropy(synthetic[0], chunk)
                         matched = matched + config.calibration_weight * calibration
@@ -235,7 +255,7 @@ class Distillation:
                 del real, synthetic  # the backward pass needs little of them
                 with stage("backward"):
                     (self._gradient[chunk.rows],) = torch.autograd.grad(loss, images)
-            terms += torch.stack((loss, attention, mmd, calibration)).detach()
+            terms += torch.stack((loss, attention, mmd, characteristic, calibration)).detach()
         with stage("update"):
             self.momentum.mul_(config.momentum).add_(self._gradient)  # 7: SGD
             self.images.sub_(self.momentum, alpha=config.image_lr)
@@ -277,7 +297,7 @@ class Distillation:
         """
         labels = chunk.labels + chunk.classes.start
         logits = self.network.classifier(embedding)
-        return F.cross_entropy(logits.float(), labels) * (chunk.classes.stop - chunk.classes.start)
+        return F.cross_entropy(logits.float(), labels) * chunk.size
 
     def _way_out(self, error: RuntimeError) -> Callable[[], None]:
         """Return what to do before a failed step or capture is tried again; re-raise the error if nothing helps."""

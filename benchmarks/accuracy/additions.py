@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
-from atom_fast.distillation.config import PRESETS, SETTINGS, preset
+from atom_fast.distillation.config import SETTINGS, preset, preset_settings
 from benchmarks.accuracy.entries import Entry, Job, Row, Section, jobs_for, make_cell
 from benchmarks.accuracy.size import RunSize
 from benchmarks.methods import METHODS
@@ -25,6 +25,7 @@ ADDITIONS: Mapping[str, tuple[str, ...]] = {
     "partition": ("partition", "synthetic_batch"),
     "pool": ("pool_networks", "pool_epochs"),
     "cross-entropy": ("calibration_weight",),
+    "characteristic function": ("characteristic_weight",),
     "easy": ("easy_fraction",),
 }
 _ADDED = {name for names in ADDITIONS.values() for name in names}
@@ -39,7 +40,7 @@ def sections(dataset: str, ipc: int, size: RunSize, methods: Sequence[str] | Non
         methods: of ``SELECTED`` and ``DISTILLED``; None: all.
     """
     chosen = (*SELECTED, *DISTILLED) if methods is None else methods
-    best = {"iterations": preset("best").iterations, **PRESETS["best"], **size.settings}
+    best = {"iterations": preset("best").iterations, **preset_settings("best", ipc), **size.settings}
     values = {"easy_fraction": EASY_FRACTION, **best}
     common = {name: value for name, value in values.items() if name not in _ADDED}
     rows, ladder = [], []
@@ -83,18 +84,19 @@ def _levels(values: Mapping[str, object]) -> Iterator[tuple[tuple[str, ...], dic
 
 
 def _jobs(size: RunSize, dataset: str, ipc: int, method: str, settings: Mapping[str, object]) -> tuple[Job, ...]:
-    """Return the jobs of an entry; DM's loss keeps its scale, and the cross-entropy has the same rate as in ATOM's."""
+    """Return the jobs of an entry; DM's loss keeps its scale; what is added to it has the same rate as in ATOM's."""
 
     def sized(settings: Mapping[str, object]) -> RunSize:
         return dataclasses.replace(size, settings=dict(sorted(settings.items())))  # equal cells are one
 
     if method == "dm":
         own = {name: value for name, value in settings.items() if name != "loss_scale" or name in size.settings}
-        if "calibration_weight" in own:
-            atom, dm = (
-                make_cell(sized(given), dataset, ipc, name, 0).resolved_config.loss_scale
-                for name, given in (("atom", settings), ("dm", own))
-            )
-            own["calibration_weight"] *= atom / dm
+        atom, dm = (
+            make_cell(sized(given), dataset, ipc, name, 0).resolved_config.loss_scale
+            for name, given in (("atom", settings), ("dm", own))
+        )
+        for weight in ("calibration_weight", "characteristic_weight"):
+            if weight in own:
+                own[weight] *= atom / dm
         settings = own
     return jobs_for(sized(settings), dataset, ipc, method)

@@ -28,8 +28,8 @@ from atom_fast.ops import native
 from benchmarks.digits import plain_loop
 
 ADDITIONS = {
-    "partition": 2, "synthetic_batch": 5, "pool_networks": 3, "calibration_weight": 0.5, "easy_fraction": 0.7,
-    "augmentation": "color+crop_rotate+cutout",
+    "partition": 2, "synthetic_batch": 5, "pool_networks": 3, "characteristic_weight": 2.0, "calibration_weight": 0.5,
+    "easy_fraction": 0.7, "augmentation": "color+crop_rotate+cutout",
 }  # fmt: skip
 
 
@@ -96,7 +96,8 @@ def test_a_step_with_every_addition_equals_its_definition(device):
     indices = sample_class_indices(easiest(data, pool.scores, 0.7), config.real_batch, generator)
     stages = draw_stages(3, generator, strategy=config.augmentation)
     keys = torch.rand(3, 8, generator=generator, device=device)
-    loss = matched = calibration = 0
+    frequencies = torch.randn(network.embedding_size, 1024, generator=generator, device=device)
+    matched = calibration = characteristic = 0
     for label in range(3):
         of_class = torch.zeros(64, dtype=torch.int64, device=device)
         real = preprocessing.to_model(data.train_images[indices[label]])
@@ -110,14 +111,17 @@ def test_a_step_with_every_addition_equals_its_definition(device):
             for one, other in zip(real_maps[:-1], maps[:-1], strict=True)
         )
         matched = matched + attention + 0.01 * (real_embedding.mean(0) - embedding.mean(0)).square().sum()
+        waves = [torch.exp(1j * (F.normalize(one, dim=1) @ frequencies)).mean(0) for one in (real_embedding, embedding)]
+        characteristic = characteristic + ((waves[0] - waves[1]).abs() / 2**0.5).mean()
         logits = network.classifier(embedding)
         calibration = calibration + F.cross_entropy(logits, torch.full((5,), label, device=device))
-    loss = 3.0 * (matched + 0.5 * calibration)
+    loss = 3.0 * (matched + 2.0 * characteristic + 0.5 * calibration)
     (gradient,) = torch.autograd.grad(loss, sheets)
     run.step(1)
     torch.testing.assert_close(run.momentum, gradient, rtol=1e-4, atol=1e-6)
     terms = run.read_terms()
     assert terms.calibration_loss == pytest.approx(calibration.item(), rel=1e-5)
+    assert terms.characteristic_loss == pytest.approx(characteristic.item(), rel=1e-5)
     assert terms.loss == pytest.approx(loss.item(), rel=1e-5)
 
 
