@@ -15,7 +15,7 @@ from benchmarks.accuracy.cells import architecture, cell_folder
 from benchmarks.pages import results
 from tests.benchmarks.tiny import run, small
 
-LOSS = {"spatial_power", "channel_power", "mmd_weight", "loss_scale", "calibration_weight"}
+LOSS = {"spatial_power", "channel_power", "mmd_weight", "loss_scale", "calibration_weight", "characteristic_weight"}
 POOL = {"pool_networks": 1, "pool_epochs": 1}
 
 
@@ -41,7 +41,7 @@ def test_rows_differ_by_their_loss_or_by_one_addition():
     [dm, atom] = (found[f"{method}, partition 2, pool, cross-entropy"] for method in ("DM", "ATOM"))
     assert dm.loss_scale == 1 and dm.loss_scale * dm.calibration_weight == atom.loss_scale * atom.calibration_weight
     cells = {row.title: row.entries["accuracy"].jobs[0][0] for row in ladder.rows}
-    assert cells["preset best"] == cells["+ cross-entropy"] and ladder.base == "ATOM"
+    assert cells["preset best"] == cells["+ characteristic function"] and ladder.base == "ATOM"
     tested = {str(architecture(cell, "convnet")) for cell in cells.values()}
     assert len(tested) == 1 and "instance" in tested.pop()
 
