@@ -220,10 +220,10 @@ def _train(
 
 @contextlib.contextmanager
 def _one_thread_each(networks: int, device: torch.device) -> Iterator[None]:
-    """Train a single network on one CPU thread too, so that its bits do not depend on how many are trained."""
+    """Give each network one CPU thread, so that its bits depend neither on the cores nor on how many are trained."""
     threads = torch.get_num_threads()
-    if device.type == "cpu" and networks == 1:
-        torch.set_num_threads(1)
+    if device.type == "cpu":
+        torch.set_num_threads(min(threads, networks))
     try:
         yield
     finally:
