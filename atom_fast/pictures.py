@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 CELL_SIZE = 64  # target side of an enlarged image in pixels, so that 8 x 8 digits and 64 x 64 photographs are visible
 MARGIN = 8  # pixels around the grid and beside the names
 LARGEST_SIDE = 6000  # pixels; a grid of thousands of images is enlarged less, so that viewers can open the file
+# Further terms and networks by setting, as the names of methods call them.
+_ADDITIONS = {"pool_networks": "pool", "characteristic_weight": "cf", "calibration_weight": "ce"}
 
 
 def save_image_grid(
@@ -108,9 +110,18 @@ def count_images(synthetic: SyntheticSet) -> str:
 
 
 def method_name(config: Mapping[str, object]) -> str:
-    """Name a configuration's method by the attention maps that it matches; "synthetic" if ``config`` is empty."""
+    """Name a configuration's method by what it matches, such as "atom+pool+ce"; "synthetic" if ``config`` is empty.
+
+    The attention maps come first, then "pool" (trained networks), "cf" (characteristic functions), "ce" (cross-entropy)
+    and "easy" (only the easiest real images).
+    """
     if not config:
         return "synthetic"
+    added = "".join(f"+{name}" for setting, name in _ADDITIONS.items() if config.get(setting))
+    return _matched(config) + added + ("+easy" if config.get("easy_fraction", 1.0) != 1.0 else "")
+
+
+def _matched(config: Mapping[str, object]) -> str:
     names = {(True, True): "atom", (False, True): "atom-channel", (True, False): "datadam", (False, False): "dm"}
     name = names[config.get("spatial_power") is not None, config.get("channel_power") is not None]
     if not config.get("feature_maps"):

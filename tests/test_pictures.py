@@ -10,6 +10,7 @@ import torch
 
 from atom_fast.data.partition import make_sheets
 from atom_fast.data.whitening import fit_preprocessing
+from atom_fast.distillation.config import preset
 from atom_fast.pictures import (
     _draw_grid,
     comparison_table,
@@ -187,6 +188,10 @@ def test_description():
 )
 def test_method_names(spatial, channel, name):
     assert method_name({"spatial_power": spatial, "channel_power": channel}) == name
+    assert (
+        method_name(preset("best", spatial_power=spatial, channel_power=channel).to_dict()) == f"{name}+pool+cf+ce+easy"
+    )
+    assert method_name(preset("best", ipc=10, calibration_weight=0.0).to_dict()) == "atom+pool+cf"
 
 
 def write_log(path, records, tail=""):
