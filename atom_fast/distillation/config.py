@@ -460,12 +460,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "network_init": "default",
         "image_average": False,
     },
-    # Chosen on CIFAR-10 (JPEG q75) at 1 and 10 images per class, width 32, 300 steps, by test accuracy; 50 is not tuned.
-    # At 10 images per class: partition 38.8 % (without 30.4), with a pool of 3 networks 39.5, with cross-entropy at
-    # weight 0.1 42.9, with characteristic functions at weight 3 44.9, with weights of 0.3 and 10 46.4. On top of that no
-    # attention gave 46.5, real batches of one image per cluster (DREAM, Liu et al. 2023) 46.3; on top of the
-    # cross-entropy alone the channels' covariances (IID, Deng et al. 2024) gave 43.0. At 1 image per class the easiest
-    # half of the real images gave 32.3 instead of 27.5.
+    # Chosen on CIFAR-10 (JPEG q75) at 1 and 10 images per class, width 32, 300 steps, by test accuracy; 50 is not
+    # tuned. At 10 images per class: partition 38.8 % (without 30.4), with a pool of 3 networks 39.5, with
+    # cross-entropy at weight 0.1 42.9, with characteristic functions at weight 3 44.9, with weights of 0.3 and 10
+    # 46.4. On top of that no attention gave 46.5, real batches of one image per cluster (DREAM, Liu et al. 2023)
+    # 46.3; on top of the cross-entropy alone the channels' covariances (IID, Deng et al. 2024) gave 43.0. At 1 image
+    # per class the easiest half of the real images gave 32.3 instead of 27.5.
     "best": {
         "partition": 2,
         "pool_networks": 5,
