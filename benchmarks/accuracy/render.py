@@ -204,6 +204,7 @@ def _additions(record: Record) -> str:
         f"{name.partition(' (')[0]} ({one['epochs']:,} epochs)" for name, one in content["protocols"].items()
     )
     weight = max(config["calibration_weight"] for config in made)
+    waves = max(config["characteristic_weight"] for config in made)
     easy = min(config["easy_fraction"] for config in made)
     parts = [
         f" Protocol {protocols}; networks of width {stated('width', pooled)} with {stated('norm', pooled)}; "
@@ -214,6 +215,7 @@ def _additions(record: Record) -> str:
         if pooled is not made
         else "",
         f"*Cross-entropy*: of weight {weight:g}, in DM of the same rate (loss scale times weight)." if weight else "",
+        f"*Characteristic function*: of weight {waves:g}, likewise." if waves else "",
         f"*Easiest*: {easy:.0%} of the real images of a class." if easy < 1 else "",
     ]
     return " ".join(filter(None, parts))
