@@ -43,7 +43,7 @@ def test_rows_differ_by_their_loss_or_by_one_addition():
     cells = {row.title: row.entries["accuracy"].jobs[0][0] for row in ladder.rows}
     assert cells["preset best"] == cells["+ characteristic function"] and ladder.base == "ATOM"
     tested = {str(architecture(cell, "convnet")) for cell in cells.values()}
-    assert len(tested) == 1 and "instance" in tested.pop()
+    assert len(tested) == 1 and "batch" in tested.pop()
 
 
 def test_settings_on_the_command_line_count_where_they_belong():
