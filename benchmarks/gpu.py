@@ -43,7 +43,7 @@ STUDY += _LIKE_THE_PAPER
 STEP = ["profile", "--shape", "10", "3", "32", "32", "--ipc", "50", "--steps", "30", "--warm-up", "5", "--quiet"]
 STEPS_OF = {
     "paper": ["--preset", "paper", "--norm", "batch", "--preprocessing", "zca"],
-    "best": ["--preset", "best"],
+    "best": ["--preset", "best", "--norm", "batch"],
 }
 RECORD = ["record", "--dataset", "cifar10", "--preset", "best", "--protocol", "idc", "--networks", "5", "--quiet"]
 _SECONDS_TO_STOP = 25  # in which a stopped command writes its results and reports failures
