@@ -298,7 +298,7 @@ def test_any_data_are_refused_or_sorted_into_classes(labels, shape, dtype):
     "each is read, or refused with ValueError; nothing is left behind",
 )
 def test_fuzzed_files_are_read_or_refused(tmp_path):
-    command = [sys.executable, "-m", "tests.fuzz_readers", "--seconds", "2", "--keep", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.fuzz_readers", "--seconds", "8", "--keep", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     output = done.stdout + done.stderr
