@@ -7,11 +7,35 @@ import errno
 import os
 import secrets
 from pathlib import Path
+from typing import IO
 
 
 def cache_folder() -> Path:
     """Return this user's cache folder for atom_fast, which may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atom_fast"
+
+
+def lock(file: IO | int, *, wait: bool) -> bool:
+    """Lock an open file or folder for this process until it is closed; return False if another process holds it.
+
+    Windows has no such locks: there nobody is kept out.
+
+    Args:
+        file: an open file, or a descriptor.
+        wait: until no other process holds it; the result is then True.
+
+    Raises:
+        OSError: the file system has no locks, such as some network file systems.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def write_atomically(path: str | os.PathLike, content: bytes | str) -> Path:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from atom_fast._files import cache_folder, write_atomically
+from atom_fast._files import cache_folder, lock, write_atomically
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing
 from atom_fast.distillation import ranks
@@ -268,17 +268,11 @@ def _file(folder: Path, index: int) -> Path:
 @contextlib.contextmanager
 def _claimed(folder: Path, index: int, *, wait: bool) -> Iterator[bool]:
     """Hold the lock of a network; yield False if another process has it and this one is not to wait."""
-    with open(folder / f".network-{index:03d}.lock", "w") as lock:
-        try:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except (ImportError, OSError):  # no locks here: the worst is that two processes train the same network
-            pass
-        yield True
+    with open(folder / f".network-{index:03d}.lock", "w") as file:
+        held = True
+        with contextlib.suppress(OSError):  # without locks the worst is that two processes train the same network
+            held = lock(file, wait=wait)
+        yield held
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from atom_fast._files import lock
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.partition import sheet_pixels
 from atom_fast.data.sampling import describe_small_classes
@@ -413,8 +414,8 @@ def _locked(folder: Path, resume: bool) -> Iterator[None]:
     """Hold the run's folder, which is made where it is missing, for this process alone (POSIX)."""
     folder.mkdir(parents=True, exist_ok=True)
     _check_usable(folder, resume)  # before even a lock is left in it
-    with open(folder / LOCK_FILE, "w") as lock:
-        _lock(lock, folder)
+    with open(folder / LOCK_FILE, "w") as file:
+        _lock(file, folder)
         _check_usable(folder, resume)  # again: another process may have held the lock
         remove_unfinished(folder)
         remove_unfinished(folder / CHECKPOINT_FOLDER)
@@ -437,15 +438,12 @@ def _check_usable(folder: Path, resume: bool) -> None:
 
 def _lock(file, folder: Path) -> None:
     try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise RuntimeError(f"another process is writing to {folder}; wait for it, or choose another folder") from error
-    except OSError as error:  # some network file systems
+        held = lock(file, wait=False)
+    except OSError as error:
         log(f"{folder} cannot be locked ({error.strerror}): make sure yourself that no other process writes to it")
+        return
+    if not held:
+        raise RuntimeError(f"another process is writing to {folder}; wait for it, or choose another folder")
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from atom_fast._files import write_atomically
+from atom_fast._files import lock, write_atomically
 from atom_fast.pictures import size_text
 from atom_fast.training.ensemble import Curve
 from atom_fast.training.protocols import Protocol
@@ -165,12 +165,10 @@ def locked_record(path: str | os.PathLike) -> Iterator[None]:
     folder = Path(path).resolve().parent
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(ImportError, OSError):  # Windows; some network file systems
-            import fcntl
-
+        with contextlib.suppress(OSError):  # Windows opens no folders; some network file systems have no locks
             handle = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, handle)
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            lock(handle, wait=True)
         yield
 
 

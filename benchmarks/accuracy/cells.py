@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from atom_fast._files import write_atomically
+from atom_fast._files import lock, write_atomically
 from atom_fast.distillation.config import DistillConfig
 from atom_fast.distillation.logs import log
 from atom_fast.evaluation.results import is_curve
@@ -143,23 +143,16 @@ def claimed(folder: Path) -> Iterator[bool]:
     Windows and some network file systems have no locks: then nobody is kept out, and one warning says so.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK_FILE, "w") as lock:
+    with open(folder / LOCK_FILE, "w") as file:
         try:
-            import fcntl
-        except ImportError:
-            yield True
-            return
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError as error:  # some network file systems
+            held = lock(file, wait=False)
+        except OSError as error:
             _log_once(
                 f"{folder.parent} cannot be locked ({error.strerror}): make sure yourself that no other process works "
                 "on its cells"
             )
-        yield True
+            held = True
+        yield held
 
 
 _log_once = functools.cache(log)
