@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from atom_fast._files import write_atomically
+from atom_fast._hashing import add_tensors
 from atom_fast.data.partition import check_partition, decode, sheet_pixels
 from atom_fast.data.whitening import Preprocessing
 from atom_fast.names import EXPORT_FORMATS, SYNTHETIC_FILE
@@ -358,11 +359,7 @@ def _to_json(description: dict) -> str:
 
 def _digest(tensors: dict[str, torch.Tensor], description: dict) -> str:
     digest = hashlib.sha256(_to_json({key: value for key, value in description.items() if key != "sha256"}).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-        digest.update(content)
+    add_tensors(digest, tensors)
     return digest.hexdigest()
 
 

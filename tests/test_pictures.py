@@ -136,19 +136,6 @@ def make_set(labels, classes=("cat", "dog", "emu")):
     return SyntheticSet(images, torch.tensor(labels), classes, preprocessing, metadata)
 
 
-@pytest.mark.parametrize(
-    ("labels", "rows", "columns"),
-    [([0, 0, 1, 1, 2, 2], 3, 2), ([0, 1, 2], 1, 3), ([2, 0, 2, 0, 0], 2, 3)],
-)
-def test_a_set_is_drawn_with_one_row_per_class(tmp_path, labels, rows, columns):
-    synthetic = make_set(labels)
-    picture = read_png(save_synthetic_grid(synthetic, tmp_path / "set.png"))
-    assert rows * 64 <= picture.shape[0] < (rows + 1) * 64
-    assert columns * 64 <= picture.shape[1] < (columns + 1) * 64
-    for image in (synthetic.pixels() * 255).round().to(torch.uint8).expand(-1, 3, -1, -1):
-        assert contains(picture, image.permute(1, 2, 0).repeat_interleave(8, 0).repeat_interleave(8, 1))
-
-
 def make_partitioned(labels):
     """Sheets of 2x2 images."""
     plain = make_set([0])
@@ -157,17 +144,19 @@ def make_partitioned(labels):
     return SyntheticSet(sheets, torch.tensor(labels), plain.class_names, plain.preprocessing, plain.metadata, 2)
 
 
+@pytest.mark.parametrize("make", [make_set, make_partitioned])
 @pytest.mark.parametrize(
     ("labels", "rows", "columns"),
     [([0, 0, 1, 1, 2, 2], 3, 2), ([0, 1, 2], 1, 3), ([2, 0, 2, 0, 0], 2, 3)],
 )
-def test_a_partitioned_set_is_drawn_as_its_sheets(tmp_path, labels, rows, columns):
-    synthetic = make_partitioned(labels)
+def test_a_set_is_drawn_with_one_row_per_class(tmp_path, make, labels, rows, columns):
+    synthetic = make(labels)
     picture = read_png(save_synthetic_grid(synthetic, tmp_path / "set.png"))
     assert rows * 64 <= picture.shape[0] < (rows + 1) * 64
     assert columns * 64 <= picture.shape[1] < (columns + 1) * 64
-    for sheet in (synthetic.sheet_pixels() * 255).round().to(torch.uint8).expand(-1, 3, -1, -1):
-        assert contains(picture, sheet.permute(1, 2, 0).repeat_interleave(8, 0).repeat_interleave(8, 1))
+    stored = synthetic.pixels() if synthetic.partition == 1 else synthetic.sheet_pixels()
+    for image in (stored * 255).round().to(torch.uint8).expand(-1, 3, -1, -1):
+        assert contains(picture, image.permute(1, 2, 0).repeat_interleave(8, 0).repeat_interleave(8, 1))
 
 
 def test_description():

@@ -86,7 +86,7 @@ class ImageData:
             test_labels=test_labels,
             class_index=torch.argsort(train_labels, stable=True),
             class_counts=counts,
-            class_offsets=torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
+            class_offsets=_offsets(counts),
             class_sizes=sizes,
         )
 
@@ -117,6 +117,19 @@ class ImageData:
             digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
+    def of_images(self, kept: Sequence[Tensor]) -> ImageData:
+        """Return the data with only some images of each class in its class index; the images themselves stay.
+
+        Args:
+            kept: for each class, the indices of its training images that stay, int64, at least one.
+        """
+        sizes = tuple(len(indices) for indices in kept)
+        counts = torch.tensor(sizes, device=self.class_index.device)
+        index = torch.cat([indices.to(counts.device) for indices in kept])
+        return dataclasses.replace(
+            self, class_index=index, class_counts=counts, class_offsets=_offsets(counts), class_sizes=sizes
+        )
+
     def to(self, device: torch.device | str) -> ImageData:
         """Return the same data with every tensor on ``device``."""
         tensors = {
@@ -128,6 +141,11 @@ class ImageData:
         if "fingerprint" in self.__dict__:
             moved.__dict__["fingerprint"] = self.fingerprint
         return moved
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    """Return where each class starts in a class index, and where the last one ends."""
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
 
 
 def _check_split(split: str, images: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> None:

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from atom_fast._files import write_atomically
+from atom_fast._hashing import add_tensors
 
 FORMAT = "atom_fast.checkpoint"
 FORMAT_VERSION = 2
@@ -178,8 +178,8 @@ def _check_types(checkpoint: Checkpoint) -> None:
         "data_fingerprint": str,
         "seconds": (int, float),
         "versions": dict,
+        "pool_digest": (str, type(None)),
     }
-    kinds["pool_digest"] = (str, type(None))
     for name, kind in kinds.items():
         value = getattr(checkpoint, name)
         if not isinstance(value, kind) or isinstance(value, bool):
@@ -196,8 +196,5 @@ def _header(content: bytes) -> dict[str, str]:
 
 def _digest(tensors: dict[str, Tensor], description: str, version: str) -> str:
     digest = hashlib.sha256(f"{FORMAT} {version} {description}".encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    add_tensors(digest, tensors)
     return digest.hexdigest()

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -460,6 +460,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "network_init": "default",
         "image_average": False,
     },
+    # By hand: one set each, no results file.
     # Chosen on CIFAR-10 (JPEG q75) at 1 and 10 images per class, width 32, 300 steps, by test accuracy; 50 is not
     # tuned. At 10 images per class, InstanceNorm: partition 38.8 % (without 30.4), with a pool of 3 networks 39.5,
     # with cross-entropy at weight 0.1 42.9, with characteristic functions at weight 3 44.9, with weights of 0.3 and
@@ -482,13 +483,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# What the preset "best" changes only for some numbers of images per class.
-_BEST_BY_SIZE: dict[str, tuple[Callable[[int], bool], Any]] = {
-    "easy_fraction": (lambda ipc: ipc == 1, 0.5),
-    "synthetic_batch": (lambda ipc: ipc > 32, 128),  # IDC's limit; a step's time grows with the images of a class
-}
-
-
 def preset(name: str = "paper", **overrides: Any) -> DistillConfig:
     """Build a named configuration with some settings changed.
 
@@ -497,7 +491,7 @@ def preset(name: str = "paper", **overrides: Any) -> DistillConfig:
     - ``"datadam-code"``: the settings of DataDAM's released code, spatial attention only.
     - ``"dm"``: distribution matching (Zhao and Bilen 2023), mean embeddings only.
     - ``"best"``: the highest accuracy known to this project; not the paper's method. ATOM's loss with a partition, a
-      pool of trained networks and their cross-entropy.
+      pool of trained networks, their cross-entropy and characteristic functions.
 
     Raises:
         ValueError: an unknown preset or setting, or a value that is not accepted.
@@ -510,8 +504,10 @@ def preset(name: str = "paper", **overrides: Any) -> DistillConfig:
 def preset_settings(name: str, ipc: object) -> dict[str, Any]:
     """Return the settings of the preset ``name`` for ``ipc`` images per class that differ from the paper's."""
     settings = dict(PRESETS[name])
-    if name == "best" and isinstance(ipc, int):
-        settings |= {key: value for key, (used, value) in _BEST_BY_SIZE.items() if used(ipc)}
+    if name == "best" and ipc == 1:
+        settings["easy_fraction"] = 0.5
+    if name == "best" and isinstance(ipc, int) and ipc > 32:
+        settings["synthetic_batch"] = 128  # IDC's limit: a step's time grows with the images of a class
     return settings
 
 

@@ -14,13 +14,13 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from atom_fast._files import cache_folder, lock, write_atomically
+from atom_fast._hashing import add_tensors
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing
 from atom_fast.distillation import ranks
@@ -95,7 +95,8 @@ def recipe(config: DistillConfig) -> Protocol:
         momentum=0.9,
         weight_decay=5e-4,
         decay_factor=0.1,
-        decay_every=max(1, -(-3 * config.pool_epochs // 4)),  # once, after three quarters
+        decay_every=None,
+        decay_at=(0.75,),
         augmentation=config.augmentation,
         unit_variance=False,
     )
@@ -159,14 +160,7 @@ def easiest(data: ImageData, scores: Tensor, fraction: float) -> ImageData:
         count = math.ceil(fraction * len(indices))
         order = torch.argsort(scores[indices], stable=True)[:count]
         kept.append(indices[order].sort().values)
-    counts = torch.tensor([len(indices) for indices in kept], device=data.class_index.device)
-    return dataclasses.replace(
-        data,
-        class_index=torch.cat(kept),
-        class_counts=counts,
-        class_offsets=torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
-        class_sizes=tuple(len(indices) for indices in kept),
-    )
+    return data.of_images(kept)
 
 
 def _train(
@@ -184,9 +178,7 @@ def _train(
     architecture = config.convnet_settings()
     layout = memory_format(empty_network("convnet", architecture, data, device), device)
     images = in_model_space(data.train_images, preprocessing, device, layout)
-    initial: dict[int, Tensor] = {}
-    finished: dict[int, dict[str, Tensor]] = {}
-    current: dict[Trainer, int] = {}
+    initial: dict[Trainer, Tensor] = {}
 
     def make_trainer() -> Trainer:
         network = empty_network("convnet", architecture, data, device).to(memory_format=layout)
@@ -194,16 +186,10 @@ def _train(
 
     def start(trainer: Trainer, index: int) -> None:
         trainer.restart(network_seed(_SEED, index))
-        current[trainer] = index
-        initial[index] = _flat(trainer.network)
+        initial[trainer] = _flat(trainer.network)
 
-    def finish(trainer: Trainer) -> float:
-        index, scores = current[trainer], _scores(trainer)
-        trained = _flat(trainer.network)
-        if not scores.isfinite().all() or not trained.isfinite().all():
-            raise RuntimeError(f"network {index} of the pool diverged")
-        finished[index] = {"initial": initial[index], "trained": trained, "scores": scores}
-        return 0.0
+    def result(trainer: Trainer) -> dict[str, Tensor]:
+        return {"initial": initial[trainer], "trained": _flat(trainer.network), "scores": _scores(trainer)}
 
     total = len(jobs) * protocol.epochs
     with (
@@ -212,10 +198,13 @@ def _train(
         tqdm(total=total, desc="training the pool", unit="epoch", disable=not progress) as bar,
     ):
         training = train_networks(
-            make_trainer, jobs, start, finish, evaluate_every=None, together=None, advance=bar.update
+            make_trainer, jobs, start, result, evaluate_every=None, together=None, advance=bar.update
         )
-        for index, _ in training:
-            yield index, finished.pop(index)
+        for index, results in training:
+            tensors = results[protocol.epochs]
+            if not all(tensor.isfinite().all() for tensor in tensors.values()):
+                raise RuntimeError(f"network {index} of the pool diverged")
+            yield index, tensors
 
 
 @contextlib.contextmanager
@@ -254,10 +243,7 @@ def _identity(data: ImageData, preprocessing: Preprocessing, config: DistillConf
         "protocol": protocol.to_dict(),
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name, tensor in sorted(preprocessing.tensors().items()):
-        digest.update(f"{name} {list(tensor.shape)}".encode())
-        content: Any = tensor.detach().cpu().contiguous().numpy()
-        digest.update(content)
+    add_tensors(digest, preprocessing.tensors())
     return f"{data.name}-{digest.hexdigest()[:16]}"
 
 
@@ -308,7 +294,5 @@ def _read(path: Path) -> dict[str, Tensor] | None:
 
 def _digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name in _PARTS:
-        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
-        digest.update(tensors[name].contiguous().numpy().data)
+    add_tensors(digest, tensors)
     return digest.hexdigest()

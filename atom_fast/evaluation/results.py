@@ -14,8 +14,9 @@ from typing import Any
 
 from atom_fast._files import lock, write_atomically
 from atom_fast.pictures import size_text
-from atom_fast.training.ensemble import Curve
 from atom_fast.training.protocols import Protocol
+
+Curve = dict[int, float | None]  # accuracy in percent after each tested epoch; None: the network diverged
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from atom_fast._device import is_out_of_memory
 from atom_fast.ops.launching import unfused_if_refused
 from atom_fast.training.trainer import Trainer
 
-Curve = dict[int, float | None]  # accuracy in percent after each tested epoch; None: the network diverged
+_Result = TypeVar("_Result")  # of a test
 
 # Images in a GPU's graph: four networks at a batch of 256, more networks at smaller batches.
 _IMAGES_TOGETHER = 1024
@@ -33,25 +34,25 @@ def train_networks(
     make_trainer: Callable[[], Trainer],
     jobs: Sequence[int],
     start: Callable[[Trainer, int], None],
-    test: Callable[[Trainer], float | None],
+    test: Callable[[Trainer], _Result],
     *,
     evaluate_every: int | None,
     together: int | None,
     advance: Callable[[], object],
-) -> Iterator[tuple[int, Curve]]:
+) -> Iterator[tuple[int, dict[int, _Result]]]:
     """Train and test networks, several at a time.
 
     Args:
         make_trainer: makes a trainer; networks are trained in a few of them, one after the other.
         jobs: the networks' numbers.
         start: prepares a trainer for a network by its number: its set and its initial weights.
-        test: returns the accuracy of a trainer's network.
+        test: returns what is wanted of a trainer's network, such as its accuracy; called in any thread.
         evaluate_every: test also after every so many epochs; None tests after the last one only.
         together: train at most so many networks at a time; None chooses.
         advance: called after each epoch of each network, from any thread.
 
     Yields:
-        (number, accuracy after each tested epoch) of each network, as networks finish.
+        (number, ``test``'s result after each tested epoch) of each network, as networks finish.
     """
     if not jobs:
         return
@@ -74,7 +75,7 @@ def _on_threads(first, make_trainer, jobs, start, test, evaluate_every, together
     trainers = [first, *(make_trainer() for _ in range(workers - 1))]
     stopped = threading.Event()
 
-    def run(job: int) -> tuple[int, Curve]:
+    def run(job: int) -> tuple[int, dict]:
         if workers > 1:
             torch.set_num_threads(max(1, cores // workers))  # for this thread and threads that start later
         trainer = trainers.pop()
@@ -130,7 +131,7 @@ def _in_graphs(first, make_trainer, jobs, start, test, evaluate_every, together,
         active = list(zip(ensemble.trainers, group, strict=False))
         for trainer, job in active:
             start(trainer, job)
-        curves: dict[int, Curve] = {job: {} for job in group}
+        curves: dict[int, dict] = {job: {} for job in group}
         for epoch in range(1, first.protocol.epochs + 1):
             ensemble.train_epoch(epoch - 1)
             tested = _is_tested(epoch, first.protocol, evaluate_every)

@@ -15,7 +15,7 @@ from atom_fast.ops.dispatch import backend
 from atom_fast.ops.partition import partition_op
 from tests.cubin import check_report
 from tests.launches import compile_launch
-from tests.ops.test_augmentation import BACKENDS, EACH, augment_reference, normal, parameters_of
+from tests.ops.test_augmentation import BACKENDS, EACH, augment_reference, normal, parameters_of, with_gradient
 from tests.workloads import Workload, decoding, launches
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -35,12 +35,6 @@ def reference(sheets, parameters, groups, r, chosen):
 
 def run(sheets, parameters, groups, r, chosen):
     return decode_and_augment(sheets, parameters, groups, partition=r, chosen=chosen)
-
-
-def with_gradient(function, sheets, gradient, *args):
-    sheets = sheets.detach().requires_grad_()
-    result = function(sheets, *args)
-    return result.detach(), torch.autograd.grad(result, sheets, gradient.to(result.dtype))[0]
 
 
 def assert_like_reference(sheets, *args, tolerance=2e-5):
