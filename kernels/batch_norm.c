@@ -7,7 +7,7 @@ void batch_norm_forward(const float *x, const float *weight, const float *bias, 
                         int64_t pool, int64_t threads) {
     Shape s = channels_last(channels, height, width);
     Norm norm = {mean, rstd, weight, bias};
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t i = 0; i < samples; i++) {
         float *to = out + i * output_values(s, pool);
         features_pass(x + i * height * s.row, s, &norm, relu, 1, pool ? to : NULL, pool ? NULL : to,
@@ -23,7 +23,7 @@ void batch_norm_backward(const float *gradient, const float *x, const float *wei
                          int64_t threads) {
     Shape s = channels_last(channels, height, width);
     Norm norm = {mean, rstd, weight, bias};
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t i = 0; i < samples; i++) {
         const float *own = x + i * height * s.row, *above = gradient + i * output_values(s, pool);
         float *to = grad_x + i * height * s.row, *sum = mode == READ_SUMS ? sums : sums + i * 2 * channels;

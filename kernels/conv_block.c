@@ -115,7 +115,7 @@ void conv_block_statistics(const float *images, const int64_t *strides, const fl
                             int64_t width, int64_t channels, int64_t threads) {
     Shape s = {channels, height, width, padded(channels), padded(channels) * width};
     int64_t own_image = image_values(image_channels, height, width);
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t i = 0; i < samples; i++) {
         float *padded_image = scratch + omp_get_thread_num() * (own_image + height * s.row);
         float *convolved = padded_image + own_image;
@@ -128,12 +128,12 @@ void conv_block_statistics(const float *images, const int64_t *strides, const fl
 void conv_block_forward(const float *images, const int64_t *strides, const float *filters, const float *weight,
                          const float *bias, float *pooled, float *maps, float *mean, float *rstd, float *statistics,
                          float *scratch, int64_t samples, int64_t image_channels, int64_t height, int64_t width,
-                         int64_t channels, float eps, float spatial_power, float channel_power, int64_t given,
+                         int64_t channels, double eps, double spatial_power, double channel_power, int64_t given,
                          int64_t threads) {
     Shape s = {channels, height, width, padded(channels), padded(channels) * width};
     int64_t values = map_values(s, spatial_power, channel_power);
     int64_t own_image = image_values(image_channels, height, width);
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t i = 0; i < samples; i++) {
         float *padded_image = scratch + omp_get_thread_num() * (own_image + height * s.row);
         float *convolved = padded_image + own_image;
@@ -152,14 +152,14 @@ void conv_block_backward(const float *grad_pooled, const float *grad_maps, const
                           const float *filters, const float *weight, const float *bias, const float *maps,
                           const float *mean, const float *rstd, const float *statistics, float *sums,
                           float *grad_images, float *scratch, int64_t samples, int64_t image_channels, int64_t height,
-                          int64_t width, int64_t channels, float spatial_power, float channel_power, int64_t mode,
+                          int64_t width, int64_t channels, double spatial_power, double channel_power, int64_t mode,
                           int64_t threads) {
     Shape s = {channels, height, width, padded(channels), padded(channels) * width};
     Shape framed = {channels, height, width, s.pitch, s.pitch * (width + 2)};
     int64_t values = map_values(s, spatial_power, channel_power);
     int64_t own_image = image_values(image_channels, height, width), frame = (height + 2) * framed.row;
     int64_t of_thread = own_image + frame + height * s.row + padded(values + 2 * channels);
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t i = 0; i < samples; i++) {
         float *padded_image = scratch + omp_get_thread_num() * of_thread, *framed_gradient = padded_image + own_image;
         float *gradient = framed_gradient + framed.row + framed.pitch, *convolved = framed_gradient + frame;

@@ -3,10 +3,10 @@
 
 /* `out` is [B, C, H, W], or pooled if `pool`. */
 void instance_norm_forward(const float *x, const float *weight, const float *bias, float *out, float *mean, float *rstd,
-                           int64_t samples, int64_t channels, int64_t height, int64_t width, float eps, int64_t relu,
+                           int64_t samples, int64_t channels, int64_t height, int64_t width, double eps, int64_t relu,
                            int64_t pool, int64_t threads) {
     Shape s = channels_last(channels, height, width);
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t i = 0; i < samples; i++) {
         const float *own = x + i * height * s.row;
         float *to = out + i * output_values(s, pool);
@@ -22,7 +22,7 @@ void instance_norm_backward(const float *gradient, const float *x, const float *
                             int64_t samples, int64_t channels, int64_t height, int64_t width, int64_t relu,
                             int64_t pool, int64_t threads) {
     Shape s = channels_last(channels, height, width);
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t i = 0; i < samples; i++) {
         const float *above = gradient + i * output_values(s, pool);
         float *product = grad_weight + i * channels;

@@ -5,7 +5,7 @@
 void norm_block_statistics(const float *x, float *mean, float *variance, int64_t samples, int64_t channels, int64_t height,
                       int64_t width, int64_t threads) {
     Shape s = channels_last(channels, height, width);
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t i = 0; i < samples; i++)
         plane_statistics(x + i * height * s.row, s, mean + i * channels, variance + i * channels);
 }
@@ -13,10 +13,10 @@ void norm_block_statistics(const float *x, float *mean, float *variance, int64_t
 /* `given`: read mean and rstd instead of writing them. */
 void norm_block_forward(const float *x, const float *weight, const float *bias, float *pooled, float *maps, float *mean,
                    float *rstd, float *statistics, int64_t samples, int64_t channels, int64_t height, int64_t width,
-                   float eps, float spatial_power, float channel_power, int64_t given, int64_t threads) {
+                   double eps, double spatial_power, double channel_power, int64_t given, int64_t threads) {
     Shape s = channels_last(channels, height, width);
     int64_t values = map_values(s, spatial_power, channel_power);
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t i = 0; i < samples; i++) {
         const float *own = x + i * height * s.row;
         Norm norm = norm_of_sample(mean, rstd, weight, bias, i, channels);
@@ -31,10 +31,10 @@ void norm_block_forward(const float *x, const float *weight, const float *bias, 
 void norm_block_backward(const float *grad_pooled, const float *grad_maps, const float *x, const float *weight,
                     const float *bias, const float *maps, const float *mean, const float *rstd, const float *statistics,
                     float *sums, float *grad_x, float *scratch, int64_t samples, int64_t channels, int64_t height,
-                    int64_t width, float spatial_power, float channel_power, int64_t mode, int64_t threads) {
+                    int64_t width, double spatial_power, double channel_power, int64_t mode, int64_t threads) {
     Shape s = channels_last(channels, height, width);
     int64_t values = map_values(s, spatial_power, channel_power);
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t i = 0; i < samples; i++) {
         const float *own = x + i * height * s.row;
         float *sum = mode == READ_SUMS ? sums : sums + i * 2 * channels, *to = grad_x + i * height * s.row;

@@ -155,11 +155,11 @@ INLINE Shape shape_of(int64_t channels, int64_t height, int64_t width, int64_t c
 void partition_forward(const float *sheets, const int64_t *chosen, const int64_t *operations, const float *uniforms,
                        float *output, float *scratch, int64_t batch, int64_t channels, int64_t height, int64_t width,
                        int64_t channels_last, int64_t ratio, int64_t pad_y, int64_t pad_x, int64_t cut_y,
-                       int64_t cut_x, float max_scale, float max_angle, int64_t offset, int64_t threads) {
+                       int64_t cut_x, double max_scale, double max_angle, int64_t offset, int64_t threads) {
     Shape size = shape_of(channels, height, width, channels_last);
     Limits limits = {pad_y, pad_x, cut_y, cut_x, max_scale, max_angle};
     int64_t values = channels * pixels_of(size);
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t i = 0; i < batch; i++) {
         Scratch own = scratch_of_thread(scratch, size, ratio);
         const float *image = sheets + place_of(size, ratio, chosen ? chosen[i] : i);
@@ -183,12 +183,12 @@ void partition_forward(const float *sheets, const int64_t *chosen, const int64_t
 void partition_transposed(const float *gradient, const int64_t *order, const int64_t *starts,
                           const int64_t *operations, const float *uniforms, float *output, float *scratch,
                           int64_t parts, int64_t channels, int64_t height, int64_t width, int64_t channels_last,
-                          int64_t ratio, int64_t pad_y, int64_t pad_x, int64_t cut_y, int64_t cut_x, float max_scale,
-                          float max_angle, int64_t threads) {
+                          int64_t ratio, int64_t pad_y, int64_t pad_x, int64_t cut_y, int64_t cut_x, double max_scale,
+                          double max_angle, int64_t threads) {
     Shape size = shape_of(channels, height, width, channels_last);
     Limits limits = {pad_y, pad_x, cut_y, cut_x, max_scale, max_angle};
     int64_t values = channels * pixels_of(size);
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t part = 0; part < parts; part++) {
         Scratch own = scratch_of_thread(scratch, size, ratio);
         int64_t first = order ? starts[part] : part, last = order ? starts[part + 1] : part + 1;

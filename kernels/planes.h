@@ -2,14 +2,10 @@
  * stays in the second-level cache, so that a pass over it costs little compared with a convolution. */
 #pragma once
 
-/* As many lanes as a register has. Compilers keep wider vectors in memory and compare them lane by lane. */
-#ifdef __AVX512F__
-#define LANES 16
-#elif defined __AVX2__
-#define LANES 8
-#else
-#define LANES 4
-#endif
+#include "registers.h"
+
+#define LANES (REGISTER / 4)
+
 /* Sums are taken as written: GCC would reorder those that it keeps in registers, and so take back the centring of
  * `mean_over_places`. With sixteen lanes it was never seen to. */
 #if defined __GNUC__ && !defined __clang__ && LANES < 16

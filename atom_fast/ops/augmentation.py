@@ -17,6 +17,7 @@ from ..names import OPERATIONS
 from . import native
 from .dispatch import dispatch, register
 from .launching import device_of
+from .operators import differentiate, fake, operator
 
 COLOR, CROP, CUTOUT, FLIP, SCALE, ROTATE = range(len(OPERATIONS))
 
@@ -81,11 +82,11 @@ def _run_eager(*arguments):
 register("augmentation", plain=(), triton=_run_triton, c=_run_c, eager=_run_eager)
 
 
-@torch.library.custom_op(
-    "atom_fast::augment",
-    mutates_args=(),
+@operator(
+    "augment",
     schema="(Tensor images, Tensor operation, Tensor uniforms, Tensor? groups, bool transposed, bool offset, "
     "str implementation) -> Tensor",
+    differentiable=True,
 )
 def augment_op(
     images: Tensor,
@@ -118,7 +119,7 @@ def augment_op(
     return output
 
 
-@augment_op.register_fake
+@fake(augment_op)
 def _(images, operation, uniforms, groups, transposed, offset, implementation):
     return _empty_result(images)
 
@@ -134,7 +135,7 @@ def _differentiate(ctx, gradient):
     return gradient, None, None, None, None, None, None
 
 
-augment_op.register_autograd(_differentiate, setup_context=_save)
+differentiate(augment_op, _differentiate, _save)
 
 
 def _empty_result(images: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from .dispatch import dispatch, register
 from .instance_norm import check_input, empty_gradient, empty_output
 from .launching import accumulation_dtype, device_of, int32_indexable, is_traced
 from .norm_block import join_statistics, sums_passes
+from .operators import differentiate, fake, operator
 
 
 def batch_norm(
@@ -121,13 +122,14 @@ def _check(x, weight, bias, running_mean, running_var, offset, training, pool) -
         raise ValueError(f"training needs at least two values per channel; got x of shape {tuple(x.shape)}")
 
 
-@torch.library.custom_op("atom_fast::batch_statistics", mutates_args=("running_mean", "running_var"))
+@operator("batch_statistics", mutates=("running_mean", "running_var"))
 def batch_statistics_op(
     x: Tensor, offset: Tensor | None, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Return mean and 1 / standard deviation [C] of ``x``; update the running statistics of ``x + offset``."""
     from ..kernels.batch_norm import batch_norm_parts_kernel, batch_norm_statistics_kernel, statistics_launch
 
+    torch.autograd.graph.increment_version([t for t in (running_mean, running_var) if not t.is_inference()])
     x = int32_indexable(x)
     mean, rstd = _empty_statistics(x)
     rows, grid, constants = _launch(x)
@@ -148,12 +150,12 @@ def _empty_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty(x.shape[1], **wide), torch.empty(x.shape[1], **wide)
 
 
-@batch_statistics_op.register_fake
+@fake(batch_statistics_op)
 def _(x, offset, running_mean, running_var, momentum, eps):
     return _empty_statistics(x)
 
 
-@torch.library.custom_op("atom_fast::batch_norm", mutates_args=())
+@operator("batch_norm", differentiable=True)
 def batch_norm_op(
     x: Tensor,
     weight: Tensor,
@@ -181,12 +183,12 @@ def batch_norm_op(
     return out
 
 
-@batch_norm_op.register_fake
+@fake(batch_norm_op)
 def _(x, weight, bias, offset, mean, rstd, relu, pool):
     return empty_output(x, pool)
 
 
-@torch.library.custom_op("atom_fast::batch_norm_backward", mutates_args=())
+@operator("batch_norm_backward")
 def batch_norm_backward_op(
     gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, relu: bool, pool: bool
 ) -> tuple[Tensor, Tensor]:
@@ -211,7 +213,7 @@ def batch_norm_backward_op(
     return grad_x, sums
 
 
-@batch_norm_backward_op.register_fake
+@fake(batch_norm_backward_op)
 def _(gradient, x, weight, bias, mean, rstd, relu, pool):
     return empty_gradient(x), mean.new_empty((2, x.shape[1]))
 
@@ -235,7 +237,7 @@ def _gradients(backward: Callable, ctx, gradient: Tensor | None) -> tuple[Tensor
     return grad_x, grad_weight.to(saved[1].dtype), grad_bias.to(saved[2].dtype), grad_offset, None, None, None, None
 
 
-batch_norm_op.register_autograd(_backward, setup_context=_setup_context)
+differentiate(batch_norm_op, _backward, _setup_context)
 
 
 # C: see kernels/batch_norm.c, for channels_last.

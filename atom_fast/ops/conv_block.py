@@ -18,6 +18,7 @@ from . import native, norm_block
 from .dispatch import dispatch, register
 from .launching import constant_power, contiguous, device_of, int32_indexable
 from .norm_block import BlockOutput
+from .operators import differentiate, fake, operator
 
 IMAGE_CHANNELS = 4  # the most that the fused kernels accept
 
@@ -138,7 +139,7 @@ def launch_kind(
     return "tiles" if launch is None else "planes"
 
 
-@torch.library.custom_op("atom_fast::conv_block", mutates_args=())
+@operator("conv_block", differentiable=True)
 def conv_block_op(
     images: Tensor,
     filters: Tensor,
@@ -164,12 +165,12 @@ def _empty_outputs(images, filters, spatial_power, channel_power):
     return norm_block.empty_outputs(shape, filters, True, spatial_power, channel_power)
 
 
-@conv_block_op.register_fake
+@fake(conv_block_op)
 def _(images, filters, weight, bias, eps, spatial_power, channel_power, norm, implementation):
     return _empty_outputs(images, filters, spatial_power, channel_power)
 
 
-@torch.library.custom_op("atom_fast::conv_block_backward", mutates_args=())
+@operator("conv_block_backward")
 def conv_block_backward_op(
     grad_pooled: Tensor | None,
     grad_maps: Tensor | None,
@@ -194,7 +195,7 @@ def conv_block_backward_op(
     return backward(grad_pooled, grad_maps, images, filters, saved, (spatial_power, channel_power), norm)
 
 
-@conv_block_backward_op.register_fake
+@fake(conv_block_backward_op)
 def _(grad_pooled, grad_maps, images, *_):
     return torch.empty_like(images, memory_format=torch.contiguous_format)
 
@@ -214,7 +215,7 @@ def _backward(ctx, grad_pooled, grad_maps, *_):
     return gradient, None, None, None, None, None, None, None, None
 
 
-conv_block_op.register_autograd(_backward, setup_context=_setup_context)
+differentiate(conv_block_op, _backward, _setup_context)
 
 
 # C: see kernels/conv_block.c.
@@ -233,7 +234,7 @@ def _forward_c(
     native.run(
         "conv_block_forward", len(images), *inputs, contiguous(weight), contiguous(bias), pooled, maps,
         mean, rstd, statistics, scratch, *sizes, eps,
-        *norm_block.c_powers(spatial_power, channel_power), norm == "batch",
+        *native.powers(spatial_power, channel_power), norm == "batch",
     )  # fmt: skip
 
 
@@ -246,7 +247,7 @@ def _backward_c(grad_pooled, grad_maps, images, filters, saved, powers, norm):
     scratch = _scratch(images, image_values + framed + values + _padded(maps.shape[1] + 2 * filters.shape[0]))
     gradients = norm_block.c_gradients(grad_pooled, grad_maps)
     saved = contiguous(weight), contiguous(bias), maps, mean, rstd, statistics
-    sizes = *images.shape, filters.shape[0], *norm_block.c_powers(*powers)
+    sizes = *images.shape, filters.shape[0], *native.powers(*powers)
     for sums, mode in norm_block.sums_passes(norm, mean.new_empty((len(mean), 2, mean.shape[1]))):
         native.run(
             "conv_block_backward", len(images), *gradients, images, _strides(images), own, *saved, sums, gradient,

@@ -15,6 +15,7 @@ from .. import reference
 from . import native
 from .dispatch import dispatch, register
 from .launching import accumulation_dtype, device_of, int32_indexable, is_traced
+from .operators import differentiate, fake, operator
 
 
 def instance_norm(
@@ -74,7 +75,7 @@ def _is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last)
 
 
-@torch.library.custom_op("atom_fast::instance_norm", mutates_args=())
+@operator("instance_norm", differentiable=True)
 def instance_norm_op(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool, pool: bool, implementation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,12 +107,12 @@ def _layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if _is_channels_last(x) else torch.contiguous_format
 
 
-@instance_norm_op.register_fake
+@fake(instance_norm_op)
 def _(x, weight, bias, eps, relu, pool, implementation):
     return _empty_outputs(x, pool)
 
 
-@torch.library.custom_op("atom_fast::instance_norm_backward", mutates_args=())
+@operator("instance_norm_backward")
 def instance_norm_backward_op(
     gradient: Tensor,
     x: Tensor,
@@ -143,7 +144,7 @@ def empty_gradient(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=_layout(x))
 
 
-@instance_norm_backward_op.register_fake
+@fake(instance_norm_backward_op)
 def _(gradient, x, weight, bias, mean, rstd, relu, pool, implementation):
     return empty_gradient(x), torch.empty_like(weight), torch.empty_like(bias)
 
@@ -163,7 +164,7 @@ def _backward(ctx, gradient, *_):
     return *gradients, None, None, None, None
 
 
-instance_norm_op.register_autograd(_backward, setup_context=_setup_context)
+differentiate(instance_norm_op, _backward, _setup_context)
 
 
 class _InstanceNorm(torch.autograd.Function):

@@ -1,7 +1,4 @@
-"""The squared distance of class means (equation 3 of the ATOM paper) as an operator, and the grouping of samples.
-
-There is no kernel in C: on a CPU, and on GPUs without Triton, PyTorch's operators run, with an analytic gradient.
-"""
+"""The squared distance of class means (equation 3 of the ATOM paper) as an operator, and the grouping of samples."""
 
 from __future__ import annotations
 
@@ -11,8 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from . import native
 from .dispatch import dispatch, register
 from .launching import accumulation_dtype, device_of, triton_dtype
+from .operators import differentiate, fake, operator
 
 
 class ClassGroups(NamedTuple):
@@ -30,7 +29,7 @@ class ClassGroups(NamedTuple):
         )
 
 
-@torch.library.custom_op("atom_fast::class_groups", mutates_args=())
+@operator("class_groups")
 def class_groups_op(real_labels: Tensor, synthetic_labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return orders and offsets of two sides; one offset per synthetic row, since shapes must not depend on data."""
     real_classes, real_inverse = real_labels.unique(return_inverse=True)
@@ -41,7 +40,7 @@ def class_groups_op(real_labels: Tensor, synthetic_labels: Tensor) -> tuple[Tens
     return *_order_and_offsets(real_inverse, limit), *_order_and_offsets(inverse, limit)
 
 
-@class_groups_op.register_fake
+@fake(class_groups_op)
 def _(real_labels, synthetic_labels):
     offsets = synthetic_labels.shape[0] + 1
     return (
@@ -85,11 +84,13 @@ def _run_triton(*arguments):
     return class_mean_distance_op(*arguments, "triton")[0]
 
 
-def _run_eager(*arguments):
-    return class_mean_distance_op(*arguments, "eager")[0]
+def _run_c(real, synthetic, *groups):
+    if not native.takes(real, synthetic):
+        return NotImplemented
+    return class_mean_distance_op(real, synthetic, *groups, "c")[0]
 
 
-def _run_reference(real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offsets):
+def _run_eager(real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offsets):
     dtype = accumulation_dtype(synthetic.dtype)
     real, synthetic = real.to(dtype), synthetic.to(dtype)
     if synthetic_order is None:
@@ -106,10 +107,10 @@ def _labels(order: Tensor, offsets: Tensor) -> Tensor:
     return labels
 
 
-register("matching", plain=("reference",), triton=_run_triton, eager=_run_eager, reference=_run_reference)
+register("matching", triton=_run_triton, c=_run_c, eager=_run_eager)
 
 
-@torch.library.custom_op("atom_fast::class_mean_distance", mutates_args=())
+@operator("class_mean_distance", differentiable=True)
 def class_mean_distance_op(
     real: Tensor,
     synthetic: Tensor,
@@ -121,28 +122,28 @@ def class_mean_distance_op(
 ) -> tuple[Tensor, Tensor]:
     """Return the distance (scalar) of real [B, D] and synthetic [B', D], and its gradient [B', D] for the latter.
 
-    Without orders and offsets all rows are one class. The implementation is "triton" or "eager".
+    Without orders and offsets all rows are one class. The implementation is "triton", or "c" on a CPU.
     """
     dtype = accumulation_dtype(synthetic.dtype)
     if real.numel() == 0 or synthetic.numel() == 0:
         return synthetic.new_zeros((), dtype=dtype), synthetic.new_zeros(synthetic.shape, dtype=dtype)
-    distance = _distance_triton if implementation == "triton" else _distance_eager
+    distance = _distance_triton if implementation == "triton" else _distance_c
     return distance(real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offsets, dtype)
 
 
-@class_mean_distance_op.register_fake
+@fake(class_mean_distance_op)
 def _(real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offsets, implementation):
     dtype = accumulation_dtype(synthetic.dtype)
     return synthetic.new_empty((), dtype=dtype), synthetic.new_empty(synthetic.shape, dtype=dtype)
 
 
-@torch.library.custom_op("atom_fast::scaled_gradient", mutates_args=())
+@operator("scaled_gradient")
 def scaled_gradient(gradient: Tensor, scale: Tensor, like: Tensor) -> Tensor:
     """Return gradient * scale in the dtype of ``like``; not differentiable, so that a second derivative raises."""
     return (gradient * scale).to(like.dtype)
 
 
-@scaled_gradient.register_fake
+@fake(scaled_gradient)
 def _(gradient, scale, like):
     return torch.empty_like(gradient, dtype=like.dtype)
 
@@ -159,7 +160,7 @@ def _backward(ctx, scale, _):
     return None, scaled_gradient(gradient, scale, ctx.like), None, None, None, None, None
 
 
-class_mean_distance_op.register_autograd(_backward, setup_context=_setup_context)
+differentiate(class_mean_distance_op, _backward, _setup_context)
 
 
 def _distance_triton(real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offsets, dtype):
@@ -184,40 +185,21 @@ def _distance_triton(real, synthetic, real_order, real_offsets, synthetic_order,
     return partial.sum(), gradient
 
 
-def _distance_eager(real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offsets, dtype):
-    real, synthetic = real.to(dtype), synthetic.to(dtype)
-    if synthetic_offsets is None:
-        difference = real.mean(0) - synthetic.mean(0)
-        row = difference * (-2.0 / synthetic.shape[0])
-        return difference.square().sum(), row.expand_as(synthetic).contiguous()
-    each_real, each = _members(real_order, real_offsets), _members(synthetic_order, synthetic_offsets)
-    if each_real and each:
-        difference = real.unflatten(0, (-1, each_real)).mean(1) - synthetic.unflatten(0, (-1, each)).mean(1)
-        return difference.square().sum(), (difference * (-2.0 / each)).repeat_interleave(each, 0)
-    difference = _segment_means(real, real_order, real_offsets) - _segment_means(
-        synthetic, synthetic_order, synthetic_offsets
+def _distance_c(real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offsets, dtype):
+    real, synthetic = (
+        side if side.stride(1) == 1 else side.contiguous() for side in (real.to(dtype), synthetic.to(dtype))
     )
-    rows = difference * (-2.0 / synthetic_offsets.diff().clamp(min=1).to(dtype))[:, None]
-    gradient = torch.empty_like(synthetic, memory_format=torch.contiguous_format)
-    positions = torch.arange(synthetic.shape[0], device=synthetic.device)
-    gradient[synthetic_order] = rows[torch.searchsorted(synthetic_offsets, positions, right=True) - 1]
-    return difference.square().sum(), gradient
+    columns = synthetic.shape[1]
+    classes = 1 if synthetic_offsets is None else synthetic_offsets.shape[0] - 1
+    portions = classes * -(-columns // _COLUMNS)
+    partial = synthetic.new_empty(portions)
+    distance, gradient = synthetic.new_empty(()), synthetic.new_empty(synthetic.shape)
+    native.run(
+        f"class_mean_distance_{str(dtype).removeprefix('torch.')}", portions, real, real.stride(0), synthetic,
+        synthetic.stride(0), real_order, real_offsets, synthetic_order, synthetic_offsets, partial, distance, gradient,
+        len(real), len(synthetic), columns, classes,
+    )  # fmt: skip
+    return distance, gradient
 
 
-def _members(order: Tensor, offsets: Tensor) -> int:
-    """Return the rows per class if all classes have equally many and rows are sorted by class; otherwise 0.
-
-    Always 0 on a GPU, because reading the offsets would wait for it.
-    """
-    count = len(order)
-    members = 0 if order.is_cuda else int(offsets[1])
-    if members == 0 or count % members != 0:
-        return 0
-    expected = (torch.arange(len(offsets)) * members).clamp_(max=count)
-    regular = torch.equal(offsets, expected) and torch.equal(order, torch.arange(count))
-    return members if regular else 0
-
-
-def _segment_means(values: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
-    """Return the mean of the rows of each class; zero for a class without rows."""
-    return torch.segment_reduce(values[order], "mean", offsets=offsets, axis=0, initial=0.0)
+_COLUMNS = 256  # as in kernels/matching.c

@@ -1,4 +1,4 @@
-"""Build the kernels in C, once for the machine they run on, and call them with float32 tensors on a CPU."""
+"""Build the kernels in C, once for the machine they run on, and call them with tensors on a CPU."""
 
 from __future__ import annotations
 
@@ -70,6 +70,11 @@ def supports(*tensors: Tensor | None) -> bool:
     return all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors) and is_built()
 
 
+def takes(*tensors: Tensor) -> bool:
+    """Return True if the tensors are on a CPU, and the kernels can be called: for kernels of every floating dtype."""
+    return all(t.device.type == "cpu" for t in tensors) and is_built()
+
+
 def upcasts(x: Tensor) -> bool:
     """Return True if the kernels compute ``x`` in float32: half precision on a CPU."""
     return x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16) and is_built()
@@ -78,6 +83,11 @@ def upcasts(x: Tensor) -> bool:
 def upcast(parameter: Tensor | None) -> Tensor | None:
     """Convert a parameter that accompanies an upcast input to float32; None stays None."""
     return None if parameter is None else parameter.float()
+
+
+def powers(*powers: float | None) -> tuple[float, ...]:
+    """Convert powers to arguments of the kernels: 0 for a map that is left out."""
+    return tuple(0.0 if power is None else float(power) for power in powers)
 
 
 def threads_for(samples: int) -> int:
@@ -89,28 +99,30 @@ def run(name: str, samples: int, *arguments: Tensor | int | float | None) -> Non
     """Call the kernel ``name``, which splits its samples over `threads_for` them.
 
     Args:
-        name: a function of ``kernels/*.c``.
+        name: a function of ``kernels/*.c``; one for another dtype than float32 ends with it.
         samples: number of samples.
         arguments: arguments of the function without the last, the number of threads: tensors and None are passed as
-            pointers, int and bool as int64_t, float as float.
+            pointers, int and bool as int64_t, float as double.
 
     Raises:
-        TypeError: a tensor is not float32 or int64 in a CPU's memory.
+        TypeError: a tensor is not in a CPU's memory, or of another dtype than int64, float32 and the name's.
     """
-    converted = [_converted(argument) for argument in arguments]
+    accepted = torch.int64, torch.float32, getattr(torch, name.rpartition("_")[2], torch.float32)
+    converted = [_converted(argument, accepted) for argument in arguments]
     getattr(_library(), name)(*converted, ctypes.c_int64(threads_for(samples)))
 
 
-def _converted(argument: Tensor | int | float | None):
+def _converted(argument: Tensor | int | float | None, accepted: tuple[torch.dtype, ...]):
     if argument is None:
         return ctypes.c_void_p(None)
     if isinstance(argument, Tensor):
-        if argument.device.type != "cpu" or argument.dtype not in (torch.float32, torch.int64):
-            raise TypeError(f"kernels in C take float32 and int64 on a CPU; got {argument.dtype} on {argument.device}")
+        if argument.device.type != "cpu" or argument.dtype not in accepted:
+            names = " and ".join(dict.fromkeys(map(str, accepted)))
+            raise TypeError(f"a kernel in C takes {names} on a CPU; got {argument.dtype} on {argument.device}")
         if argument.numel() > 0 and argument.data_ptr() == 0:
             raise TypeError(f"kernels in C take tensors with memory; got a {type(argument).__name__}")
         return ctypes.c_void_p(argument.data_ptr())
-    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
+    return ctypes.c_double(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
 
 
 @functools.cache

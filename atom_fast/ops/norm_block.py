@@ -21,6 +21,7 @@ from . import native
 from .attention import map_sizes
 from .dispatch import dispatch, register
 from .launching import accumulation_dtype, constant_power, contiguous, device_of, int32_indexable
+from .operators import differentiate, fake, operator
 
 NORMS = ("instance", "batch")
 
@@ -133,7 +134,7 @@ def check_affine(weight: Tensor | None, bias: Tensor | None, channels: int) -> N
             raise ValueError(f"{name} must be [{channels}]; got {tuple(parameter.shape)}")
 
 
-@torch.library.custom_op("atom_fast::norm_block", mutates_args=())
+@operator("norm_block", differentiable=True)
 def norm_block_op(
     x: Tensor,
     weight: Tensor | None,
@@ -181,12 +182,12 @@ def empty_outputs(
     )
 
 
-@norm_block_op.register_fake
+@fake(norm_block_op)
 def _(x, weight, bias, eps, spatial_power, channel_power, norm, implementation):
     return empty_outputs(x.shape, x, is_channels_last(x), spatial_power, channel_power)
 
 
-@torch.library.custom_op("atom_fast::norm_block_backward", mutates_args=())
+@operator("norm_block_backward")
 def norm_block_backward_op(
     grad_pooled: Tensor | None,
     grad_maps: Tensor | None,
@@ -216,7 +217,7 @@ def _empty_gradient(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=layout)
 
 
-@norm_block_backward_op.register_fake
+@fake(norm_block_backward_op)
 def _(grad_pooled, grad_maps, x, *_):
     return _empty_gradient(x)
 
@@ -236,7 +237,7 @@ def _backward(ctx, grad_pooled, grad_maps, *_):
     return grad_x, None, None, None, None, None, None, None
 
 
-norm_block_op.register_autograd(_backward, setup_context=_setup_context)
+differentiate(norm_block_op, _backward, _setup_context)
 
 
 # C: see kernels/norm_block.c.
@@ -260,7 +261,7 @@ def _forward_c(x, weight, bias, eps, spatial_power, channel_power, norm, pooled,
         write_batch_statistics(means, variances, eps, mean, rstd)
     native.run(
         "norm_block_forward", len(x), x, contiguous(weight), contiguous(bias), pooled, maps, mean, rstd, statistics,
-        *x.shape, eps, *c_powers(spatial_power, channel_power), norm == "batch",
+        *x.shape, eps, *native.powers(spatial_power, channel_power), norm == "batch",
     )  # fmt: skip
 
 
@@ -283,7 +284,7 @@ def _backward_c(
 ):
     inputs = *c_gradients(grad_pooled, grad_maps), x, contiguous(weight), contiguous(bias), maps, mean, rstd, statistics
     scratch = x.new_empty((native.threads_for(len(x)), maps.shape[1]))
-    sizes = *x.shape, *c_powers(spatial_power, channel_power)
+    sizes = *x.shape, *native.powers(spatial_power, channel_power)
     for sums, mode in sums_passes(norm, mean.new_empty((len(mean), 2, mean.shape[1]))):
         native.run("norm_block_backward", len(x), *inputs, sums, grad_x, scratch, *sizes, mode)
 
@@ -298,11 +299,6 @@ def sums_passes(norm: str, sums: Tensor) -> Iterator[tuple[Tensor, int]]:
     else:
         yield sums, WRITE_SUMS
         yield sums.mean(0), READ_SUMS
-
-
-def c_powers(*powers: float | None) -> tuple[float, ...]:
-    """Convert powers to the arguments of the kernels in C: 0 for a map that is left out."""
-    return tuple(0.0 if power is None else float(power) for power in powers)
 
 
 def c_gradients(grad_pooled: Tensor | None, grad_maps: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -16,6 +16,7 @@ from . import augmentation, native
 from .augmentation import MAX_ANGLE, MAX_SCALE, extent
 from .dispatch import dispatch, register
 from .launching import accumulation_dtype, contiguous, device_of
+from .operators import differentiate, fake, operator
 
 
 def decode_and_augment(
@@ -43,11 +44,11 @@ def _run_eager(*arguments):
 register("partition", plain=(), triton=_run_triton, c=_run_c, eager=_run_eager)
 
 
-@torch.library.custom_op(
-    "atom_fast::partition",
-    mutates_args=(),
+@operator(
+    "partition",
     schema="(Tensor images, Tensor operation, Tensor uniforms, Tensor? groups, Tensor? chosen, SymInt sheets, "
     "int partition, bool transposed, bool offset, str implementation) -> Tensor",
+    differentiable=True,
 )
 def partition_op(
     images: Tensor,
@@ -93,7 +94,7 @@ def partition_op(
     return output
 
 
-@partition_op.register_fake
+@fake(partition_op)
 def _(images, operation, uniforms, groups, chosen, sheets, partition, transposed, offset, implementation):
     return _empty_result(images, chosen, sheets, partition, transposed)
 
@@ -109,7 +110,7 @@ def _differentiate(ctx, gradient):
     return (gradient, *(None,) * 9)
 
 
-partition_op.register_autograd(_differentiate, setup_context=_save)
+differentiate(partition_op, _differentiate, _save)
 
 
 def _empty_result(images: Tensor, chosen: Tensor | None, sheets: int, partition: int, transposed: bool) -> Tensor:

@@ -184,7 +184,7 @@ def test_without_a_compiler_pytorch_takes_over_and_says_so_once(command, message
 
 
 def test_other_types_are_refused_before_they_are_read():
-    with pytest.raises(TypeError, match="take float32 and int64 on a CPU; got torch.float64 on cpu"):
+    with pytest.raises(TypeError, match="takes torch.int64 and torch.float32 on a CPU; got torch.float64 on cpu"):
         native.run("norm_block_statistics", 1, torch.zeros(1, dtype=torch.float64))
 
 
