@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import platform
 import re
 import shutil
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from atom_fast._device import HAS_TRITON, Chip, chip_of, convolution_precision, has_tf32, triton_refusal
+from atom_fast._threads import affinity, cpu_quota, reason
 from atom_fast.data.augmentation import AugmentationParameters, augment, decode_and_augment
 from atom_fast.distillation.logs import versions
 from atom_fast.functional import attention_matching_loss, mean_matching_loss
@@ -106,9 +106,9 @@ def _cpu() -> dict[str, Any]:
     compiler = native.compiler_version()
     return {
         "name": _processor_name(),
-        "cores": f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} to use",
+        "cores": f"{affinity()} to use",
         "quota": f"{quota:g} cores" if (quota := cpu_quota()) else "none",
-        "threads": torch.get_num_threads(),
+        "threads": f"{torch.get_num_threads()} ({reason()})",
         "C compiler": compiler or "none found",
         "kernels in C": native.description() if compiler else "not built: no C compiler",
     }
@@ -120,18 +120,6 @@ def _processor_name() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Return the number of cores that a container may use (cgroup v2 or v1); None if there is no limit."""
-    try:
-        if (root / "cpu.max").exists():
-            quota, period = (root / "cpu.max").read_text().split()
-        else:
-            quota, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        return None if quota.strip() in ("max", "-1") else int(quota) / int(period)
-    except (OSError, ValueError):
-        return None
 
 
 def _fused_runs(device: torch.device, chip: Chip) -> dict[str, str]:
@@ -150,13 +138,11 @@ def _unfused_runs(device: torch.device, refusal: str | None) -> dict[str, str]:
     if device.type != "cpu":
         reason = refusal or "Triton is not installed"
         return {"every operation": f"PyTorch's operators ({reason})"}
-    kernels = "first block", "later blocks", "augmentation", "norms of an evaluation"
-    built = (
-        "fused (C), computed in float32" if native.is_built() else "PyTorch's operators: the kernels in C are not built"
-    )
-    return dict.fromkeys(kernels, built) | dict.fromkeys(
-        ("attention maps", "class means"), "PyTorch's operators, in chunks that fit the cache"
-    )
+    in_float32 = "first block", "later blocks", "augmentation", "norms of an evaluation"
+    others = "attention maps", "class means"
+    if not native.is_built():
+        return dict.fromkeys(in_float32 + others, "PyTorch's operators: the kernels in C are not built")
+    return dict.fromkeys(in_float32, "fused (C), computed in float32") | dict.fromkeys(others, "fused (C)")
 
 
 def _cpu_advice(gpu: dict | None) -> list[str]:

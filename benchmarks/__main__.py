@@ -9,6 +9,10 @@ from pathlib import Path
 
 import click
 
+from atom_fast._threads import choose_threads
+
+choose_threads()  # before an import of PyTorch
+
 from atom_fast.distillation.config import PRESETS
 from atom_fast.names import WATCHED_EPOCHS
 from atom_fast.options import (
@@ -25,7 +29,7 @@ from atom_fast.options import (
     setting_options,
 )
 from atom_fast.training.protocols import PROTOCOLS
-from benchmarks import devices, gpu, ranks, roofline, scaling, step, table3
+from benchmarks import busy, devices, gpu, ranks, roofline, scaling, step, table3
 from benchmarks.accuracy.datasets import DATASETS
 from benchmarks.accuracy.study import FACTORS
 from benchmarks.accuracy.tables import TARGETS, Target, parse_cell
@@ -283,6 +287,22 @@ def evaluation(networks, epochs, loop_networks, loop_epochs, rounds, out):
     from benchmarks.evaluation import run
 
     run(networks, epochs, loop_networks=loop_networks, loop_epochs=loop_epochs, rounds=rounds, out=out)
+
+
+@main.command("busy")
+@click.option("--works", type=CommaList(Choice(list(busy.WORKS))), help="what to time  [default: all]")
+@click.option(
+    "--neighbours",
+    type=CommaList(click.IntRange(0)),
+    default="0,1,2",
+    show_default=True,
+    help="numbers of busy processes",
+)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="turns of each work")
+@click.option("--out", type=click.Path(path_type=Path), help="JSON file of the records  [default: not written]")
+def _busy(works, neighbours, rounds, out):
+    """Time the loss, a step and an evaluation on a CPU beside busy processes."""
+    busy.run(works or (), neighbours, rounds, out=out)
 
 
 @main.command()

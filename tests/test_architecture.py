@@ -18,7 +18,7 @@ FILES = {
     for path in folder.glob("*.py")
 }
 HELPERS = {"powers", "probe"}  # kernels that belong to no operator
-OPERATORS_WITHOUT_KERNEL = {"dispatch", "launching", "native"}
+OPERATORS_WITHOUT_KERNEL = {"dispatch", "launching", "native", "operators"}
 
 
 def is_type_checking(node):

@@ -330,25 +330,6 @@ def test_doctor_runs_without_a_c_compiler(tmp_path):
     assert "C compiler: none found" in done.stdout and "Install a C compiler" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("files", "cores"),
-    [
-        ({"cpu.max": "150000 100000\n"}, 1.5),
-        ({"cpu.max": "max 100000\n"}, None),
-        ({"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 0.5),
-        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
-        ({"cpu.max": "nonsense"}, None),
-        ({}, None),
-    ],
-)
-def test_the_quota_of_a_container_is_read(files, cores, tmp_path):
-    for name, content in files.items():
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(content)
-    assert doctor.cpu_quota(tmp_path) == cores
-
-
 def test_doctor_advises_fewer_threads_than_the_quota_allows(monkeypatch):
     monkeypatch.setattr(doctor, "cpu_quota", lambda: 1.0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import atom_fast
+from atom_fast import _threads
 from atom_fast._files import write_atomically
 from atom_fast.distillation import ranks
 
@@ -81,6 +82,7 @@ def environment(device: torch.device) -> dict[str, object]:
         "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
         "cuda": torch.version.cuda if cuda else None,
         "threads": torch.get_num_threads(),
+        "threads_from": _threads.reason(),
         "platform": platform.platform(),
         "versions": versions(),
         "commit": _commit(),

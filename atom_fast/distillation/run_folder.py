@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from atom_fast import _threads
 from atom_fast._files import lock
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.partition import sheet_pixels
@@ -166,6 +167,8 @@ class RunFolder:
             log(f"{small}: each step draws some of their images more than once (real_batch {run.config.real_batch})")
         if run.fusion != FUSED:
             log(f"the network runs {run.fusion}")
+        if run.images.device.type == "cpu":
+            log(f"CPU threads: {torch.get_num_threads()} ({_threads.reason()})")
 
     def _open(self, device: torch.device, start: SyntheticSet | None) -> None:
         """Write settings and environment; open log and progress bar."""

@@ -25,6 +25,7 @@ from .. import kernels
 from .._files import cache_folder
 
 LANES = 16  # floats in the kernels' vectors, see kernels/vectors.h
+_BYTES_PER_THREAD = 1 << 19  # some 50 microseconds of work; a thread that sleeps needs some 10 to start
 _COMPILERS = ("cc", "gcc", "clang")
 _TIMEOUT = 120  # seconds per run of the compiler
 _QUIET = 4  # seconds of compiling without a message
@@ -91,12 +92,12 @@ def powers(*powers: float | None) -> tuple[float, ...]:
 
 
 def threads_for(samples: int) -> int:
-    """Return the number of PyTorch's threads to use for this number of samples."""
+    """Return the number of PyTorch's threads to use at most for this number of samples."""
     return max(1, min(torch.get_num_threads(), samples))
 
 
 def run(name: str, samples: int, *arguments: Tensor | int | float | None) -> None:
-    """Call the kernel ``name``, which splits its samples over `threads_for` them.
+    """Call the kernel ``name``, which splits its samples over as many threads as they and their bytes are worth.
 
     Args:
         name: a function of ``kernels/*.c``; one for another dtype than float32 ends with it.
@@ -109,7 +110,9 @@ def run(name: str, samples: int, *arguments: Tensor | int | float | None) -> Non
     """
     accepted = torch.int64, torch.float32, getattr(torch, name.rpartition("_")[2], torch.float32)
     converted = [_converted(argument, accepted) for argument in arguments]
-    getattr(_library(), name)(*converted, ctypes.c_int64(threads_for(samples)))
+    touched = sum(argument.nbytes for argument in arguments if isinstance(argument, Tensor))
+    threads = max(1, min(threads_for(samples), touched // _BYTES_PER_THREAD))
+    getattr(_library(), name)(*converted, ctypes.c_int64(threads))
 
 
 def _converted(argument: Tensor | int | float | None, accepted: tuple[torch.dtype, ...]):

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from atom_fast.data.augmentation import AugmentationParameters, augment, draw_augmentation
 from atom_fast.ops import augmentation as operators
+from atom_fast.ops import native
 from atom_fast.ops.augmentation import OPERATIONS, augment_op
 from atom_fast.ops.dispatch import backend
 from tests.cubin import compile_kernel
@@ -266,10 +267,11 @@ def c_case(request):
 
 
 @pytest.mark.parametrize("size", [(65, 63), (4, 1023)], ids=str)
-def test_the_number_of_threads_does_not_change_the_bits(size):
+def test_the_number_of_threads_does_not_change_the_bits(size, monkeypatch):
     """Images so large that threads which shared memory would meet in it."""
     parameters = parameters_of(EACH * 8, seed=7)
     images, gradient = (normal(len(parameters.operation), 3, *size, seed=seed) for seed in (1, 2))
+    monkeypatch.setattr(native, "_BYTES_PER_THREAD", 1)
     before = torch.get_num_threads()
     results = []
     try:

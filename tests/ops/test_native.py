@@ -3,6 +3,8 @@ their operators."""
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import tempfile
 import time
 
@@ -12,9 +14,11 @@ import torch.fx.experimental.proxy_tensor
 
 import atom_fast as af
 from atom_fast.ops import native
+from atom_fast.ops.attention import attention_maps
 from atom_fast.ops.batch_norm import batch_norm
 from atom_fast.ops.conv_block import conv_block
 from atom_fast.ops.instance_norm import instance_norm
+from atom_fast.ops.matching import class_mean_distance
 from atom_fast.ops.norm_block import norm_block
 from benchmarks.live_bytes import count_peak
 
@@ -200,11 +204,17 @@ OPERATORS = {
     "batch first block": lambda x: conv_block(x, images(20, 3, 3, 3), norm="batch"),
     "batch norm": lambda x: [batch_norm(x, torch.ones(3), torch.ones(3), relu=True, pool=True)],
     "instance norm": lambda x: [instance_norm(x, torch.ones(3), torch.ones(3), relu=True, pool=True)],
+    "attention": lambda x: [attention_maps(x, 4.0, 4.0)],
+    "attention of planes": lambda x: [attention_maps(x.contiguous(), 4.0, 1.5)],
+    "attention of slices": lambda x: [attention_maps(x[:, :2, 1:, ::2], 3.0, 4.0)],
+    "batch class means": lambda x: [class_mean_distance(images(4, 420, 1, 1).flatten(1), x.flatten(1), None)],
 }
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_threads_change_no_bit(name):
+def test_threads_change_no_bit(name, monkeypatch):
+    monkeypatch.setattr(native, "_BYTES_PER_THREAD", 1)
+
     def results(threads, x):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
@@ -218,6 +228,57 @@ def test_threads_change_no_bit(name):
     alone = results(1, images(5, 3, 10, 14))
     for threads in (2, 3, 8):
         assert all(map(torch.equal, results(threads, images(5, 3, 10, 14)), alone))
+
+
+COUNT_REGIONS = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+long regions;
+void GOMP_parallel(void (*work)(void *), void *data, unsigned threads, unsigned flags) {
+    if (threads != 1) __atomic_add_fetch(&regions, 1, __ATOMIC_RELAXED);
+    void (*parallel)(void (*)(void *), void *, unsigned, unsigned) = dlsym(RTLD_NEXT, "GOMP_parallel");
+    parallel(work, data, threads, flags);
+}
+"""
+LOSS_BESIDE_A_BUSY_PROCESS = """
+import ctypes, multiprocessing, torch
+import atom_fast as af
+
+def spin():
+    while True:
+        pass
+
+if __name__ == "__main__":
+    regions = ctypes.c_long.in_dll(ctypes.CDLL(None), "regions")
+    busy = multiprocessing.get_context("fork").Process(target=spin, daemon=True)
+    busy.start()
+    torch.set_num_threads(2)
+    real, synthetic = torch.ones(32, 64, 16, 16), torch.ones(32, 64, 16, 16, requires_grad=True)
+    counts = [regions.value]
+    for _ in range(2):
+        loss = af.attention_matching_loss(real, synthetic)
+        counts.append(regions.value)
+        torch.autograd.grad(loss, synthetic)
+        counts.append(regions.value)
+    busy.kill()
+    print(*(after - before for before, after in zip(counts, counts[1:])))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the library that counts stands in for GNU OpenMP's")
+def test_the_loss_waits_for_its_threads_three_times(tmp_path):
+    """Beside a busy process each parallel region may wait for the scheduler: one per side, and one for the gradient."""
+    (tmp_path / "count.c").write_text(COUNT_REGIONS)
+    (tmp_path / "loss.py").write_text(LOSS_BESIDE_A_BUSY_PROCESS)
+    library = tmp_path / "count.so"
+    command = [*native._compiler(), "-shared", "-fPIC", str(tmp_path / "count.c"), "-o", str(library), "-ldl"]
+    subprocess.run(command, check=True)
+    environment = {**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": os.getcwd()}
+    run = subprocess.run(
+        [sys.executable, tmp_path / "loss.py"], env=environment, capture_output=True, text=True, check=True
+    )
+    counts = [int(count) for count in run.stdout.split()]
+    assert counts == [2, 1, 2, 1]  # the means are too small for two threads
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATORS if "batch" not in name])

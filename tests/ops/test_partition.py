@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from atom_fast.data.augmentation import AugmentationParameters, augment, decode_and_augment
 from atom_fast.data.partition import decode
-from atom_fast.ops import augmentation
+from atom_fast.ops import augmentation, native
 from atom_fast.ops.dispatch import backend
 from atom_fast.ops.partition import partition_op
 from tests.cubin import check_report
@@ -253,10 +253,11 @@ def test_the_same_bits_twice(implementation, where):
 
 
 @pytest.mark.parametrize("memory_format", LAYOUTS, ids=str)
-def test_the_number_of_threads_does_not_change_the_bits(memory_format):
+def test_the_number_of_threads_does_not_change_the_bits(memory_format, monkeypatch):
     sheets, gradient = normal(6, 3, 64, 66), normal(60, 3, 64, 66, seed=2)
     sheets, gradient = (x.contiguous(memory_format=memory_format) for x in (sheets, gradient))
     args = sheets, gradient, parameters_of((EACH * 9)[:60]), None, 2, selection(60, 24)
+    monkeypatch.setattr(native, "_BYTES_PER_THREAD", 1)
     before = torch.get_num_threads()
     results = []
     try:
