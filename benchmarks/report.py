@@ -82,6 +82,7 @@ def pages(folder: Path) -> dict[str, dict[str, str]]:
             "bandwidth": _where(performance.bandwidth, kernels),
             "kept-memory": _where(performance.kept_memory, folder / "step-cpu-2-classes.json"),
             "bfloat16": _where(performance.bfloat16, folder / "step-cpu-bfloat16.json"),
+            "busy": _where(performance.busy, folder / "busy-cpu.json"),
             "digits": _where(performance.digits, folder / "digits-cpu.json"),
             "evaluation": _where(
                 performance.evaluation, folder / "evaluation-gpu.json", folder / "evaluation-cpu.json"

@@ -5,10 +5,10 @@ calls `dispatch`:
 
 =========== ============================================================================================================
 "triton"    kernels for a GPU, ``kernels/*.py``
-"c"         kernels for a CPU, ``kernels/*.c``: float32, and half precision computed in float32
-"eager"     PyTorch's operators: `atom_fast.reference` under autograd, or with analytic gradients for attention maps
-            and class means, which have no kernel in C
-"reference" `atom_fast.reference` under autograd, for operations whose "eager" is something else
+"c"         kernels for a CPU, ``kernels/*.c``: float32, and half precision computed in float32; attention maps and
+            class means also in float64
+"eager"     PyTorch's operators: `atom_fast.reference` under autograd
+"reference" `atom_fast.reference` under autograd, for attention maps, whose "eager" also keeps within the dtype's range
 =========== ============================================================================================================
 """
 
@@ -61,7 +61,8 @@ def backend(name: str) -> Iterator[None]:
             - ``"triton"``: the fused kernels for a GPU. An operation that they do not compute runs in PyTorch, with a
               warning.
             - ``"torch"``: on a CPU, kernels in C for the operations and dtypes that they compute (float32; half
-              precision, computed in float32); for everything else PyTorch's operators, without a warning.
+              precision, computed in float32; the loss also in float64); for everything else PyTorch's operators,
+              without a warning.
             - ``"reference"``: the equations of the paper (`atom_fast.reference`) under autograd.
 
     Raises:

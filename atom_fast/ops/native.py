@@ -62,8 +62,13 @@ def description() -> str:
     library = _library()
     if library is None:
         return "not built: see the warning"
-    threaded = any(hasattr(library, symbol) for symbol in ("GOMP_parallel", "__kmpc_fork_call"))
-    return f"{library._name} ({'several threads' if threaded else 'one thread: the compiler has no OpenMP'})"
+    return (
+        f"{library._name} ({'several threads' if _is_threaded(library) else 'one thread: the compiler has no OpenMP'})"
+    )
+
+
+def _is_threaded(library: ctypes.CDLL) -> bool:
+    return any(hasattr(library, symbol) for symbol in ("GOMP_parallel", "__kmpc_fork_call"))
 
 
 def supports(*tensors: Tensor | None) -> bool:
@@ -134,7 +139,14 @@ def _library() -> ctypes.CDLL | None:
     for folder in (_cache, _temporary_folder):
         try:
             with folder() as place:
-                return _loaded(Path(place) / _name())
+                library = _loaded(Path(place) / _name())
+                if not _is_threaded(library) and torch.get_num_threads() > 1:
+                    warnings.warn(
+                        f"the C compiler ({_compiler()[0]}) has no OpenMP, so the fused kernels for a CPU use one "
+                        "thread; set the environment variable CC to a compiler that has it, and start again",
+                        stacklevel=4,
+                    )
+                return library
         except OSError as error:  # this folder is full, not writable or not executable
             reasons.append(str(error))
         except (RuntimeError, subprocess.SubprocessError) as error:  # the compiler fails in any folder

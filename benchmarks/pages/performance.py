@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -111,6 +112,34 @@ def bfloat16(path: Path) -> str:
         f"On an {record['environment']['device']} that has these instructions a step of "
         f"{record['workload']['classes']} classes takes {three_digits(times['bfloat16'])} ms instead of "
         f"{three_digits(times['float32'])}."
+    )
+
+
+def busy(path: Path) -> str:
+    """Return the times of the loss, a step and an evaluation beside busy processes."""
+    record = json.loads(path.read_text())
+    numbers = list(record["cells"][0]["seconds"]["atom_fast"])
+    lines = [
+        [
+            "loss, PyTorch's waiting" if cell["waiting"] == "library" else cell["work"],
+            str(cell["neighbours"]),
+            " / ".join(three_digits(1e3 * statistics.median(cell["seconds"]["atom_fast"][count])) for count in numbers),
+            f"{cell['worst']:.2f}",
+            *(
+                " / ".join(f"{ratio:.1f}" for ratio in cell[other].values()) if other in cell else "–"
+                for other in ("to_equations", "to_compile", "to_copy")
+            ),
+        ]
+        for cell in record["cells"]
+    ]
+    head = ["", "busy processes", "ms", "slowest", "plain PyTorch", "torch.compile", "copy"]
+    return (
+        paragraph(
+            f"{record['cores']} cores of an {record['environment']['device']}; on {' / '.join(numbers)} threads. "
+            "*Slowest*: the slowest call on all threads over the median on one. The last columns are how many times as "
+            "long others take, in turns."
+        )
+        + f"\n\n{markdown.table(head, lines)}"
     )
 
 

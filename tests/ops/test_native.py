@@ -129,6 +129,16 @@ def test_a_compiler_that_knows_no_openmp_is_asked_without(place, monkeypatch):
     assert build() is not None and len(calls(place)) == 2
 
 
+def test_one_thread_is_said_once(place, monkeypatch):
+    (place / "empty.c").touch()
+    commands = f'while [ "$1" != -o ]; do shift; done\nexec cc -shared {place}/empty.c -o "$2"'
+    monkeypatch.setenv("CC", compiler(place, commands))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    with pytest.warns(UserWarning, match=r"the C compiler \(.*\) has no OpenMP, so .* use one thread") as warned:
+        assert build() is not None
+    assert len(warned) == 1
+
+
 def test_a_long_compilation_is_said_on_stderr(place, monkeypatch, capfd):
     monkeypatch.setattr(native, "_QUIET", 0.1)
     monkeypatch.setenv("CC", compiler(place, f"sleep 0.3\n{COPY}"))
