@@ -124,5 +124,6 @@ def characteristic_loss(real: Tensor, synthetic: Tensor, frequencies: Tensor, cl
 
 def _mean_waves(embedding: Tensor, frequencies: Tensor, classes: int) -> Tensor:
     """Return the mean cosine and sine of each class, [2, K, T]."""
-    angles = F.normalize(embedding.float(), dim=1) @ frequencies
+    with torch.autocast(embedding.device.type, enabled=False):  # a sum over the embedding needs more than bfloat16
+        angles = F.normalize(embedding.float(), dim=1) @ frequencies
     return torch.stack((angles.cos(), angles.sin())).unflatten(1, (classes, -1)).mean(2)

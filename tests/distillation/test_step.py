@@ -21,6 +21,7 @@ from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.distillation import step
 from atom_fast.distillation.config import preset
 from atom_fast.distillation.loop import distill
+from atom_fast.distillation.matching import characteristic_loss, draw_frequencies
 from atom_fast.distillation.pool import Pool, easiest
 from atom_fast.distillation.start import initial_images
 from atom_fast.distillation.step import Distillation, DivergenceError, make_convnet
@@ -123,6 +124,15 @@ def test_a_step_with_every_addition_equals_its_definition(device):
     assert terms.calibration_loss == pytest.approx(calibration.item(), rel=1e-5)
     assert terms.characteristic_loss == pytest.approx(characteristic.item(), rel=1e-5)
     assert terms.loss == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_characteristic_functions_are_float32_under_bfloat16(device):
+    generator = torch.Generator(device).manual_seed(0)
+    real, synthetic = (torch.randn(6, 32, generator=generator, device=device) for _ in range(2))
+    frequencies = draw_frequencies(32, generator)
+    expected = characteristic_loss(real.double(), synthetic.double(), frequencies, 2)
+    with convolution_precision("bfloat16", device):
+        torch.testing.assert_close(characteristic_loss(real, synthetic, frequencies, 2), expected)
 
 
 def test_images_that_a_step_does_not_draw_do_not_move():
