@@ -185,6 +185,9 @@ def _distance_triton(real, synthetic, real_order, real_offsets, synthetic_order,
     return partial.sum(), gradient
 
 
+_COLUMNS = 256  # as in kernels/matching.c
+
+
 def _distance_c(real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offsets, dtype):
     real, synthetic = (
         side if side.stride(1) == 1 else side.contiguous() for side in (real.to(dtype), synthetic.to(dtype))
@@ -200,6 +203,3 @@ def _distance_c(real, synthetic, real_order, real_offsets, synthetic_order, synt
         len(real), len(synthetic), columns, classes,
     )  # fmt: skip
     return distance, gradient
-
-
-_COLUMNS = 256  # as in kernels/matching.c
