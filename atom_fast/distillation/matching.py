@@ -11,15 +11,11 @@ from torch import Tensor
 
 from atom_fast._device import chip_of
 from atom_fast.distillation.config import DistillConfig
-from atom_fast.functional import (
-    attention_matching_from_maps,
-    attention_matching_loss,
-    mean_matching_loss,
-)
+from atom_fast.functional import attention_matching_loss, mean_matching_loss
 from atom_fast.networks.convnet import ConvNet
 from atom_fast.ops.conv_block import launch_kind
 from atom_fast.ops.dispatch import resolve_backend
-from atom_fast.ops.matching import ClassGroups
+from atom_fast.ops.matching import ClassGroups, class_mean_distance
 
 LayersOf = tuple[Tensor, list[Tensor]]  # embedding [B, D]; attention maps [B, M], or feature maps, of each layer
 FREQUENCIES = 1024  # of NCFM's paper; its figure 6 gains little from more
@@ -72,7 +68,7 @@ def matching_terms(
     """
     (real_embedding, real_layers), (synthetic_embedding, synthetic_layers) = real, synthetic
     powers = {"spatial_power": config.spatial_power, "channel_power": config.channel_power}
-    mmd = mean_matching_loss(real_embedding, synthetic_embedding, groups=groups)
+    mmd = class_mean_distance(real_embedding, synthetic_embedding, groups)
     if config.feature_maps:
         pairs = zip(real_layers[:-1], synthetic_layers[:-1], strict=True)
         layers = [
@@ -83,7 +79,7 @@ def matching_terms(
         layers = []
     else:
         pairs = zip(real_layers, synthetic_layers, strict=True)
-        layers = [attention_matching_from_maps(*pair, groups=groups) for pair in pairs]
+        layers = [class_mean_distance(*pair, groups) for pair in pairs]
     return sum(layers, torch.zeros_like(mmd)), mmd
 
 
