@@ -53,7 +53,7 @@ def pages(folder: Path) -> dict[str, dict[str, str]]:
     return {
         "README.md": {
             "caption": _where(readme.caption, table1),
-            "gains": _where(readme.gains, table1, gpu, kernels),
+            "gains": _where(readme.gains, table1, gpu, kernels, folder / "busy-cpu.json"),
             "demo": _where(readme.demo, folder / "demo.json"),
             "tables": "\n\n".join(
                 filter(

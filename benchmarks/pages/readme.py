@@ -44,7 +44,10 @@ def caption(table1: Path) -> str:
     )
 
 
-def gains(table1: Path, gpu: Sequence[Path], kernels: Sequence[Path]) -> str:
+LIBRARY_LOSS = "loss", "library"  # threads wait as in a program that only uses the loss
+
+
+def gains(table1: Path, gpu: Sequence[Path], kernels: Sequence[Path], busy: Path) -> str:
     """Return three bullets: seconds, memory, and one import."""
     record, cells = read(table1), newest_cells(gpu)
     rows = {ipc: _atom(record, ipc) for ipc in (1, 10, 50)}
@@ -69,9 +72,21 @@ def gains(table1: Path, gpu: Sequence[Path], kernels: Sequence[Path]) -> str:
         f"eager PyTorch needs {eager} MB, `torch.compile` {compiled} MB.",
         f"**One import.** `ATOMLoss` replaces the attention and embedding terms of your own loop. On that GPU its "
         f"kernels reach {100 * forward:.0f} % (forward) and {100 * backward:.0f} % (backward) of a copy's bandwidth in "
-        f"float32, {100 * low_forward:.0f} % and {100 * low_backward:.0f} % in bfloat16.",
+        f"float32, {100 * low_forward:.0f} % and {100 * low_backward:.0f} % in bfloat16. {_loss_on_a_cpu(busy)}",
     )
     return "\n".join(paragraph(bullet, "- ") for bullet in bullets)
+
+
+def _loss_on_a_cpu(busy: Path) -> str:
+    record = json.loads(busy.read_text())
+    cells = {cell["neighbours"]: cell for cell in record["cells"] if (cell["work"], cell["waiting"]) == LIBRARY_LOSS}
+    quiet, beside = cells[0], cells[1]
+    threads = max(quiet["to_equations"], key=int)
+    return (
+        f"On {threads} cores of a CPU loss and gradient are {quiet['to_equations'][threads]:.0f} times as fast as the "
+        f"equations in PyTorch and {quiet['to_compile'][threads]:.1f} times as fast as `torch.compile` of them; beside "
+        f"a busy process, {beside['to_equations'][threads]:.0f} and {beside['to_compile'][threads]:.1f} times."
+    )
 
 
 def _setup(gpu: Sequence[Path]) -> str:
