@@ -112,14 +112,14 @@ def describe(cell: dict) -> str:
 
 
 @contextlib.contextmanager
-def _busy(count: int) -> Iterator[None]:
-    """Keep ``count`` processes busy."""
+def _busy(count: int) -> Iterator[list]:
+    """Keep ``count`` processes busy, and yield them."""
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_spin, daemon=True) for _ in range(count)]
     for process in processes:
         process.start()
     try:
-        yield
+        yield processes
     finally:
         for process in processes:
             process.kill()

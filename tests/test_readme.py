@@ -39,7 +39,7 @@ COVERED = {
     r"--download|cifar|--data-dir|table5 --only|fig3 --seeds 1 --networks": (NEEDS, "a download"),
     r"benchmarks (gpu|kernels)|--edition gpu": (NEEDS, "a GPU"),
     r"benchmarks profile --shape 10 3 32 32 --ipc 50": (NEEDS, "a GPU, or minutes without one"),
-    r"benchmarks (evaluation|ranks|step)|pytest benchmarks": (NEEDS, MINUTES),
+    r"benchmarks (busy|evaluation|ranks|step)|pytest benchmarks": (NEEDS, MINUTES),
     r"^make (test|lint)$": (NEEDS, "nothing: it runs this test, or is a part of what does"),
     r"^make demo$|^atom-fast demo$": (
         TEST,
