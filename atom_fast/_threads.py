@@ -6,16 +6,17 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-_chosen = ""  # by `choose_threads`
+_SPINS = 1000  # looks for work before a thread sleeps, some microseconds; chosen by hand
+_chosen = ""  # what `choose_threads` followed
 
 
 def choose_threads() -> None:
     """Tell PyTorch, which must not be imported yet, how many threads to start and how they wait.
 
     As many as cores in the process's affinity mask, fewer in a container of fewer cores; the environment variable
-    OMP_NUM_THREADS wins. PyTorch alone counts the host's cores, and its threads wait for each other in a loop, so that
-    beside another busy process each operation costs a time slice of the scheduler. Here they sleep soon, unless
-    OMP_WAIT_POLICY or GOMP_SPINCOUNT is set.
+    OMP_NUM_THREADS wins. There PyTorch alone counts the host's cores, and everywhere its threads wait for each other in
+    a loop, so that beside another busy process each operation costs a time slice of the scheduler. Here they sleep
+    soon, unless OMP_WAIT_POLICY or GOMP_SPINCOUNT is set.
     """
     global _chosen
     if not os.environ.get("OMP_NUM_THREADS"):
@@ -69,6 +70,3 @@ def _quotas(root: Path, group: Path) -> Iterator[float]:
                 yield int(quota) / int(period)
         except (OSError, ValueError, ZeroDivisionError):
             continue
-
-
-_SPINS = 1000  # a microsecond or so; measured in docs/performance.md

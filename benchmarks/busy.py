@@ -22,6 +22,7 @@ import torch
 import atom_fast as af
 from atom_fast import reference
 from atom_fast._malloc import keep_freed_memory
+from atom_fast._threads import affinity
 from atom_fast.ops import native
 
 from .evaluation import ensemble, loop, make_data
@@ -61,7 +62,7 @@ def run(
         rounds: turns of each work and of what it is compared with.
         out: JSON file of the records, written after each.
     """
-    record = {"environment": environment("cpu"), "cores": len(os.sched_getaffinity(0)), "cells": []}
+    record = {"environment": environment("cpu"), "cores": affinity(), "cells": []}
     for work in works or WORKS:
         for waiting in ("library", "commands") if work == "loss" else ("commands",):
             for count in neighbours:

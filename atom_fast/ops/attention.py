@@ -141,8 +141,8 @@ _ROWS = 4  # as in kernels/attention.c
 
 def _forward_c(features, spatial_power, channel_power, normalize, maps, statistics):
     native.run(
-        f"attention_forward_{_suffix(features)}", len(features), features, torch.tensor(features.stride()), maps,
-        statistics, _row_memory(features, _ROWS, features), *features.shape,
+        f"attention_forward_{native.suffix(features.dtype)}", len(features), features,
+        torch.tensor(features.stride()), maps, statistics, _row_memory(features, _ROWS, features), *features.shape,
         *native.powers(spatial_power, channel_power), normalize,
     )  # fmt: skip
 
@@ -150,14 +150,11 @@ def _forward_c(features, spatial_power, channel_power, normalize, maps, statisti
 def _backward_c(features, gradient, maps, statistics, spatial_power, channel_power, normalize, output):
     weights = maps.new_empty((native.threads_for(len(features)), maps.shape[1]))
     native.run(
-        f"attention_backward_{_suffix(features)}", len(features), features, torch.tensor(features.stride()), gradient,
-        maps, statistics, output, torch.tensor(output.stride()), weights, _row_memory(features, 2, features, output),
-        *features.shape, *native.powers(spatial_power, channel_power), normalize,
+        f"attention_backward_{native.suffix(features.dtype)}", len(features), features,
+        torch.tensor(features.stride()), gradient, maps, statistics, output, torch.tensor(output.stride()), weights,
+        _row_memory(features, 2, features, output), *features.shape,
+        *native.powers(spatial_power, channel_power), normalize,
     )  # fmt: skip
-
-
-def _suffix(features: Tensor) -> str:
-    return str(features.dtype).removeprefix("torch.")
 
 
 def _row_memory(features: Tensor, rows: int, *accessed: Tensor) -> Tensor | None:

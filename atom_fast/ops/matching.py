@@ -198,7 +198,7 @@ def _distance_c(real, synthetic, real_order, real_offsets, synthetic_order, synt
     partial = synthetic.new_empty(portions)
     distance, gradient = synthetic.new_empty(()), synthetic.new_empty(synthetic.shape)
     native.run(
-        f"class_mean_distance_{str(dtype).removeprefix('torch.')}", portions, real, real.stride(0), synthetic,
+        f"class_mean_distance_{native.suffix(dtype)}", portions, real, real.stride(0), synthetic,
         synthetic.stride(0), real_order, real_offsets, synthetic_order, synthetic_offsets, partial, distance, gradient,
         len(real), len(synthetic), columns, classes,
     )  # fmt: skip

@@ -96,6 +96,11 @@ def powers(*powers: float | None) -> tuple[float, ...]:
     return tuple(0.0 if power is None else float(power) for power in powers)
 
 
+def suffix(dtype: torch.dtype) -> str:
+    """Return the end of the name of a kernel that exists for several dtypes."""
+    return str(dtype).removeprefix("torch.")
+
+
 def threads_for(samples: int) -> int:
     """Return the number of PyTorch's threads to use at most for this number of samples."""
     return max(1, min(torch.get_num_threads(), samples))
