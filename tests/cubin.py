@@ -41,6 +41,8 @@ class CubinReport:
     narrow_loads: int  # number of global load instructions narrower than the widest
     tensor_core: bool  # True if a matrix instruction is used
     lost_constants: int  # miscompiled additions, see LOST_CONSTANT
+    instructions: int  # instructions of a thread, each counted once
+    loop: int  # of these, in the longest loop; 0 without one
     sass: str = dataclasses.field(repr=False, default="")
 
 
@@ -76,7 +78,7 @@ def compile_kernel(
         aligned: arguments that are divisible by 16 (pointers of whole tensors, most strides).
         triton: folder of another, unpacked Triton; None for the installed one.
         brief: disassemble the machine code, which takes as long as compiling, only if it may have lost a constant;
-            otherwise widths, tensor_core and sass stay empty.
+            otherwise widths, tensor_core, instructions, loop and sass stay empty.
 
     Raises:
         RuntimeError: the kernel does not compile.
@@ -183,6 +185,8 @@ def _read(cubin: bytes, shared: int, disassembled: bool) -> CubinReport:
         narrow_loads=sum(width < max(loads) for width in loads),
         tensor_core=bool(re.search(r"\b(HMMA|HGMMA|IMMA|DMMA|UTC\w*MMA)", sass)),
         lost_constants=len(LOST_CONSTANT.findall(sass)),
+        instructions=len(code := _instructions(sass)),
+        loop=_longest_loop(code),
         sass=sass if os.environ.get("ATOM_FAST_KEEP_SASS") else "",
     )
 
@@ -204,6 +208,25 @@ def _tool(name: str) -> Path:
     import triton
 
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def _instructions(sass: str) -> list[tuple[int, str]]:
+    """Return address and text of the instructions up to the last exit; padding follows it."""
+    code = [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+?) *;", sass)]
+    code = [(address, text) for address, text in code if text != "NOP"]
+    while code and re.search(r"\bBRA\b", code[-1][1]):
+        code.pop()  # the endless loop after the last exit
+    return code
+
+
+def _longest_loop(code: list[tuple[int, str]]) -> int:
+    """Return the number of instructions in the longest loop: from the target of a backward branch to the branch."""
+    lengths = [0]
+    for address, text in code:
+        branch = re.search(r"\bBRA\b.*0x([0-9a-f]+)$", text)
+        if branch and int(branch.group(1), 16) <= address:
+            lengths.append(sum(int(branch.group(1), 16) <= place <= address for place, _ in code))
+    return max(lengths)
 
 
 def _width(instruction: str) -> int:

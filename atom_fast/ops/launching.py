@@ -14,6 +14,10 @@ from .._device import chip_of, refuse_triton, triton_refusal
 
 T = TypeVar("T")
 
+#: Which kernels for a GPU run, of operations that have two: the "measured" ones, or their "successor", which no GPU has
+#: run yet.
+KERNELS = {"attention": "measured", "conv_block": "measured"}
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return float64 for float64, and float32 for every narrower floating dtype."""
