@@ -56,6 +56,23 @@ def has_tf32(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and chip_of(device).has_tf32
 
 
+#: Dtype of the convolutions' operands by precision; those that are left out compute in float32.
+NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise ValueError for a precision of convolutions that ``device`` does not have.
+
+    CPUs are accepted for both types of 16 bits: there they save memory whether or not they save time.
+    """
+    if precision == "tf32" and not has_tf32(device):
+        raise ValueError(
+            f"precision 'tf32' needs an NVIDIA GPU of compute capability 8.0 or above; got {device}. Use 'float32'"
+        )
+    if precision == "bfloat16":
+        check_bfloat16(device)
+
+
 def check_bfloat16(device: torch.device) -> None:
     """Raise ValueError for a GPU that emulates bfloat16, which is slower than float32.
 
@@ -158,13 +175,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def convolution_precision(precision: str, device: torch.device, deterministic: bool = False) -> Iterator[None]:
-    """Run the enclosed convolutions in ``"float32"``, ``"tf32"`` or ``"bfloat16"``; ``deterministic`` repeats bits."""
+    """Run the enclosed convolutions in one of `DistillConfig`'s precisions; ``deterministic`` repeats bits."""
     cudnn: Any = torch.backends.cudnn
     before = cudnn.conv.fp32_precision, cudnn.deterministic
     cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     cudnn.deterministic = deterministic or cudnn.deterministic
     try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        with torch.autocast(device.type, NARROW.get(precision), enabled=precision in NARROW):
             yield
     finally:
         cudnn.conv.fp32_precision, cudnn.deterministic = before

@@ -359,6 +359,27 @@ def profile(
     click.echo(f"trace: {trace}; figures: {out / 'profile.json'}", err=True)
 
 
+@main.command("precision")
+@data_options("digits", "digits")
+@click.option("--ipc", type=CommaList(click.IntRange(1)), default="1,10,50", show_default=True, help="images per class")
+@click.option("--real-batch", default=32, show_default=True, help="real images per class")
+@click.option("--width", default=128, show_default=True, help="channels of every block")
+@click.option("--networks", default=2, type=click.IntRange(1), show_default=True, help="networks to draw")
+@click.option("--out", type=click.Path(path_type=Path), help="JSON file of the records  [default: not written]")
+@alone
+def _precision(dataset, data_dir, download, ipc, real_batch, width, networks, out):
+    """Compare a step's image gradient in every precision with float64.
+
+    Emulates on a CPU what a GPU rounds, and prints the relative error of each precision.
+    """
+    from atom_fast.data.sources import load_data
+    from atom_fast.distillation.config import preset
+    from benchmarks import precision
+
+    configs = [preset("paper", ipc=size, real_batch=real_batch, width=width) for size in ipc]
+    precision.run(configs, load_data(dataset, data_dir, download=download), networks=networks, out=out)
+
+
 @main.command("roofline")
 @click.option(
     "--dataset",

@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+from atom_fast._device import NARROW
+
 from .harness import load_results
 from .methods import Workload
 from .timings import given
@@ -126,8 +128,10 @@ def _kernel_case(case: dict) -> tuple[tuple[Case, str], float]:
 def _table3_case(cell: dict) -> tuple[tuple[Case, str], float]:
     workload = given(Workload(**cell["workload"]))
     implementation, precision = workload.pop("implementation"), workload.pop("precision")
-    # bfloat16 is compared with eager too, which has one precision.
-    label = f"{implementation} bfloat16" if precision == "bfloat16" else implementation
+    # 16 bits are compared with eager too, which has one precision.
+    label = f"{implementation} {precision}" if precision in NARROW else implementation
+    if real := workload.pop("real_precision", None):
+        label += f", real images in {real}"
     if chunk := workload.pop("class_chunk", None):
         label += f" {chunk} classes at once"
     return (tuple(f"{name}={value}" for name, value in workload.items()), label), cell["time"]["median"]

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from atom_fast._device import convolution_precision
+from atom_fast._device import NARROW, convolution_precision
 
-PRECISIONS = {"float32": 4, "tf32": 4, "bfloat16": 2}  # bytes of an activation
+PRECISIONS = {"float32": 4, "tf32": 4, "float16": 2, "bfloat16": 2}  # bytes of an activation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +33,15 @@ class Device:
     matrix: dict[str, float]
 
 
+def _rates(float32: float, tf32: float, half: float) -> dict[str, float]:
+    """Return rates by precision; both types of 16 bits have one."""
+    return {"float32": float32, "tf32": tf32, "float16": half, "bfloat16": half}
+
+
 # Vendor's datasheets, dense products: H100 SXM 80 GB, A100 SXM 80 GB.
 DEVICES = {
-    "H100": Device("H100", 3.35e12, 67e12, {"float32": 67e12, "tf32": 494.7e12, "bfloat16": 989.4e12}),
-    "A100": Device("A100", 2.039e12, 19.5e12, {"float32": 19.5e12, "tf32": 156e12, "bfloat16": 312e12}),
+    "H100": Device("H100", 3.35e12, 67e12, _rates(67e12, 494.7e12, 989.4e12)),
+    "A100": Device("A100", 2.039e12, 19.5e12, _rates(19.5e12, 156e12, 312e12)),
 }
 
 
@@ -72,7 +77,7 @@ def measure_device(device: torch.device) -> Device:
     source = torch.ones(1 << 26, device=device)  # 268 MB: beyond every cache
     target = torch.empty_like(source)
     bandwidth = 2 * source.numel() * source.element_size() / _least_seconds(lambda: target.copy_(source), device)
-    matrix = {precision: _product_rate(device, precision) for precision in ("float32", "bfloat16")}
+    matrix = {precision: _product_rate(device, precision) for precision in ("float32", *NARROW)}
     matrix["tf32"] = _product_rate(device, "tf32") if device.type == "cuda" else matrix["float32"]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {_threads()}"
     return Device(name, bandwidth, matrix["float32"], matrix)
@@ -89,8 +94,8 @@ def _product_rate(device: torch.device, precision: str) -> float:
     x = torch.ones(images, 128, size, size, device=device).to(memory_format=torch.channels_last)
     weight = torch.ones(128, 128, 3, 3, device=device).to(memory_format=torch.channels_last)
     with torch.no_grad(), convolution_precision(precision, device):
-        if precision == "bfloat16":
-            x, weight = x.bfloat16(), weight.bfloat16()
+        if precision in NARROW:
+            x, weight = x.to(NARROW[precision]), weight.to(NARROW[precision])
         seconds = _least_seconds(lambda: torch.nn.functional.conv2d(x, weight, padding=1), device)
     return 2.0 * 9 * 128 * x.numel() / seconds
 

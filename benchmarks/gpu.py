@@ -180,7 +180,7 @@ def best(run: GpuRun, limit: float) -> str:
         ending, _ = run.command([*BENCHMARKS, *STEP, *options, "--out", str(folder)], limit / len(STEPS_OF))
         if profile.exists():
             measured = json.loads(profile.read_text("utf-8"))
-            kept = ("precision", "fusion", "step_seconds", "captured_seconds")
+            kept = ("precision", "fusion", "step_seconds", "captured_seconds", "kernels")
             cells.append({"preset": name, "options": options, **{field: measured[field] for field in kept}})
             seconds = measured["captured_seconds"] or measured["step_seconds"]
             ending = f"{1e3 * seconds:.2f} ms" if ending == "ok" else ending

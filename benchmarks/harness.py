@@ -23,7 +23,7 @@ from atom_fast._files import write_atomically
 from atom_fast._malloc import keep_freed_memory
 from benchmarks.live_bytes import LiveBytes
 
-from .methods import Workload, build_step
+from .methods import Workload, batched, build_step
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMAT = 1  # of the JSON files; raised when their meaning changes
@@ -206,7 +206,7 @@ def set_precision(workload: Workload) -> None:
     """
     if workload.precision == "float32":
         torch.backends.cudnn.conv.fp32_precision = "ieee"
-    torch.backends.cudnn.benchmark = workload.implementation in ("eager-batched", "compile")
+    torch.backends.cudnn.benchmark = workload.implementation in batched.IMPLEMENTATIONS
 
 
 def synchronize(device: str) -> None:
@@ -298,7 +298,7 @@ def _cuda_memory(resident: int) -> dict:
 
 def _cpu_memory(step: Step, workload: Workload) -> dict:
     """Return the peak bytes of tensors made by one more step; data set and state between steps do not count."""
-    if workload.implementation == "compile":
+    if workload.implementation in batched.MODES:
         return {"counted": "no: compiled code makes its tensors where they cannot be counted", "peak_allocated": None}
     with LiveBytes() as counter:
         step()

@@ -32,9 +32,7 @@ class LiveBytes(TorchDispatchMode):
         if function.namespace in _BUILT_IN:
             result = function(*arguments, **(keywords or {}))
         else:
-            # Straight to the kernel, with this mode still on: called as usual, the operator would come back here.
-            with self:
-                result = function.redispatch(_kernel_keys(arguments, keywords), *arguments, **(keywords or {}))
+            result = redispatched(self, function, arguments, keywords)
         for tensor in tree_iter(result):
             self.add(tensor)
         return result
@@ -63,6 +61,12 @@ def count_peak(function: Callable[[], object]) -> int:
     with LiveBytes() as counter:
         function()
     return counter.peak
+
+
+def redispatched(mode: TorchDispatchMode, function, arguments, keywords):
+    """Enter a custom operator written in Python with the mode still on."""
+    with mode:  # straight to the kernel: called as usual, the operator would come back to the mode
+        return function.redispatch(_kernel_keys(arguments, keywords), *arguments, **(keywords or {}))
 
 
 _BUILT_IN = ("aten", "prim", "prims", "c10d")

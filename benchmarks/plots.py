@@ -14,8 +14,8 @@ from pathlib import Path
 
 from . import paper, scaling, table3
 from .harness import load_results
-from .methods import TIMED
-from .timings import digest, merge
+from .methods import TIMED, Workload
+from .timings import digest, in_order, merge, variant
 
 WIDTH, DPI = 8.0, 200
 STYLE = {
@@ -28,11 +28,12 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8.5,
 }
-PRECISION_NAMES = {"float32": "", "tf32": "", "bfloat16": ", bfloat16"}
 IMPLEMENTATION_NAMES = {
     "eager": "eager, class by class",
     "eager-batched": "eager, all classes at once",
     "compile": "torch.compile",
+    "compile-graph": "torch.compile, CUDA graph",
+    "compile-max-autotune": "torch.compile, autotuned, CUDA graph",
     "fused": "atom_fast",
     "fused-graph": "atom_fast, CUDA graph",
 }
@@ -41,6 +42,8 @@ COLOURS = {
     "eager": "0.78",
     "eager-batched": "0.58",
     "compile": "0.3",
+    "compile-graph": "0.15",
+    "compile-max-autotune": "0.15",
     "fused": "tab:orange",
     "fused-graph": "tab:red",
 }
@@ -146,8 +149,8 @@ def _dot_rows(cells: list[dict], ipc: int, with_paper: bool) -> list[Dots]:
             shown = printed[0][method], printed[1].get(method)
             rows.append((f"{described.title}: paper, {paper.TABLE3_DEVICE}", "black", shown))
         for cell in own:
-            implementation, precision = cell["workload"]["implementation"], cell["workload"]["precision"]
-            name = f"{described.title}: {IMPLEMENTATION_NAMES[implementation]}{PRECISION_NAMES[precision]}"
+            implementation = cell["workload"]["implementation"]
+            name = f"{described.title}: {IMPLEMENTATION_NAMES[implementation]}{variant(Workload(**cell['workload']))}"
             ended = cell["status"] == "ok"
             shown = (_milliseconds(cell), _megabytes(cell)) if ended else (cell["status"],) * 2
             rows.append((name, COLOURS[implementation], shown))
@@ -156,15 +159,8 @@ def _dot_rows(cells: list[dict], ipc: int, with_paper: bool) -> list[Dots]:
 
 def _own(cells: list[dict], method: str) -> list[dict]:
     """Return a method's cells in the order of the table, without former implementations."""
-    known = [
-        (implementation, precision) for implementation in TIMED[method].implementations for precision in PRECISION_NAMES
-    ]
-    own = {
-        (cell["workload"]["implementation"], cell["workload"]["precision"]): cell
-        for cell in cells
-        if cell["workload"]["method"] == method
-    }
-    return [own[key] for key in known if key in own]
+    own = {Workload(**cell["workload"]): cell for cell in cells if cell["workload"]["method"] == method}
+    return [own[workload] for workload in in_order(own)]
 
 
 def _draw_dots(axis, rows: list[Dots], column: int) -> None:
@@ -254,12 +250,14 @@ def _chunked(chunk: str) -> str:
 def plot_bandwidth(path: Path, results: Sequence[Path]) -> None:
     """Draw the operators' shares of a copy's bandwidth, by data type and direction; a stroke marks eager PyTorch.
 
+    Captured calls only: others include the host's time to launch them.
+
     An operator's bytes are the fewest that it must move, so whatever else an implementation moves counts against it.
     """
     cases = bandwidth_cases(results)
     groups: dict[tuple[str, str], list] = {}
     for (operator, layout, dtype, direction, implementation), case in cases.items():
-        if implementation == "fused" and operator not in LAUNCH_BOUND:
+        if implementation == "fused" and case["captured"] and operator not in LAUNCH_BOUND:
             groups.setdefault((operator, layout), []).append(((dtype, direction), case))
     figure, axes = panels(1, 1, 1.2 + sum(0.12 + 0.155 * len(group) for group in groups.values()))
     axis, place, ticks = axes[0][0], 0.0, {}
@@ -291,8 +289,9 @@ def _draw_share(axis, place: float, kind: tuple[str, str], share: float, eager: 
 def bandwidth_cases(results: Sequence[Path]) -> dict[tuple, dict]:
     """Return the cases at the size of a CIFAR-10 step's real images.
 
-    Keys are operator, layout, data type, direction and implementation. A file of one operator
-    (``kernels-gpu-block.json``) is newer than the file of all operators, and replaces its cases.
+    Keys are operator, layout, data type, direction and implementation; cases say if they were ``captured`` as CUDA
+    graphs. A file of one operator (``kernels-gpu-block.json``) is newer than the file of all operators, and replaces
+    its cases.
 
     Raises:
         ValueError: a file is not one of `benchmarks.kernels`.
@@ -300,10 +299,13 @@ def bandwidth_cases(results: Sequence[Path]) -> dict[tuple, dict]:
     found = {}
     for path in sorted(results, key=lambda path: (len(path.name), path.name)):
         try:
-            for case in json.loads(path.read_text())["cases"]:
+            record = json.loads(path.read_text())
+            # Before calls were captured, the copy was a case like the others.
+            captured = "operator" not in record.get("copy", {"operator": "copy"})
+            for case in record["cases"]:
                 if case["shape"] in SHAPES and "share_of_copy" in case:
                     key = case["operator"], case["layout"], case["dtype"], case["direction"], case["implementation"]
-                    found[key] = case
+                    found[key] = {**case, "captured": captured}
         except (ValueError, KeyError, TypeError) as error:
             message = f"{path} is not a file of `benchmarks.kernels` ({error!r}); it is left as it is"
             raise ValueError(message) from error

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,6 +63,7 @@ class Profile:
         traced_seconds: seconds per step with the profiler; on a GPU of its kernels alone.
         step_seconds: seconds per step without the profiler, not captured.
         captured_seconds: seconds of a replay of the captured step; None if nothing is captured.
+        kernels: name and mean microseconds of every kernel and copy of a replay, in order; None likewise.
         not_counted: settings for which operations and bytes are not counted; None if they are.
         trace: Chrome trace.
     """
@@ -76,6 +78,7 @@ class Profile:
     traced_seconds: float
     step_seconds: float
     captured_seconds: float | None
+    kernels: list[tuple[str, float]] | None
     not_counted: str | None
     trace: Path
 
@@ -128,10 +131,12 @@ def profile(
     step_seconds = _seconds_a_step(step, steps, device)
     document = _traced(step, steps, device, Path(trace))
     seconds, traced = stage_seconds(document)
-    captured = None
+    captured = kernels = None
     if device.type == "cuda" and run.config.cuda_graph:
         run.capture()
         captured = _seconds_a_step(step, steps, device)
+        with tempfile.TemporaryDirectory() as folder:
+            kernels = kernel_times(_traced(step, steps, device, Path(folder) / "trace.json"), steps)
     rates, rates_from = _rates(device, measure)
     floors, not_counted = _floors(run, rates)
     return Profile(
@@ -145,6 +150,7 @@ def profile(
         traced_seconds=traced / steps,
         step_seconds=step_seconds,
         captured_seconds=captured,
+        kernels=kernels,
         not_counted=not_counted,
         trace=Path(trace),
     )
@@ -236,6 +242,23 @@ def stage_seconds(document: dict) -> tuple[dict[str, float], float]:
         if name is not None:
             seconds[name] += event["dur"] / 1e6
     return seconds, sum(event["dur"] for event in device_events) / 1e6
+
+
+def kernel_times(document: dict, steps: int) -> list[tuple[str, float]]:
+    """Return name and mean microseconds of the kernels of one step, in order, in a trace of equal steps.
+
+    Raises:
+        ValueError: the steps differ in their kernels.
+    """
+    events = [event for event in document["traceEvents"] if event.get("cat") in _ON_DEVICE]
+    events.sort(key=lambda event: event["ts"])
+    count = len(events) // steps
+    rounds = [events[start : start + count] for start in range(0, count * steps, count or 1)]
+    names = [[event["name"] for event in own] for own in rounds]
+    if len(events) != count * steps or any(other != names[0] for other in names):
+        raise ValueError(f"the {steps} steps of the trace differ in their kernels ({len(events)} in all)")
+    durations = zip(*([event["dur"] for event in own] for own in rounds), strict=True)
+    return [(name, sum(times) / steps) for name, times in zip(names[0], durations, strict=True)]
 
 
 def _finder(ranges: list[dict]) -> Callable[[float | None], str | None]:
@@ -330,7 +353,12 @@ def _notes(result: Profile) -> Iterator[str]:
         " from launch to end" if on_gpu else ""
     )
     if result.captured_seconds is not None:
-        yield f"captured as a CUDA graph: {1e3 * result.captured_seconds:.3f} ms per step"
+        assert result.kernels is not None
+        own = sum(microseconds for _, microseconds in result.kernels)
+        yield (
+            f"captured as a CUDA graph: {1e3 * result.captured_seconds:.3f} ms per step, {len(result.kernels)} kernels "
+            f"of {own / 1e3:.3f} ms in all"
+        )
     if result.not_counted:
         yield f"operations and bytes are not counted for {result.not_counted}"
         return

@@ -44,7 +44,7 @@ class Configuration:
         classes, channels, height, width: sizes of the data set.
         ipc, real_batch: synthetic images per class, and real images per class per step.
         network_width, depth: channels and blocks of the ConvNet.
-        precision: precision of the convolutions: "float32", "tf32" or "bfloat16".
+        precision: precision of the convolutions, as in `atom_fast.distillation.DistillConfig`.
         maps: True if attention is matched, by either map or both; both are counted.
         whitened: True if each batch of real images is whitened as it is fetched.
     """

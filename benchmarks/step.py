@@ -33,7 +33,7 @@ def run(
     Args:
         workload: method, sizes and device; its implementation and precision are replaced.
         implementations: None: eager-batched, compile and fused, on a GPU also fused-graph.
-        precisions: of "float32", "tf32" and "bfloat16".
+        precisions: as in `atom_fast.distillation.DistillConfig`.
         iterations: timed steps.
         out: JSON file of the records, written after each.
 

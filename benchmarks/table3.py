@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .harness import Timing
-from .methods import TIMED, Workload
+from .methods import AUTOTUNED, NEED_GPU, TIMED, Workload
 from .timings import check_known, measure_cells, measure_slow_again
 
 
@@ -23,7 +23,7 @@ class Edition:
         sizes: fields of :class:`Workload` that all methods share.
         real_divisor: divisor of the methods' real batches.
         precision: precision of every implementation.
-        bfloat16: methods and implementations that are measured in bfloat16 too.
+        variants: methods, implementations and fields of :class:`Workload` of further rows.
         timing: duration of each measurement.
     """
 
@@ -33,10 +33,11 @@ class Edition:
     sizes: dict
     real_divisor: int
     precision: str
-    bfloat16: tuple[tuple[str, str], ...]
+    variants: tuple[tuple[str, str, dict], ...]
     timing: Timing
 
 
+COMPILED = ("compile", "compile-graph")
 EDITIONS = {
     "gpu": Edition(
         title="GPU edition: CIFAR-10's shape, the paper's sizes",
@@ -45,7 +46,13 @@ EDITIONS = {
         sizes={},
         real_divisor=1,
         precision="tf32",
-        bfloat16=(("atom", "compile"), ("atom", "fused-graph")),
+        variants=(
+            ("atom", "fused-graph", {"real_precision": "float16"}),
+            ("atom", "fused-graph", {"precision": "float16"}),
+            ("atom", "fused-graph", {"precision": "bfloat16"}),
+            ("atom", "compile", {"precision": "bfloat16"}),
+            *(("atom", name, {"norm": "batch"}) for name in ("fused-graph", "eager-batched", *COMPILED)),
+        ),
         timing=Timing(iterations=100, seconds=60, limit=900),
     ),
     "cpu": Edition(
@@ -55,7 +62,7 @@ EDITIONS = {
         sizes={"width": 32, "class_images": 500, "inner_divisor": 10},
         real_divisor=8,
         precision="float32",
-        bfloat16=(),
+        variants=(),
         # One thread: two on the two cores of a shared machine wait for each other, by varying amounts.
         timing=Timing(iterations=100, seconds=3, limit=180, threads=1, beside_eager=True),
     ),
@@ -63,7 +70,6 @@ EDITIONS = {
 AGAIN_UNTIL = 560.0  # seconds after the start until which cells are measured again
 # The order of a run that may be cut short: this project's method, its relatives, then the bi-level methods.
 ORDER = ("atom", "dam", "atom-channel", "dm", "mtt", "dsa", "dc")
-FIRST = (("atom", "tf32"), ("atom", "float32"))
 
 
 def workloads(
@@ -85,18 +91,25 @@ def workloads(
     for name in ORDER:
         for ipc in reversed(edition.ipcs):
             for implementation in TIMED[name].implementations:
-                if implementation == "fused-graph" and edition.device == "cpu":
+                if implementation in NEED_GPU and edition.device == "cpu":
+                    continue
+                if implementation == AUTOTUNED and ipc != max(edition.ipcs):
                     continue
                 chosen = (not methods or name in methods) and (not ipcs or ipc in ipcs)
                 if chosen and (not implementations or implementation in implementations):
-                    cells += _with_precisions(edition, name, implementation, ipc)
-    # Compilation takes most of the time: except for ATOM, it comes last.
-    return sorted(
-        cells, key=lambda cell: cell.implementation == "compile" and (cell.method, cell.precision) not in FIRST
-    )
+                    cells += _with_variants(edition, name, implementation, ipc)
+    return sorted(cells, key=_lateness)
 
 
-def _with_precisions(edition: Edition, method: str, implementation: str, ipc: int) -> list[Workload]:
+def _lateness(cell: Workload) -> int:
+    """Return 1 for what is compiled, which takes most of the time, except for ATOM as published; 2 for autotuning."""
+    if cell.implementation == AUTOTUNED:
+        return 2
+    as_published = cell.method == "atom" and cell.precision in ("tf32", "float32") and cell.norm is None
+    return int(cell.implementation in COMPILED and not as_published)
+
+
+def _with_variants(edition: Edition, method: str, implementation: str, ipc: int) -> list[Workload]:
     workload = Workload(
         method=method,
         implementation=implementation,
@@ -106,8 +119,8 @@ def _with_precisions(edition: Edition, method: str, implementation: str, ipc: in
         precision=edition.precision,
         **edition.sizes,
     )
-    low = (method, implementation) in edition.bfloat16
-    return [workload, dataclasses.replace(workload, precision="bfloat16")] if low else [workload]
+    changes = [fields for name, other, fields in edition.variants if (name, other) == (method, implementation)]
+    return [workload, *(dataclasses.replace(workload, **fields) for fields in changes)]
 
 
 def results_path(out: Path, edition: str) -> Path:

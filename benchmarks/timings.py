@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from .harness import FORMAT, Timing, environment, load_results, run_cell, save_results
-from .methods import METHODS, Workload
+from .methods import METHODS, TIMED, Workload
 
 FINISHED = ("ok", "OOM")  # statuses that a later call does not measure again
 
@@ -146,7 +146,30 @@ def describe(workload: Workload) -> str:
     """Return a workload in a few words."""
     sizes = f"ipc={workload.ipc} classes={workload.classes} {workload.resolution}x{workload.resolution}"
     chunk = f" {workload.class_chunk} classes at once" if workload.class_chunk else ""
-    return f"{METHODS[workload.method].title} {sizes} {workload.implementation} {workload.precision}{chunk}"
+    name = METHODS[workload.method].title
+    return f"{name} {sizes} {workload.implementation}{variant(workload)}{chunk}"
+
+
+PRECISION_NAMES = {"float32": "", "tf32": "", "float16": ", float16", "bfloat16": ", bfloat16"}
+
+
+def variant(workload: Workload) -> str:
+    """Return in words what sets a workload apart from the usual precision and norm; "" for neither."""
+    norm = ", BatchNorm" if workload.norm == "batch" else ""
+    real = f", real images in {workload.real_precision}" if workload.real_precision else ""
+    return norm + PRECISION_NAMES[workload.precision] + real
+
+
+def in_order(workloads: Iterable[Workload]) -> list[Workload]:
+    """Return a method's workloads in the order of the tables, without former implementations."""
+
+    def place(workload: Workload) -> tuple:
+        precision = list(PRECISION_NAMES).index(workload.precision)
+        implementation = TIMED[workload.method].implementations.index(workload.implementation)
+        return workload.norm or "", implementation, precision, workload.real_precision or ""
+
+    known = (work for work in workloads if work.implementation in TIMED[work.method].implementations)
+    return sorted(known, key=place)
 
 
 def outcome(record: dict) -> str:
@@ -195,8 +218,8 @@ def _worth(record: dict) -> tuple[bool, str]:
 
 
 def _eager(own: dict[Workload, dict], workload: Workload) -> dict | None:
-    """Return the eager record of the same method and sizes; in tf32 if there is none in bfloat16."""
-    eager = dataclasses.replace(workload, implementation="eager", class_chunk=None)
+    """Return the eager record of the same method, sizes and norm; in tf32 if there is none in 16 bits."""
+    eager = dataclasses.replace(workload, implementation="eager", class_chunk=None, real_precision=None)
     return own.get(eager) or own.get(dataclasses.replace(eager, precision="tf32"))
 
 

@@ -118,10 +118,11 @@ def _draw(
     if groups < 0:
         raise ValueError(f"groups must be 0 or more; got {groups}")
     if codes:
-        drawn = torch.randint(len(codes), (1 if shared_operation else groups,), generator=generator, device=device)
-        # All codes fit one integer; a tensor of codes would be copied from the host.
-        table = sum(code << (_BITS * place) for place, code in enumerate(codes))
-        operation = torch.bitwise_right_shift(table, drawn * _BITS).bitwise_and_(2**_BITS - 1)
+        operation = torch.randint(len(codes), (1 if shared_operation else groups,), generator=generator, device=device)
+        if codes != tuple(range(len(codes))):
+            # All codes fit one integer; a tensor of codes would be copied from the host.
+            table = sum(code << (_BITS * place) for place, code in enumerate(codes))
+            operation = torch.bitwise_right_shift(table, operation * _BITS).bitwise_and_(2**_BITS - 1)
         operation = operation.expand(groups).contiguous()
     else:
         operation = torch.full((groups,), -1, device=device)

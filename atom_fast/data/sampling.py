@@ -40,6 +40,8 @@ def sample_class_indices(data: ImageData, batch: int, generator: torch.Generator
     positions = keys.topk(min(batch, largest), dim=1, sorted=smallest < batch).indices
     if smallest < batch:  # repeat the random order of a small class; positions outside the class are sorted to the end
         positions = positions.gather(1, torch.arange(batch, device=device) % data.class_counts[:, None])
+    if smallest == largest:
+        return data.class_index.view(data.num_classes, largest).gather(1, positions)
     return data.class_index.take(positions + data.class_offsets[:-1, None])
 
 

@@ -35,6 +35,8 @@ class Preprocessing:
         zca_mean: float32 [C, H, W], mean of the images that the matrix is applied to; None for ``"standard"``.
         zca_matrix: float32 [D, D] with D = C·H·W, symmetric; None for ``"standard"``.
         zca_inverse: float32 [D, D], inverse of ``zca_matrix``; None for ``"standard"``.
+
+    Both matrices may stay on the CPU: they are moved when they are used, and no step of a distillation uses them.
     """
 
     mean: Tensor | None = None
@@ -159,8 +161,13 @@ class Preprocessing:
         return cls(**tensors)
 
     def to(self, device: torch.device | str) -> Preprocessing:
-        """Return the same map with its tensors on ``device``."""
-        return Preprocessing(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
+        """Return the same map with its tensors on ``device``, except the matrices, which stay where they are."""
+        return Preprocessing(
+            **{
+                name: tensor if name in ("zca_matrix", "zca_inverse") else tensor.to(device)
+                for name, tensor in self.tensors().items()
+            }
+        )
 
     def _check_shape(self, images: Tensor) -> None:
         expected = list(self._shift.shape) if self.zca_mean is not None else [len(self._scale), "H", "W"]
@@ -184,7 +191,7 @@ def _check_range(pixels: Tensor) -> None:
 
 def _apply(matrix: Tensor, images: Tensor) -> Tensor:
     """Multiply every flattened image [D] by ``matrix`` [D, D]; return the shape of ``images``."""
-    return (images.flatten(1) @ matrix).view(images.shape)
+    return (images.flatten(1) @ matrix.to(images.device)).view(images.shape)
 
 
 def fit_preprocessing(train_images: Tensor, kind: str, *, progress: bool = True) -> Preprocessing:
@@ -276,8 +283,8 @@ def real_image_gatherer(
         data: the real images.
         preprocessing: the map to model space, on the device of ``data``.
         memory_format: memory format of the result: ``torch.contiguous_format`` or ``torch.channels_last``.
-        precision: ``"float32"``, or ``"tf32"`` or ``"bfloat16"`` to whiten in TF32 on a GPU. For CIFAR the error of
-            TF32 is less than a tenth of the error from 8-bit pixels, in the Euclidean norm.
+        precision: ``"float32"``, or any other of ``DistillConfig.precision`` to whiten in TF32 on a GPU. For CIFAR the
+            error of TF32 is less than a tenth of the error from 8-bit pixels, in the Euclidean norm.
         progress: show a progress bar on standard error while the training set is whitened.
 
     Returns:
@@ -285,21 +292,68 @@ def real_image_gatherer(
         [K·R, C, H, W] in the order of ``indices.flatten()``. It reads nothing back to the host.
     """
     images = data.train_images
-    if preprocessing.zca_matrix is not None and images.device.type == "cpu":
+    if preprocessing.zca_matrix is not None and not _keeps_bytes(images.device):
         kept = _WHITENED.get(preprocessing)
         if kept is None or kept[0] is not images:
             kept = images, _whitened_copy(images, preprocessing, progress=progress)
             _WHITENED[preprocessing] = kept
         images = kept[1]
 
+    if images.dtype == torch.uint8 and preprocessing.zca_matrix is not None:
+        return _whitening_gatherer(images, preprocessing, memory_format, precision)
+
     def gather(indices: Tensor) -> Tensor:
         batch = images.index_select(0, indices.flatten())
         if batch.dtype == torch.uint8:
-            with _product_precision(precision):
-                batch = preprocessing.to_model(batch)
+            batch = preprocessing.to_model(batch)
         return batch.contiguous(memory_format=memory_format)
 
     return gather
+
+
+def _keeps_bytes(device: torch.device) -> bool:
+    """Return True if images stay uint8 on a device and each batch is whitened when it is gathered."""
+    return device.type != "cpu"
+
+
+def _whitening_gatherer(
+    images: Tensor, preprocessing: Preprocessing, memory_format: torch.memory_format, precision: str
+) -> Callable[[Tensor], Tensor]:
+    """Return `real_image_gatherer`'s function for uint8 images and ZCA: a gather, a conversion and a product.
+
+    Scale and shift of the pixels are part of the matrix and of the bias added to the product, and its columns are in
+    the order of the result's memory. Pixels minus 128 are exact in TF32, and nearer to zero than pixels.
+    """
+    channels, height, width = images.shape[1:]
+    last = memory_format == torch.channels_last
+    matrix, bias = (part.to(images.device) for part in _folded(preprocessing, channels_last=last))
+
+    def gather(indices: Tensor) -> Tensor:
+        centred = images.index_select(0, indices.flatten()).flatten(1) - 128.0
+        with _product_precision(precision):
+            model = torch.addmm(bias, centred, matrix)
+        if last:
+            return model.view(-1, height, width, channels).permute(0, 3, 1, 2)
+        return model.view(-1, channels, height, width)
+
+    return gather
+
+
+def _folded(preprocessing: Preprocessing, channels_last: bool) -> tuple[Tensor, Tensor]:
+    """Return matrix [D, D] and bias [D] on the CPU, such that pixels - 128 (0 to 255) times the first plus the second
+    are images in model space, flattened in the order of either memory format.
+    """
+    mean, matrix = preprocessing.zca_mean, preprocessing.zca_matrix
+    assert mean is not None and matrix is not None
+    shape, matrix = mean.shape, matrix.cpu().double()
+    scale, shift = (
+        part.cpu().double().expand(shape).flatten() for part in (preprocessing._byte_scale, preprocessing._shift)
+    )
+    folded, bias = scale[:, None] * matrix, (128 * scale + shift) @ matrix
+    if channels_last:
+        order = torch.arange(shape.numel()).view(shape).permute(1, 2, 0).flatten()
+        folded, bias = folded[:, order], bias[order]
+    return folded.float(), bias.float()
 
 
 @contextlib.contextmanager

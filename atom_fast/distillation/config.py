@@ -40,7 +40,7 @@ _SIZE = {"ge": 1, "lt": 2**31}  # larger sizes overflow 32-bit indices
 # runs and results of before keep theirs.
 _ADDED = (
     "partition", "synthetic_batch", "pool_networks", "pool_epochs", "characteristic_weight", "calibration_weight",
-    "easy_fraction",
+    "easy_fraction", "real_precision",
 )  # fmt: skip
 
 # Settings that earlier versions wrote and that are gone: the value that still means the same, and what to do instead.
@@ -252,10 +252,14 @@ class DistillConfig:
         "distribution of the networks' weights; auto: default with batch norm, normal otherwise",
         source="paper section 4.1 normal, Table 7 uniform; DataDAM's code default, with batch norm",
     )
-    precision: Literal["auto", "float32", "tf32", "bfloat16"] = _setting(
+    precision: Literal["auto", "float32", "tf32", "float16", "bfloat16"] = _setting(
         "auto",
-        "precision of the convolutions and of whitening on a GPU; everything else is float32. auto: tf32 on GPUs that "
-        "have it, float32 elsewhere",
+        "precision of the convolutions and of whitening on a GPU; everything else is float32. float16 has the rounding "
+        "error of tf32, bfloat16 three times as much. auto: tf32 on GPUs that have it, float32 elsewhere",
+    )
+    real_precision: Literal["float32", "tf32", "float16", "bfloat16"] | None = _setting(
+        None,
+        "precision of the real images' convolutions, of which only class means are used; auto: as precision",
     )
     class_chunk: int | None = _setting(
         None,
@@ -303,6 +307,11 @@ class DistillConfig:
                     f"{name} {getattr(self, name):g} needs trained networks: give pool_networks, at least 1"
                 )
         return self
+
+    @property
+    def precision_of_real(self) -> str:
+        """Precision of the real images' convolutions: ``real_precision``, or else ``precision``."""
+        return self.real_precision or self.precision
 
     @property
     def _matches_layers(self) -> bool:
@@ -367,24 +376,21 @@ class DistillConfig:
     def resolve(self, image_shape: tuple[int, int, int], dataset: str, device: torch.device) -> DistillConfig:
         """Return this configuration with every setting decided that the images depend on.
 
-        No ``"auto"`` is left, and no None except for powers. ``class_chunk`` stays; None means all classes at once.
+        No ``"auto"`` is left. None stays for powers that are left out, and for settings whose default it is:
+        ``class_chunk``, ``synthetic_batch`` and ``real_precision``.
 
         Args:
             image_shape, dataset: as in `for_data`.
             device: where the distillation will run.
 
         Raises:
-            ValueError: the device cannot compute in ``precision``.
+            ValueError: the device cannot compute in ``precision`` or ``real_precision``.
         """
-        from atom_fast._device import check_bfloat16, has_tf32
+        from atom_fast._device import check_precision, has_tf32
 
         resolved = self.for_data(image_shape, dataset)._derive(precision="tf32" if has_tf32(device) else "float32")
-        if resolved.precision == "tf32" and not has_tf32(device):
-            raise ValueError(
-                f"precision 'tf32' needs an NVIDIA GPU of compute capability 8.0 or above; got {device}. Use 'float32'"
-            )
-        if resolved.precision == "bfloat16":
-            check_bfloat16(device)
+        check_precision(resolved.precision, device)
+        check_precision(resolved.precision_of_real, device)
         return resolved
 
     def _derive(self, **derived) -> DistillConfig:
@@ -652,7 +658,7 @@ def _explanation(error: Mapping[str, Any]) -> str:
 def _accepted(setting: Mapping[str, Any]) -> str:
     """Describe in words what a setting accepts."""
     if "enum" in setting:
-        return f"one of {', '.join(setting['enum'])}"
+        return f"one of {', '.join(setting['enum'])}" + (", or None" if setting["nullable"] else "")
     words = {"integer": "a whole number", "number": "a number", "string": "text", "boolean": "true or false"}
     text = words[setting["type"]]
     if "maximum" in setting and "minimum" in setting:

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atom_fast._device import chip_of
+from atom_fast._device import NARROW, chip_of
 from atom_fast.distillation.config import DistillConfig
 from atom_fast.functional import attention_matching_loss, mean_matching_loss
 from atom_fast.networks.convnet import ConvNet
 from atom_fast.ops.conv_block import launch_kind
 from atom_fast.ops.dispatch import resolve_backend
-from atom_fast.ops.matching import ClassGroups, class_mean_distance
+from atom_fast.ops.matching import ClassGroups, class_mean_distance, class_mean_distances
 
 LayersOf = tuple[Tensor, list[Tensor]]  # embedding [B, D]; attention maps [B, M], or feature maps, of each layer
 FREQUENCIES = 1024  # of NCFM's paper; its figure 6 gains little from more
@@ -31,7 +31,12 @@ def make_extractor(network: ConvNet, config: DistillConfig) -> Callable[[Tensor]
     """Return the function from images [B, C, H, W] to their embedding and what is matched of each layer."""
     if config.feature_maps:
         return network.features
-    return functools.partial(network.attention, spatial_power=config.spatial_power, channel_power=config.channel_power)
+    return functools.partial(
+        network.attention,
+        spatial_power=config.spatial_power,
+        channel_power=config.channel_power,
+        ordered=config.calibration_weight > 0,  # only the classifier depends on the order of an embedding's values
+    )
 
 
 def describe_fusion(network: ConvNet, config: DistillConfig, images: Tensor) -> str:
@@ -48,17 +53,16 @@ def describe_fusion(network: ConvNet, config: DistillConfig, images: Tensor) -> 
         return f"without fused blocks ({reason})"
     if resolve_backend(images) != "triton":
         return FUSED
-    narrow = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-    kind = launch_kind(tuple(images.shape[1:]), config.width, narrow, images.device)
+    dtype = NARROW.get(config.precision, torch.float32)
+    kind = launch_kind(tuple(images.shape[1:]), config.width, dtype, images.device)
     return FUSED + FIRST_BLOCK[kind].format(chip=chip_of(images.device))
 
 
-def matching_terms(
-    real: LayersOf, synthetic: LayersOf, config: DistillConfig, groups: ClassGroups
-) -> tuple[Tensor, Tensor]:
-    """Compute L_ATOM over layers 1 to L-1 and L_MMD of the embedding: equations 3 and 4, both scalars.
+def matching_terms(real: LayersOf, synthetic: LayersOf, config: DistillConfig, groups: ClassGroups) -> Tensor:
+    """Compute equation 3 of every layer that is matched, and last L_MMD of the embedding: [L + 1].
 
-    With ``config.feature_maps`` the former also matches the feature maps themselves, as in the paper's Table 4.
+    L_ATOM is the sum of the former. With ``config.feature_maps`` they also match the feature maps themselves, as in the
+    paper's Table 4.
 
     Args:
         real: what `make_extractor`'s function returns for the real images; constants.
@@ -67,20 +71,29 @@ def matching_terms(
         groups: the rows of each class (`atom_fast.functional.class_groups`).
     """
     (real_embedding, real_layers), (synthetic_embedding, synthetic_layers) = real, synthetic
-    powers = {"spatial_power": config.spatial_power, "channel_power": config.channel_power}
-    mmd = class_mean_distance(real_embedding, synthetic_embedding, groups)
     if config.feature_maps:
-        pairs = zip(real_layers[:-1], synthetic_layers[:-1], strict=True)
+        powers = {"spatial_power": config.spatial_power, "channel_power": config.channel_power}
         layers = [
             attention_matching_loss(*pair, **powers, groups=groups) + feature_matching_loss(*pair, groups)
-            for pair in pairs
+            for pair in zip(real_layers[:-1], synthetic_layers[:-1], strict=True)
         ]
-    elif config.spatial_power is None and config.channel_power is None:
-        layers = []
-    else:
-        pairs = zip(real_layers, synthetic_layers, strict=True)
-        layers = [class_mean_distance(*pair, groups) for pair in pairs]
-    return sum(layers, torch.zeros_like(mmd)), mmd
+        return torch.stack([*layers, class_mean_distance(real_embedding, synthetic_embedding, groups)])
+    if config.spatial_power is None and config.channel_power is None:
+        real_layers = synthetic_layers = []
+    return class_mean_distances([*real_layers, real_embedding], [*synthetic_layers, synthetic_embedding], groups)
+
+
+def weighted_terms(network: ConvNet, config: DistillConfig) -> list[tuple[str, float]]:
+    """Return the terms of a step's loss, each with its weight in equation 4 before the loss's scale.
+
+    They are those of `matching_terms`, then what the settings add. A layer is named ``attention_loss``, as their sum.
+    """
+    matched = config.feature_maps or config.spatial_power is not None or config.channel_power is not None
+    terms = [("attention_loss", 1.0)] * (len(network.blocks) - 1 if matched else 0)
+    # pyrefly: ignore[bad-argument-type]  a number in resolved settings
+    terms.append(("mmd_loss", config.mmd_weight))
+    added = ("characteristic_loss", config.characteristic_weight), ("calibration_loss", config.calibration_weight)
+    return terms + [(name, weight) for name, weight in added if weight > 0]
 
 
 def feature_matching_loss(real: Tensor, synthetic: Tensor, groups: ClassGroups) -> Tensor:

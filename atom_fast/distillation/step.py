@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -25,6 +26,7 @@ from atom_fast.distillation.matching import (
     draw_frequencies,
     make_extractor,
     matching_terms,
+    weighted_terms,
 )
 from atom_fast.distillation.pool import Pool, easiest
 from atom_fast.distillation.stages import stage
@@ -37,6 +39,9 @@ from atom_fast.ops.matching import ClassGroups
 # standard deviations, and distilled ones some times that.
 GROWTH = 1000
 _WARM_UP_STEPS = 3  # before a capture, so that libraries choose algorithms and allocate workspaces outside it
+# The gradient is computed times this power of two where it is stored in float16, whose smallest number is 6e-8, and
+# divided by it in float32. TODO
+FLOAT16_FACTOR = 2.0**10
 _AVERAGE_POWER = 3  # of image_average: step t weighs about t^3, most of it in the last third
 
 
@@ -137,10 +142,9 @@ class Distillation:
         self.images = images.detach().to(device, copy=True, memory_format=layout)
         self.momentum = torch.zeros_like(self.images)
         self.average = self.images.clone() if config.image_average else None
-        self._gradient = torch.empty_like(self.images)  # kept, so that a chunk needs memory for its own part only
         self.labels = torch.arange(classes.start, classes.stop, device=device).repeat_interleave(config.ipc)
-        # pyrefly: ignore[no-matching-overload]  PyTorch's stubs lack a device beside a memory format
-        self.network = make_convnet(config, data).to(device, memory_format=layout)
+        self.network = arrange(make_convnet(config, data), device)
+        self._draw_network = self.network.drawer() if pool is None else functools.partial(pool.draw, self.network)
         self.extract = make_extractor(self.network, config)
         self.fusion = describe_fusion(self.network, config, self.images)
         self._held = config.ipc * config.partition**2  # images of a class on its sheets
@@ -150,10 +154,14 @@ class Distillation:
         )
         self.generator = torch.Generator(device)
         self._iteration = torch.zeros((), dtype=torch.int64, device=device)
-        self._sums = torch.zeros(len(Terms._fields), dtype=torch.float64, device=device)
-        self._first_bad = torch.zeros(
-            len(Terms._fields), dtype=torch.int64, device=device
-        )  # 0: none, iterations start at 1
+        self._names, weights = zip(*weighted_terms(self.network, config), strict=True)
+        # pyrefly: ignore[unsupported-operation]  a number in resolved settings
+        self._weights = torch.tensor(weights) * config.loss_scale  # the loss is their product with the terms
+        self._factor = FLOAT16_FACTOR if config.precision == "float16" else 1.0
+        self._factored = self._weights.to(device) * self._factor
+        self._sums = torch.zeros(len(self._weights), dtype=torch.float64, device=device)  # since the last reading
+        self._finite = torch.zeros(len(self._weights), dtype=torch.int64, device=device)  # steps that left sums finite
+        self._is_finite = torch.empty(len(self._weights), dtype=torch.bool, device=device)
         self._steps = 0
         self._initial_peak = self.images.abs().max().clamp(min=1.0).double()
         self.set_class_chunk(config.class_chunk or len(classes))
@@ -209,10 +217,7 @@ class Distillation:
         """Lines 3 to 7 of Algorithm 1, on the device. Images change only after the last allocation."""
         config, generator = self.config, self.generator
         with stage("network"):  # 3: theta ~ P_theta
-            if self.pool is None:
-                self.network.reset_parameters(generator)
-            else:
-                self.pool.draw(self.network, generator)
+            self._draw_network(generator)
         with stage("sample"):
             indices = sample_class_indices(self._sampled, config.real_batch, generator)  # 4: B_k^T
         with stage("augment"):  # siamese: the same operations for the real and synthetic images of a class
@@ -222,7 +227,7 @@ class Distillation:
             frequencies = None
             if config.characteristic_weight > 0:
                 frequencies = draw_frequencies(self.network.embedding_size, generator)
-        terms = torch.zeros_like(self._sums)
+        matched = []
         for chunk in self._chunks:  # one of all classes, unless memory is short
             with stage("sample"):
                 real = self.gather_real(pad_batch_of_one(indices[chunk.classes].flatten()))
@@ -234,36 +239,35 @@ class Distillation:
                     real = augment(real, parameters, chunk.real_labels)
                 for parameters in others:
                     synthetic = augment(synthetic, parameters, chunk.labels)
-            with convolution_precision(config.precision, images.device, config.deterministic):
-                with stage("real"), torch.no_grad():
-                    real = self.extract(real)
+            with self._precision(config.precision_of_real), stage("real"), torch.no_grad():
+                real = self.extract(real)
+            with self._precision(config.precision):
                 with stage("synthetic"):
                     synthetic = self.extract(synthetic)
                 with stage("loss"):
-                    attention, mmd = matching_terms(real, synthetic, config, chunk.groups)  # 5
-                    # pyrefly: ignore[unsupported-operation]  a number in resolved settings
-                    matched = attention + config.mmd_weight * mmd
-                    characteristic = calibration = torch.zeros_like(mmd)
+                    terms = matching_terms(real, synthetic, config, chunk.groups)  # 5
                     if frequencies is not None:
-                        characteristic = characteristic_loss(real[0], synthetic[0], frequencies, chunk.size)
-                        matched = matched + config.characteristic_weight * characteristic
+                        others = characteristic_loss(real[0], synthetic[0], frequencies, chunk.size)
+                        terms = torch.cat((terms, others.view(1)))
                     if config.calibration_weight > 0:
-                        calibration = self._cross_entropy(synthetic[0], chunk)
-                        matched = matched + config.calibration_weight * calibration
-                    # pyrefly: ignore[unsupported-operation]  likewise
-                    loss = config.loss_scale * matched  # 6
+                        terms = torch.cat((terms, self._cross_entropy(synthetic[0], chunk).view(1)))
                 del real, synthetic  # the backward pass needs little of them
-                with stage("backward"):
-                    (self._gradient[chunk.rows],) = torch.autograd.grad(loss, images)
-            terms += torch.stack((loss, attention, mmd, characteristic, calibration)).detach()
+                with stage("backward"):  # 6: of the loss, which is weights @ terms
+                    (gradient,) = torch.autograd.grad(terms, images, self._factored)
+                    unscaled = gradient if self._factor == 1 else gradient.div_(self._factor)
+                    matched.append((chunk.rows, terms.detach(), unscaled))
         with stage("update"):
-            self.momentum.mul_(config.momentum).add_(self._gradient)  # 7: SGD
-            self.images.sub_(self.momentum, alpha=config.image_lr)
+            for rows, terms, gradient in matched:  # no allocation from here on
+                momentum = self.momentum[rows]
+                torch.add(gradient, momentum, alpha=config.momentum, out=momentum)  # 7: SGD
+                self.images[rows].sub_(momentum, alpha=config.image_lr)
+                self._sums.add_(terms)
+            self._finite.add_(torch.lt(self._sums, math.inf, out=self._is_finite))
             if self.average is not None:
                 self.average.lerp_(self.images, (_AVERAGE_POWER + 1) / (self._iteration + _AVERAGE_POWER))
-            self._sums.add_(terms)
-            newly_bad = ~torch.isfinite(terms) & (self._first_bad == 0)
-            self._first_bad.add_(newly_bad * self._iteration)
+
+    def _precision(self, precision: str) -> contextlib.AbstractContextManager[None]:
+        return convolution_precision(precision, self.images.device, self.config.deterministic)
 
     def _cut_out(
         self, images: Tensor, stages: Sequence[AugmentationParameters], chunk: _Chunk, chosen: Tensor | None
@@ -318,15 +322,16 @@ class Distillation:
     def read(self) -> list[float]:
         """Wait for the device and return what `terms` needs of these classes, as plain numbers; reset the means.
 
-        The iteration, the number of steps, the sums of the terms, the first iterations at which they were not finite
-        (0: none), and for each class how many times as large as at the start its images are.
+        The iteration, the number of steps, the sums of the terms, the number of steps that left each finite, and for
+        each class how many times as large as at the start its images are.
         """
         peaks = self.images.abs().amax(dim=(1, 2, 3)).view(len(self.classes), -1).amax(dim=1)
         growth = peaks.double() / self._initial_peak
-        packed = (self._iteration.view(1), self._sums, self._first_bad, growth)
+        packed = (self._iteration.view(1), self._sums, self._finite, growth)
         iteration, *others = torch.cat([part.double() for part in packed]).tolist()
         steps, self._steps = self._steps, 0
         self._sums.zero_()
+        self._finite.zero_()
         return [iteration, steps, *others]
 
     def terms(self, readings: Sequence[Sequence[float]]) -> Terms:
@@ -336,14 +341,20 @@ class Distillation:
             DivergenceError: a loss term or an image is NaN, infinite or far too large; names term, iteration, classes
                 and the settings to lower.
         """
-        iteration, steps, count = int(readings[0][0]), readings[0][1], len(Terms._fields)
+        iteration, steps, count = int(readings[0][0]), int(readings[0][1]), len(self._weights)
         sums = [sum(column) for column in zip(*(reading[2 : 2 + count] for reading in readings), strict=True)]
         columns = zip(*(reading[2 + count : 2 + 2 * count] for reading in readings), strict=True)
-        first_bad = [int(min((bad for bad in column if bad), default=0)) for column in columns]
+        finite = [int(min(column)) for column in columns]
         growth = [value for reading in readings for value in reading[2 + 2 * count :]]
-        if any(first_bad) or not all(value <= GROWTH for value in growth):
+        if min(finite) < steps or not all(value <= GROWTH for value in growth):
+            first_bad = [iteration - steps + number + 1 if number < steps else 0 for number in finite]
             raise DivergenceError(self._describe_divergence(iteration, first_bad, growth))
-        return Terms(*(total / steps if steps else float("nan") for total in sums))
+        means = [total / steps if steps else math.nan for total in sums]
+        named = dict.fromkeys(Terms._fields, 0.0 if steps else math.nan)
+        for name, weight, mean in zip(self._names, self._weights.tolist(), means, strict=True):
+            named[name] += mean
+            named["loss"] += weight * mean
+        return Terms(**named)
 
     def read_terms(self) -> Terms:
         """Wait for the device; return the mean loss terms since the last reading.
@@ -355,7 +366,9 @@ class Distillation:
 
     def _describe_divergence(self, iteration: int, first_bad: Sequence[int], growth: Sequence[float]) -> str:
         names = self.data.class_names
-        bad_terms = [f"{name} at iteration {bad}" for name, bad in zip(Terms._fields, first_bad, strict=True) if bad]
+        found = sorted((bad, name) for name, bad in zip(self._names, first_bad, strict=True) if bad)
+        earliest = {name: bad for bad, name in reversed(found)}
+        bad_terms = [f"{name} at iteration {earliest[name]}" for name in Terms._fields if name in earliest]
         lost = [name for name, value in zip(names, growth, strict=True) if not value <= GROWTH]
         largest = max(growth)  # of finite ones: NaN compares as false
         if bad_terms or not all(value < float("inf") for value in growth):
@@ -411,6 +424,7 @@ class Distillation:
         with torch.cuda.device(device), self._unchanged():  # a graph keeps its generator's state on the current device
             stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
             stream.wait_stream(torch.cuda.current_stream(device))
+            torch._C._cuda_clearCublasWorkspaces()  # every stream gets its own, 33 MB; replays use only this one's
             with torch.cuda.stream(stream):
                 for _ in range(_WARM_UP_STEPS):
                     self._step()
@@ -423,7 +437,7 @@ class Distillation:
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[None]:
         """Undo what the enclosed steps do to images, momentum, average and terms."""
-        buffers = *self.state().values(), self._sums, self._first_bad
+        buffers = *self.state().values(), self._sums, self._finite
         saved = [buffer.clone() for buffer in buffers]
         try:
             yield
@@ -446,3 +460,13 @@ def make_convnet(config: DistillConfig, data: ImageData) -> ConvNet:
     channels, height, width = data.image_shape
     network = ConvNet(channels, data.num_classes, (height, width), **config.convnet_settings())
     return network.requires_grad_(False)
+
+
+def arrange(network: ConvNet, device: torch.device) -> ConvNet:
+    """Move a network to a device, its filters in the layout that their convolution reads."""
+    # pyrefly: ignore[no-matching-overload]  PyTorch's stubs lack a device beside a memory format
+    network = network.to(device, memory_format=torch.channels_last)
+    if network.unfused_reason() is None:
+        first = network.blocks[0].convolution.weight
+        first.data = first.data.contiguous()
+    return network

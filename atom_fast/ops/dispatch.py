@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_iter
 
 from .._device import HAS_TRITON, triton_refusal
 
@@ -129,15 +130,15 @@ def register(operation: str, *, plain: tuple[str, ...] = ("eager",), **implement
     _PLAIN[operation] = plain
 
 
-def dispatch(operation: str, x: Tensor, *arguments):
-    """Run an operation of ``TABLE`` on ``x`` with the implementation that the backend asks for.
+def dispatch(operation: str, x: Tensor | list[Tensor], *arguments):
+    """Run an operation of ``TABLE`` on ``x``, or several on one device, with what the backend asks for.
 
     Raises:
         RuntimeError: the backend cannot run on the device of ``x``.
         NotImplementedError: ``x`` carries a forward-mode tangent, and the implementation has no rule for it.
     """
     row = TABLE[operation]
-    resolved = resolve_backend(x)
+    resolved = resolve_backend(x if isinstance(x, Tensor) else x[0])
     for column in _ORDER[resolved]:
         if column not in row:
             continue
@@ -152,7 +153,7 @@ def dispatch(operation: str, x: Tensor, *arguments):
 
 
 def _refuse_tangents(operation: str, *arguments) -> None:
-    for argument in arguments:
+    for argument in tree_iter(arguments):
         if isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
             raise NotImplementedError(
                 f"{operation} has no forward-mode derivative (torch.func.jvp, torch.func.jacfwd, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -77,26 +78,37 @@ def class_mean_distance(real: Tensor, synthetic: Tensor, groups: ClassGroups | N
     Returns:
         A scalar, float64 for float64 input, otherwise float32.
     """
-    return dispatch("matching", real, synthetic, *(groups or (None,) * 4))
+    return class_mean_distances([real], [synthetic], groups).view(())
+
+
+def class_mean_distances(real: Sequence[Tensor], synthetic: Sequence[Tensor], groups: ClassGroups | None) -> Tensor:
+    """Return the `class_mean_distance` of each of n pairs, [n], which share their rows' classes.
+
+    Args:
+        real: n constants [B, D_i], floating point.
+        synthetic: n tensors [B', D_i]; the result is differentiable once with respect to them.
+        groups: as in `class_mean_distance`.
+    """
+    return dispatch("matching", list(synthetic), list(real), *(groups or (None,) * 4))
 
 
 def _run_triton(*arguments):
-    return class_mean_distance_op(*arguments, "triton")[0]
+    return class_mean_distances_op(*arguments, "triton")[0]
 
 
-def _run_c(real, synthetic, *groups):
-    if not native.takes(real, synthetic):
+def _run_c(synthetic, real, *groups):
+    if not native.takes(*real, *synthetic):
         return NotImplemented
-    return class_mean_distance_op(real, synthetic, *groups, "c")[0]
+    return class_mean_distances_op(synthetic, real, *groups, "c")[0]
 
 
-def _run_eager(real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offsets):
-    dtype = accumulation_dtype(synthetic.dtype)
-    real, synthetic = real.to(dtype), synthetic.to(dtype)
+def _run_eager(synthetic, real, real_order, real_offsets, synthetic_order, synthetic_offsets):
+    dtype = _result_dtype(synthetic)
+    pairs = [(r.to(dtype), s.to(dtype)) for r, s in zip(real, synthetic, strict=True)]
     if synthetic_order is None:
-        return reference.class_mean_distance(real, synthetic) if len(synthetic) else synthetic.sum()
+        return torch.stack([reference.class_mean_distance(r, s) if len(s) else s.sum() for r, s in pairs])
     labels = _labels(real_order, real_offsets), _labels(synthetic_order, synthetic_offsets)
-    return reference.class_mean_distance(real, synthetic, *labels)
+    return torch.stack([reference.class_mean_distance(*pair, *labels) for pair in pairs])
 
 
 def _labels(order: Tensor, offsets: Tensor) -> Tensor:
@@ -110,31 +122,43 @@ def _labels(order: Tensor, offsets: Tensor) -> Tensor:
 register("matching", triton=_run_triton, c=_run_c, eager=_run_eager)
 
 
-@operator("class_mean_distance", differentiable=True)
-def class_mean_distance_op(
-    real: Tensor,
-    synthetic: Tensor,
+def _result_dtype(synthetic: Sequence[Tensor]) -> torch.dtype:
+    """Return float64 if a tensor has it, otherwise float32."""
+    return max((accumulation_dtype(s.dtype) for s in synthetic), key=lambda dtype: dtype.itemsize)
+
+
+@operator("class_mean_distances", differentiable=True)
+def class_mean_distances_op(
+    synthetic: Sequence[Tensor],
+    real: Sequence[Tensor],
     real_order: Tensor | None,
     real_offsets: Tensor | None,
     synthetic_order: Tensor | None,
     synthetic_offsets: Tensor | None,
     implementation: str,
-) -> tuple[Tensor, Tensor]:
-    """Return the distance (scalar) of real [B, D] and synthetic [B', D], and its gradient [B', D] for the latter.
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the distances [n] of real [B, D_i] and synthetic [B', D_i], and each one's gradient [B', D_i].
 
     Without orders and offsets all rows are one class. The implementation is "triton", or "c" on a CPU.
     """
-    dtype = accumulation_dtype(synthetic.dtype)
-    if real.numel() == 0 or synthetic.numel() == 0:
-        return synthetic.new_zeros((), dtype=dtype), synthetic.new_zeros(synthetic.shape, dtype=dtype)
-    distance = _distance_triton if implementation == "triton" else _distance_c
-    return distance(real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offsets, dtype)
+    dtype, pairs = _result_dtype(synthetic), list(zip(real, synthetic, strict=True))
+    orders = real_order, real_offsets, synthetic_order, synthetic_offsets
+    compute = _distances_triton if implementation == "triton" else _distances_c
+    kept = [i for i, pair in enumerate(pairs) if all(side.numel() for side in pair)]
+    if len(kept) == len(pairs):
+        gradients = [s.new_empty(s.shape, dtype=dtype) for s in synthetic]
+        return compute(pairs, orders, gradients), gradients
+    gradients = [s.new_zeros(s.shape, dtype=dtype) for s in synthetic]
+    distances = synthetic[0].new_zeros(len(pairs), dtype=dtype)
+    if kept:
+        distances[kept] = compute([pairs[i] for i in kept], orders, [gradients[i] for i in kept])
+    return distances, gradients
 
 
-@fake(class_mean_distance_op)
-def _(real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offsets, implementation):
-    dtype = accumulation_dtype(synthetic.dtype)
-    return synthetic.new_empty((), dtype=dtype), synthetic.new_empty(synthetic.shape, dtype=dtype)
+@fake(class_mean_distances_op)
+def _(synthetic, real, real_order, real_offsets, synthetic_order, synthetic_offsets, implementation):
+    dtype = _result_dtype(synthetic)
+    return synthetic[0].new_empty(len(synthetic), dtype=dtype), [s.new_empty(s.shape, dtype=dtype) for s in synthetic]
 
 
 @operator("scaled_gradient")
@@ -149,57 +173,66 @@ def _(gradient, scale, like):
 
 
 def _setup_context(ctx, inputs, output):
-    _, gradient = output
-    ctx.mark_non_differentiable(gradient)
-    ctx.save_for_backward(gradient)
-    ctx.like = inputs[1].new_empty(0)
+    _, gradients = output
+    ctx.mark_non_differentiable(*gradients)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*gradients)
+    ctx.like = [s.new_empty(0) for s in inputs[0]]
 
 
-def _backward(ctx, scale, _):
-    (gradient,) = ctx.saved_tensors
-    return None, scaled_gradient(gradient, scale, ctx.like), None, None, None, None, None
+def _backward(ctx, scales, _):
+    scaled = [None] * len(ctx.like)
+    if scales is not None:
+        parts = zip(ctx.saved_tensors, scales.unbind(), ctx.like, strict=True)
+        scaled = [scaled_gradient(*part) for part in parts]
+    return scaled, [None] * len(ctx.like), None, None, None, None, None
 
 
-differentiate(class_mean_distance_op, _backward, _setup_context)
+differentiate(class_mean_distances_op, _backward, _setup_context)
 
 
-def _distance_triton(real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offsets, dtype):
+def _distances_triton(pairs, orders, gradients):
     import triton
 
     from ..kernels import matching as kernels
 
-    columns = synthetic.shape[1]
-    grouped = synthetic_offsets is not None
-    classes = synthetic_offsets.shape[0] - 1 if grouped else 1
-    launch = kernels.matching_launch(columns)
-    blocks = triton.cdiv(columns, launch["BLOCK_D"])
-    partial = synthetic.new_empty((classes, blocks), dtype=dtype)
-    gradient = synthetic.new_empty(synthetic.shape, dtype=dtype)
-    real, synthetic = (side if side.stride(1) == 1 else side.contiguous() for side in (real, synthetic))
-    with device_of(synthetic):
-        kernels.class_mean_distance_kernel[(classes, blocks)](
-            real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offsets, partial, gradient,
-            real.shape[0], synthetic.shape[0], columns, real.stride(0), synthetic.stride(0),
-            GROUPED=grouped, ACCUMULATE=triton_dtype(dtype), **launch,
-        )  # fmt: skip
-    return partial.sum(), gradient
+    offsets = orders[-1]
+    classes = 1 if offsets is None else offsets.shape[0] - 1
+    launches = [kernels.matching_launch(gradient.shape[1]) for gradient in gradients]
+    # A pair of fewer columns has blocks without any, which write zeros: one sum serves all pairs.
+    blocks = max(
+        triton.cdiv(gradient.shape[1], launch["BLOCK_D"]) for gradient, launch in zip(gradients, launches, strict=True)
+    )
+    partial = gradients[0].new_empty((len(pairs), classes, blocks))
+    for own, pair, gradient, launch in zip(partial, pairs, gradients, launches, strict=True):
+        real, synthetic = map(_with_dense_rows, pair)
+        with device_of(gradient):
+            kernels.class_mean_distance_kernel[(classes, blocks)](
+                real, synthetic, *orders, own, gradient,
+                real.shape[0], synthetic.shape[0], gradient.shape[1], real.stride(0), synthetic.stride(0),
+                GROUPED=offsets is not None, ACCUMULATE=triton_dtype(gradient.dtype), **launch,
+            )  # fmt: skip
+    return partial.sum((1, 2))
 
 
 _COLUMNS = 256  # as in kernels/matching.c
 
 
-def _distance_c(real, synthetic, real_order, real_offsets, synthetic_order, synthetic_offsets, dtype):
-    real, synthetic = (
-        side if side.stride(1) == 1 else side.contiguous() for side in (real.to(dtype), synthetic.to(dtype))
-    )
-    columns = synthetic.shape[1]
-    classes = 1 if synthetic_offsets is None else synthetic_offsets.shape[0] - 1
-    portions = classes * -(-columns // _COLUMNS)
-    partial = synthetic.new_empty(portions)
-    distance, gradient = synthetic.new_empty(()), synthetic.new_empty(synthetic.shape)
-    native.run(
-        f"class_mean_distance_{native.suffix(dtype)}", portions, real, real.stride(0), synthetic,
-        synthetic.stride(0), real_order, real_offsets, synthetic_order, synthetic_offsets, partial, distance, gradient,
-        len(real), len(synthetic), columns, classes,
-    )  # fmt: skip
-    return distance, gradient
+def _distances_c(pairs, orders, gradients):
+    offsets = orders[-1]
+    classes = 1 if offsets is None else offsets.shape[0] - 1
+    distances = gradients[0].new_empty(len(pairs))
+    for distance, pair, gradient in zip(distances, pairs, gradients, strict=True):
+        real, synthetic = (_with_dense_rows(side.to(gradient.dtype)) for side in pair)
+        rows, columns = gradient.shape
+        portions = classes * -(-columns // _COLUMNS)
+        native.run(
+            f"class_mean_distance_{native.suffix(gradient.dtype)}", portions, real, real.stride(0), synthetic,
+            synthetic.stride(0), *orders, gradient.new_empty(portions), distance, gradient,
+            len(real), rows, columns, classes,
+        )  # fmt: skip
+    return distances
+
+
+def _with_dense_rows(rows: Tensor) -> Tensor:
+    return rows if rows.stride(1) == 1 else rows.contiguous()

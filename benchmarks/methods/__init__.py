@@ -14,7 +14,9 @@ from atom_fast.distillation.config import PRESETS, DistillConfig, preset
 
 from .workload import Workload
 
-ALL_IMPLEMENTATIONS = ("eager", "eager-batched", "compile", "fused", "fused-graph")
+ALL_IMPLEMENTATIONS = ("eager", "eager-batched", "compile", "compile-graph", "fused", "fused-graph")
+AUTOTUNED = "compile-max-autotune"  # minutes of compilation: for ATOM alone
+NEED_GPU = ("compile-graph", AUTOTUNED, "fused-graph")
 # Settings that define a method's loss: no override replaces them where a method sets them.
 _LOSS = ("spatial_power", "channel_power", "feature_maps", "mmd_weight")
 _NO_ATTENTION = {"spatial_power": None, "channel_power": None}
@@ -64,7 +66,7 @@ METHODS = {
     "atom-channel": Method(
         "ATOM†", "channel", module="atom_channel", implementations=ALL_IMPLEMENTATIONS, real_batch=128
     ),
-    "atom": Method("ATOM", "paper", module="atom", implementations=ALL_IMPLEMENTATIONS, real_batch=128),
+    "atom": Method("ATOM", "paper", module="atom", implementations=(*ALL_IMPLEMENTATIONS, AUTOTUNED), real_batch=128),
     # Table 4 compares losses, all else equal. Its first row is DM's figure, so DM's loss: alone, its weight is 1.
     "mmd": Method("MMD", "paper", {**_NO_ATTENTION, "mmd_weight": 1.0}),
     "feature-maps": Method("MMD + feature maps", "paper", {**_NO_ATTENTION, "feature_maps": True}),

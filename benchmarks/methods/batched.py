@@ -2,7 +2,8 @@
 
 The same step as ``eager``, entirely on the device: the data set is uint8, all classes are sampled, augmented, embedded
 and matched together, the network is redrawn in place, the real side runs under ``no_grad``. ``compile`` applies
-``torch.compile`` to everything from the augmentation to the loss, and its backward.
+``torch.compile`` to everything from the augmentation to the loss, and its backward; ``compile-graph`` also captures
+both as CUDA graphs, and ``compile-max-autotune`` before that times the alternatives of every kernel.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from . import published
 from .batched_augmentation import augment, draw
 from .workload import Workload
 
-IMPLEMENTATIONS = ("eager-batched", "compile")
+MODES = {"compile": "default", "compile-graph": "reduce-overhead", "compile-max-autotune": "max-autotune"}
+IMPLEMENTATIONS = ("eager-batched", *MODES)
 
 
 def build(workload: Workload, *, spatial: bool, channel: bool, mmd_weight: float) -> Callable[[], Tensor]:
@@ -32,10 +34,11 @@ def build(workload: Workload, *, spatial: bool, channel: bool, mmd_weight: float
         synthetic = augment(synthetic, operations, uniforms)
         return matching_loss(network, real, synthetic, workload.classes, spatial, channel, mmd_weight)
 
-    if workload.implementation == "compile":
-        objective = torch.compile(objective, dynamic=False)
+    if workload.implementation in MODES:
+        objective = torch.compile(objective, dynamic=False, mode=MODES[workload.implementation])
 
     def step() -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()  # what the last replay wrote may be overwritten
         redraw(network, generator)
         real = _sample(workload, pixels, workload.real_batch, generator)
         with autocast(workload):
@@ -43,7 +46,7 @@ def build(workload: Workload, *, spatial: bool, channel: bool, mmd_weight: float
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return loss.detach()
+        return loss.detach().clone()  # out of the graph's memory
 
     return step
 

@@ -36,11 +36,12 @@ def build(workload: Workload, *, spatial: bool, channel: bool, mmd_weight: float
         channel_power=published.POWER if channel else None,
         mmd_weight=mmd_weight,
         loss_scale=1.0,
-        norm="instance",
+        norm=workload.norm or "instance",
         width=workload.width,
         depth=workload.depth,
         network_init="default",
         precision=workload.precision,
+        real_precision=workload.real_precision,
         seed=workload.seed,
         class_chunk=workload.class_chunk,
     ).resolve(data.image_shape, data.name, device)
@@ -69,9 +70,10 @@ def image_data(workload: Workload) -> ImageData:
 
 def whitening(data: ImageData) -> Preprocessing:
     """Return the whitening of uncorrelated uniform pixels: :func:`published.normalize` as a matrix."""
-    matrix = torch.eye(math.prod(data.image_shape), device=data.train_images.device) * math.sqrt(12)
-    mean = torch.full(data.image_shape, 0.5, device=matrix.device)
-    return Preprocessing.from_tensors({"zca_mean": mean, "zca_matrix": matrix, "zca_inverse": matrix / 12})
+    matrix = torch.eye(math.prod(data.image_shape)) * math.sqrt(12)
+    mean = torch.full(data.image_shape, 0.5)
+    tensors = {"zca_mean": mean, "zca_matrix": matrix, "zca_inverse": matrix / 12}
+    return Preprocessing.from_tensors(tensors).to(data.train_images.device)
 
 
 def standardization(data: ImageData) -> Preprocessing:

@@ -24,7 +24,9 @@ POWER = 4.0
 
 
 class ConvNet(nn.Module):
-    """The usual ConvNet: depth x [3x3 convolution, GroupNorm(C, C), ReLU, 2x2 average pooling], then a linear layer.
+    """The usual ConvNet: depth x [3x3 convolution, norm, ReLU, 2x2 average pooling], then a linear layer.
+
+    The norm is GroupNorm(C, C), that is InstanceNorm, or BatchNorm.
 
     Initialised as PyTorch does by default, like the public code. Images [B, channels, H, W] -> logits [B, classes].
     """
@@ -32,9 +34,11 @@ class ConvNet(nn.Module):
     def __init__(self, workload: Workload):
         super().__init__()
         channels, width = workload.channels, workload.width
+        batch_norm = workload.norm == "batch"
         blocks = []
         for _ in range(workload.depth):
-            blocks += [nn.Conv2d(channels, width, kernel_size=3, padding=1), nn.GroupNorm(width, width)]
+            norm = nn.BatchNorm2d(width) if batch_norm else nn.GroupNorm(width, width)
+            blocks += [nn.Conv2d(channels, width, kernel_size=3, padding=1), norm]
             blocks += [nn.ReLU(inplace=True), nn.AvgPool2d(2)]
             channels = width
         self.blocks = nn.Sequential(*blocks)

@@ -19,11 +19,13 @@ class Workload:
         class_images: real images per class in the data set.
         real_batch: real images per class per step.
         width, depth: channels and blocks of the ConvNet.
-        precision: precision of convolutions and matrix products: ``"float32"``, ``"tf32"`` or ``"bfloat16"``.
+        precision: precision of convolutions and matrix products, as in `atom_fast.distillation.DistillConfig`.
         device: ``"cuda"`` or ``"cpu"``.
         inner_divisor: divisor of the epochs of DC's and DSA's inner training; 1 as published.
         seed: seed of every random number.
         class_chunk: classes per chunk of this project's step; None for all at once.
+        norm: ``"batch"`` for BatchNorm; None for InstanceNorm.
+        real_precision: precision of the real images' convolutions in this project's step; None for ``precision``.
     """
 
     method: str
@@ -41,3 +43,5 @@ class Workload:
     inner_divisor: int = 1
     seed: int = 0
     class_chunk: int | None = None
+    norm: str | None = None
+    real_precision: str | None = None

@@ -11,9 +11,8 @@ from benchmarks import paper
 from benchmarks.harness import load_results
 from benchmarks.markdown import three_digits
 from benchmarks.methods import TIMED, Workload
-from benchmarks.plots import PRECISION_NAMES
 from benchmarks.table3 import EDITIONS, workloads
-from benchmarks.timings import merge
+from benchmarks.timings import in_order, merge, variant
 
 MISSING = "–"
 Cells = dict[Workload, dict]
@@ -108,17 +107,15 @@ def _ipcs(name: str, merged: Cells) -> list[int]:
 
 
 def _rows(name: str, merged: Cells, method: str) -> dict[str, list[dict | None]]:
-    """Return a method's cells by implementation and precision; None for a cell that is not measured yet."""
-    ipcs = _ipcs(name, merged)
-    by_key = {(w.method, w.implementation, w.precision, w.ipc): cell for w, cell in merged.items()}
-    to_measure = {(w.method, w.implementation, w.precision, w.ipc) for w in workloads(EDITIONS[name])}
-    rows = {}
-    for implementation in TIMED[method].implementations:
-        for precision, label in PRECISION_NAMES.items():
-            keys = [(method, implementation, precision, ipc) for ipc in ipcs]
-            if any(key in by_key or key in to_measure for key in keys):
-                rows[f"`{implementation}`{label}"] = [by_key.get(key) for key in keys]
-    return rows
+    """Return a method's cells by implementation, precision and norm; None for a cell that is not measured yet."""
+    own = {workload: cell for workload, cell in merged.items() if workload.method == method}
+    to_measure = [workload for workload in workloads(EDITIONS[name]) if workload.method == method]
+    rows: dict[str, dict[int, dict]] = {}
+    for workload in in_order([*own, *to_measure]):
+        row = rows.setdefault(f"`{workload.implementation}`{variant(workload)}", {})
+        if workload in own:
+            row[workload.ipc] = own[workload]
+    return {label: [row.get(ipc) for ipc in _ipcs(name, merged)] for label, row in rows.items()}
 
 
 def _has_gaps(name: str, merged: Cells) -> bool:
@@ -129,7 +126,8 @@ def _has_gaps(name: str, merged: Cells) -> bool:
 
 def _shown_eager(merged: Cells, cell: dict) -> bool:
     """Return True if the eager step that a cell is compared with is the one in the table."""
-    wanted = dataclasses.replace(Workload(**cell["workload"]), implementation="eager", class_chunk=None)
+    own = Workload(**cell["workload"])
+    wanted = dataclasses.replace(own, implementation="eager", class_chunk=None, real_precision=None)
     shown = merged.get(wanted) or merged.get(dataclasses.replace(wanted, precision="tf32"))
     return shown is None or shown["measured_at"] == cell["eager"]["measured_at"]
 

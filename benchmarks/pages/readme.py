@@ -20,8 +20,10 @@ STEPS = (
     ("eager", "tf32", "eager PyTorch, class by class"),
     ("eager-batched", "tf32", "eager PyTorch, all classes at once"),
     ("compile", "tf32", "the same under `torch.compile`"),
+    ("compile-graph", "tf32", "the same in a CUDA graph"),
     ("fused", "tf32", "atom_fast without a CUDA graph"),
     ("fused-graph", "tf32", "**atom_fast**, as `distill` runs it"),
+    ("fused-graph", "float16", "**atom_fast**, float16"),
     ("fused-graph", "bfloat16", "**atom_fast**, bfloat16"),
 )
 COLUMNS = {"eager": "eager PyTorch", "compile": "`torch.compile`", "fused": "atom_fast"}
@@ -183,13 +185,15 @@ def _where(gpu: Sequence[Path]) -> str:
 def _caveats(gpu: Sequence[Path]) -> str:
     """Return what a reader must know to judge the ratios: what was captured, and what has changed since."""
     cells = newest_cells(gpu)
-    text = "`torch.compile` runs in its default mode, without a CUDA graph. "
+    in_graph = ("compile-graph", "tf32") in cells
+    text = "" if in_graph else "`torch.compile` runs in its default mode, without a CUDA graph. "
     if ("fused", "tf32") in cells:
         faster = milliseconds(cells["compile", "tf32"]) / milliseconds(cells["fused", "tf32"]) - 1
         text += (
-            f"Without one, atom_fast is {100 * faster:.0f} % faster; the rest of the gain is the graph that `distill` "
-            f"captures. `torch.compile` inside a graph was not measured. "
+            f"Without a graph on either side, atom_fast is {100 * faster:.0f} % faster; the rest of the gain is the "
+            f"graph that `distill` captures. "
         )
+        text += "" if in_graph else "`torch.compile` inside a graph was not measured. "
     dates = {_commit(path): load_results(path)["cells"][0]["measured_at"][:10] for path in gpu}
     known = [commit for commit in COMMITS if commit in dates]
     if known:

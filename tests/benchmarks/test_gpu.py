@@ -52,7 +52,7 @@ def test_gpu_script_times_the_preset_best_beside_the_paper_s(monkeypatch, tmp_pa
         main.commands["profile"].make_context("profile", [*gpu.STEP[1:], *options])
     monkeypatch.setattr(gpu, "CELLS_FOLDER", tmp_path / "cells")
     monkeypatch.setattr(gpu, "environment", lambda device: {"device": device})
-    measured = {"precision": "tf32", "fusion": "fused", "step_seconds": 0.004, "captured_seconds": 0.002}
+    measured = {"precision": "tf32", "fusion": "fused", "step_seconds": 0.004, "captured_seconds": 0.002, "kernels": []}
     folder = tmp_path / "cells" / "steps" / "best"
     folder.mkdir(parents=True)
     script = (

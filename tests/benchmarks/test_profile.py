@@ -14,7 +14,7 @@ from atom_fast.distillation.start import initial_images
 from atom_fast.distillation.step import Distillation
 from atom_fast.ops import native
 from benchmarks.devices import DEVICES, measure_device
-from benchmarks.profile import _floors, _prepare, profile, profile_table, random_data, stage_seconds
+from benchmarks.profile import _floors, _prepare, kernel_times, profile, profile_table, random_data, stage_seconds
 from benchmarks.roofline import WAYS, Configuration, stages, totals
 from tests.benchmarks.tiny import command
 
@@ -150,6 +150,19 @@ def test_kernels_count_for_the_stage_that_launched_them():
     seconds, whole = stage_seconds(document)
     assert seconds == {name: {"real": 5.0, "backward": 3.0}.get(name, 0.0) for name in STAGES}
     assert whole == 10.0
+
+
+def test_kernels_of_a_replay_are_listed_in_order():
+    def kernel(name, ts, dur):
+        return {"ph": "X", "cat": "kernel", "name": name, "ts": ts, "dur": dur, "args": {}}
+
+    events = [kernel("b", 20, 3.0), kernel("a", 10, 1.0), kernel("a", 30, 2.0), kernel("b", 40, 5.0)]
+    events.append({"ph": "X", "cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": 1, "dur": 1, "args": {}})
+    assert kernel_times({"traceEvents": events}, 2) == [("a", 1.5), ("b", 4.0)]
+    with pytest.raises(ValueError, match=r"2 steps of the trace differ in their kernels \(3 in all\)"):
+        kernel_times({"traceEvents": events[1:]}, 2)
+    with pytest.raises(ValueError, match="differ"):
+        kernel_times({"traceEvents": [*events[:3], kernel("c", 40, 5.0)]}, 2)
 
 
 def test_measured_rates_are_plausible():

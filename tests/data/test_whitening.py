@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from atom_fast.data import whitening
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import KINDS, ZCA_EPS, Preprocessing, fit_preprocessing, real_image_gatherer
 
@@ -203,7 +204,10 @@ def test_tensors_are_enough_to_rebuild_it(device):
         rebuilt = Preprocessing.from_tensors({name: tensor.clone() for name, tensor in preprocessing.tensors().items()})
         assert rebuilt.kind == preprocessing.kind
         assert torch.equal(rebuilt.to_model(images), preprocessing.to_model(images))
-        assert all(tensor.device.type == device.type for tensor in rebuilt.to(device).tensors().values())
+        moved = rebuilt.to(device)
+        for name, tensor in moved.tensors().items():
+            assert tensor.device.type == ("cpu" if "matri" in name or "inverse" in name else device.type), name
+        torch.testing.assert_close(moved.to_model(images.to(device)).cpu(), preprocessing.to_model(images))
     with pytest.raises(ValueError, match=r"got \['mean', 'zca_mean'\]"):
         Preprocessing.from_tensors({"mean": torch.zeros(3), "zca_mean": torch.zeros(SHAPE)})
 
@@ -261,19 +265,29 @@ def test_gathered_images_are_those_of_the_indices_in_model_space(device, whitene
     torch.testing.assert_close(real, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("standardized", [False, True])
+def test_a_gpus_whitening_is_one_product_with_the_map_folded_in(standardized, memory_format, device):
+    images, preprocessing = smooth_images(40).to(device), orthonormal_preprocessing(standardized).to(device)
+    gather = whitening._whitening_gatherer(images, preprocessing, memory_format, "float32")
+    indices = torch.tensor([[3, 17, 0], [39, 3, 8]], device=device)
+    real = gather(indices)
+    assert real.shape == (6, *SHAPE) and real.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(real, preprocessing.to_model(images[indices.flatten()]), rtol=0, atol=1e-5)
+
+
 def test_a_gatherer_puts_the_precision_of_products_back(monkeypatch):
     settings = torch.backends.cuda.matmul
     before, seen = settings.fp32_precision, []
 
-    def to_model(preprocessing, images):
+    def addmm(*operands):
         seen.append(settings.fp32_precision)
         raise KeyError
 
-    images = smooth_images(4)
-    monkeypatch.setattr(Preprocessing, "to_model", to_model)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    options = smooth_images(4), orthonormal_preprocessing(), torch.channels_last
     for precision in ("float32", "tf32", "bfloat16"):
-        standard = Preprocessing(mean=torch.zeros(3), std=torch.ones(3))
-        gather = real_image_gatherer(data_of(images, "cpu"), standard, precision=precision)
+        gather = whitening._whitening_gatherer(*options, precision)
         with pytest.raises(KeyError):
             gather(torch.tensor([0]))
         assert settings.fp32_precision == before

@@ -58,7 +58,7 @@ def test_every_setting_is_described():
         assert setting["description"] and setting["type"] in ("integer", "number", "string", "boolean"), name
         assert setting["default"] == getattr(DistillConfig(), name), name
         assert setting["default"] is not None or setting["nullable"], name
-        assert "enum" not in setting or setting["default"] in setting["enum"], name
+        assert "enum" not in setting or setting["default"] in (*setting["enum"], None), name
     assert SETTINGS["spatial_power"] | {"minimum": 1, "maximum": 16, "nullable": True} == SETTINGS["spatial_power"]
     assert affects_result("seed") and not affects_result("class_chunk")
 
@@ -145,7 +145,7 @@ def test_a_precision_that_the_device_lacks_is_refused():
         ("augmentation", "color_crup", "crup"),
         ("preprocessing", "whiten", "auto, standard, zca"),
         ("norm", "instanc", "did you mean 'instance'"),
-        ("precision", "fp32", "auto, float32, tf32, bfloat16"),
+        ("precision", "fp32", "auto, float32, tf32, float16, bfloat16"),
         ("seed", -1, "at least 0|in "),
         ("cuda_graph", 1, "true or false"),
         ("log_every", 0, "at least 1"),

@@ -170,6 +170,27 @@ def test_reset_writes_in_place_and_the_same_network_in_every_dtype(device):
         assert torch.equal(a.double(), b.double()), name
 
 
+@pytest.mark.parametrize("initialization", INITIALIZATIONS)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_drawer_draws_the_same_networks_into_one_buffer(initialization, memory_format, device):
+    settings = {"width": 9, "norm": "batch", "initialization": initialization}  # an odd width: parts are padded
+    network = ConvNet(3, 4, 16, **settings).to(device, memory_format=memory_format).requires_grad_(False)
+    before = {name: (tensor.clone(), tensor.stride()) for name, tensor in network.state_dict().items()}
+    draw = network.drawer()
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, before[name][0]) and tensor.stride() == before[name][1], name
+    expected = ConvNet(3, 4, 16, **settings).to(device)
+    generator, other = seeded(2, device), seeded(2, device)
+    for _ in range(2):
+        draw(generator)
+        expected.reset_parameters(other)
+        for (name, a), b in zip(network.state_dict().items(), expected.state_dict().values(), strict=True):
+            assert torch.equal(a, b), name
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in network.parameters())
+    buffers = {network.get_parameter(f"blocks.{index}.convolution.weight").untyped_storage()._cdata for index in (0, 1)}
+    assert len(buffers) == 1
+
+
 def test_new_networks_come_from_the_default_generator():
     torch.manual_seed(11)
     first = ConvNet(3, 4, 8, width=8).state_dict()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import atom_fast as af
 from atom_fast import reference
 from atom_fast.kernels.matching import matching_launch
-from atom_fast.ops.matching import class_groups_op, class_mean_distance_op
+from atom_fast.ops.matching import class_groups_op, class_mean_distance, class_mean_distances, class_mean_distances_op
 from tests.cubin import compile_kernel
 
 BACKENDS = ("triton", "torch")
@@ -57,6 +57,25 @@ def test_one_class_without_labels_in_every_dtype_and_stride(name, device):
         torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", (*BACKENDS, "reference"))
+@pytest.mark.parametrize("columns", [(7, 300, 40), (300, 0, 40)])
+def test_several_pairs_are_each_computed_as_alone(name, columns, device):
+    dtypes = torch.float32, torch.bfloat16, torch.float32
+    labels = torch.tensor([1, 0, 1, 1, 0], device=device)
+    groups = af.class_groups(labels, labels.flip(0))
+    real = [draw(5, width, device, dtype) for width, dtype in zip(columns, dtypes, strict=True)]
+    synthetic = [draw(5, side.shape[1], device, side.dtype, seed=1).requires_grad_() for side in real]
+    weights = torch.tensor([1.0, 3.0, 0.01], device=device)
+    with af.backend(name):
+        distances = class_mean_distances(real, synthetic, groups)
+        alone = [class_mean_distance(*pair, groups) for pair in zip(real, synthetic, strict=True)]
+    together = torch.autograd.grad(distances, synthetic, weights)
+    apart = [torch.autograd.grad(*each)[0] for each in zip(alone, synthetic, weights, strict=True)]
+    torch.testing.assert_close(distances, torch.stack(alone), rtol=1e-6, atol=0)
+    assert all(torch.equal(*pair) for pair in zip(together, apart, strict=True))
+    assert [gradient.dtype for gradient in together] == list(dtypes)
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_first_derivatives_only(name, device):
     real, synthetic = draw(4, 3, device), draw(2, 3, device, seed=1).requires_grad_()
@@ -77,7 +96,7 @@ def test_operators_are_registered_as_pytorch_asks(name, device):
     groups = af.class_groups(labels, labels.flip(0))
     real, synthetic = draw(3, 7, device), draw(3, 7, device, seed=1).requires_grad_()
     for orders in (groups, (None,) * 4):
-        torch.library.opcheck(class_mean_distance_op, (real, synthetic, *orders, IMPLEMENTATIONS[name]))
+        torch.library.opcheck(class_mean_distances_op, ([synthetic], [real], *orders, IMPLEMENTATIONS[name]))
 
 
 @pytest.mark.parametrize(
