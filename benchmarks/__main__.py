@@ -319,6 +319,13 @@ def _busy(works, neighbours, rounds, out):
 @click.option("--steps", default=10, help="steps to time and trace  [default: 10 steps]")
 @click.option("--warm-up", default=3, help="untimed steps before  [default: 3 steps]")
 @click.option("--measure", is_flag=True, help="measure the rates of a device whose datasheet is known  [default: off]")
+@click.option(
+    "--kernels",
+    type=Choice(["measured", "successor"]),
+    default="measured",
+    show_default=True,
+    help="of operations that have two on a GPU: those that were measured, or those to follow",
+)
 @_out("runs/profile", "folder of profile.json and trace.json")
 @device_option
 @quiet_option
@@ -326,8 +333,8 @@ def _busy(works, neighbours, rounds, out):
 @click.pass_context
 @alone
 def profile(
-    ctx, dataset, data_dir, download, resolution, shape, preset_name, config, steps, warm_up, measure, out, device,
-    quiet, **settings,
+    ctx, dataset, data_dir, download, resolution, shape, preset_name, config, steps, warm_up, measure, kernels, out,
+    device, quiet, **settings,
 ):  # fmt: skip
     """Profile a step: time of each stage beside the least time it could take.
 
@@ -340,6 +347,7 @@ def profile(
     from atom_fast._files import write_atomically
     from atom_fast._malloc import keep_freed_memory
     from atom_fast.data.sources import load_data
+    from atom_fast.ops.launching import chosen_kernels
     from benchmarks.profile import profile as run
     from benchmarks.profile import profile_table, random_data
 
@@ -353,7 +361,8 @@ def profile(
         data = random_data(*shape, per_class=max(500, config.real_batch, config.ipc))
     trace, device = out / "trace.json", device_name(device)
     options = {"device": device, "measure": measure, "progress": not quiet}
-    result = run(config, data, trace, steps=steps, warm_up=warm_up, **options)
+    with chosen_kernels(kernels):
+        result = run(config, data, trace, steps=steps, warm_up=warm_up, **options)
     write_atomically(out / "profile.json", json.dumps(result.to_dict(), indent=2) + "\n")
     click.echo(profile_table(result))
     click.echo(f"trace: {trace}; figures: {out / 'profile.json'}", err=True)

@@ -2,10 +2,10 @@
 
 Needs a checkout and a Python with torch, triton, numpy and pytest; with images of CIFAR-10 also everything that the
 package requires (kornia, to whiten). Nothing is installed or fetched. Each part has its own time limit, and what a part
-has measured is kept however it ends. The folder of the results holds at most twelve files: ``summary.json``,
-``log.txt``, ``table3-gpu.json``, ``scaling-gpu.json``, ``kernels.json``, ``evaluation.json``, ``best.json`` and, with
-images, ``table1.json``, ``study.json`` and three records, whose sets stay in ``runs/gpu-accuracy``: another run
-continues them.
+has measured is kept however it ends. The folder of the results holds at most 13 files: ``summary.json``, ``log.txt``,
+``table3-gpu.json``, ``scaling-gpu.json``, ``kernels.json``, ``evaluation.json``, ``best.json``, ``successors.json``
+and, with images, ``table1.json``, ``study.json`` and three records, whose sets stay in ``runs/gpu-accuracy``: another
+run continues them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from . import scaling, table3
@@ -44,6 +44,17 @@ STEP = ["profile", "--shape", "10", "3", "32", "32", "--ipc", "50", "--steps", "
 STEPS_OF = {
     "paper": ["--preset", "paper", "--norm", "batch", "--preprocessing", "zca"],
     "best": ["--preset", "best", "--norm", "batch"],
+}
+# Steps with the kernels that were measured and with those to follow, in turns.
+SUCCESSORS = {
+    f"{name}, {kernels}": ["--preset", "paper", "--preprocessing", "zca", *options, "--kernels", kernels]
+    for name, options in {
+        "tf32": ["--norm", "instance"],
+        "tf32, real images in float16": ["--norm", "instance", "--real-precision", "float16"],
+        "float16": ["--norm", "instance", "--precision", "float16"],
+        "BatchNorm": ["--norm", "batch"],
+    }.items()
+    for kernels in ("measured", "successor")
 }
 RECORD = ["record", "--dataset", "cifar10", "--preset", "best", "--protocol", "idc", "--networks", "5", "--quiet"]
 _SECONDS_TO_STOP = 25  # in which a stopped command writes its results and reports failures
@@ -172,21 +183,30 @@ def _accuracies(run: GpuRun, limit: float, arguments: list[str]) -> str:
 
 def best(run: GpuRun, limit: float) -> str:
     """Time a step of the preset best beside one of the preset paper, at 50 images per class."""
+    return _steps(run, limit, STEPS_OF, "best.json")
+
+
+def successors(run: GpuRun, limit: float) -> str:
+    """Time a step with the measured kernels and with their successors, in every precision and norm."""
+    return _steps(run, limit, SUCCESSORS, "successors.json")
+
+
+def _steps(run: GpuRun, limit: float, steps: Mapping[str, list[str]], file: str) -> str:
     cells, outcomes = [], []
-    for name, options in STEPS_OF.items():
+    for name, options in steps.items():
         folder = CELLS_FOLDER / "steps" / name
         profile = folder / "profile.json"
         profile.unlink(missing_ok=True)
-        ending, _ = run.command([*BENCHMARKS, *STEP, *options, "--out", str(folder)], limit / len(STEPS_OF))
+        ending, _ = run.command([*BENCHMARKS, *STEP, *options, "--out", str(folder)], limit / len(steps))
         if profile.exists():
             measured = json.loads(profile.read_text("utf-8"))
             kept = ("precision", "fusion", "step_seconds", "captured_seconds", "kernels")
-            cells.append({"preset": name, "options": options, **{field: measured[field] for field in kept}})
+            cells.append({"step": name, "options": options, **{field: measured[field] for field in kept}})
             seconds = measured["captured_seconds"] or measured["step_seconds"]
             ending = f"{1e3 * seconds:.2f} ms" if ending == "ok" else ending
         outcomes.append(f"{name} {ending}")
     if cells:
-        save_results(run.out / "best.json", {"environment": environment("cuda"), "cells": cells})
+        save_results(run.out / file, {"environment": environment("cuda"), "cells": cells})
     return ", ".join(outcomes)
 
 
@@ -213,6 +233,7 @@ PARTS: dict[str, tuple[Callable[[GpuRun, float], str], float]] = {
     "table1": (table1, 240),
     "study": (study, 240),
     "best": (best, 60),
+    "successors": (successors, 160),
     **{f"record-{ipc}": (functools.partial(record, ipc=ipc), 240) for ipc in (1, 10, 50)},
     "evaluation": (evaluation, 180),
     "table3": (whole_table, 600),

@@ -1,8 +1,9 @@
 """Every fused operator against the bandwidth of a copy, on a GPU.
 
-The cases come from ``operators.py``, forward and backward, fused and eager. The figure that matters is their bytes per
-second as a share of a device-to-device copy's in the same run: an operator near 100 % cannot get faster without moving
-fewer bytes. Each call is captured as a CUDA graph, as in a captured step, so that the host's launch does not count.
+The cases come from ``operators.py``, forward and backward, eager, fused, and fused with the kernels that are to follow.
+The figure that matters is their bytes per second as a share of a device-to-device copy's in the same run: an operator
+near 100 % cannot get faster without moving fewer bytes. Each call is captured as a CUDA graph, as in a captured step,
+so that the host's launch does not count.
 Times are medians with quantiles of ``triton.testing.do_bench``, which empties the cache between calls.
 ``pytest benchmarks/test_operators.py`` times the same cases, and torch.compile, on a CPU too.
 """
@@ -35,7 +36,7 @@ def run(out: Path, operators: Sequence[str] | None = None) -> None:
     copy = copy_bandwidth("cuda")
     record |= {"copy": {"bytes_per_second": copy}, "cases": []}
     print(f"copy: {copy / 1e12:.2f} TB/s")
-    for case in cases("cuda", operators, ("eager", "fused")):
+    for case in cases("cuda", operators, ("eager", "fused", "successor")):
         if case.direction == "both":
             continue
         result = measure(case)
@@ -43,7 +44,7 @@ def run(out: Path, operators: Sequence[str] | None = None) -> None:
         record["cases"].append(result)
         save_results(out, record)
         print(
-            f"{case.operator:13} {case.direction:8} {case.implementation:6} {case.shape!s:22} {case.dtype:9} "
+            f"{case.operator:13} {case.direction:8} {case.implementation:9} {case.shape!s:22} {case.dtype:9} "
             f"{case.layout:13} {result['milliseconds'] * 1e3:9.1f} us {100 * result['share_of_copy']:5.1f} % of copy"
         )
 

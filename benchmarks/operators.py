@@ -21,6 +21,7 @@ from atom_fast.ops.attention import attention_maps
 from atom_fast.ops.batch_norm import batch_norm
 from atom_fast.ops.conv_block import conv_block
 from atom_fast.ops.instance_norm import instance_norm
+from atom_fast.ops.launching import KERNELS, chosen_kernels
 from atom_fast.ops.norm_block import norm_block
 
 from .methods.batched_augmentation import augment as batched_augmentation
@@ -41,7 +42,8 @@ class Case:
         shape: shape of the largest input.
         dtype: "float32" or "bfloat16".
         layout: layout of the input, "nchw" or "channels_last"; "rows" for matrices.
-        implementation: "eager" (the equations in PyTorch), "compile" (under torch.compile) or "fused" (this project).
+        implementation: "eager" (the equations in PyTorch), "compile" (under torch.compile), "fused" (this project) or
+            "successor" (this project with the kernels that are to follow; `atom_fast.ops.launching.KERNELS`).
         direction: "forward", "backward" (without the forward pass), or "both".
     """
 
@@ -112,6 +114,7 @@ def cases(
         for layout in (LAYOUTS if len(shape) == 4 else ("rows",))
         for direction in DIRECTIONS
         for implementation in implementations
+        if implementation != "successor" or operator in KERNELS
     ]
 
 
@@ -121,9 +124,11 @@ def prepare(case: Case, device: str) -> Work:
     if case.layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
     operator = OPERATORS[case.operator](x)
-    function = operator.fused if case.implementation == "fused" else operator.eager
+    function = operator.fused if case.implementation in ("fused", "successor") else operator.eager
     if case.implementation == "compile":
         function = torch.compile(function)
+    if case.implementation == "successor":
+        function = chosen_kernels("successor")(function)
     leaf = x.clone().requires_grad_()
     with torch.no_grad():
         outputs = operator.fused(x)

@@ -19,6 +19,17 @@ T = TypeVar("T")
 KERNELS = {"attention": "measured", "conv_block": "measured"}
 
 
+@contextlib.contextmanager
+def chosen_kernels(choice: str) -> Iterator[None]:
+    """Run ``"measured"`` kernels or their ``"successor"`` in the enclosed calls, and in their backward passes."""
+    before = dict(KERNELS)
+    KERNELS.update(dict.fromkeys(KERNELS, choice))
+    try:
+        yield
+    finally:
+        KERNELS.update(before)
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return float64 for float64, and float32 for every narrower floating dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32

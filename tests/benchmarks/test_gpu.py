@@ -48,7 +48,7 @@ def test_gpu_script_runs_tables_where_the_images_are(monkeypatch, tmp_path, part
 
 def test_gpu_script_times_the_preset_best_beside_the_paper_s(monkeypatch, tmp_path):
     """The commands are accepted, each profile is read, and one that fails is named."""
-    for options in gpu.STEPS_OF.values():
+    for options in (*gpu.STEPS_OF.values(), *gpu.SUCCESSORS.values()):
         main.commands["profile"].make_context("profile", [*gpu.STEP[1:], *options])
     monkeypatch.setattr(gpu, "CELLS_FOLDER", tmp_path / "cells")
     monkeypatch.setattr(gpu, "environment", lambda device: {"device": device})
@@ -62,7 +62,7 @@ def test_gpu_script_times_the_preset_best_beside_the_paper_s(monkeypatch, tmp_pa
     monkeypatch.setattr(gpu, "BENCHMARKS", ["-c", script])
     assert gpu.best(gpu.GpuRun(tmp_path, 0, None, []), 120) == "paper failed (exit status 2), best 2.00 ms"
     [cell] = json.loads((tmp_path / "best.json").read_text())["cells"]
-    assert cell["preset"] == "best" and cell["captured_seconds"] == 0.002
+    assert cell["step"] == "best" and cell["captured_seconds"] == 0.002
 
 
 @pytest.mark.parametrize("ipc", [1, 10, 50])

@@ -26,15 +26,16 @@ def test_implementations_compute_the_same(operator, layout, device):
     outcomes = {}
     shape = SMALL[operator]
     case = Case(operator, shape, "float32", layout if len(shape) == 4 else "rows", "eager", "forward")
-    for implementation in ("eager", "fused"):
+    for implementation in ("eager", "fused", "successor"):
         parts = [
             prepare(dataclasses.replace(case, implementation=implementation, direction=direction), device.type).call()
             for direction in DIRECTIONS
         ]
         outcomes[implementation] = [tensor for part in parts for tensor in part]
     tolerance = {"rtol": 1e-3, "atol": 1e-4} if device.type == "cpu" else {"rtol": 2e-2, "atol": 2e-2}  # TF32
-    for eager, fused in zip(outcomes["eager"], outcomes["fused"], strict=True):
-        torch.testing.assert_close(fused, eager, **tolerance)
+    for implementation in ("fused", "successor"):
+        for eager, fused in zip(outcomes["eager"], outcomes[implementation], strict=True):
+            torch.testing.assert_close(fused, eager, **tolerance)
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
