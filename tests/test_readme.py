@@ -67,6 +67,7 @@ COVERED = {
     ),
     r"benchmarks compare": (TEST, "benchmarks/test_timings.py::test_compare_names_what_got_slower_by_ratio"),
     r"benchmarks digits": (TEST, "benchmarks/test_digits.py::test_digits_distils_the_same_set_as_the_plain_loop"),
+    r"benchmarks precision": (TEST, "benchmarks/test_precision.py::test_float16_is_as_exact_as_tf32"),
     r"benchmarks profile --dataset": (RUN, "--steps 1 --warm-up 1 --width 8 --real-batch 2 --quiet"),
     r"benchmarks profile": (
         TEST,

@@ -13,7 +13,7 @@ PROTOCOL, TESTED_NORM = "evaluation", "evaluation_norm"
 BASE = "baseline"
 
 # Settings on which the paper contradicts itself or differs from the code that it builds on, and the values they might
-# have; ``image_average`` is this project's. The last two are not settings of the distillation: the same sets,
+# have; ``image_average`` and the precisions are this project's. The last two are not settings of the distillation: the same sets,
 # evaluated by other protocols, and on ConvNets with another norm (``norm`` changes both sides).
 FACTORS: Mapping[str, tuple[object, ...]] = {
     "loss_scale": (1.0, 10.0, 100.0),
@@ -22,6 +22,8 @@ FACTORS: Mapping[str, tuple[object, ...]] = {
     "network_init": ("normal", "default", "uniform"),
     "preprocessing": ("zca", "standard", "zca_standardized"),
     "image_average": (False, True),
+    "precision": ("auto", "float16", "bfloat16"),
+    "real_precision": (None, "float16"),
     PROTOCOL: ("paper", "paper-fixed", "paper-table7", "dc", "datadam-code"),
     TESTED_NORM: ("instance", "batch"),
 }

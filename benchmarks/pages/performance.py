@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from atom_fast.distillation.step import FLOAT16_FACTOR
 from benchmarks import markdown
 from benchmarks.devices import DEVICES
 from benchmarks.markdown import paragraph, three_digits
@@ -19,6 +20,7 @@ from benchmarks.timings import merge
 # A CIFAR-10 step at 50 images per class: the cell of the README's table.
 STEP = Configuration(10, 3, 32, 32, ipc=50, real_batch=128, network_width=128, depth=3, precision="tf32", whitened=True)
 DEVICE = "H100"
+FACTORED = ("float16", "float16, without the factor")
 NUMBERS = {2: "Two", 4: "Four", 8: "Eight"}
 GROUPS = {
     "sampling, whitening, augmentation": ("sampling", "augmentation", "backward augmentation"),
@@ -82,6 +84,31 @@ def bandwidth(kernels: Sequence[Path]) -> str:
         )
     head = ["operator", "input", "layout", "type", "direction", "ms", "share of a copy", "eager PyTorch's share"]
     return markdown.table(head, lines)
+
+
+def precision(path: Path) -> str:
+    """Return the error of the images' gradient by precision, in percent of its length."""
+    record = json.loads(path.read_text())
+    columns, rows = {}, {}
+    for cell in record["cells"]:
+        norm = {"instance": "InstanceNorm", "batch": "BatchNorm"}[cell["norm"]]
+        columns[cell["ipc"]] = f"{cell['ipc']}, {norm}"
+        rows.setdefault(cell["way"], {})[cell["ipc"]] = statistics.fmean(cell["errors"])
+    lines = [[way, *(f"{100 * errors[ipc]:.2g}" for ipc in columns)] for way, errors in rows.items()]
+    head = ["% of the gradient; images per class and norm:", *columns.values()]
+    cell = record["cells"][0]
+    scaled = [cell["largest"] for cell in record["cells"] if cell["way"] == "float16"]
+    lost = [max(cell["lost"] for cell in record["cells"] if cell["way"] == way) for way in FACTORED]
+    return (
+        markdown.table(head, lines)
+        + "\n\n"
+        + paragraph(
+            f"{record['data']}, width {cell['width']}, {cell['real_batch']} real images per class, the mean of "
+            f"{len(cell['errors'])} networks. In float16 the gradient is computed times {FLOAT16_FACTOR:,.0f}: the "
+            f"largest that a kernel stores is then {max(scaled):,.0f} of 65,504, and float16 rounds at most "
+            f"{100 * lost[0]:.1f} % of them to zero instead of {100 * lost[1]:.1f} %."
+        )
+    )
 
 
 def kept_memory(path: Path) -> str:
