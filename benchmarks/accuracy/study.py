@@ -13,8 +13,8 @@ PROTOCOL, TESTED_NORM = "evaluation", "evaluation_norm"
 BASE = "baseline"
 
 # Settings on which the paper contradicts itself or differs from the code that it builds on, and the values they might
-# have; ``image_average`` and the precisions are this project's. The last two are not settings of the distillation: the same sets,
-# evaluated by other protocols, and on ConvNets with another norm (``norm`` changes both sides).
+# have; ``image_average`` and the precisions are this project's. The last two are not settings of the distillation: the
+# same sets, evaluated by other protocols, and on ConvNets with another norm (``norm`` changes both sides).
 FACTORS: Mapping[str, tuple[object, ...]] = {
     "loss_scale": (1.0, 10.0, 100.0),
     "norm": ("instance", "batch"),
