@@ -38,13 +38,14 @@ def launch_table(image_channels: int, channels: int) -> dict[str, int]:
         "BLOCK_C": max(16, min(triton.next_power_of_2(channels), 128)),
         "BLOCK_K": columns_block(image_channels),
         "TILES": 4,
+        "num_stages": 1,
         "num_warps": 4,
     }
 
 
 def columns_block(image_channels: int) -> int:
-    """Return the values of a neighbourhood and a constant, rounded up to a power of two for matrix instructions."""
-    return max(16, triton.next_power_of_2(9 * image_channels + 1))
+    """Return the values of a neighbourhood and two constants, rounded up to a power of two for matrix instructions."""
+    return max(16, triton.next_power_of_2(9 * image_channels + 2))
 
 
 @triton.jit
@@ -61,16 +62,18 @@ def _taps(BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _origin(p_image, strides, CI: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Load the middle pixel [BLOCK_K] of each tap's image channel, 0 past the last channel."""
+def _origin(p_image, strides, dtype: tl.constexpr, CI: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Return what `_columns` subtracts [BLOCK_K]: the middle pixel of the tap's channel, then -1 twice, then 0."""
+    o_k = tl.arange(0, BLOCK_K)
     channel, _, _ = _taps(BLOCK_K)
     pointers = p_image + channel * strides[0] + (H // 2) * strides[1] + (W // 2) * strides[2]
-    return tl.load(pointers, mask=tl.arange(0, BLOCK_K) < 9 * CI, other=0.0)
+    b_pixel = tl.load(pointers, mask=o_k < 9 * CI, other=0.0).to(dtype)
+    return tl.where((o_k == 9 * CI) | (o_k == 9 * CI + 1), -1.0, b_pixel)
 
 
 @triton.jit
 def _columns(image, o_h, o_w, CI: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Load the neighbourhoods [positions, BLOCK_K] of positions (o_h, o_w): (x - origin) scale.
+    """Load the neighbourhoods [positions, BLOCK_K] of positions (o_h, o_w): (x - origin) scale, where x past 9 CI is 0.
 
     Args:
         image: the sample's pointer, origin [BLOCK_K], scale, and strides of channels, rows and columns.
@@ -121,22 +124,23 @@ def moments_kernel(
     dtype: tl.constexpr = p_moments.dtype.element_ty
     strides = (stride_c, stride_h, stride_w)
     p_sample = p_image + i_b * stride_b
-    b_origin = _origin(p_image if BATCH else p_sample, strides, CI, H, W, BLOCK_K).to(dtype)
+    b_origin = _origin(p_image if BATCH else p_sample, strides, dtype, CI, H, W, BLOCK_K)
     o_k = tl.arange(0, BLOCK_K)
     b_moments = tl.zeros([BLOCK_K, BLOCK_K], dtype)
     for start in range(0, H * W, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
         b_columns = _columns((p_sample, b_origin, 1.0, strides), o_n // W, o_n % W, CI, H, W, BLOCK_K)
-        b_columns = tl.where((o_k == 9 * CI)[None, :], 1.0, b_columns)
         b_columns = tl.where((o_n < H * W)[:, None], b_columns, 0.0).to(p_filter.dtype.element_ty)
         b_moments = tl.dot(tl.trans(b_columns), b_columns, b_moments, input_precision=PRECISION, out_dtype=dtype)
     tl.store(p_moments + i_b * (BLOCK_K * BLOCK_K) + o_k[:, None] * BLOCK_K + o_k[None, :], b_moments)
 
 
 @triton.jit
-def _round_to_tf32(b_x):
-    """Round float32 to the nearest TF32; matrix instructions truncate."""
-    return ((b_x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+def _round(b_x, operand: tl.constexpr, PRECISION: tl.constexpr):
+    """Round to the operands of matrix instructions; float32 to the nearest TF32, because the instructions truncate."""
+    if PRECISION == "tf32":
+        b_x = ((b_x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return b_x.to(operand)
 
 
 @triton.jit
@@ -144,11 +148,11 @@ def fold_filters_kernel(
     p_image,
     p_filter,
     p_weight,
+    p_bias,
     p_moments,
     p_mean,
     p_rstd,
     p_folded,
-    p_shift,
     eps,
     stride_b,
     stride_c: tl.constexpr,
@@ -158,7 +162,6 @@ def fold_filters_kernel(
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
-    AFFINE: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT_PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -169,12 +172,12 @@ def fold_filters_kernel(
     Args:
         p_image: as in `moments_kernel`; the origin is that of sample i for row i.
         p_filter: [C, CI, 3, 3] contiguous.
-        p_weight: [C] scale of the norm; not read without AFFINE.
+        p_weight, p_bias: [C] scale and shift of the norm; None for 1 and 0.
         p_moments: [rows, BLOCK_K, BLOCK_K] from `moments_kernel`, summed over samples for the batch; None to read mean
             and rstd instead of writing them.
         p_mean, p_rstd: [rows, C] mean and 1 / sqrt(variance + eps) of the convolution's output.
-        p_folded: [rows, BLOCK_K, chunks BLOCK_C] filter scale rstd, in the dtype of the filters; zero past 9 CI and C.
-        p_shift: [rows, chunks BLOCK_C] the norm's output, before its shift, where the neighbourhood is the origin.
+        p_folded: [rows, BLOCK_K, chunks BLOCK_C] filter scale / deviation in the dtype of the filters, zero past C. The
+            two rows that multiply constants add up to the norm's output where the neighbourhood is the origin.
         EXACT_PRECISION: "tf32x3" or "ieee", of products whose rounding the variance would magnify.
     """
     i_r = tl.program_id(0).to(tl.int64)
@@ -183,7 +186,7 @@ def fold_filters_kernel(
     o_k = tl.arange(0, BLOCK_K)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     b_filter = _load_filters(p_filter, o_k, o_c, CI, C).to(dtype)
-    b_origin = _origin(p_image + i_r * stride_b, (stride_c, stride_h, stride_w), CI, H, W, BLOCK_K).to(dtype)
+    b_origin = _origin(p_image + i_r * stride_b, (stride_c, stride_h, stride_w), dtype, CI, H, W, BLOCK_K)
     b_constant = tl.sum(b_filter * b_origin[:, None], axis=0)
     if p_moments is None:
         b_mean = tl.load(p_mean + i_r * C + o_c, mask=o_c < C, other=0.0)
@@ -191,7 +194,7 @@ def fold_filters_kernel(
         b_shift = b_constant - b_mean
     else:
         p_moments += i_r * (BLOCK_K * BLOCK_K)
-        count = tl.load(p_moments + (9 * CI) * BLOCK_K + 9 * CI)
+        count = tl.load(p_moments + (9 * CI) * (BLOCK_K + 1))
         b_rows = tl.load(p_moments + o_k * BLOCK_K + 9 * CI) / count
         b_columns = tl.load(p_moments + (9 * CI) * BLOCK_K + o_k) / count
         b_covariance = tl.load(p_moments + o_k[:, None] * BLOCK_K + o_k[None, :]) / count
@@ -204,14 +207,19 @@ def fold_filters_kernel(
         tl.store(p_mean + i_r * C + o_c, b_mean, mask=o_c < C)
         tl.store(p_rstd + i_r * C + o_c, b_rstd, mask=o_c < C)
     b_scale = b_rstd
-    if AFFINE:
+    if p_weight is not None:
         b_scale *= tl.load(p_weight + o_c, mask=o_c < C, other=0.0).to(dtype)
-    b_folded = b_filter * b_scale[None, :]
-    if PRECISION == "tf32":
-        b_folded = _round_to_tf32(b_folded)
-    pointers = p_folded + i_r * (BLOCK_K * n_c) + o_k[:, None] * n_c + o_c[None, :]
-    tl.store(pointers, b_folded.to(p_folded.dtype.element_ty))
-    tl.store(p_shift + i_r * n_c + o_c, tl.where(o_c < C, b_shift * b_scale, 0.0))
+    b_shift *= b_scale
+    if p_bias is not None:
+        b_shift += tl.load(p_bias + o_c, mask=o_c < C, other=0.0).to(dtype)
+    operand: tl.constexpr = p_folded.dtype.element_ty
+    b_folded = _round(b_filter * b_scale[None, :], operand, PRECISION)
+    b_high = _round(b_shift, operand, PRECISION)
+    b_low = _round(b_shift - b_high, operand, PRECISION)  # what rounding took away
+    b_folded = tl.where((o_k == 9 * CI)[:, None], b_high[None, :], b_folded)
+    b_folded = tl.where((o_k == 9 * CI + 1)[:, None], b_low[None, :], b_folded)
+    b_folded = tl.where((o_c < C)[None, :], b_folded, 0.0)
+    tl.store(p_folded + i_r * (BLOCK_K * n_c) + o_k[:, None] * n_c + o_c[None, :], b_folded)
 
 
 @triton.jit
@@ -222,18 +230,16 @@ def _places(i_t, W: tl.constexpr, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def _product(b_columns, b_filter, b_shift, PRECISION: tl.constexpr):
-    """Return the product of neighbourhoods and folded filters, plus a shift."""
-    b_start = tl.broadcast_to(b_shift[None, :], [b_columns.shape[0], b_filter.shape[1]])
-    columns = b_columns.to(b_filter.dtype)
-    return tl.dot(columns, b_filter, b_start, input_precision=PRECISION, out_dtype=b_shift.dtype)
+def _add_quads(a_00, a_01, a_10, a_11, b_00, b_01, b_10, b_11):
+    """Add two quads."""
+    return a_00 + b_00, a_01 + b_01, a_10 + b_10, a_11 + b_11
 
 
 @triton.jit
 def _walk(
-    image, p_folded, p_shift, p_bias, p_pooled, p_spatial, p_channel, i_s, i_c,
+    image, p_folded, p_pooled, p_spatial, p_channel, i_s, i_c,
     CI: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
-    SPATIAL: tl.constexpr, CHANNEL: tl.constexpr, AFFINE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    SPATIAL: tl.constexpr, CHANNEL: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     CHUNKS: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compute the features of split ``i_s`` of a sample's tiles and chunk ``i_c`` of its channels.
@@ -242,21 +248,20 @@ def _walk(
         p_pooled: the sample's pooled features; None to leave them out.
         p_spatial, p_channel: the sample's rows of sums, see `features_kernel`; both None to return the largest feature.
     """
-    dtype: tl.constexpr = p_shift.dtype.element_ty
+    dtype: tl.constexpr = image[1].dtype
+    GROUP: tl.constexpr = min(BLOCK_C, 32)
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     b_filter = tl.load(p_folded + tl.arange(0, BLOCK_K)[:, None] * (CHUNKS * BLOCK_C) + o_c[None, :])
-    b_shift = tl.load(p_shift + o_c)
-    if AFFINE:
-        b_shift += tl.load(p_bias + o_c, mask=o_c < C, other=0.0).to(dtype)
-    b_shift *= image[2]
     b_channel = tl.zeros([BLOCK_P, BLOCK_C], dtype)
     for i_t in range(i_s * TILES, tl.minimum((i_s + 1) * TILES, tl.cdiv(((H + 1) // 2) * ((W + 1) // 2), BLOCK_P))):
         o_h, o_w = _places(i_t, W, BLOCK_P)
         b_pooled = b_channel
+        spatial = ()
         for i_q in tl.static_range(4):
             n_h, n_w = o_h + i_q // 2, o_w + i_q % 2
             m_p = (n_h < H) & (n_w < W)
-            b_f = _product(_columns(image, n_h, n_w, CI, H, W, BLOCK_K), b_filter, b_shift, PRECISION)
+            b_columns = _columns(image, n_h, n_w, CI, H, W, BLOCK_K).to(b_filter.dtype)
+            b_f = tl.dot(b_columns, b_filter, input_precision=PRECISION, out_dtype=dtype)
             b_f = tl.maximum(b_f, 0.0, propagate_nan=tl.PropagateNan.ALL)
             if not EXACT:
                 b_f = tl.where(m_p[:, None], b_f, 0.0)
@@ -264,10 +269,16 @@ def _walk(
             if p_spatial is None:
                 b_channel = tl.maximum(b_channel, b_f)
             else:
-                if SPATIAL > 0:
-                    tl.store(p_spatial + i_c * (H * W) + n_h * W + n_w, tl.sum(power(b_f, SPATIAL), axis=1), mask=m_p)
+                if SPATIAL > 0:  # first over channels of one thread
+                    b_groups = tl.reshape(power(b_f, SPATIAL), [BLOCK_P, BLOCK_C // GROUP, GROUP])
+                    spatial = spatial + (tl.sum(b_groups, axis=1),)
                 if CHANNEL > 0:
                     b_channel += power(b_f, CHANNEL)
+        if p_spatial is not None and SPATIAL > 0:
+            spatial = tl.reduce(spatial, 1, _add_quads)
+            for i_q in tl.static_range(4):
+                n_h, n_w = o_h + i_q // 2, o_w + i_q % 2
+                tl.store(p_spatial + i_c * (H * W) + n_h * W + n_w, spatial[i_q], mask=(n_h < H) & (n_w < W))
         if p_pooled is not None:
             o_p = (o_h // 2) * (W // 2) + o_w // 2
             mask = ((o_h < H // 2 * 2) & (o_w < W // 2 * 2))[:, None] & (o_c < C)[None, :]
@@ -281,8 +292,6 @@ def _walk(
 def features_kernel(
     p_image,
     p_folded,
-    p_shift,
-    p_bias,
     p_pooled,
     p_spatial,
     p_channel,
@@ -296,7 +305,6 @@ def features_kernel(
     W: tl.constexpr,
     SPATIAL: tl.constexpr,
     CHANNEL: tl.constexpr,
-    AFFINE: tl.constexpr,
     BATCH: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -310,8 +318,7 @@ def features_kernel(
     """Compute the pooled features and both maps before normalisation. Grid: (samples, SPLITS, CHUNKS).
 
     Args:
-        p_folded, p_shift: from `fold_filters_kernel`; one row for the batch with BATCH.
-        p_bias: [C] shift of the norm; not read without AFFINE.
+        p_folded: from `fold_filters_kernel`; one row for the batch with BATCH.
         p_pooled: [B, C, H // 2, W // 2], channels_last.
         p_spatial: [B, CHUNKS, H W] sums over a chunk's channels of f^SPATIAL.
         p_channel: [B, SPLITS, C] sums over a split's positions of f^CHANNEL.
@@ -320,16 +327,16 @@ def features_kernel(
         The others as in `moments_kernel`.
     """
     i_b = tl.program_id(0).to(tl.int64)
-    dtype: tl.constexpr = p_shift.dtype.element_ty
+    dtype: tl.constexpr = p_spatial.dtype.element_ty
     strides = (stride_c, stride_h, stride_w)
     p_sample = p_image + i_b * stride_b
-    b_origin = _origin(p_image if BATCH else p_sample, strides, CI, H, W, BLOCK_K).to(dtype)
+    b_origin = _origin(p_image if BATCH else p_sample, strides, dtype, CI, H, W, BLOCK_K)
     i_r = i_b * (0 if BATCH else 1)
     _walk(
         (p_sample, b_origin, 1.0, strides),
-        p_folded + i_r * (BLOCK_K * CHUNKS * BLOCK_C), p_shift + i_r * (CHUNKS * BLOCK_C), p_bias,
+        p_folded + i_r * (BLOCK_K * CHUNKS * BLOCK_C),
         p_pooled + i_b * (C * (H // 2) * (W // 2)), p_spatial + i_b * (CHUNKS * H * W), p_channel + i_b * (SPLITS * C),
-        tl.program_id(1), tl.program_id(2), CI, C, H, W, SPATIAL, CHANNEL, AFFINE, EXACT, PRECISION,
+        tl.program_id(1), tl.program_id(2), CI, C, H, W, SPATIAL, CHANNEL, EXACT, PRECISION,
         CHUNKS, TILES, BLOCK_P, BLOCK_C, BLOCK_K,
     )  # fmt: skip
 
@@ -354,8 +361,6 @@ def _norm(b_map):
 def maps_kernel(
     p_image,
     p_folded,
-    p_shift,
-    p_bias,
     p_spatial,
     p_channel,
     p_maps,
@@ -370,7 +375,6 @@ def maps_kernel(
     W: tl.constexpr,
     SPATIAL: tl.constexpr,
     CHANNEL: tl.constexpr,
-    AFFINE: tl.constexpr,
     BATCH: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -393,7 +397,7 @@ def maps_kernel(
         The others as in `features_kernel`.
     """
     i_b = tl.program_id(0).to(tl.int64)
-    dtype: tl.constexpr = p_shift.dtype.element_ty
+    dtype: tl.constexpr = p_spatial.dtype.element_ty
     p_spatial += i_b * (CHUNKS * H * W)
     p_channel += i_b * (SPLITS * C)
     peak = tl.full([], 1.0, dtype)
@@ -407,23 +411,22 @@ def maps_kernel(
     if not safe:
         strides = (stride_c, stride_h, stride_w)
         p_sample = p_image + i_b * stride_b
-        b_origin = _origin(p_image if BATCH else p_sample, strides, CI, H, W, BLOCK_K).to(dtype)
+        b_origin = _origin(p_image if BATCH else p_sample, strides, dtype, CI, H, W, BLOCK_K)
         i_r = i_b * (0 if BATCH else 1)
         p_folded += i_r * (BLOCK_K * CHUNKS * BLOCK_C)
-        p_shift += i_r * (CHUNKS * BLOCK_C)
         largest = tl.full([], 0.0, dtype)
         for i in range(SPLITS * CHUNKS):
             found = _walk(
-                (p_sample, b_origin, 1.0, strides), p_folded, p_shift, p_bias, None, None, None,
-                i % SPLITS, i // SPLITS, CI, C, H, W, 0, 0, AFFINE, EXACT, PRECISION,
+                (p_sample, b_origin, 1.0, strides), p_folded, None, None, None,
+                i % SPLITS, i // SPLITS, CI, C, H, W, 0, 0, EXACT, PRECISION,
                 CHUNKS, TILES, BLOCK_P, BLOCK_C, BLOCK_K,
             )  # fmt: skip
             largest = tl.maximum(largest, found)
         peak = tl.where(largest > 0, largest, 1.0)
         for i in range(SPLITS * CHUNKS):
             _walk(
-                (p_sample, b_origin, 1.0 / peak, strides), p_folded, p_shift, p_bias, None, p_spatial, p_channel,
-                i % SPLITS, i // SPLITS, CI, C, H, W, SPATIAL, CHANNEL, AFFINE, EXACT, PRECISION,
+                (p_sample, b_origin, 1.0 / peak, strides), p_folded, None, p_spatial, p_channel,
+                i % SPLITS, i // SPLITS, CI, C, H, W, SPATIAL, CHANNEL, EXACT, PRECISION,
                 CHUNKS, TILES, BLOCK_P, BLOCK_C, BLOCK_K,
             )  # fmt: skip
         tl.debug_barrier()  # the sums are read again by other threads
@@ -455,7 +458,6 @@ def _store_unit(p_map, b_map, N: tl.constexpr):
 def gradients_kernel(
     p_image,
     p_folded,
-    p_shift,
     p_bias,
     p_grad_pooled,
     p_weights,
@@ -473,7 +475,6 @@ def gradients_kernel(
     W: tl.constexpr,
     SPATIAL: tl.constexpr,
     CHANNEL: tl.constexpr,
-    AFFINE: tl.constexpr,
     BATCH: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -487,6 +488,8 @@ def gradients_kernel(
     """Multiply the gradient of the norm's output by the folded filters, and sum it. Grid: (samples, SPLITS, CHUNKS).
 
     Args:
+        p_folded: from `fold_filters_kernel`, without the norm's shift.
+        p_bias: [C] that shift; None for 0.
         p_grad_pooled: [B, C, H // 2, W // 2], channels_last; None counts as zero.
         p_weights: [B, M] from `map_weights_kernel` of `kernels/norm_block.py`.
         p_statistics: [B, 3] from `maps_kernel`.
@@ -498,20 +501,19 @@ def gradients_kernel(
     i_b = tl.program_id(0).to(tl.int64)
     i_s, i_c = tl.program_id(1), tl.program_id(2)
     i_r = i_b * (0 if BATCH else 1)
-    dtype: tl.constexpr = p_shift.dtype.element_ty
+    dtype: tl.constexpr = p_products.dtype.element_ty
     FRAME: tl.constexpr = (H + 2) * (W + 2)
     strides = (stride_c, stride_h, stride_w)
     peak = tl.load(p_statistics + i_b * 3)
     p_sample = p_image + i_b * stride_b
-    b_origin = _origin(p_image if BATCH else p_sample, strides, CI, H, W, BLOCK_K).to(dtype)
+    b_origin = _origin(p_image if BATCH else p_sample, strides, dtype, CI, H, W, BLOCK_K)
     image = (p_sample, b_origin, 1.0 / peak, strides)
     p_weights += i_b * map_length(C, H, W, SPATIAL, CHANNEL)
     p_columns += (i_b * CHUNKS + i_c) * (9 * CI * FRAME)
     o_k = tl.arange(0, BLOCK_K)
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     b_filter = tl.load(p_folded + i_r * (BLOCK_K * CHUNKS * BLOCK_C) + o_k[:, None] * (CHUNKS * BLOCK_C) + o_c[None, :])
-    b_shift = tl.load(p_shift + i_r * (CHUNKS * BLOCK_C) + o_c) / peak
-    if AFFINE:
+    if p_bias is not None:
         b_bias = tl.load(p_bias + o_c, mask=o_c < C, other=0.0).to(dtype) / peak
     if CHANNEL > 0:
         b_channel = tl.load(p_weights + map_length(0, H, W, SPATIAL, 0) + o_c, mask=o_c < C, other=0.0)
@@ -528,9 +530,10 @@ def gradients_kernel(
         for i_q in tl.static_range(4):
             n_h, n_w = o_h + i_q // 2, o_w + i_q % 2
             m_p = (n_h < H) & (n_w < W)
-            b_z = _product(_columns(image, n_h, n_w, CI, H, W, BLOCK_K), b_filter, b_shift, PRECISION)
+            b_patch = _columns(image, n_h, n_w, CI, H, W, BLOCK_K).to(b_filter.dtype)
+            b_z = tl.dot(b_patch, b_filter, input_precision=PRECISION, out_dtype=dtype)
             b_y = b_z
-            if AFFINE:
+            if p_bias is not None:
                 b_y += b_bias[None, :]
             b_g = b_pooled
             if SPATIAL > 0:
@@ -626,8 +629,8 @@ def correction_kernel(
     b_taps = tl.zeros([BLOCK_T], dtype)
     for i_k in tl.static_range(9):
         row, column = i_tap // 5 - 2 + i_k // 3, i_tap % 5 - 2 + i_k % 3
-        mask = (row >= 0) & (row < 3) & (column >= 0) & (column < 3) & (o_t < CI * CI * 25)
-        b_taps += tl.load(p_matrix + (9 * i_out + i_k) * BLOCK_K + 9 * i_in + 3 * row + column, mask=mask, other=0.0)
+        m_t = (row >= 0) & (row < 3) & (column >= 0) & (column < 3) & (o_t < CI * CI * 25)
+        b_taps += tl.load(p_matrix + (9 * i_out + i_k) * BLOCK_K + 9 * i_in + 3 * row + column, mask=m_t, other=0.0)
     tl.store(p_taps + i_b * (CI * CI * 25) + o_t, b_taps, mask=o_t < CI * CI * 25)
     for i_k in tl.static_range(CI):
         total = tl.sum(tl.where((o_k >= 9 * i_k) & (o_k < 9 * i_k + 9), b_constant, 0.0), axis=0)
@@ -644,9 +647,9 @@ def correction_kernel(
         b_columns = _columns(image, o_h, o_w, CI, H, W, BLOCK_K)
         b_ring = tl.dot(b_columns, b_matrix, input_precision=EXACT_PRECISION, out_dtype=dtype) + b_constant[None, :]
         pointers = p_columns + (o_k * FRAME)[None, :] + ((o_h + 1) * (W + 2) + o_w + 1)[:, None]
-        mask = (o_n < 2 * (H + W) + 4)[:, None] & (o_k < 9 * CI)[None, :]
-        for i_c in tl.static_range(CHUNKS):
-            tl.store(pointers + i_c * (9 * CI * FRAME), b_ring if i_c == 0 else b_ring * 0, mask=mask)
+        m_n = (o_n < 2 * (H + W) + 4)[:, None] & (o_k < 9 * CI)[None, :]
+        for i_o in tl.static_range(CHUNKS):
+            tl.store(pointers + i_o * (9 * CI * FRAME), b_ring if i_o == 0 else b_ring * 0, mask=m_n)
 
 
 @triton.jit
@@ -686,7 +689,7 @@ def image_gradient_kernel(
     b_sum = -tl.load(p_constant + i_b * CI + o_c, mask=o_c < CI, other=0.0)
     for i_c in tl.static_range(CHUNKS):
         for i_k in tl.static_range(9):
-            offset: tl.constexpr = (i_c * 9 * CI + i_k) * FRAME - (i_k // 3) * (W + 2) - i_k % 3
+            offset = (i_c * 9 * CI + i_k) * FRAME - (i_k // 3) * (W + 2) - i_k % 3
             b_sum += tl.load(p_columns + offset, mask=mask, other=0.0)
     for i_k in tl.static_range(25):
         n_h, n_w = o_h + (i_k // 5 - 2), o_w + (i_k % 5 - 2)

@@ -417,16 +417,16 @@ def _forward_successor(
         moments = mean.new_empty((batch, block_k, block_k))
         shared = {name: walk[name] for name in ("CI", "H", "W", "BATCH", "PRECISION", "BLOCK_K")}
         kernels.moments_kernel[(batch,)](
-            images, filters, moments, *images.stride(), **shared, BLOCK_N=64, num_warps=4
+            images, filters, moments, *images.stride(), **shared, BLOCK_N=64, num_warps=4, num_stages=1
         )
         if norm == "batch":
             moments = moments.sum(0, keepdim=True)
-        folded, shift = _fold_filters(images, filters, weight, moments, mean, rstd, eps, walk)
+        folded = _fold_filters(images, filters, weight, bias, moments, mean, rstd, eps, walk)
         if norm == "batch":
             mean[1:], rstd[1:] = mean[:1], rstd[:1]
         spatial = mean.new_empty((batch, walk["CHUNKS"], height * width))
         channel = mean.new_empty((batch, walk["SPLITS"], channels))
-        inputs = images, folded, shift, contiguous(bias)
+        inputs = images, folded
         kernels.features_kernel[(batch, walk["SPLITS"], walk["CHUNKS"])](
             *inputs, pooled, spatial, channel, *images.stride(), **walk
         )
@@ -436,19 +436,18 @@ def _forward_successor(
         )  # fmt: skip
 
 
-def _fold_filters(images, filters, weight, moments, mean, rstd, eps, walk) -> tuple[Tensor, Tensor]:
-    """Return the folded filters and the shift of `fold_filters_kernel`, by which mean and rstd are written or read."""
+def _fold_filters(images, filters, weight, bias, moments, mean, rstd, eps, walk) -> Tensor:
+    """Return the folded filters; write mean and rstd, or read them if ``moments`` is None."""
     from ..kernels import folded_conv_block as kernels
 
     rows, chunks = 1 if walk["BATCH"] else len(images), walk["CHUNKS"]
     folded = filters.new_empty((rows, walk["BLOCK_K"], chunks * walk["BLOCK_C"]))
-    shift = mean.new_empty((rows, chunks * walk["BLOCK_C"]))
-    names = "CI", "C", "H", "W", "AFFINE", "PRECISION", "BLOCK_C", "BLOCK_K", "num_warps"
+    names = "CI", "C", "H", "W", "PRECISION", "BLOCK_C", "BLOCK_K", "num_warps"
     kernels.fold_filters_kernel[(rows, chunks)](
-        images, filters, contiguous(weight), moments, mean, rstd, folded, shift, eps, *images.stride(),
+        images, filters, contiguous(weight), contiguous(bias), moments, mean, rstd, folded, eps, *images.stride(),
         **{name: walk[name] for name in names}, EXACT_PRECISION=_exact_precision(images, filters),
     )  # fmt: skip
-    return folded, shift
+    return folded
 
 
 def _backward_successor(grad_pooled, grad_maps, images, filters, saved, powers, norm):
@@ -469,12 +468,12 @@ def _backward_successor(grad_pooled, grad_maps, images, filters, saved, powers, 
     gradient = torch.empty_like(images, memory_format=torch.contiguous_format)
     with device_of(images):
         weights = norm_block.map_weights(grad_maps, maps, statistics, (batch, channels, height, width), *powers)
-        folded, shift = _fold_filters(images, filters, weight, None, mean, rstd, 0.0, walk)
+        folded = _fold_filters(images, filters, weight, None, None, mean, rstd, 0.0, walk)
         columns = mean.new_empty((batch, chunks, 9 * image_channels, (height + 2) * (width + 2)))
         column_sums = mean.new_empty((batch, splits, chunks, block_k))
         products = mean.new_empty((batch, splits, channels))
         kernels.gradients_kernel[(batch, splits, chunks)](
-            images, folded, shift, contiguous(bias), grad_pooled, weights, statistics, columns, column_sums, products,
+            images, folded, contiguous(bias), grad_pooled, weights, statistics, columns, column_sums, products,
             *images.stride(), **walk,
         )  # fmt: skip
         if norm == "batch":
@@ -503,6 +502,7 @@ def _walk_constants(images, filters, weight, spatial_power, channel_power, norm)
     from ..kernels.norm_block import is_exact
 
     constants = _constants(images, filters, weight, spatial_power, channel_power)
+    del constants["AFFINE"]  # the norm's parameters are folded
     channels, height, width = (constants[name] for name in ("C", "H", "W"))
     launch = kernels.launch_table(constants["CI"], channels)
     tiles = triton.cdiv(triton.cdiv(height, 2) * triton.cdiv(width, 2), launch["BLOCK_P"])
