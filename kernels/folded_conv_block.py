@@ -153,6 +153,7 @@ def fold_filters_kernel(
     p_mean,
     p_rstd,
     p_folded,
+    p_transposed,
     eps,
     stride_b,
     stride_c: tl.constexpr,
@@ -167,7 +168,7 @@ def fold_filters_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Fold the norm into the filters. Grid: (rows, chunks of BLOCK_C channels), one row per sample or for the batch.
+    """Fold the norm into the filters. Grid: (rows, blocks of BLOCK_C channels), one row per sample or for the batch.
 
     Args:
         p_image: as in `moments_kernel`; the origin is that of sample i for row i.
@@ -176,8 +177,9 @@ def fold_filters_kernel(
         p_moments: [rows, BLOCK_K, BLOCK_K] from `moments_kernel`, summed over samples for the batch; None to read mean
             and rstd instead of writing them.
         p_mean, p_rstd: [rows, C] mean and 1 / sqrt(variance + eps) of the convolution's output.
-        p_folded: [rows, BLOCK_K, chunks BLOCK_C] filter scale / deviation in the dtype of the filters, zero past C. The
-            two rows that multiply constants add up to the norm's output where the neighbourhood is the origin.
+        p_folded: [rows, blocks BLOCK_C, BLOCK_K] filter scale / deviation in the dtype of the filters, zero past C. The
+            two values that multiply constants add up to the norm's output where the neighbourhood is the origin.
+        p_transposed: [rows, BLOCK_K, blocks BLOCK_C] the same; None to leave it out.
         EXACT_PRECISION: "tf32x3" or "ieee", of products whose rounding the variance would magnify.
     """
     i_r = tl.program_id(0).to(tl.int64)
@@ -219,7 +221,9 @@ def fold_filters_kernel(
     b_folded = tl.where((o_k == 9 * CI)[:, None], b_high[None, :], b_folded)
     b_folded = tl.where((o_k == 9 * CI + 1)[:, None], b_low[None, :], b_folded)
     b_folded = tl.where((o_c < C)[None, :], b_folded, 0.0)
-    tl.store(p_folded + i_r * (BLOCK_K * n_c) + o_k[:, None] * n_c + o_c[None, :], b_folded)
+    tl.store(p_folded + (i_r * n_c + o_c)[None, :] * BLOCK_K + o_k[:, None], b_folded)
+    if p_transposed is not None:
+        tl.store(p_transposed + (i_r * BLOCK_K + o_k)[:, None] * n_c + o_c[None, :], b_folded)
 
 
 @triton.jit
@@ -251,7 +255,7 @@ def _walk(
     dtype: tl.constexpr = image[1].dtype
     GROUP: tl.constexpr = min(BLOCK_C, 32)
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    b_filter = tl.load(p_folded + tl.arange(0, BLOCK_K)[:, None] * (CHUNKS * BLOCK_C) + o_c[None, :])
+    b_filter = tl.trans(tl.load(p_folded + o_c[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]))
     b_channel = tl.zeros([BLOCK_P, BLOCK_C], dtype)
     for i_t in range(i_s * TILES, tl.minimum((i_s + 1) * TILES, tl.cdiv(((H + 1) // 2) * ((W + 1) // 2), BLOCK_P))):
         o_h, o_w = _places(i_t, W, BLOCK_P)
@@ -458,6 +462,7 @@ def _store_unit(p_map, b_map, N: tl.constexpr):
 def gradients_kernel(
     p_image,
     p_folded,
+    p_transposed,
     p_bias,
     p_grad_pooled,
     p_weights,
@@ -465,6 +470,7 @@ def gradients_kernel(
     p_columns,
     p_column_sums,
     p_products,
+    positions,
     stride_b,
     stride_c: tl.constexpr,
     stride_h: tl.constexpr,
@@ -488,7 +494,7 @@ def gradients_kernel(
     """Multiply the gradient of the norm's output by the folded filters, and sum it. Grid: (samples, SPLITS, CHUNKS).
 
     Args:
-        p_folded: from `fold_filters_kernel`, without the norm's shift.
+        p_folded, p_transposed: from `fold_filters_kernel`, without the norm's shift.
         p_bias: [C] that shift; None for 0.
         p_grad_pooled: [B, C, H // 2, W // 2], channels_last; None counts as zero.
         p_weights: [B, M] from `map_weights_kernel` of `kernels/norm_block.py`.
@@ -512,7 +518,8 @@ def gradients_kernel(
     p_columns += (i_b * CHUNKS + i_c) * (9 * CI * FRAME)
     o_k = tl.arange(0, BLOCK_K)
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    b_filter = tl.load(p_folded + i_r * (BLOCK_K * CHUNKS * BLOCK_C) + o_k[:, None] * (CHUNKS * BLOCK_C) + o_c[None, :])
+    b_filter = tl.trans(tl.load(p_folded + (i_r * (CHUNKS * BLOCK_C) + o_c)[:, None] * BLOCK_K + o_k[None, :]))
+    b_back = tl.trans(tl.load(p_transposed + (i_r * BLOCK_K + o_k)[:, None] * (CHUNKS * BLOCK_C) + o_c[None, :]))
     if p_bias is not None:
         b_bias = tl.load(p_bias + o_c, mask=o_c < C, other=0.0).to(dtype) / peak
     if CHANNEL > 0:
@@ -525,28 +532,31 @@ def gradients_kernel(
         if p_grad_pooled is not None:
             o_p = (o_h // 2) * (W // 2) + o_w // 2
             mask = ((o_h < H // 2 * 2) & (o_w < W // 2 * 2))[:, None] & (o_c < C)[None, :]
-            pointers = p_grad_pooled + i_b * (C * (H // 2) * (W // 2)) + o_p[:, None] * C + o_c[None, :]
-            b_pooled = load_tile(pointers, mask, dtype, EXACT) * 0.25
+            p_pooled = p_grad_pooled + i_b * (C * (H // 2) * (W // 2)) + o_p[:, None] * C + o_c[None, :]
+            b_pooled = load_tile(p_pooled, mask, dtype, EXACT) * 0.25
         for i_q in tl.static_range(4):
-            n_h, n_w = o_h + i_q // 2, o_w + i_q % 2
-            m_p = (n_h < H) & (n_w < W)
-            b_patch = _columns(image, n_h, n_w, CI, H, W, BLOCK_K).to(b_filter.dtype)
-            b_z = tl.dot(b_patch, b_filter, input_precision=PRECISION, out_dtype=dtype)
-            b_y = b_z
-            if p_bias is not None:
-                b_y += b_bias[None, :]
-            b_g = b_pooled
-            if SPATIAL > 0:
-                b_spatial = tl.load(p_weights + n_h * W + n_w, mask=m_p, other=0.0)
-                b_g += b_spatial[:, None] * slope(b_y, SPATIAL)
-            if CHANNEL > 0:
-                b_g += b_channel[None, :] * slope(b_y, CHANNEL)
-            b_g = tl.where((b_y > 0) & m_p[:, None], b_g, 0.0)
-            b_products += b_g * b_z
-            b_columns = tl.dot(b_g.to(b_filter.dtype), tl.trans(b_filter), input_precision=PRECISION, out_dtype=dtype)
-            b_sums += b_columns
-            pointers = p_columns + (o_k * FRAME)[None, :] + ((n_h + 1) * (W + 2) + n_w + 1)[:, None]
-            tl.store(pointers, b_columns, mask=m_p[:, None] & (o_k < 9 * CI)[None, :])
+            if i_q < positions:
+                n_h, n_w = o_h + i_q // 2, o_w + i_q % 2
+                m_p = (n_h < H) & (n_w < W)
+                b_patch = _columns(image, n_h, n_w, CI, H, W, BLOCK_K).to(b_filter.dtype)
+                b_z = tl.dot(b_patch, b_filter, input_precision=PRECISION, out_dtype=dtype)
+                b_y = b_z
+                if p_bias is not None:
+                    b_y += b_bias[None, :]
+                b_g = b_pooled
+                if SPATIAL > 0:
+                    b_spatial = tl.load(p_weights + n_h * W + n_w, mask=m_p, other=0.0)
+                    b_g += b_spatial[:, None] * slope(b_y, SPATIAL)
+                if CHANNEL > 0:
+                    b_g += b_channel[None, :] * slope(b_y, CHANNEL)
+                b_g = tl.where(b_y > 0, b_g, 0.0)
+                if not EXACT:
+                    b_g = tl.where(m_p[:, None], b_g, 0.0)
+                b_products += b_g * b_z
+                b_columns = tl.dot(b_g.to(b_filter.dtype), b_back, input_precision=PRECISION, out_dtype=dtype)
+                b_sums += b_columns
+                pointers = p_columns + (o_k * FRAME)[None, :] + ((n_h + 1) * (W + 2) + n_w + 1)[:, None]
+                tl.store(pointers, b_columns, mask=m_p[:, None] & (o_k < 9 * CI)[None, :])
     row = (i_b * SPLITS + i_s) * CHUNKS + i_c
     tl.store(p_column_sums + row * BLOCK_K + o_k, tl.sum(b_sums, axis=0))
     tl.store(p_products + (i_b * SPLITS + i_s) * C + o_c, tl.sum(b_products, axis=0) * peak, mask=o_c < C)
@@ -606,8 +616,8 @@ def correction_kernel(
     b_matrix = tl.zeros([BLOCK_K, BLOCK_K], dtype)
     b_constant = _add_rows(p_column_sums + i_r * (SPLITS * CHUNKS * BLOCK_K), SPLITS * CHUNKS, BLOCK_K, BLOCK_K)
     b_constant /= H * W
-    for i_c in range(CHUNKS):
-        o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    for start in range(0, C, BLOCK_C):
+        o_c = start + tl.arange(0, BLOCK_C)
         b_filter = _load_filters(p_filter, o_k, o_c, CI, C).to(dtype)
         b_mean = tl.load(p_mean + i_r * C + o_c, mask=o_c < C, other=0.0)
         b_factor = tl.load(p_rstd + i_r * C + o_c, mask=o_c < C, other=0.0)

@@ -421,7 +421,7 @@ def _forward_successor(
         )
         if norm == "batch":
             moments = moments.sum(0, keepdim=True)
-        folded = _fold_filters(images, filters, weight, bias, moments, mean, rstd, eps, walk)
+        folded, _ = _fold_filters(images, filters, weight, bias, moments, mean, rstd, eps, walk)
         if norm == "batch":
             mean[1:], rstd[1:] = mean[:1], rstd[:1]
         spatial = mean.new_empty((batch, walk["CHUNKS"], height * width))
@@ -436,18 +436,20 @@ def _forward_successor(
         )  # fmt: skip
 
 
-def _fold_filters(images, filters, weight, bias, moments, mean, rstd, eps, walk) -> Tensor:
-    """Return the folded filters; write mean and rstd, or read them if ``moments`` is None."""
+def _fold_filters(images, filters, weight, bias, moments, mean, rstd, eps, walk) -> tuple[Tensor, Tensor | None]:
+    """Return the folded filters; without ``moments``, those of saved statistics, and transposed too."""
     from ..kernels import folded_conv_block as kernels
 
-    rows, chunks = 1 if walk["BATCH"] else len(images), walk["CHUNKS"]
-    folded = filters.new_empty((rows, walk["BLOCK_K"], chunks * walk["BLOCK_C"]))
-    names = "CI", "C", "H", "W", "PRECISION", "BLOCK_C", "BLOCK_K", "num_warps"
-    kernels.fold_filters_kernel[(rows, chunks)](
-        images, filters, contiguous(weight), contiguous(bias), moments, mean, rstd, folded, eps, *images.stride(),
-        **{name: walk[name] for name in names}, EXACT_PRECISION=_exact_precision(images, filters),
+    rows, padded = 1 if walk["BATCH"] else len(images), walk["CHUNKS"] * walk["BLOCK_C"]
+    folded = filters.new_empty((rows, padded, walk["BLOCK_K"]))
+    transposed = filters.new_empty((rows, walk["BLOCK_K"], padded)) if moments is None else None
+    block = min(padded, 32)
+    kernels.fold_filters_kernel[(rows, padded // block)](
+        images, filters, contiguous(weight), contiguous(bias), moments, mean, rstd, folded, transposed, eps,
+        *images.stride(), **{name: walk[name] for name in ("CI", "C", "H", "W", "PRECISION", "BLOCK_K")},
+        EXACT_PRECISION=_exact_precision(images, filters), BLOCK_C=block, num_warps=4,
     )  # fmt: skip
-    return folded
+    return folded, transposed
 
 
 def _backward_successor(grad_pooled, grad_maps, images, filters, saved, powers, norm):
@@ -473,18 +475,18 @@ def _backward_successor(grad_pooled, grad_maps, images, filters, saved, powers, 
         column_sums = mean.new_empty((batch, splits, chunks, block_k))
         products = mean.new_empty((batch, splits, channels))
         kernels.gradients_kernel[(batch, splits, chunks)](
-            images, folded, contiguous(bias), grad_pooled, weights, statistics, columns, column_sums, products,
-            *images.stride(), **walk,
+            images, *folded, contiguous(bias), grad_pooled, weights, statistics, columns, column_sums, products,
+            4, *images.stride(), **walk,
         )  # fmt: skip
         if norm == "batch":
             column_sums, products = column_sums.mean(0, keepdim=True), products.mean(0, keepdim=True)
         taps = mean.new_empty((batch, image_channels, image_channels, 25))
         constant = mean.new_empty((batch, image_channels))
-        names = "CI", "C", "H", "W", "BATCH", "SPLITS", "CHUNKS", "BLOCK_C", "BLOCK_K"
+        names = "CI", "C", "H", "W", "BATCH", "SPLITS", "CHUNKS", "BLOCK_K"
         kernels.correction_kernel[(batch,)](
             images, filters, mean, rstd, column_sums, products, mean.new_empty((batch, block_k, block_k)), columns,
             taps, constant, *images.stride(), **{name: walk[name] for name in names},
-            EXACT_PRECISION=_exact_precision(images, filters), BLOCK_N=64,
+            EXACT_PRECISION=_exact_precision(images, filters), BLOCK_C=32, BLOCK_N=64,
             BLOCK_T=triton.next_power_of_2(taps[0].numel()), num_warps=4,
         )  # fmt: skip
         pixels = min(triton.next_power_of_2(height * width), 512)
