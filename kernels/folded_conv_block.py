@@ -31,15 +31,20 @@ LEAST_NORM = tl.constexpr(1e-15)
 MOST_NORM = tl.constexpr(1e15)
 
 
-def launch_table(image_channels: int, channels: int) -> dict[str, int]:
-    """Return the launch table of the kernels that walk tiles of BLOCK_P quads and BLOCK_C channels."""
+def launch_table(image_channels: int, channels: int, tensor_cores: bool) -> dict[str, int]:
+    """Return the launch table of the kernels that walk TILES tiles of BLOCK_P quads and BLOCK_C channels.
+
+    By instructions and registers: four warps of 128 channels share a tile's neighbourhoods. Without tensor cores a
+    product keeps its operands in registers, and more would spill.
+    """
     return {
         "BLOCK_P": 16,
-        "BLOCK_C": max(16, min(triton.next_power_of_2(channels), 128)),
+        "BLOCK_C": max(16, min(triton.next_power_of_2(channels), 128 if tensor_cores else 32)),
         "BLOCK_K": columns_block(image_channels),
         "TILES": 4,
+        "num_warps": 4 if tensor_cores else 8,
         "num_stages": 1,
-        "num_warps": 4,
+        "maxnreg": 168,  # of each thread: three programs of four warps fit
     }
 
 
@@ -62,7 +67,9 @@ def _taps(BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _origin(p_image, strides, dtype: tl.constexpr, CI: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BLOCK_K: tl.constexpr):
+def _origin(
+    p_image, strides, dtype: tl.constexpr, CI: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """Return what `_columns` subtracts [BLOCK_K]: the middle pixel of the tap's channel, then -1 twice, then 0."""
     o_k = tl.arange(0, BLOCK_K)
     channel, _, _ = _taps(BLOCK_K)
@@ -153,7 +160,8 @@ def fold_filters_kernel(
     p_mean,
     p_rstd,
     p_folded,
-    p_transposed,
+    folded_stride_c,
+    folded_stride_k,
     eps,
     stride_b,
     stride_c: tl.constexpr,
@@ -177,9 +185,9 @@ def fold_filters_kernel(
         p_moments: [rows, BLOCK_K, BLOCK_K] from `moments_kernel`, summed over samples for the batch; None to read mean
             and rstd instead of writing them.
         p_mean, p_rstd: [rows, C] mean and 1 / sqrt(variance + eps) of the convolution's output.
-        p_folded: [rows, blocks BLOCK_C, BLOCK_K] filter scale / deviation in the dtype of the filters, zero past C. The
-            two values that multiply constants add up to the norm's output where the neighbourhood is the origin.
-        p_transposed: [rows, BLOCK_K, blocks BLOCK_C] the same; None to leave it out.
+        p_folded: [rows, blocks BLOCK_C, BLOCK_K] filter scale / deviation in the dtype of the filters, zero past C; two
+            strides are given. The values that multiply constants add up to the output where the neighbourhood is the
+            origin.
         EXACT_PRECISION: "tf32x3" or "ieee", of products whose rounding the variance would magnify.
     """
     i_r = tl.program_id(0).to(tl.int64)
@@ -221,9 +229,8 @@ def fold_filters_kernel(
     b_folded = tl.where((o_k == 9 * CI)[:, None], b_high[None, :], b_folded)
     b_folded = tl.where((o_k == 9 * CI + 1)[:, None], b_low[None, :], b_folded)
     b_folded = tl.where((o_c < C)[None, :], b_folded, 0.0)
-    tl.store(p_folded + (i_r * n_c + o_c)[None, :] * BLOCK_K + o_k[:, None], b_folded)
-    if p_transposed is not None:
-        tl.store(p_transposed + (i_r * BLOCK_K + o_k)[:, None] * n_c + o_c[None, :], b_folded)
+    p_folded += i_r * (n_c * BLOCK_K)
+    tl.store(p_folded + o_k[:, None] * folded_stride_k + o_c[None, :] * folded_stride_c, b_folded)
 
 
 @triton.jit
@@ -234,14 +241,14 @@ def _places(i_t, W: tl.constexpr, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def _add_quads(a_00, a_01, a_10, a_11, b_00, b_01, b_10, b_11):
-    """Add two quads."""
-    return a_00 + b_00, a_01 + b_01, a_10 + b_10, a_11 + b_11
+def _add_pairs(a_0, a_1, b_0, b_1):
+    """Add two pairs."""
+    return a_0 + b_0, a_1 + b_1
 
 
 @triton.jit
 def _walk(
-    image, p_folded, p_pooled, p_spatial, p_channel, i_s, i_c,
+    image, p_folded, p_pooled, p_spatial, p_channel, i_s, i_c, rows,
     CI: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
     SPATIAL: tl.constexpr, CHANNEL: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     CHUNKS: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -259,30 +266,31 @@ def _walk(
     b_channel = tl.zeros([BLOCK_P, BLOCK_C], dtype)
     for i_t in range(i_s * TILES, tl.minimum((i_s + 1) * TILES, tl.cdiv(((H + 1) // 2) * ((W + 1) // 2), BLOCK_P))):
         o_h, o_w = _places(i_t, W, BLOCK_P)
-        b_pooled = b_channel
-        spatial = ()
-        for i_q in tl.static_range(4):
-            n_h, n_w = o_h + i_q // 2, o_w + i_q % 2
-            m_p = (n_h < H) & (n_w < W)
-            b_columns = _columns(image, n_h, n_w, CI, H, W, BLOCK_K).to(b_filter.dtype)
-            b_f = tl.dot(b_columns, b_filter, input_precision=PRECISION, out_dtype=dtype)
-            b_f = tl.maximum(b_f, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            if not EXACT:
-                b_f = tl.where(m_p[:, None], b_f, 0.0)
-            b_pooled = b_f if i_q == 0 else b_pooled + b_f
-            if p_spatial is None:
-                b_channel = tl.maximum(b_channel, b_f)
-            else:
-                if SPATIAL > 0:  # first over channels of one thread
-                    b_groups = tl.reshape(power(b_f, SPATIAL), [BLOCK_P, BLOCK_C // GROUP, GROUP])
-                    spatial = spatial + (tl.sum(b_groups, axis=1),)
-                if CHANNEL > 0:
-                    b_channel += power(b_f, CHANNEL)
-        if p_spatial is not None and SPATIAL > 0:
-            spatial = tl.reduce(spatial, 1, _add_quads)
-            for i_q in tl.static_range(4):
-                n_h, n_w = o_h + i_q // 2, o_w + i_q % 2
-                tl.store(p_spatial + i_c * (H * W) + n_h * W + n_w, spatial[i_q], mask=(n_h < H) & (n_w < W))
+        b_pooled = tl.zeros([BLOCK_P, BLOCK_C], dtype)
+        for i_h in tl.static_range(2):
+            if i_h < rows:
+                spatial = ()
+                for i_w in tl.static_range(2):
+                    n_h, n_w = o_h + i_h, o_w + i_w
+                    b_columns = _columns(image, n_h, n_w, CI, H, W, BLOCK_K).to(b_filter.dtype)
+                    b_f = tl.dot(b_columns, b_filter, input_precision=PRECISION, out_dtype=dtype)
+                    b_f = tl.maximum(b_f, 0.0, propagate_nan=tl.PropagateNan.ALL)
+                    if not EXACT:
+                        b_f = tl.where(((n_h < H) & (n_w < W))[:, None], b_f, 0.0)
+                    b_pooled = b_f if i_h + i_w == 0 else b_pooled + b_f
+                    if p_spatial is None:
+                        b_channel = tl.maximum(b_channel, b_f)
+                    else:
+                        if SPATIAL > 0:  # first over the channels of one thread
+                            b_groups = tl.reshape(power(b_f, SPATIAL), [BLOCK_P, BLOCK_C // GROUP, GROUP])
+                            spatial = spatial + (tl.sum(b_groups, axis=1),)
+                        if CHANNEL > 0:
+                            b_channel += power(b_f, CHANNEL)
+                if p_spatial is not None and SPATIAL > 0:
+                    left, right = tl.reduce(spatial, 1, _add_pairs)
+                    pointers = p_spatial + i_c * (H * W) + (o_h + i_h) * W + o_w
+                    tl.store(pointers, left, mask=(o_h + i_h < H) & (o_w < W))
+                    tl.store(pointers + 1, right, mask=(o_h + i_h < H) & (o_w + 1 < W))
         if p_pooled is not None:
             o_p = (o_h // 2) * (W // 2) + o_w // 2
             mask = ((o_h < H // 2 * 2) & (o_w < W // 2 * 2))[:, None] & (o_c < C)[None, :]
@@ -299,6 +307,7 @@ def features_kernel(
     p_pooled,
     p_spatial,
     p_channel,
+    rows,
     stride_b,
     stride_c: tl.constexpr,
     stride_h: tl.constexpr,
@@ -326,6 +335,8 @@ def features_kernel(
         p_pooled: [B, C, H // 2, W // 2], channels_last.
         p_spatial: [B, CHUNKS, H W] sums over a chunk's channels of f^SPATIAL.
         p_channel: [B, SPLITS, C] sums over a split's positions of f^CHANNEL.
+        rows: 2, of a quad. It is no constant, so that the compiler does not interleave the rows' arithmetic, which takes
+            more registers than there are.
         EXACT: tiles cover the planes and channels without a masked value.
         SPLITS, CHUNKS: parts of TILES tiles of a plane, and chunks of BLOCK_C channels.
         The others as in `moments_kernel`.
@@ -340,7 +351,7 @@ def features_kernel(
         (p_sample, b_origin, 1.0, strides),
         p_folded + i_r * (BLOCK_K * CHUNKS * BLOCK_C),
         p_pooled + i_b * (C * (H // 2) * (W // 2)), p_spatial + i_b * (CHUNKS * H * W), p_channel + i_b * (SPLITS * C),
-        tl.program_id(1), tl.program_id(2), CI, C, H, W, SPATIAL, CHANNEL, EXACT, PRECISION,
+        tl.program_id(1), tl.program_id(2), rows, CI, C, H, W, SPATIAL, CHANNEL, EXACT, PRECISION,
         CHUNKS, TILES, BLOCK_P, BLOCK_C, BLOCK_K,
     )  # fmt: skip
 
@@ -369,6 +380,7 @@ def maps_kernel(
     p_channel,
     p_maps,
     p_statistics,
+    rows,
     stride_b,
     stride_c: tl.constexpr,
     stride_h: tl.constexpr,
@@ -422,7 +434,7 @@ def maps_kernel(
         for i in range(SPLITS * CHUNKS):
             found = _walk(
                 (p_sample, b_origin, 1.0, strides), p_folded, None, None, None,
-                i % SPLITS, i // SPLITS, CI, C, H, W, 0, 0, EXACT, PRECISION,
+                i % SPLITS, i // SPLITS, rows, CI, C, H, W, 0, 0, EXACT, PRECISION,
                 CHUNKS, TILES, BLOCK_P, BLOCK_C, BLOCK_K,
             )  # fmt: skip
             largest = tl.maximum(largest, found)
@@ -430,7 +442,7 @@ def maps_kernel(
         for i in range(SPLITS * CHUNKS):
             _walk(
                 (p_sample, b_origin, 1.0 / peak, strides), p_folded, None, p_spatial, p_channel,
-                i % SPLITS, i // SPLITS, CI, C, H, W, SPATIAL, CHANNEL, EXACT, PRECISION,
+                i % SPLITS, i // SPLITS, rows, CI, C, H, W, SPATIAL, CHANNEL, EXACT, PRECISION,
                 CHUNKS, TILES, BLOCK_P, BLOCK_C, BLOCK_K,
             )  # fmt: skip
         tl.debug_barrier()  # the sums are read again by other threads
@@ -462,7 +474,6 @@ def _store_unit(p_map, b_map, N: tl.constexpr):
 def gradients_kernel(
     p_image,
     p_folded,
-    p_transposed,
     p_bias,
     p_grad_pooled,
     p_weights,
@@ -494,7 +505,7 @@ def gradients_kernel(
     """Multiply the gradient of the norm's output by the folded filters, and sum it. Grid: (samples, SPLITS, CHUNKS).
 
     Args:
-        p_folded, p_transposed: from `fold_filters_kernel`, without the norm's shift.
+        p_folded: [rows, BLOCK_K, CHUNKS BLOCK_C] from `fold_filters_kernel`, without the norm's shift.
         p_bias: [C] that shift; None for 0.
         p_grad_pooled: [B, C, H // 2, W // 2], channels_last; None counts as zero.
         p_weights: [B, M] from `map_weights_kernel` of `kernels/norm_block.py`.
@@ -502,6 +513,7 @@ def gradients_kernel(
         p_columns: [B, CHUNKS, 9 CI, (H + 2) (W + 2)] the products of a chunk's channels; its frame is left unwritten.
         p_column_sums: [B, SPLITS, CHUNKS, BLOCK_K] their sums over positions.
         p_products: [B, SPLITS, C] sums of the gradient times the norm's output before its shift.
+        positions: 4, of a quad; no constant, as `rows` of `features_kernel`.
         The others as in `features_kernel`.
     """
     i_b = tl.program_id(0).to(tl.int64)
@@ -518,8 +530,7 @@ def gradients_kernel(
     p_columns += (i_b * CHUNKS + i_c) * (9 * CI * FRAME)
     o_k = tl.arange(0, BLOCK_K)
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    b_filter = tl.trans(tl.load(p_folded + (i_r * (CHUNKS * BLOCK_C) + o_c)[:, None] * BLOCK_K + o_k[None, :]))
-    b_back = tl.trans(tl.load(p_transposed + (i_r * BLOCK_K + o_k)[:, None] * (CHUNKS * BLOCK_C) + o_c[None, :]))
+    b_filter = tl.load(p_folded + (i_r * BLOCK_K + o_k)[:, None] * (CHUNKS * BLOCK_C) + o_c[None, :])
     if p_bias is not None:
         b_bias = tl.load(p_bias + o_c, mask=o_c < C, other=0.0).to(dtype) / peak
     if CHANNEL > 0:
@@ -553,7 +564,9 @@ def gradients_kernel(
                 if not EXACT:
                     b_g = tl.where(m_p[:, None], b_g, 0.0)
                 b_products += b_g * b_z
-                b_columns = tl.dot(b_g.to(b_filter.dtype), b_back, input_precision=PRECISION, out_dtype=dtype)
+                b_columns = tl.dot(
+                    b_g.to(b_filter.dtype), tl.trans(b_filter), input_precision=PRECISION, out_dtype=dtype
+                )
                 b_sums += b_columns
                 pointers = p_columns + (o_k * FRAME)[None, :] + ((n_h + 1) * (W + 2) + n_w + 1)[:, None]
                 tl.store(pointers, b_columns, mask=m_p[:, None] & (o_k < 9 * CI)[None, :])
@@ -626,9 +639,7 @@ def correction_kernel(
             b_sum += tl.load(p_products + (i_r * SPLITS + i_s) * C + o_c, mask=o_c < C, other=0.0)
         b_factor *= b_factor * b_sum / (H * W)
         b_scaled = b_filter * b_factor[None, :]
-        b_matrix = tl.dot(
-            b_scaled, tl.trans(b_filter), b_matrix, input_precision=EXACT_PRECISION, out_dtype=dtype
-        )
+        b_matrix = tl.dot(b_scaled, tl.trans(b_filter), b_matrix, input_precision=EXACT_PRECISION, out_dtype=dtype)
         b_constant -= tl.sum(b_scaled * b_mean[None, :], axis=1)
 
     p_matrix += i_b * (BLOCK_K * BLOCK_K)

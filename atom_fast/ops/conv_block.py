@@ -122,7 +122,8 @@ def launch_kind(
         chip: the GPU; None for the one at ``device``.
 
     Returns:
-        ``"planes"``: convolution and block are one kernel that keeps an image's neighbourhoods on the chip.
+        ``"planes"``: convolution and block are one kernel that keeps an image's neighbourhoods on the chip. (The
+            successor of these kernels walks tiles in either case.)
         ``"tiles"``: the same in tiles, for chips with less shared memory; the convolution is computed twice.
         ``"apart"``: PyTorch's convolution, then `norm_block`.
     """
@@ -421,35 +422,35 @@ def _forward_successor(
         )
         if norm == "batch":
             moments = moments.sum(0, keepdim=True)
-        folded, _ = _fold_filters(images, filters, weight, bias, moments, mean, rstd, eps, walk)
+        folded = _fold_filters(images, filters, weight, bias, moments, mean, rstd, eps, walk)
         if norm == "batch":
             mean[1:], rstd[1:] = mean[:1], rstd[:1]
         spatial = mean.new_empty((batch, walk["CHUNKS"], height * width))
         channel = mean.new_empty((batch, walk["SPLITS"], channels))
         inputs = images, folded
         kernels.features_kernel[(batch, walk["SPLITS"], walk["CHUNKS"])](
-            *inputs, pooled, spatial, channel, *images.stride(), **walk
+            *inputs, pooled, spatial, channel, 2, *images.stride(), **walk
         )
         kernels.maps_kernel[(batch,)](
-            *inputs, spatial, channel, maps, statistics, *images.stride(), **walk,
+            *inputs, spatial, channel, maps, statistics, 2, *images.stride(), **walk,
             BLOCK_SPATIAL=triton.next_power_of_2(height * width), BLOCK_CHANNEL=triton.next_power_of_2(channels),
         )  # fmt: skip
 
 
-def _fold_filters(images, filters, weight, bias, moments, mean, rstd, eps, walk) -> tuple[Tensor, Tensor | None]:
-    """Return the folded filters; without ``moments``, those of saved statistics, and transposed too."""
+def _fold_filters(images, filters, weight, bias, moments, mean, rstd, eps, walk) -> Tensor:
+    """Return the folded filters [rows, channels, BLOCK_K]; those of saved statistics, without moments, transposed."""
     from ..kernels import folded_conv_block as kernels
 
-    rows, padded = 1 if walk["BATCH"] else len(images), walk["CHUNKS"] * walk["BLOCK_C"]
-    folded = filters.new_empty((rows, padded, walk["BLOCK_K"]))
-    transposed = filters.new_empty((rows, walk["BLOCK_K"], padded)) if moments is None else None
+    rows, padded, block_k = 1 if walk["BATCH"] else len(images), walk["CHUNKS"] * walk["BLOCK_C"], walk["BLOCK_K"]
+    folded = filters.new_empty((rows, padded, block_k) if moments is not None else (rows, block_k, padded))
+    strides = folded.stride()[1:] if moments is not None else folded.stride()[:0:-1]
     block = min(padded, 32)
     kernels.fold_filters_kernel[(rows, padded // block)](
-        images, filters, contiguous(weight), contiguous(bias), moments, mean, rstd, folded, transposed, eps,
+        images, filters, contiguous(weight), contiguous(bias), moments, mean, rstd, folded, *strides, eps,
         *images.stride(), **{name: walk[name] for name in ("CI", "C", "H", "W", "PRECISION", "BLOCK_K")},
         EXACT_PRECISION=_exact_precision(images, filters), BLOCK_C=block, num_warps=4,
     )  # fmt: skip
-    return folded, transposed
+    return folded
 
 
 def _backward_successor(grad_pooled, grad_maps, images, filters, saved, powers, norm):
@@ -475,7 +476,7 @@ def _backward_successor(grad_pooled, grad_maps, images, filters, saved, powers, 
         column_sums = mean.new_empty((batch, splits, chunks, block_k))
         products = mean.new_empty((batch, splits, channels))
         kernels.gradients_kernel[(batch, splits, chunks)](
-            images, *folded, contiguous(bias), grad_pooled, weights, statistics, columns, column_sums, products,
+            images, folded, contiguous(bias), grad_pooled, weights, statistics, columns, column_sums, products,
             4, *images.stride(), **walk,
         )  # fmt: skip
         if norm == "batch":
@@ -506,7 +507,8 @@ def _walk_constants(images, filters, weight, spatial_power, channel_power, norm)
     constants = _constants(images, filters, weight, spatial_power, channel_power)
     del constants["AFFINE"]  # the norm's parameters are folded
     channels, height, width = (constants[name] for name in ("C", "H", "W"))
-    launch = kernels.launch_table(constants["CI"], channels)
+    tensor_cores = filters.dtype.itemsize == 2 or constants["PRECISION"] == "tf32"
+    launch = kernels.launch_table(constants["CI"], channels, tensor_cores)
     tiles = triton.cdiv(triton.cdiv(height, 2) * triton.cdiv(width, 2), launch["BLOCK_P"])
     return constants | launch | {
         "BATCH": norm == "batch",
