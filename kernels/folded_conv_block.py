@@ -17,7 +17,7 @@ g - mean(g) - x mean(g x). Multiplied by the filters W, with W' the folded ones 
     D - mean(D) - M (P - mean(P)),    D = W' g,    M = W diag(mean(g x scale) / variance) W'
 
 `gradients_kernel` computes D and the sums, `correction_kernel` M, and `image_gradient_kernel` adds up the gradients of
-overlapping neighbourhoods; applied to them, M is a 5x5 convolution of the image. For BatchNorm all means are the batch's.
+overlapping neighbourhoods; there, M becomes a 5x5 convolution of the image. For BatchNorm all means are the batch's.
 """
 
 import triton
@@ -335,8 +335,8 @@ def features_kernel(
         p_pooled: [B, C, H // 2, W // 2], channels_last.
         p_spatial: [B, CHUNKS, H W] sums over a chunk's channels of f^SPATIAL.
         p_channel: [B, SPLITS, C] sums over a split's positions of f^CHANNEL.
-        rows: 2, of a quad. It is no constant, so that the compiler does not interleave the rows' arithmetic, which takes
-            more registers than there are.
+        rows: 2, of a quad. It is no constant, so that the compiler does not interleave the rows' arithmetic, which would
+            spill registers.
         EXACT: tiles cover the planes and channels without a masked value.
         SPLITS, CHUNKS: parts of TILES tiles of a plane, and chunks of BLOCK_C channels.
         The others as in `moments_kernel`.

@@ -412,7 +412,7 @@ def _forward_successor(
     batch, channels = mean.shape
     height, width = images.shape[2:]
     images, filters = int32_indexable(images), filters.contiguous()
-    walk = _walk_constants(images, filters, weight, spatial_power, channel_power, norm)
+    walk = _walk_constants(images, filters, weight, (spatial_power, channel_power), norm)
     block_k = walk["BLOCK_K"]
     with device_of(images):
         moments = mean.new_empty((batch, block_k, block_k))
@@ -466,7 +466,7 @@ def _backward_successor(grad_pooled, grad_maps, images, filters, saved, powers, 
     if grad_pooled is not None:
         grad_pooled = grad_pooled.contiguous(memory_format=torch.channels_last)
     images, filters = int32_indexable(images), filters.contiguous()
-    walk = _walk_constants(images, filters, weight, *powers, norm)
+    walk = _walk_constants(images, filters, weight, powers, norm)
     splits, chunks, block_k = walk["SPLITS"], walk["CHUNKS"], walk["BLOCK_K"]
     gradient = torch.empty_like(images, memory_format=torch.contiguous_format)
     with device_of(images):
@@ -498,13 +498,13 @@ def _backward_successor(grad_pooled, grad_maps, images, filters, saved, powers, 
     return gradient
 
 
-def _walk_constants(images, filters, weight, spatial_power, channel_power, norm) -> dict:
+def _walk_constants(images, filters, weight, powers, norm) -> dict:
     import triton
 
     from ..kernels import folded_conv_block as kernels
     from ..kernels.norm_block import is_exact
 
-    constants = _constants(images, filters, weight, spatial_power, channel_power)
+    constants = _constants(images, filters, weight, *powers)
     del constants["AFFINE"]  # the norm's parameters are folded
     channels, height, width = (constants[name] for name in ("C", "H", "W"))
     tensor_cores = filters.dtype.itemsize == 2 or constants["PRECISION"] == "tf32"

@@ -27,7 +27,6 @@ from tests.launches import compile_launch, recorded
 from tests.ops.test_norm_block import BACKENDS, FUSED, IMPLEMENTATIONS, PRECISE, assert_equal, run
 from tests.workloads import pretended
 
-
 KINDS = ("measured", "successor")
 
 
