@@ -17,7 +17,7 @@ g - mean(g) - x mean(g x). Multiplied by the filters W, with W' the folded ones 
     D - mean(D) - M (P - mean(P)),    D = W' g,    M = W diag(mean(g x scale) / variance) W'
 
 `gradients_kernel` computes D and the sums, `correction_kernel` M, and `image_gradient_kernel` adds up the gradients of
-overlapping neighbourhoods; there, M becomes a 5x5 convolution of the image. For BatchNorm all means are the batch's.
+overlapping neighbourhoods; there, M becomes a 5x5 convolution of the image. For BatchNorm the means are the batch's.
 """
 
 import triton
@@ -31,7 +31,7 @@ LEAST_NORM = tl.constexpr(1e-15)
 MOST_NORM = tl.constexpr(1e15)
 
 
-def launch_table(image_channels: int, channels: int, tensor_cores: bool) -> dict[str, int]:
+def launch_table(image_channels: int, channels: int, tensor_cores: bool, capability: int) -> dict[str, int | None]:
     """Return the launch table of the kernels that walk TILES tiles of BLOCK_P quads and BLOCK_C channels.
 
     By instructions and registers: four warps of 128 channels share a tile's neighbourhoods. Without tensor cores a
@@ -44,7 +44,8 @@ def launch_table(image_channels: int, channels: int, tensor_cores: bool) -> dict
         "TILES": 4,
         "num_warps": 4 if tensor_cores else 8,
         "num_stages": 1,
-        "maxnreg": 168,  # of each thread: three programs of four warps fit
+        # Registers of a thread, so that three programs of four warps fit; for sm_100 and above they would spill.
+        "maxnreg": 168 if capability < 100 else None,
     }
 
 
@@ -335,7 +336,7 @@ def features_kernel(
         p_pooled: [B, C, H // 2, W // 2], channels_last.
         p_spatial: [B, CHUNKS, H W] sums over a chunk's channels of f^SPATIAL.
         p_channel: [B, SPLITS, C] sums over a split's positions of f^CHANNEL.
-        rows: 2, of a quad. It is no constant, so that the compiler does not interleave the rows' arithmetic, which would
+        rows: 2, of a quad. It is no constant, so that the compiler does not interleave the rows' arithmetic: that would
             spill registers.
         EXACT: tiles cover the planes and channels without a masked value.
         SPLITS, CHUNKS: parts of TILES tiles of a plane, and chunks of BLOCK_C channels.

@@ -432,7 +432,7 @@ def _forward_successor(
             *inputs, pooled, spatial, channel, 2, *images.stride(), **walk
         )
         kernels.maps_kernel[(batch,)](
-            *inputs, spatial, channel, maps, statistics, 2, *images.stride(), **walk,
+            *inputs, spatial, channel, maps, statistics, 2, *images.stride(), **(walk | {"maxnreg": None}),
             BLOCK_SPATIAL=triton.next_power_of_2(height * width), BLOCK_CHANNEL=triton.next_power_of_2(channels),
         )  # fmt: skip
 
@@ -508,7 +508,7 @@ def _walk_constants(images, filters, weight, powers, norm) -> dict:
     del constants["AFFINE"]  # the norm's parameters are folded
     channels, height, width = (constants[name] for name in ("C", "H", "W"))
     tensor_cores = filters.dtype.itemsize == 2 or constants["PRECISION"] == "tf32"
-    launch = kernels.launch_table(constants["CI"], channels, tensor_cores)
+    launch = kernels.launch_table(constants["CI"], channels, tensor_cores, chip_of(images.device).capability)
     tiles = triton.cdiv(triton.cdiv(height, 2) * triton.cdiv(width, 2), launch["BLOCK_P"])
     return constants | launch | {
         "BATCH": norm == "batch",
