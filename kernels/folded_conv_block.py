@@ -44,8 +44,8 @@ def launch_table(image_channels: int, channels: int, tensor_cores: bool, capabil
         "TILES": 4,
         "num_warps": 4 if tensor_cores else 8,
         "num_stages": 1,
-        # Registers of a thread, so that three programs of four warps fit; for sm_100 and above they would spill.
-        "maxnreg": 168 if capability < 100 else None,
+        # Registers of a thread, so that three programs of four warps fit; on other chips some kernels would spill.
+        "maxnreg": 168 if capability == 90 else None,
     }
 
 
