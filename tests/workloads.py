@@ -19,7 +19,8 @@ from atom_fast.ops.attention import attention_maps
 from tests.launches import Launch, recorded
 
 MODULES = (
-    "attention", "augmentation", "batch_norm", "norm_block", "conv_block", "instance_norm", "matching", "partition"
+    "attention", "augmentation", "batch_norm", "norm_block", "conv_block", "folded_conv_block", "instance_norm",
+    "matching", "partition",
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Channels and side in pixels: digits, MNIST, CIFAR (in colour, grey, with alpha), Tiny ImageNet, subsets of ImageNet.

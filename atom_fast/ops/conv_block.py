@@ -16,7 +16,7 @@ from .. import reference
 from .._device import Chip, chip_of
 from . import native, norm_block
 from .dispatch import dispatch, register
-from .launching import constant_power, contiguous, device_of, int32_indexable
+from .launching import KERNELS, constant_power, contiguous, device_of, int32_indexable
 from .norm_block import BlockOutput
 from .operators import differentiate, fake, operator
 
@@ -67,7 +67,8 @@ def conv_block(
 def _run_triton(images, filters, *arguments):
     if launch_kind(images.shape[1:], filters.shape[0], filters.dtype, images.device) == "apart":
         return _run_apart(images, filters, *arguments)
-    return conv_block_op(images, filters, *arguments, "triton")[:2]
+    implementation = "triton" if KERNELS["conv_block"] == "measured" else "successor"
+    return conv_block_op(images, filters, *arguments, implementation)[:2]
 
 
 def _run_c(images, filters, weight, bias, *options):
@@ -121,7 +122,8 @@ def launch_kind(
         chip: the GPU; None for the one at ``device``.
 
     Returns:
-        ``"planes"``: convolution and block are one kernel that keeps an image's neighbourhoods on the chip.
+        ``"planes"``: convolution and block are one kernel that keeps an image's neighbourhoods on the chip. (The
+            successor of these kernels walks tiles in either case.)
         ``"tiles"``: the same in tiles, for chips with less shared memory; the convolution is computed twice.
         ``"apart"``: PyTorch's convolution, then `norm_block`.
     """
@@ -154,7 +156,7 @@ def conv_block_op(
     """Return what `atom_fast.ops.norm_block.norm_block_op` returns for the convolution of the images."""
     outputs = _empty_outputs(images, filters, spatial_power, channel_power)
     if images.numel() > 0:
-        forward = _forward_triton if implementation == "triton" else _forward_c
+        forward = {"triton": _forward_triton, "successor": _forward_successor, "c": _forward_c}[implementation]
         forward(images, filters, weight, bias, eps, spatial_power, channel_power, norm, *outputs)
     return outputs
 
@@ -190,7 +192,7 @@ def conv_block_backward_op(
     """Return the gradient [B, C_in, H, W] of the images; a gradient that is None counts as zero."""
     if images.numel() == 0:
         return torch.empty_like(images, memory_format=torch.contiguous_format)
-    backward = _backward_triton if implementation == "triton" else _backward_c
+    backward = {"triton": _backward_triton, "successor": _backward_successor, "c": _backward_c}[implementation]
     saved = weight, bias, maps, mean, rstd, statistics
     return backward(grad_pooled, grad_maps, images, filters, saved, (spatial_power, channel_power), norm)
 
@@ -395,3 +397,127 @@ def _constants(images, filters, weight, spatial_power, channel_power) -> dict:
         "AFFINE": weight is not None,
         "PRECISION": "tf32" if tf32 and filters.dtype == torch.float32 else "ieee",
     }
+
+
+# Triton, successor: see kernels/folded_conv_block.py.
+
+
+def _forward_successor(
+    images, filters, weight, bias, eps, spatial_power, channel_power, norm, pooled, maps, mean, rstd, statistics
+):
+    import triton
+
+    from ..kernels import folded_conv_block as kernels
+
+    batch, channels = mean.shape
+    height, width = images.shape[2:]
+    images, filters = int32_indexable(images), filters.contiguous()
+    walk = _walk_constants(images, filters, weight, (spatial_power, channel_power), norm)
+    block_k = walk["BLOCK_K"]
+    with device_of(images):
+        moments = mean.new_empty((batch, block_k, block_k))
+        shared = {name: walk[name] for name in ("CI", "H", "W", "BATCH", "PRECISION", "BLOCK_K")}
+        kernels.moments_kernel[(batch,)](
+            images, filters, moments, *images.stride(), **shared, BLOCK_N=64, num_warps=4, num_stages=1
+        )
+        if norm == "batch":
+            moments = moments.sum(0, keepdim=True)
+        folded = _fold_filters(images, filters, weight, bias, moments, mean, rstd, eps, walk)
+        if norm == "batch":
+            mean[1:], rstd[1:] = mean[:1], rstd[:1]
+        spatial = mean.new_empty((batch, walk["CHUNKS"], height * width))
+        channel = mean.new_empty((batch, walk["SPLITS"], channels))
+        inputs = images, folded
+        kernels.features_kernel[(batch, walk["SPLITS"], walk["CHUNKS"])](
+            *inputs, pooled, spatial, channel, 2, *images.stride(), **walk
+        )
+        kernels.maps_kernel[(batch,)](
+            *inputs, spatial, channel, maps, statistics, 2, *images.stride(), **(walk | {"maxnreg": None}),
+            BLOCK_SPATIAL=triton.next_power_of_2(height * width), BLOCK_CHANNEL=triton.next_power_of_2(channels),
+        )  # fmt: skip
+
+
+def _fold_filters(images, filters, weight, bias, moments, mean, rstd, eps, walk) -> Tensor:
+    """Return the folded filters [rows, channels, BLOCK_K]; those of saved statistics, without moments, transposed."""
+    from ..kernels import folded_conv_block as kernels
+
+    rows, padded, block_k = 1 if walk["BATCH"] else len(images), walk["CHUNKS"] * walk["BLOCK_C"], walk["BLOCK_K"]
+    folded = filters.new_empty((rows, padded, block_k) if moments is not None else (rows, block_k, padded))
+    strides = folded.stride()[1:] if moments is not None else folded.stride()[:0:-1]
+    block = min(padded, 32)
+    kernels.fold_filters_kernel[(rows, padded // block)](
+        images, filters, contiguous(weight), contiguous(bias), moments, mean, rstd, folded, *strides, eps,
+        *images.stride(), **{name: walk[name] for name in ("CI", "C", "H", "W", "PRECISION", "BLOCK_K")},
+        EXACT_PRECISION=_exact_precision(images, filters), BLOCK_C=block, num_warps=4,
+    )  # fmt: skip
+    return folded
+
+
+def _backward_successor(grad_pooled, grad_maps, images, filters, saved, powers, norm):
+    import triton
+
+    from ..kernels import folded_conv_block as kernels
+
+    weight, bias, maps, mean, rstd, statistics = saved
+    batch, image_channels, height, width = images.shape
+    channels = filters.shape[0]
+    if grad_maps is None:
+        powers = None, None
+    if grad_pooled is not None:
+        grad_pooled = grad_pooled.contiguous(memory_format=torch.channels_last)
+    images, filters = int32_indexable(images), filters.contiguous()
+    walk = _walk_constants(images, filters, weight, powers, norm)
+    splits, chunks, block_k = walk["SPLITS"], walk["CHUNKS"], walk["BLOCK_K"]
+    gradient = torch.empty_like(images, memory_format=torch.contiguous_format)
+    with device_of(images):
+        weights = norm_block.map_weights(grad_maps, maps, statistics, (batch, channels, height, width), *powers)
+        folded = _fold_filters(images, filters, weight, None, None, mean, rstd, 0.0, walk)
+        columns = mean.new_empty((batch, chunks, 9 * image_channels, (height + 2) * (width + 2)))
+        column_sums = mean.new_empty((batch, splits, chunks, block_k))
+        products = mean.new_empty((batch, splits, channels))
+        kernels.gradients_kernel[(batch, splits, chunks)](
+            images, folded, contiguous(bias), grad_pooled, weights, statistics, columns, column_sums, products,
+            4, *images.stride(), **walk,
+        )  # fmt: skip
+        if norm == "batch":
+            column_sums, products = column_sums.mean(0, keepdim=True), products.mean(0, keepdim=True)
+        taps = mean.new_empty((batch, image_channels, image_channels, 25))
+        constant = mean.new_empty((batch, image_channels))
+        names = "CI", "C", "H", "W", "BATCH", "SPLITS", "CHUNKS", "BLOCK_K"
+        kernels.correction_kernel[(batch,)](
+            images, filters, mean, rstd, column_sums, products, mean.new_empty((batch, block_k, block_k)), columns,
+            taps, constant, *images.stride(), **{name: walk[name] for name in names},
+            EXACT_PRECISION=_exact_precision(images, filters), BLOCK_C=32, BLOCK_N=64,
+            BLOCK_T=triton.next_power_of_2(taps[0].numel()), num_warps=4,
+        )  # fmt: skip
+        pixels = min(triton.next_power_of_2(height * width), 512)
+        kernels.image_gradient_kernel[(batch, triton.cdiv(height * width, pixels))](
+            images, columns, taps, constant, gradient, *images.stride(), CI=image_channels, H=height, W=width,
+            CHUNKS=chunks, BLOCK_CI=triton.next_power_of_2(image_channels), BLOCK=pixels, num_warps=4,
+        )  # fmt: skip
+    return gradient
+
+
+def _walk_constants(images, filters, weight, powers, norm) -> dict:
+    import triton
+
+    from ..kernels import folded_conv_block as kernels
+    from ..kernels.norm_block import is_exact
+
+    constants = _constants(images, filters, weight, *powers)
+    del constants["AFFINE"]  # the norm's parameters are folded
+    channels, height, width = (constants[name] for name in ("C", "H", "W"))
+    tensor_cores = filters.dtype.itemsize == 2 or constants["PRECISION"] == "tf32"
+    launch = kernels.launch_table(constants["CI"], channels, tensor_cores, chip_of(images.device).capability)
+    tiles = triton.cdiv(triton.cdiv(height, 2) * triton.cdiv(width, 2), launch["BLOCK_P"])
+    return constants | launch | {
+        "BATCH": norm == "batch",
+        "EXACT": is_exact(channels, height, width, launch, tiles),
+        "SPLITS": triton.cdiv(tiles, launch["TILES"]),
+        "CHUNKS": triton.cdiv(channels, launch["BLOCK_C"]),
+    }  # fmt: skip
+
+
+def _exact_precision(images: Tensor, filters: Tensor) -> str:
+    """Return the precision of products of float32 whose rounding would be magnified."""
+    return "tf32x3" if filters.dtype != torch.float64 and chip_of(images.device).has_tf32 else "ieee"

@@ -16,7 +16,9 @@ import atom_fast as af
 import atom_fast.kernels
 from atom_fast import reference
 from atom_fast.kernels import conv_block as kernels
+from atom_fast.kernels import folded_conv_block as folded_kernels
 from atom_fast.kernels import norm_block as norm_block_kernels
+from atom_fast.ops import launching
 from atom_fast.ops.conv_block import _constants, conv_block, conv_block_op, launch_kind
 from atom_fast.ops.launching import int32_indexable
 from atom_fast.ops.norm_block import NORMS
@@ -24,6 +26,21 @@ from tests.cubin import LOST_CONSTANT, assemble, check_report, disassemble
 from tests.launches import compile_launch, recorded
 from tests.ops.test_norm_block import BACKENDS, FUSED, IMPLEMENTATIONS, PRECISE, assert_equal, run
 from tests.workloads import pretended
+
+KINDS = ("measured", "successor")
+
+
+@pytest.fixture(params=KINDS)
+def kind(request, monkeypatch):
+    """Run the measured kernels and their successors."""
+    monkeypatch.setitem(launching.KERNELS, "conv_block", request.param)
+    return request.param
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Run the measured kernels only: the test is of their launch tables or tiles."""
+    monkeypatch.setitem(launching.KERNELS, "conv_block", "measured")
 
 
 def draw(batch, image_channels, channels, height, width, device="cpu", dtype=torch.float64, seed=0):
@@ -69,13 +86,58 @@ SHAPES = st.tuples(*(st.integers(*ends) for ends in ((1, 3), (1, 4), (1, 20), (2
 
 @given(
     shape=st.tuples(*(st.integers(*ends) for ends in ((1, 2), (1, 4), (1, 18), (2, 10), (2, 10)))),
-    affine=st.booleans(), powers=st.tuples(POWERS, POWERS), norm=st.sampled_from(NORMS),
+    affine=st.booleans(), powers=st.tuples(POWERS, POWERS), norm=st.sampled_from(NORMS), kind=st.sampled_from(KINDS),
 )  # fmt: skip
-@settings(max_examples=8)
-def test_results_and_gradient_equal_the_equations(shape, affine, powers, norm, device):
+@settings(max_examples=16)
+def test_results_and_gradient_equal_the_equations(shape, affine, powers, norm, kind, device):
     images, filters, weight, bias = draw(*shape, device)
     inputs = images, filters, *((weight, bias) if affine else (None, None)), *powers
-    assert_equal(fused("triton", *inputs, norm=norm), exact(*inputs, norm=norm))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(launching.KERNELS, "conv_block", kind)
+        assert_equal(fused("triton", *inputs, norm=norm), exact(*inputs, norm=norm))
+
+
+@pytest.mark.usefixtures("kind")
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(("scale", "power"), [(1e-6, 16.0), (1e6, 16.0), (1e12, 8.0), (1e-12, 8.0), (1e6, 1.0)])
+def test_maps_and_gradients_are_accurate_at_every_magnitude(scale, power, norm, device):
+    images, filters, weight, bias = draw(2, 3, 8, 8, 8, device, torch.float32)
+    inputs = images, filters, scale * weight, scale * bias, power, power
+    with products("ieee"):
+        outputs = fused("triton", *inputs, norm=norm)
+    assert all(output.isfinite().all() for output in outputs)
+    assert_equal(outputs, exact(*inputs, norm=norm), 5e-5)
+
+
+@pytest.mark.usefixtures("kind")
+@pytest.mark.parametrize("norm", NORMS)
+def test_images_far_from_zero_keep_their_statistics(norm, device):
+    images, filters, weight, bias = draw(2, 3, 8, 12, 12, device, torch.float32)
+    images += 300
+    with products("ieee"):
+        outputs = fused("triton", images, filters, weight, bias, norm=norm)
+    assert_equal(outputs, exact(images, filters, weight, bias, norm=norm), 1e-4)
+
+
+@pytest.mark.usefixtures("kind")
+def test_bits_repeat_and_nan_is_not_hidden(device):
+    images, filters, weight, bias = draw(2, 3, 20, 8, 8, device, torch.float32)
+    first, second = (fused("triton", images, filters, weight, bias) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    images[0, 1, 3, 3] = torch.nan
+    pooled, maps, _ = fused("triton", images, filters, weight, bias)
+    assert pooled[0].isnan().all() and maps[0].isnan().any()
+    assert pooled[1].isfinite().all() and maps[1].isfinite().all()
+
+
+@pytest.mark.usefixtures("kind")
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_gradient_is_that_of_finite_differences(norm, device):
+    images, filters, weight, bias = draw(2, 2, 5, 4, 5, device)
+    with af.backend("triton"):
+        torch.autograd.gradcheck(
+            lambda x: tuple(conv_block(x, filters, weight, bias, norm=norm)), images.requires_grad_(), fast_mode=True
+        )
 
 
 @given(shape=SHAPES, affine=st.booleans(), powers=st.tuples(POWERS, POWERS), norm=st.sampled_from(NORMS))
@@ -95,12 +157,14 @@ def test_float32_in_c_is_as_exact_as_unfused(shape, affine, powers, norm):
         (2, 6, 8, "batch"),
     ],
 )
+@pytest.mark.usefixtures("kind")
 def test_sizes_and_channels_beyond_the_kernels_too(batch, image_channels, size, norm, device):
     inputs = draw(batch, image_channels, 20, size, size, device)
     assert_equal(fused("triton", *inputs, norm=norm), exact(*inputs, norm=norm))
 
 
 @pytest.mark.parametrize(("backend", "norm"), FUSED)
+@pytest.mark.usefixtures("kind")
 def test_float32_and_channels_last_images(backend, norm, place):
     images, filters, weight, bias = draw(3, 3, 20, 9, 8, place, torch.float32)
     images += 2 * torch.arange(3, device=place).view(3, 1, 1, 1)  # the planes' means differ
@@ -112,6 +176,7 @@ def test_float32_and_channels_last_images(backend, norm, place):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("kind")
 def test_autocast_and_narrow_filters_give_their_dtype(backend, place):
     images, filters, weight, bias = draw(2, 3, 16, 8, 8, place, torch.float32)
     with af.backend(backend), torch.autocast(place.type, torch.bfloat16):
@@ -124,6 +189,7 @@ def test_autocast_and_narrow_filters_give_their_dtype(backend, place):
 
 @pytest.mark.parametrize(("backend", "norm"), FUSED)
 @pytest.mark.parametrize("used", ["pooled", "maps"])
+@pytest.mark.usefixtures("kind")
 def test_gradients_without_stride_and_of_one_output(backend, norm, used, place):
     dtype, tolerance = PRECISE[backend]
     images, filters, weight, bias = draw(2, 3, 8, 8, 8, place, dtype)
@@ -138,6 +204,7 @@ def test_gradients_without_stride_and_of_one_output(backend, norm, used, place):
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("kind")
 def test_a_black_image_and_an_empty_batch(backend, norm, place):
     dtype, tolerance = PRECISE[backend]
     images, filters, weight, bias = draw(2, 3, 8, 8, 8, place, dtype)
@@ -149,6 +216,7 @@ def test_a_black_image_and_an_empty_batch(backend, norm, place):
 
 
 @pytest.mark.parametrize(("backend", "norm"), FUSED)
+@pytest.mark.usefixtures("kind")
 def test_nothing_of_the_convolutions_size_is_kept(backend, norm, place):
     images, filters, weight, bias = draw(4, 3, 32, 16, 16, place, torch.float32)
     kept = []
@@ -162,10 +230,12 @@ def test_nothing_of_the_convolutions_size_is_kept(backend, norm, place):
 
 
 @pytest.mark.parametrize(("backend", "norm"), FUSED)
+@pytest.mark.usefixtures("kind")
 def test_operator_passes_opcheck_and_compiles_as_one_graph(backend, norm, place):
     images, filters, weight, bias = draw(2, 3, 4, 4, 4, place, torch.float32)
     inputs = images.requires_grad_(), filters, weight, bias
-    torch.library.opcheck(conv_block_op, (*inputs, 1e-5, None, 4.0, norm, IMPLEMENTATIONS[backend]))
+    for implementation in {IMPLEMENTATIONS[backend], "successor" if backend == "triton" else "c"}:
+        torch.library.opcheck(conv_block_op, (*inputs, 1e-5, None, 4.0, norm, implementation))
 
     def loss(x):
         pooled, maps = conv_block(x, filters, weight, bias, norm=norm)
@@ -207,7 +277,7 @@ def launches_of(image_channels, size, dtype, precision, norm="instance", capabil
     with (
         pretended(capability),
         products(precision),
-        recorded(kernels, norm_block_kernels) as launches,
+        recorded(kernels, folded_kernels, norm_block_kernels) as launches,
         af.backend("triton"),
     ):
         block = conv_block(images.requires_grad_(), filters.to(dtype), weight, bias, norm=norm)
@@ -227,11 +297,12 @@ RECORDING = pytest.mark.skipif(torch.cuda.is_available(), reason="what is launch
         (3, 32, torch.bfloat16, "tf32", 86),
     ],
 )
+@pytest.mark.usefixtures("kind")
 def test_kernels_fit_and_use_the_tensor_cores(image_channels, size, dtype, precision, capability):
     for launch in launches_of(image_channels, size, dtype, precision, capability=capability):
         report = compile_launch(launch, capability)
         check_report(report, capability, launch.kernel)
-        if launch.kernel == "fold_kernel":
+        if launch.kernel in ("fold_kernel", "fold_filters_kernel", "image_gradient_kernel"):
             continue
         assert report.tensor_core == (precision == "tf32"), launch.kernel
         if "forward" in launch.kernel and size == 32:
@@ -239,6 +310,7 @@ def test_kernels_fit_and_use_the_tensor_cores(image_channels, size, dtype, preci
 
 
 @RECORDING
+@pytest.mark.usefixtures("measured")
 def test_kernels_of_batch_norm_fit_and_use_the_tensor_cores():
     capability = 86
     statistics, forward, *backward = launches_of(3, 32, torch.float32, "tf32", "batch", capability)
@@ -268,6 +340,7 @@ def test_kernels_of_batch_norm_fit_and_use_the_tensor_cores():
         (90, torch.float32, 3, 32, False),
     ],
 )
+@pytest.mark.usefixtures("measured")
 def test_planes_are_kept_on_the_chip_where_they_fit(capability, dtype, image_channels, size, tiled, norm):
     launches = launches_of(image_channels, size, dtype, "tf32", norm, capability)
     forward = [launch.kernel for launch in launches if "forward" in launch.kernel or "statistics" in launch.kernel]
@@ -277,6 +350,7 @@ def test_planes_are_kept_on_the_chip_where_they_fit(capability, dtype, image_cha
 
 @RECORDING
 @pytest.mark.parametrize(("image_channels", "channels", "size"), [(3, 128, 32), (3, 16, 12)])
+@pytest.mark.usefixtures("measured")
 def test_launch_table_knows_how_much_shared_memory_is_asked_for(image_channels, channels, size):
     """No table that says "fits" may be wrong: the kernel would not start on the GPU that it is for."""
     images, filters, *_ = draw(1, image_channels, channels, size, size, dtype=torch.float32)
@@ -312,6 +386,7 @@ def test_a_lost_constant_is_found(tmp_path):
 
 @RECORDING
 @pytest.mark.parametrize("tile", [(16, 16, 1)])
+@pytest.mark.usefixtures("measured")
 def test_no_tile_loses_a_constant(tile, monkeypatch):
     """Tiles whose gradients were wrong on an H100 with Triton 3.6, by offsets that were divisions."""
     names = dict(zip(("BLOCK_P", "BLOCK_C", "num_warps"), tile, strict=True))
@@ -350,6 +425,7 @@ def test_tf32_is_used_where_pytorch_would(switch, name, tf32):
         (2, 2, 8, 2, "instance"),
     ],
 )
+@pytest.mark.usefixtures("measured")
 def test_tiles_equal_the_equations(batch, image_channels, channels, size, norm, device):
     inputs = draw(batch, image_channels, channels, size, size, device)
     with pretended(86, 0) as chip:
@@ -359,12 +435,14 @@ def test_tiles_equal_the_equations(batch, image_channels, channels, size, norm, 
 
 
 @pytest.mark.parametrize(("image_channels", "size"), [(2, 10), (3, 11)])
+@pytest.mark.usefixtures("kind")
 def test_offsets_of_neighbourhoods_equal_the_equations(image_channels, size, device):
     """Sizes that were kept from matrix instructions as long as the cause of the wrong gradients was not known."""
     inputs = draw(1, image_channels, 16, size, size, device)
     assert_equal(fused("triton", *inputs), exact(*inputs))
 
 
+@pytest.mark.usefixtures("measured")
 def test_gradients_that_32_bits_do_not_address_are_copied(device, monkeypatch):
     """Of the pooled features, as of every other tensor."""
     seen = []
@@ -382,6 +460,7 @@ def test_gradients_that_32_bits_do_not_address_are_copied(device, monkeypatch):
     ("image_channels", "size"), [(1, 8), (3, 10), (1, 28), (3, 16), (3, 22), (3, 32), (2, 32), (4, 16)]
 )
 @pytest.mark.parametrize("precision", ["ieee", "tf32", "bfloat16"])
+@pytest.mark.usefixtures("kind")
 def test_products_of_every_precision_on_a_gpu(precision, image_channels, size, norm, device):
     images, filters, weight, bias = draw(64, image_channels, 128, size, size, device, torch.float32)
     filters = filters.bfloat16() if precision == "bfloat16" else filters
@@ -399,6 +478,7 @@ def test_products_of_every_precision_on_a_gpu(precision, image_channels, size, n
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("precision", ["ieee", "tf32", "bfloat16"])
 @pytest.mark.parametrize(("image_channels", "size"), [(3, 32), (1, 28), (3, 11)])
+@pytest.mark.usefixtures("measured")
 def test_tiles_on_a_gpu(image_channels, size, precision, norm, device, monkeypatch):
     """As on chips with less shared memory: whatever this one has, the forward kernels walk tiles."""
     monkeypatch.setattr(kernels, "conv_block_launch", lambda *_: None)
@@ -421,6 +501,7 @@ DIVIDED = [False, True] if triton.__version__.startswith(("3.5", "3.6")) else [F
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("divided", DIVIDED)
+@pytest.mark.usefixtures("measured")
 def test_a_tile_that_was_wrong_on_a_gpu(divided, device, monkeypatch):
     """A warp of 16 places: right by comparisons, wrong by divisions, which shows that the cause is the one known."""
     module = divided_kernels() if divided else kernels
@@ -437,6 +518,7 @@ def test_a_tile_that_was_wrong_on_a_gpu(divided, device, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [8])
+@pytest.mark.usefixtures("measured")
 def test_divided_offsets_are_the_same_offsets(size, device, monkeypatch):
     """The divisions kept beside the comparisons compute the same where no compiler bug interferes."""
     inputs = draw(1, 3, 16, size, size, device)
