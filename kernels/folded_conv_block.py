@@ -31,7 +31,7 @@ LEAST_NORM = tl.constexpr(1e-15)
 MOST_NORM = tl.constexpr(1e15)
 
 
-def launch_table(image_channels: int, channels: int, tensor_cores: bool, capability: int) -> dict[str, int | None]:
+def launch_table(image_channels: int, channels: int, tensor_cores: bool) -> dict[str, int]:
     """Return the launch table of the kernels that walk TILES tiles of BLOCK_P quads and BLOCK_C channels.
 
     By instructions and registers: four warps of 128 channels share a tile's neighbourhoods. Without tensor cores a
@@ -44,9 +44,12 @@ def launch_table(image_channels: int, channels: int, tensor_cores: bool, capabil
         "TILES": 4,
         "num_warps": 4 if tensor_cores else 8,
         "num_stages": 1,
-        # Registers of a thread, so that three programs of four warps fit; on other chips some kernels would spill.
-        "maxnreg": 168 if capability == 90 else None,
     }
+
+
+def forward_registers(capability: int) -> int | None:
+    """Return the limit of registers of `features_kernel` with which three programs of four warps fit; None: none."""
+    return 168 if capability == 90 else None
 
 
 def columns_block(image_channels: int) -> int:

@@ -429,10 +429,11 @@ def _forward_successor(
         channel = mean.new_empty((batch, walk["SPLITS"], channels))
         inputs = images, folded
         kernels.features_kernel[(batch, walk["SPLITS"], walk["CHUNKS"])](
-            *inputs, pooled, spatial, channel, 2, *images.stride(), **walk
-        )
+            *inputs, pooled, spatial, channel, 2, *images.stride(), **walk,
+            maxnreg=kernels.forward_registers(chip_of(images.device).capability),
+        )  # fmt: skip
         kernels.maps_kernel[(batch,)](
-            *inputs, spatial, channel, maps, statistics, 2, *images.stride(), **(walk | {"maxnreg": None}),
+            *inputs, spatial, channel, maps, statistics, 2, *images.stride(), **walk,
             BLOCK_SPATIAL=triton.next_power_of_2(height * width), BLOCK_CHANNEL=triton.next_power_of_2(channels),
         )  # fmt: skip
 
@@ -508,7 +509,7 @@ def _walk_constants(images, filters, weight, powers, norm) -> dict:
     del constants["AFFINE"]  # the norm's parameters are folded
     channels, height, width = (constants[name] for name in ("C", "H", "W"))
     tensor_cores = filters.dtype.itemsize == 2 or constants["PRECISION"] == "tf32"
-    launch = kernels.launch_table(constants["CI"], channels, tensor_cores, chip_of(images.device).capability)
+    launch = kernels.launch_table(constants["CI"], channels, tensor_cores)
     tiles = triton.cdiv(triton.cdiv(height, 2) * triton.cdiv(width, 2), launch["BLOCK_P"])
     return constants | launch | {
         "BATCH": norm == "batch",

@@ -1,0 +1,126 @@
+"""Count the instructions of kernels from their machine code, without a GPU, for kernels and their successors.
+
+    python -m tests.instructions
+
+Writes ``benchmarks/results/instructions.json``. A value is one element of the feature map that a kernel computes or
+reads. A thread executes the instructions of its longest loop once for the values of a round, and the others once for
+all of its values; instructions that a branch skips are counted too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # launches are recorded through the interpreter
+
+import click
+from tqdm import tqdm
+
+from atom_fast.ops.launching import chosen_kernels
+from benchmarks.harness import save_results
+from tests.cubin import ROOT, CubinReport
+from tests.launches import Launch, compile_launch
+from tests.workloads import launches, workloads
+
+RESULTS = ROOT / "benchmarks" / "results" / "instructions.json"
+CHIPS = (86, 90)
+CHANNELS, SIDE, LAYERS = 128, 32, (32, 16, 8)  # of the CIFAR-10 ConvNet
+# Kernels that walk a feature map: what they compute, and how many tiles of BLOCK_P x BLOCK_C a round of the loop has.
+KERNELS = {
+    "conv_block_forward_kernel": ("first block, forward", 4),
+    "features_kernel": ("first block, forward", 4),
+    "conv_block_sums_kernel": ("first block, backward", 4),
+    "conv_block_columns_kernel": ("first block, backward", 4),
+    "gradients_kernel": ("first block, backward", 4),
+    "norm_block_forward_kernel": ("block, forward", 4),
+    "norm_block_backward_kernel": ("block, backward", 4),
+    "attention_forward_kernel": ("attention maps, forward", 1),
+    "attention_backward_kernel": ("attention maps, backward", 1),
+}
+WORKLOADS = (
+    *(f"distill 3x32x32 {precision} instance" for precision in ("tf32", "float16")),
+    *(f"loss 32x32 {dtype} {layout}" for dtype in ("float32", "bfloat16") for layout in ("NCHW", "channels_last")),
+)
+REGISTERS = 65536  # of a multiprocessor
+WARPS = {86: 48, 90: 64}  # that a multiprocessor holds
+SHARED = {86: 100 << 10, 90: 228 << 10}  # bytes of a multiprocessor
+RESERVED = 1024  # bytes of shared memory of a program that the system uses
+
+
+def rows(chip: int) -> Iterator[dict]:
+    """Yield a row for each kernel that walks a feature map, of those that were measured and of their successors."""
+    seen = set()
+    for work in workloads(((3, SIDE),)):
+        if work.name not in WORKLOADS:
+            continue
+        for kernels in ("measured", "successor"):
+            with chosen_kernels(kernels):
+                found = launches(work, chip)
+            for launch in found:
+                row = _row(launch, work.name, chip) if launch.kernel in KERNELS else None
+                key = row and (row["kernel"], row["workload"], row["values"], row["instructions"])
+                if row and key not in seen:
+                    seen.add(key)
+                    yield {"kernels": kernels, **row}
+
+
+def _row(launch: Launch, workload: str, chip: int) -> dict:
+    report = compile_launch(launch, chip)
+    height, width = (launch.arguments.get(name, SIDE) for name in ("H", "W"))
+    programs = 1
+    for size in launch.grid[1:]:  # of a sample
+        programs *= size
+    return {
+        "work": KERNELS[launch.kernel][0],
+        "kernel": launch.kernel,
+        "workload": workload,
+        "chip": chip,
+        "values": CHANNELS * height * width,
+        "instructions": report.instructions,
+        "loop": report.loop,
+        "per_value": round(per_value(report, launch, CHANNELS * height * width / programs), 2),
+        "per_value_of_loop": round(report.loop * threads(launch) / round_values(launch), 2),
+        "registers": report.registers,
+        "shared": report.shared,
+        "warps": warps(report, launch, chip),
+        "spills": report.spills,
+    }
+
+
+def threads(launch: Launch) -> int:
+    """Return the threads of a program."""
+    return 32 * launch.options.get("num_warps", 4)
+
+
+def round_values(launch: Launch) -> int:
+    """Return the values of a round of a kernel's loop."""
+    return launch.arguments["BLOCK_P"] * launch.arguments["BLOCK_C"] * KERNELS[launch.kernel][1]
+
+
+def per_value(report: CubinReport, launch: Launch, values: float) -> float:
+    """Return the instructions of a value, ``values`` of which a program computes."""
+    rounds = values / round_values(launch) if report.loop else 0
+    return (report.loop * rounds + report.instructions - report.loop) * threads(launch) / values
+
+
+def warps(report: CubinReport, launch: Launch, chip: int) -> int:
+    """Return how many warps of a kernel a multiprocessor holds at once."""
+    own = threads(launch) // 32
+    of_registers = REGISTERS // (-(-report.registers * 32 // 256) * 256)  # a warp's registers come in units of 256
+    programs = min(of_registers // own, WARPS[chip] // own, SHARED[chip] // (report.shared + RESERVED))
+    return programs * own
+
+
+@click.command()
+@click.option("--output", type=click.Path(), default=RESULTS, show_default=True, help="JSON file")
+def main(output):
+    """Compile the kernels that walk feature maps, and count their instructions per value."""
+    import triton
+
+    found = [row for chip in CHIPS for row in tqdm(rows(chip), desc=f"sm_{chip}", unit="kernel")]
+    save_results(output, {"triton": triton.__version__, "rows": found})
+
+
+if __name__ == "__main__":
+    main()
