@@ -64,6 +64,7 @@ def compile_kernel(
     capability: int,
     num_warps: int = 4,
     num_stages: int = 3,
+    maxnreg: int | None = None,
     aligned: tuple[str, ...] = (),
     triton: str | None = None,
     brief: bool = False,
@@ -91,6 +92,7 @@ def compile_kernel(
         "capability": capability,
         "num_warps": num_warps,
         "num_stages": num_stages,
+        "maxnreg": maxnreg,
         "aligned": list(aligned),
         "brief": brief,
     }
@@ -157,7 +159,7 @@ def _compile(job: dict) -> CubinReport:
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", job["capability"], 32),
-        options={"num_warps": job["num_warps"], "num_stages": job["num_stages"]},
+        options={name: job[name] for name in ("num_warps", "num_stages", "maxnreg")},
     )
     disassembled = not job["brief"] or "16x2" in compiled.asm["ptx"]
     return _read(compiled.asm["cubin"], compiled.metadata.shared, disassembled)

@@ -104,10 +104,9 @@ def specialization(launch: Launch) -> dict[str, object]:
         else:
             signature[name] = "i32"
             aligned += [name] * (value % 16 == 0)
-    options = {name: value for name, value in launch.options.items() if name != "maxnreg"}
     return {
         "module": launch.module, "kernel": launch.kernel, "signature": signature, "constants": constants,
-        "aligned": tuple(aligned), **options,
+        "aligned": tuple(aligned), **launch.options,
     }  # fmt: skip
 
 
