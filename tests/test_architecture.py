@@ -18,7 +18,10 @@ FILES = {
     for path in folder.glob("*.py")
 }
 HELPERS = {"powers", "probe"}  # kernels that belong to no operator
-SUCCESSORS = {"folded_conv_block"}  # kernels beside those of an operator, see `KERNELS` of `atom_fast/ops/launching.py`
+SUCCESSORS = {
+    "attention_sums",
+    "folded_conv_block",
+}  # of measured kernels, see `KERNELS` of `atom_fast/ops/launching.py`
 OPERATORS_WITHOUT_KERNEL = {"dispatch", "launching", "native", "operators"}
 
 

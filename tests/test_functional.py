@@ -1,5 +1,6 @@
 """Attention maps and matching losses: equal to the float64 equations for any shape, stride, dtype, power and scale."""
 
+import contextlib
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 import atom_fast as af
 from atom_fast import reference
 from atom_fast.ops import attention as attention_ops
+from atom_fast.ops.launching import KERNELS
 
-BACKENDS = ("triton", "torch")
+BACKENDS = ("triton", "successor", "torch")  # successor: of the kernels for a GPU, see KERNELS
+IMPLEMENTATION = {"triton": "triton", "successor": "successor", "torch": "c"}  # of the operator
 # Relative error of the whole result: rounding of the accumulation dtype, times a few dozen operations.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5}
 # The gradient is stored in the input's dtype, so at least its rounding remains.
@@ -23,6 +26,14 @@ GRADIENT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 
 powers = st.sampled_from([1.0, 2.0, 4.0, 8.0, 1.5, 3.0, 6.7, 16.0])
 dtypes = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])
 layouts = st.sampled_from(["contiguous", "channels_last", "sliced", "expanded"])
+
+
+@contextlib.contextmanager
+def backend(name):
+    """Run with one of BACKENDS."""
+    with pytest.MonkeyPatch.context() as patch, af.backend("triton" if name == "successor" else name):
+        patch.setitem(KERNELS, "attention", "successor" if name == "successor" else "measured")
+        yield
 
 
 def relative_error(result, expected):
@@ -74,7 +85,7 @@ def test_attention_equals_the_float64_equation(name, f, power, normalize, spatia
     wide = f.double().requires_grad_()
     expected = equation(wide, power, normalize)
     f = f.to(device).detach().requires_grad_()
-    with af.backend(name):
+    with backend(name):
         result = public(f, power, normalize)
         weight = torch.linspace(-1, 1, result.numel(), dtype=result.dtype, device=device).view_as(result)
         (gradient,) = torch.autograd.grad((result * weight).sum(), f)
@@ -82,7 +93,8 @@ def test_attention_equals_the_float64_equation(name, f, power, normalize, spatia
     assert result.dtype == attention_ops.accumulation_dtype(f.dtype)
     assert relative_error(result.cpu(), expected) < TOLERANCE[f.dtype]
     assert gradient.dtype == f.dtype
-    if expected_gradient.abs().max() < torch.finfo(f.dtype).max / 10:
+    constant = normalize and result.shape[1] == 1  # its gradient is the rounding of a difference of equal numbers
+    if not constant and expected_gradient.abs().max() < torch.finfo(f.dtype).max / 10:
         # Gradients below the dtype's smallest normal number are lost to its format, not to the arithmetic.
         floor = expected_gradient.numel() ** 0.5 * torch.finfo(f.dtype).tiny
         error = (gradient.cpu().double() - expected_gradient).norm()
@@ -120,7 +132,7 @@ def test_loss_equals_the_float64_equation(name, real, seed, spatial_power, chann
     )
     (expected_gradient,) = torch.autograd.grad(expected, wide)
     synthetic = synthetic.to(device).requires_grad_()
-    with af.backend(name):
+    with backend(name):
         loss = af.attention_matching_loss(
             real.to(device),
             synthetic,
@@ -143,7 +155,7 @@ def test_tiles_that_do_not_divide_the_shape(name, shape, power, device):
     wide = f.clone().requires_grad_()
     expected = reference.attention_matching_loss(f.flip(0) + 1, wide, *power)
     f = f.to(device).requires_grad_()
-    with af.backend(name):
+    with backend(name):
         loss = af.attention_matching_loss(f.detach().flip(0) + 1, f, spatial_power=power[0], channel_power=power[1])
         (gradient,) = torch.autograd.grad(loss, f)
     (expected_gradient,) = torch.autograd.grad(expected, wide)
@@ -156,7 +168,7 @@ def test_a_channel_whose_maximum_comes_late_rescales_what_was_added(name, device
     """The running maximum grows chunk by chunk: 1e-6 first, 1e6 last, and both ends must stay exact."""
     scale = torch.logspace(-6, 6, 300, dtype=torch.float64).view(1, 300, 1, 1)
     f = (torch.rand(2, 300, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.5) * scale
-    with af.backend(name):
+    with backend(name):
         for power in (1.0, 4.0, 16.0):
             result = af.spatial_attention(f.float().to(device), power)
             assert relative_error(result.cpu(), reference.spatial_attention(f.float().double(), power)) < 1e-5
@@ -167,11 +179,52 @@ def test_a_channel_whose_maximum_comes_late_rescales_what_was_added(name, device
 @pytest.mark.parametrize("name", BACKENDS)
 def test_half_precision_does_not_overflow_where_its_fourth_power_does(name, device):
     f = torch.full((1, 2, 2, 2), 60000.0, dtype=torch.float16, device=device).requires_grad_()
-    with af.backend(name):
+    with backend(name):
         attention = af.spatial_attention(f, 16.0)
         attention.square().sum().backward()
     torch.testing.assert_close(attention.cpu(), torch.full((1, 4), 0.5))
     assert f.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("powers", "scale"), [((8.0, 3.0), 1e6), ((2.5, 8.0), 1e-6), ((16.0, None), 1e6)])
+def test_samples_out_of_range_beside_samples_within(name, powers, scale, layout, device):
+    """Several tiles in both directions, of which none is full at the end."""
+    f = torch.randn(3, 150, 9, 15, generator=torch.Generator().manual_seed(0))
+    f[1] *= scale
+    f = in_layout(f, layout)
+    with backend(name):
+        maps, statistics = attention_ops.attention_maps_op(f.to(device), *powers, True, IMPLEMENTATION[name])
+        gradient = torch.linspace(-1, 1, maps.numel()).view_as(maps).to(device)
+        result = attention_ops.attention_maps_backward(
+            f.to(device), gradient, maps, statistics, *powers, True, IMPLEMENTATION[name]
+        )
+    wide = f.double().requires_grad_()
+    expected = reference.attention_maps(wide, *powers, True)
+    (expected_gradient,) = torch.autograd.grad((expected * gradient.cpu()).sum(), wide)
+    for sample in range(3):
+        assert relative_error(maps[sample].cpu(), expected[sample].detach()) < 1e-5
+        assert relative_error(result[sample].cpu(), expected_gradient[sample]) < 2e-5
+    if name != "triton":
+        assert statistics[0].cpu().tolist() == [1, f[1].abs().max(), 1]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("powers", [(4.0, 4.0), (1.0, 2.5)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_is_seen_in_its_sample_and_in_no_other(name, powers, value, device):
+    f = torch.randn(3, 5, 4, 4, generator=torch.Generator().manual_seed(0))
+    clean = f.clone()
+    f[1, 2, 3, 1] = value
+    with backend(name):
+        f, clean = f.to(device).requires_grad_(), clean.to(device).requires_grad_()
+        maps, expected = (attention_ops.attention_maps(x, *powers) for x in (f, clean))
+        maps[:, ::2].sum().backward()
+        expected[:, ::2].sum().backward()
+    for result, wanted in ((maps, expected), (f.grad, clean.grad)):
+        assert result[1].isnan().any()
+        assert torch.equal(result[[0, 2]], wanted[[0, 2]])
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -180,7 +233,7 @@ def test_same_input_same_bits(name, device):
     labels = torch.tensor([2, 0, 2], device=device)
 
     def run():
-        with af.backend(name):
+        with backend(name):
             loss = af.attention_matching_loss(
                 f.detach() + 1, f, real_labels=labels, synthetic_labels=labels.flip(0), spatial_power=3.0
             )
@@ -201,7 +254,7 @@ def test_offsets_beyond_32_bits(name, device):
     f = storage.as_strided((2, 2, 2, 2), (apart, 4, 2, 1))
     f.copy_(torch.arange(16.0).view(2, 2, 2, 2))
     expected = reference.spatial_attention(torch.arange(16.0, dtype=torch.float64).view(2, 2, 2, 2), 4.0)
-    with af.backend(name):
+    with backend(name):
         assert relative_error(af.spatial_attention(f, 4.0).cpu(), expected) < 1e-5
 
 
@@ -211,7 +264,7 @@ def test_gradcheck(name, device):
     real = f.flip(0) * 2 + 1
     f.requires_grad_()
     for power in ((4.0, 3.0), (None, 1.0)):
-        with af.backend(name):
+        with backend(name):
             assert torch.autograd.gradcheck(
                 lambda x, p=power: af.attention_matching_loss(real, x, spatial_power=p[0], channel_power=p[1]), (f,)
             )
@@ -219,7 +272,7 @@ def test_gradcheck(name, device):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_operators_are_registered_as_pytorch_asks(name, device):
-    implementation = {"torch": "c"}.get(name, name)
+    implementation = IMPLEMENTATION[name]
     f = torch.randn(3, 5, 4, 3, device=device, requires_grad=True)
     torch.library.opcheck(attention_ops.attention_maps_op, (f, 4.0, 1.5, True, implementation))
     maps, statistics = attention_ops.attention_maps_op(f.detach(), 4.0, None, True, implementation)
@@ -237,22 +290,35 @@ def test_compiles_into_one_graph(name, device):
         return 2 * af.attention_matching_loss(real, f, real_labels=labels, synthetic_labels=labels)
 
     f = torch.randn(4, 3, 5, 5, device=device, requires_grad=True)
-    with af.backend(name):
+    with backend(name):
         (expected,) = torch.autograd.grad(loss(f), f)
         (gradient,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(f), f)
     torch.testing.assert_close(gradient, expected)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+def test_vmap_of_maps_and_of_gradients(name, device):
+    f = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).to(device)
+    with backend(name):
+        torch.testing.assert_close(torch.vmap(lambda f: af.channel_attention(f[None])[0])(f), af.channel_attention(f))
+        f.requires_grad_()
+        (sums,) = torch.autograd.grad(af.channel_attention(f)[:, 0].sum(), f)
+        (each,) = torch.autograd.grad(
+            af.channel_attention(f)[:, 0], f, torch.eye(2, device=device), is_grads_batched=True
+        )
+    torch.testing.assert_close(each.sum(0), sums)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 def test_a_second_derivative_is_refused(name, device):
     f = torch.randn(2, 3, 4, 4, device=device, requires_grad=True)
-    with af.backend(name):
+    with backend(name):
         for loss in (
             af.spatial_attention(f, 4.0)[:, 0].sum(),
             af.attention_matching_loss(f.detach() + 1, f),
         ):
             (gradient,) = torch.autograd.grad(loss, f, create_graph=True)
-            with pytest.raises(RuntimeError, match="no autograd formula|does not require grad"):
+            with pytest.raises(RuntimeError, match="no autograd formula|differentiate twice|does not require grad"):
                 torch.autograd.grad(gradient.square().sum(), f)
 
 
@@ -260,11 +326,11 @@ def test_a_second_derivative_is_refused(name, device):
 def test_a_forward_mode_derivative_is_refused_and_never_zero(name, device):
     real, f = torch.randn(2, 3, 2, 2, device=device), torch.randn(2, 3, 2, 2, device=device)
     for function in (af.spatial_attention, lambda f: af.ATOMLoss()([real], [f])):
-        with af.backend(name), pytest.raises(
+        with backend(name), pytest.raises(
             NotImplementedError, match=r"no forward-mode derivative .*backend\('reference'\)"
         ):  # fmt: skip
             torch.func.jacfwd(function)(f)
-        with af.backend(name), pytest.raises(RuntimeError):  # forward over reverse: refused by PyTorch
+        with backend(name), pytest.raises(RuntimeError):  # forward over reverse: refused by PyTorch
             torch.func.hessian(lambda f, function=function: function(f).sum())(f)
         with af.backend("reference"):
             assert torch.func.jacfwd(function)(f).abs().sum() > 0
@@ -277,14 +343,14 @@ def test_a_power_may_be_a_number_of_numpy():
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
-@pytest.mark.parametrize("name", ("triton", "torch", "reference"))
+@pytest.mark.parametrize("name", (*BACKENDS, "reference"))
 @pytest.mark.parametrize("power", (1.0, 4.0))
 def test_a_sample_of_subnormal_numbers_counts_as_zero_and_hides_no_other(power, name, dtype, device):
     features = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     features[1] *= torch.finfo(dtype).tiny / 100 / features[1].abs().max()
     features = features.to(device, dtype).requires_grad_()
     assert features[1].any()
-    with af.backend(name):
+    with backend(name):
         maps = af.spatial_attention(features, power), af.channel_attention(features, power)
         (gradient,) = torch.autograd.grad([attention.sum() for attention in maps], features)
     for attention in maps:
@@ -293,9 +359,9 @@ def test_a_sample_of_subnormal_numbers_counts_as_zero_and_hides_no_other(power, 
     assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ("triton", "torch", "reference"))
+@pytest.mark.parametrize("name", (*BACKENDS, "reference"))
 def test_empty_batches_and_empty_planes(name, device):
-    with af.backend(name):
+    with backend(name):
         for shape in ((0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4)):
             f = torch.zeros(shape, device=device, requires_grad=True)
             attention = af.spatial_attention(f)
@@ -314,7 +380,7 @@ def test_no_gradient_reaches_the_real_side_and_nothing_is_saved_for_it(name, dev
     real = torch.randn(4, 3, 8, 8, device=device, requires_grad=True)
     synthetic = torch.randn(2, 3, 8, 8, device=device, requires_grad=True)
     saved = []
-    with af.backend(name), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    with backend(name), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         loss = af.attention_matching_loss(real, synthetic)
     loss.backward()
     assert real.grad is None
@@ -329,7 +395,7 @@ def test_groups_made_once_equal_labels_given_each_time(name, device):
     real_labels = torch.tensor([7, 1, 1, 7, 7, 1], device=device)
     synthetic_labels = torch.tensor([1, 1, 7, 1], device=device)
     groups = af.class_groups(real_labels, synthetic_labels)
-    with af.backend(name):
+    with backend(name):
         with_labels = af.attention_matching_loss(
             real, synthetic, real_labels=real_labels, synthetic_labels=synthetic_labels
         )
@@ -433,7 +499,7 @@ def _seconds_of_both_backends():
 
     def seconds(name):
         start = time.process_time()
-        with af.backend(name):
+        with backend(name):
             torch.autograd.grad(af.attention_matching_loss(real, synthetic), synthetic)
         return time.process_time() - start
 

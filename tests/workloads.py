@@ -16,10 +16,12 @@ from atom_fast._device import SHARED_MEMORY, Chip, convolution_precision
 from atom_fast.data.augmentation import augment, decode_and_augment, draw_augmentation
 from atom_fast.networks.convnet import ConvNet, default_depth
 from atom_fast.ops.attention import attention_maps
+from atom_fast.ops.launching import KERNELS
 from tests.launches import Launch, recorded
 
 MODULES = (
-    "attention", "augmentation", "batch_norm", "norm_block", "conv_block", "folded_conv_block", "instance_norm",
+    "attention", "attention_sums", "augmentation", "batch_norm", "norm_block", "conv_block", "folded_conv_block",
+    "instance_norm",
     "matching", "partition",
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -82,7 +84,11 @@ def workloads(images=IMAGES) -> list[Workload]:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for layout in (torch.contiguous_format, torch.channels_last):
                 name = f"{side}x{side} {str(dtype)[6:]} {'channels_last' if layout == torch.channels_last else 'NCHW'}"
-                found.append(Workload(f"loss {name}", _loss(side, dtype, layout), known and dtype == torch.float32))
+                usual = known and dtype == torch.float32
+                found += [
+                    Workload(f"loss {name}", _loss(side, dtype, layout, "measured"), usual),
+                    Workload(f"loss {name} successor", _loss(side, dtype, layout, "successor"), usual),
+                ]
     return found
 
 
@@ -140,8 +146,16 @@ def decoding(channels: int, side: int, layout: torch.memory_format, dtype=torch.
     return run
 
 
-def _loss(side: int, dtype: torch.dtype, layout: torch.memory_format) -> Callable[[], None]:
+def _loss(side: int, dtype: torch.dtype, layout: torch.memory_format, kernels: str) -> Callable[[], None]:
     def run():
+        before = KERNELS["attention"]
+        KERNELS["attention"] = kernels
+        try:
+            loss()
+        finally:
+            KERNELS["attention"] = before
+
+    def loss():
         real, synthetic = (torch.zeros(4, 128, side, side, dtype=dtype).contiguous(memory_format=layout) for _ in "ab")
         labels = torch.tensor([0, 0, 1, 1])
         af.attention_matching_loss(

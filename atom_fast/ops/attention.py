@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import reference
 from . import native
 from .dispatch import dispatch, register
-from .launching import accumulation_dtype, constant_power, device_of, triton_dtype
+from .launching import KERNELS, accumulation_dtype, constant_power, device_of, is_traced, triton_dtype
 from .operators import differentiate, fake, operator
 
 
@@ -34,13 +35,20 @@ def attention_maps(
 
 
 def _run_triton(features, spatial_power, channel_power, normalize):
-    return attention_maps_op(features, spatial_power, channel_power, normalize, "triton")[0]
+    implementation = "successor" if KERNELS["attention"] == "successor" else "triton"
+    return _run(features, spatial_power, channel_power, normalize, implementation)
 
 
 def _run_c(features, spatial_power, channel_power, normalize):
     if not native.takes(features):
         return NotImplemented
-    return attention_maps_op(features, spatial_power, channel_power, normalize, "c")[0]
+    return _run(features, spatial_power, channel_power, normalize, "c")
+
+
+def _run(features, *options):
+    if is_traced():
+        return attention_maps_op(features, *options)[0]
+    return _AttentionMaps.apply(features.resolve_neg(), *options)
 
 
 def _run_eager(features, spatial_power, channel_power, normalize):
@@ -69,29 +77,33 @@ def attention_maps_op(
 ) -> tuple[Tensor, Tensor]:
     """Compute the maps [B, M] and statistics [3, B] of features [B, C, H, W].
 
-    The statistics are each sample's largest |f|, and for each map the factor that turns sums of (|f| / largest)^power
+    The statistics are the number that each sample's features are divided by (its largest |f|; for "c" and "successor"
+    1 where powers stay within the dtype's range), and for each map the factor that turns sums of (|f| / number)^power
     into the result.
 
     Args:
-        implementation: "triton", or "c" on a CPU.
+        implementation: "triton", its "successor" (see ``KERNELS`` in `launching`), or "c" on a CPU.
     """
-    dtype = accumulation_dtype(features.dtype)
-    batch = features.shape[0]
-    maps = features.new_empty((batch, sum(map_sizes(features.shape, spatial_power, channel_power))), dtype=dtype)
-    statistics = features.new_ones((3, batch), dtype=dtype)
-    if features.numel() == 0:
-        return maps.zero_(), statistics
-    forward = _forward_triton if implementation == "triton" else _forward_c
-    forward(features, spatial_power, channel_power, normalize, maps, statistics)
+    return _maps(features, spatial_power, channel_power, normalize, implementation)
+
+
+def _maps(features, spatial_power, channel_power, normalize, implementation) -> tuple[Tensor, Tensor]:
+    maps, statistics = _empty_results(features, spatial_power, channel_power)
+    if features.numel() == 0 or maps.numel() == 0:
+        return maps.zero_(), statistics.fill_(1)
+    _FORWARD[implementation](features, spatial_power, channel_power, normalize, maps, statistics)
     return maps, statistics
+
+
+def _empty_results(features, spatial_power, channel_power) -> tuple[Tensor, Tensor]:
+    wide = {"dtype": accumulation_dtype(features.dtype), "device": features.device}
+    batch, values = features.shape[0], sum(map_sizes(features.shape, spatial_power, channel_power))
+    return torch.empty((batch, values), **wide), torch.empty((3, batch), **wide)
 
 
 @fake(attention_maps_op)
 def _(features, spatial_power, channel_power, normalize, implementation):
-    dtype = accumulation_dtype(features.dtype)
-    batch = features.shape[0]
-    maps = features.new_empty((batch, sum(map_sizes(features.shape, spatial_power, channel_power))), dtype=dtype)
-    return maps, features.new_empty((3, batch), dtype=dtype)
+    return _empty_results(features, spatial_power, channel_power)
 
 
 @operator("attention_maps_backward")
@@ -106,10 +118,14 @@ def attention_maps_backward(
     implementation: str,
 ) -> Tensor:
     """Return the gradient [B, C, H, W] of the features from the gradient [B, M] of their maps."""
+    return _gradient(features, gradient, maps, statistics, spatial_power, channel_power, normalize, implementation)
+
+
+def _gradient(features, gradient, maps, statistics, spatial_power, channel_power, normalize, implementation) -> Tensor:
     output = torch.empty_like(features)
-    if features.numel() == 0:
-        return output
-    backward = _backward_triton if implementation == "triton" else _backward_c
+    if features.numel() == 0 or maps.numel() == 0:
+        return output.zero_()
+    backward = _BACKWARD[implementation]
     backward(features, gradient.contiguous(), maps, statistics, spatial_power, channel_power, normalize, output)
     return output
 
@@ -132,6 +148,25 @@ def _backward(ctx, gradient, _):
 
 
 differentiate(attention_maps_op, _backward, _setup_context)
+
+
+class _AttentionMaps(torch.autograd.Function):
+    """`attention_maps_op` without the dispatch of an operator, which takes longer than the kernels of small maps."""
+
+    @staticmethod
+    def forward(ctx, features, *options):
+        maps, statistics = _maps(features, *options)
+        ctx.save_for_backward(features, maps, statistics)
+        ctx.options = options
+        return maps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):  # pyrefly: ignore[bad-override]
+        features, maps, statistics = ctx.saved_tensors
+        batched = torch._C._functorch.is_legacy_batchedtensor(gradient)  # `is_grads_batched`: without memory of its own
+        function = attention_maps_backward if batched or is_traced() else _gradient
+        return function(features, gradient, maps, statistics, *ctx.options), None, None, None, None
 
 
 # C: see kernels/attention.c.
@@ -224,3 +259,87 @@ def _backward_triton(features, gradient, maps, statistics, spatial_power, channe
 def _is_flat(tensor: Tensor) -> bool:
     """Return True if flattened positions are one stride apart."""
     return tensor.shape[2] == 1 or tensor.stride(2) == tensor.shape[3] * tensor.stride(3)
+
+
+# The successor of Triton's kernels: see kernels/attention_sums.py.
+
+
+def _forward_successor(features, spatial_power, channel_power, normalize, maps, statistics):
+    from ..kernels import attention_sums as kernels
+
+    matrix = _Matrix(features if _Matrix.describes(features) else features.contiguous())
+    launch = kernels.tile_launch(matrix.rows, matrix.columns, features.element_size())
+    constants = matrix.constants(spatial_power, channel_power, launch)
+    grid = matrix.grid(launch)
+    row_sums = grid[2] * matrix.rows if constants["ROW_POWER"] else 0
+    column_sums = grid[1] * matrix.columns if constants["COLUMN_POWER"] else 0
+    sums = torch.empty((len(features), row_sums + column_sums), dtype=maps.dtype, device=maps.device)
+    sizes = matrix.rows, matrix.columns, *matrix.strides
+    with device_of(features):
+        kernels.attention_sums_kernel[grid](matrix.features, sums, *sizes, **constants)
+        constants |= kernels.map_launch(matrix.rows, matrix.columns)
+        kernels.attention_maps_kernel[grid[:1]](
+            matrix.features, sums, maps, statistics, *sizes,
+            ROWS_ARE_POSITIONS=matrix.rows_are_positions, NORMALIZE=normalize, **constants,
+        )  # fmt: skip
+
+
+def _backward_successor(features, gradient, maps, statistics, spatial_power, channel_power, normalize, output):
+    from ..kernels import attention_sums as kernels
+
+    matrix, result = _Matrix(features), _Matrix(output)
+    alike = matrix.rows_are_positions == result.rows_are_positions
+    if not (alike and _Matrix.describes(features) and _Matrix.describes(output)):
+        matrix = _Matrix(features.contiguous())
+        result = _Matrix(torch.empty_like(matrix.features))
+    launch = kernels.tile_launch(matrix.rows, matrix.columns, features.element_size())
+    grid = matrix.grid(launch)
+    weights = torch.empty_like(maps)
+    with device_of(features):
+        kernels.attention_weights_kernel[grid[:1]](
+            gradient, maps, statistics, weights, features.shape[2] * features.shape[3], features.shape[1],
+            SPATIAL=constant_power(spatial_power), CHANNEL=constant_power(channel_power), NORMALIZE=normalize,
+            **kernels.map_launch(matrix.rows, matrix.columns),
+        )  # fmt: skip
+        kernels.attention_gradient_kernel[grid](
+            matrix.features, weights, statistics, result.features, matrix.rows, matrix.columns,
+            *matrix.strides, *result.strides, ROWS_ARE_POSITIONS=matrix.rows_are_positions,
+            **matrix.constants(spatial_power, channel_power, launch),
+        )  # fmt: skip
+    if result.features is not output:
+        output.copy_(result.features)
+
+
+class _Matrix:
+    """Features [B, C, H, W] as [B, rows, columns] with adjacent columns: channels if these are adjacent."""
+
+    def __init__(self, features: Tensor):
+        _, channels, height, width = features.shape
+        self.features = features
+        self.rows_are_positions = features.stride(1) == 1 and channels > 1
+        if self.rows_are_positions:
+            self.rows, self.columns, stride_row = height * width, channels, features.stride(3)
+        else:
+            self.rows, self.columns, stride_row = channels, height * width, features.stride(1)
+        self.strides = features.stride(0), stride_row
+
+    @staticmethod
+    def describes(features: Tensor) -> bool:
+        """Return True if neither rows nor columns have gaps that two strides do not express."""
+        by_position = features.stride(1) == 1 and features.shape[1] > 1
+        return _is_flat(features) and (by_position or features.stride(3) == 1)
+
+    def grid(self, launch: dict[str, int]) -> tuple[int, int, int]:
+        """Return the number of samples, of tiles of rows and of tiles of columns."""
+        return len(self.features), -(-self.rows // launch["TILE_ROWS"]), -(-self.columns // launch["BLOCK_COLUMNS"])
+
+    def constants(self, spatial_power: float | None, channel_power: float | None, launch: dict[str, int]) -> dict:
+        """Add to a launch table the powers of sums along rows and along columns, and whether blocks are full."""
+        spatial, channel = constant_power(spatial_power), constant_power(channel_power)
+        row_power, column_power = (spatial, channel) if self.rows_are_positions else (channel, spatial)
+        even = self.rows % launch["BLOCK_ROWS"] == 0 and self.columns % launch["BLOCK_COLUMNS"] == 0
+        return {"ROW_POWER": row_power, "COLUMN_POWER": column_power, "EVEN": even, **launch}
+
+
+_FORWARD = {"c": _forward_c, "triton": _forward_triton, "successor": _forward_successor}
+_BACKWARD = {"c": _backward_c, "triton": _backward_triton, "successor": _backward_successor}

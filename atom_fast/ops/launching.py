@@ -109,5 +109,13 @@ def triton_dtype(dtype: torch.dtype):
 
 
 def is_traced() -> bool:
-    """Return True if the call must go through the dispatcher: torch.compile, tracing, or a dispatch mode is active."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    """Return True if the call must go through the dispatcher.
+
+    That is under torch.compile, tracing, a dispatch mode, and the transforms of torch.func.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )

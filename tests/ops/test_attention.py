@@ -1,9 +1,12 @@
 """Attention kernels as the compiler sees them: no spill, 128-bit access where the layout allows."""
 
 import pytest
+import torch
 
-from atom_fast.kernels import attention
-from tests.cubin import CAPABILITIES, compile_kernel
+from atom_fast.kernels import attention, attention_sums
+from atom_fast.ops.attention import attention_maps_backward, attention_maps_op
+from tests.cubin import CAPABILITIES, check_report, compile_kernel
+from tests.launches import compile_launch, recorded
 
 FEATURES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "float64": "*fp64"}
 
@@ -99,3 +102,69 @@ def test_launch_tables_never_ask_for_more_than_a_tile():
             ):
                 assert 1 <= launch["BLOCK_C"] * launch["BLOCK_P"] <= 16384
                 assert launch["num_warps"] in (1, 2, 4, 8)
+
+
+# The successor, kernels/attention_sums.py: the launches of the operator itself.
+
+
+def successor_launches(dtype, layout, powers=(4.0, 4.0), shape=(2, 128, 32, 32)):
+    features = torch.zeros(shape, dtype=dtype).contiguous(memory_format=layout)
+    with recorded(attention_sums) as launches:
+        maps, statistics = attention_maps_op(features, *powers, True, "successor")
+        attention_maps_backward(features, maps, maps, statistics, *powers, True, "successor")
+    return {launch.kernel: launch for launch in launches}
+
+
+def instructions_per_value(launch, report):
+    """Everything that a thread executes, divided by its values; the loop over blocks of rows counts for each block."""
+    given = launch.arguments
+    blocks = given["TILE_ROWS"] // given["BLOCK_ROWS"]
+    values = given["TILE_ROWS"] * given["BLOCK_COLUMNS"] / (32 * launch.options["num_warps"])
+    return (report.instructions + (blocks - 1) * report.loop) / values
+
+
+LAYOUTS = torch.contiguous_format, torch.channels_last
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("side", [16, 32])
+def test_the_successor_executes_few_instructions_in_many_warps(side, dtype, layout):
+    launches = successor_launches(dtype, layout, shape=(2, 128, side, side))
+    for kernel, most in (("attention_sums_kernel", 9), ("attention_gradient_kernel", 9.5)):
+        report = compile_launch(launches[kernel], 90)
+        check_report(report, 90, kernel)
+        assert report.widest_load == 128
+        assert instructions_per_value(launches[kernel], report) <= most
+        assert report.registers <= 56  # 36 warps of a multiprocessor's 65,536 registers
+    assert report.widest_store == 128
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("dtype", "powers", "shape", "capability"),
+    [
+        (torch.float32, (4.0, 4.0), (2, 128, 32, 32), 75),
+        (torch.bfloat16, (4.0, None), (2, 128, 16, 16), 80),
+        (torch.float64, (4.0, 4.0), (2, 128, 32, 32), 86),
+        (torch.float16, (8.0, 1.0), (2, 128, 8, 8), 89),
+        (torch.float32, (2.5, 3.0), (2, 200, 7, 7), 90),
+        (torch.bfloat16, (None, 6.7), (2, 3, 30, 30), 120),
+    ],
+)
+def test_the_successor_does_not_spill(dtype, powers, shape, capability, layout):
+    launches = successor_launches(dtype, layout, powers, shape)
+    assert len(launches) == 4
+    for kernel, launch in launches.items():
+        check_report(compile_launch(launch, capability, brief=True), capability, kernel)
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_the_successors_launch_table_covers_a_tile(size):
+    for rows in (1, 3, 16, 128, 200, 2048, 128 * 128):
+        for columns in (1, 5, 64, 128, 1000, 128 * 128):
+            launch = attention_sums.tile_launch(rows, columns, size)
+            assert launch["TILE_ROWS"] % launch["BLOCK_ROWS"] == launch["BLOCK_COLUMNS"] % launch["PART"] == 0
+            assert launch["TILE_ROWS"] < 2 * rows and launch["BLOCK_COLUMNS"] < 2 * columns
+            assert launch["TILE_ROWS"] * launch["BLOCK_COLUMNS"] <= 16384
+            assert launch["num_warps"] in (1, 2, 4, 8)
