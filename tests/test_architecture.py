@@ -18,10 +18,8 @@ FILES = {
     for path in folder.glob("*.py")
 }
 HELPERS = {"powers", "probe"}  # kernels that belong to no operator
-SUCCESSORS = {
-    "attention_sums",
-    "folded_conv_block",
-}  # of measured kernels, see `KERNELS` of `atom_fast/ops/launching.py`
+# Of measured kernels, see `KERNELS` in ops/launching.py.
+SUCCESSORS = {"attention_sums", "folded_conv_block"}
 OPERATORS_WITHOUT_KERNEL = {"dispatch", "launching", "native", "operators"}
 
 
