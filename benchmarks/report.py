@@ -80,6 +80,7 @@ def pages(folder: Path) -> dict[str, dict[str, str]]:
             "budget": performance.budget(),
             "step": _where(performance.step, gpu),
             "bandwidth": _where(performance.bandwidth, kernels),
+            "instructions": _where(performance.instructions, folder / "instructions.json"),
             "precision": _where(performance.precision, folder / "precision-cpu.json"),
             "kept-memory": _where(performance.kept_memory, folder / "step-cpu-2-classes.json"),
             "bfloat16": _where(performance.bfloat16, folder / "step-cpu-bfloat16.json"),

@@ -1,14 +1,16 @@
 """The table of compilers: how it is made, and that what is kept says nothing is wrong."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
 
 from benchmarks import compilers as rendered
-from tests import compilers
+from tests import compilers, instructions
 from tests.cubin import ROOT, compile_kernel
+from tests.launches import Launch
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is launched is recorded through the interpreter")
@@ -52,3 +54,22 @@ def test_a_kernel_is_compiled_without_the_package():
     """A Triton of another version has no PyTorch beside it."""
     report = compile_kernel("probe", "probe_kernel", signature={"p_out": "*fp32"}, constants={}, capability=86)
     assert report.spills == 0 and report.widest_store == 32
+
+
+def test_instructions_are_counted_from_the_machine_code():
+    """The loop of a kernel runs once a round, what is around it once."""
+    report = SimpleNamespace(instructions=1100, loop=700, registers=168, shared=32 << 10)
+    arguments = {"BLOCK_P": 16, "BLOCK_C": 128}
+    launch = Launch("folded_conv_block", "features_kernel", (2, 4), arguments, set(), {"num_warps": 4})
+    values = 4 * 4 * 16 * 128  # of four rounds, each of four tiles
+    assert instructions.per_value(report, launch, values) == pytest.approx((4 * 700 + 400) * 128 / values)
+    assert instructions.warps(report, launch, 90) == 12  # by registers
+    assert instructions.warps(report, launch, 86) == 12  # by registers and by shared memory
+    loopless = SimpleNamespace(instructions=512, loop=0)
+    assert instructions.per_value(loopless, launch, 8192) == 8.0
+
+
+def test_no_kernel_that_walks_a_feature_map_was_kept_with_a_spill():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "instructions.json").read_text("utf-8"))["rows"]
+    assert {row["kernels"] for row in rows} == {"measured", "successor"}
+    assert not any(row["spills"] for row in rows)

@@ -80,6 +80,7 @@ COVERED = {
     r"benchmarks table4 --cells": (TEST, "benchmarks/test_run.py::test_a_table_ends_with_ours_beside_the_paper_s"),
     r"benchmarks (table|fig|study|additions)": (RUN, "--list"),
     r"^python -m tests\.compilers": (TEST, "test_compilers.py::test_a_chip_is_examined_and_other_rows_stay"),
+    r"^python -m tests\.instructions": (TEST, "test_compilers.py::test_instructions_are_counted_from_the_machine_code"),
     r"^python -m tests\.faults": (TEST, "test_faults.py::test_the_page_is_up_to_date"),
     r"^python -m tests\.fuzz_readers": (TEST, "test_fuzz.py::test_fuzzed_files_are_read_or_refused"),
 }

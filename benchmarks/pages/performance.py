@@ -86,6 +86,36 @@ def bandwidth(kernels: Sequence[Path]) -> str:
     return markdown.table(head, lines)
 
 
+def instructions(path: Path) -> str:
+    """Return instructions per value, registers and warps of the measured kernels and their successors."""
+    groups: dict[tuple[str, str], dict[str, list[dict]]] = {}
+    for row in json.loads(path.read_text())["rows"]:
+        if row["chip"] == 90:
+            key = row["work"], _plain_workload(row["workload"])
+            groups.setdefault(key, {}).setdefault(row["kernels"], []).append(row)
+    lines = []
+    for (work, workload), kinds in groups.items():
+        if set(kinds) == {"measured", "successor"}:
+            cells = [_counts(kinds[kind]) for kind in ("measured", "successor")]
+            lines.append([work, workload, *(" / ".join(pair) for pair in zip(*cells, strict=True))])
+    return markdown.table(["kernel", "input", "instructions per value", "registers", "warps"], lines)
+
+
+def _plain_workload(name: str) -> str:
+    """Return the precision, or the type and layout, of a workload of the tests."""
+    words = [word for word in name.split() if word not in ("distill", "loss", "instance", "successor")]
+    return " ".join(words[1:])
+
+
+def _counts(rows: list[dict]) -> tuple[str, str, str]:
+    """Return the counts of kernels that share a work: instructions are added, the others are of the fullest."""
+    return (
+        f"{sum(row['per_value'] for row in rows):.1f}",
+        str(max(row["registers"] for row in rows)),
+        str(min(row["warps"] for row in rows)),
+    )
+
+
 def precision(path: Path) -> str:
     """Return the error of the images' gradient by precision, in percent of its length."""
     record = json.loads(path.read_text())
