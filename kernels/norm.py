@@ -199,12 +199,12 @@ def _row_statistics(
         b_shift = b_sum * (1.0 / count)
         b_mean += b_shift
         b_square = tl.sum(b_squares, axis=0) - b_sum * b_shift
-    return 1.0 / count, b_mean, tl.maximum(b_square, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return count, b_mean, tl.maximum(b_square, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def statistics_kernel(
-    p_x, p_parts, rows,
+    p_x, p_parts,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
     TILES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -212,18 +212,18 @@ def statistics_kernel(
 
     Args:
         p_x: [B, C, H, W].
-        p_parts: [3, rows, C] number of positions, their mean, and their squared deviations from it.
+        p_parts: [rows, 3, C] number of positions, their mean, and their squared deviations from it.
     """
     i_row, i_b, first, i_c = _place(C, H, W, False, TILES, BLOCK_Q, BLOCK_C)
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     p_x += i_b * (C * H * W)
     o_p, m_p = _positions(first, H, W, BLOCK_Q)
     b_first = _load(p_x, o_p, m_p, o_c, p_parts.dtype.element_ty, C, EXACT)
-    share, b_mean, b_square = _row_statistics(p_x, b_first, first, o_c, C, H, W, TILES, BLOCK_Q, BLOCK_C, EXACT)
-    p_row = p_parts + i_row * C + o_c
-    tl.store(p_row, tl.zeros_like(b_mean) + 1.0 / share, mask=o_c < C)
-    tl.store(p_row + rows.to(tl.int64) * C, b_mean, mask=o_c < C)
-    tl.store(p_row + rows.to(tl.int64) * (2 * C), b_square, mask=o_c < C)
+    count, b_mean, b_square = _row_statistics(p_x, b_first, first, o_c, C, H, W, TILES, BLOCK_Q, BLOCK_C, EXACT)
+    p_row = p_parts + i_row * (3 * C) + o_c
+    tl.store(p_row, tl.zeros_like(b_mean) + count, mask=o_c < C)
+    tl.store(p_row + C, b_mean, mask=o_c < C)
+    tl.store(p_row + 2 * C, b_square, mask=o_c < C)
 
 
 @triton.jit
@@ -234,7 +234,7 @@ def batch_statistics_kernel(
     """Combine rows to statistics of the batch, and update running statistics. Grid: blocks of channels.
 
     Args:
-        p_parts: [3, rows, C] from `statistics_kernel`.
+        p_parts: [rows, 3, C] from `statistics_kernel`.
         p_offset: [C], added to the mean before it enters the running mean, or None.
         p_running_mean, p_running_var: [C], read and written, or None.
         p_mean, p_rstd: [C] mean and 1 / sqrt(variance + eps).
@@ -242,18 +242,16 @@ def batch_statistics_kernel(
     """
     o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     dtype: tl.constexpr = p_mean.dtype.element_ty
-    p_means = p_parts + rows.to(tl.int64) * C
-    p_squares = p_means + rows.to(tl.int64) * C
-    b_pivot = _load_vector(p_means, o_c, dtype, C)[None, :]
+    b_pivot = _load_vector(p_parts + C, o_c, dtype, C)[None, :]
     b_sums = tl.zeros([BLOCK_R, BLOCK_C], dtype)
     b_squares = tl.zeros([BLOCK_R, BLOCK_C], dtype)
     for start in range(0, rows, BLOCK_R):
         o_r = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
         m_r = o_r < rows
-        b_n = _load(p_parts, o_r, m_r, o_c, dtype, C, False)
-        b_d = tl.where(m_r[:, None], _load(p_means, o_r, m_r, o_c, dtype, C, False) - b_pivot, 0.0)
+        b_n = _load(p_parts, 3 * o_r, m_r, o_c, dtype, C, False)
+        b_d = _load(p_parts + C, 3 * o_r, m_r, o_c, dtype, C, False) - b_pivot
         b_sums += b_n * b_d
-        b_squares += _load(p_squares, o_r, m_r, o_c, dtype, C, False) + b_n * b_d * b_d
+        b_squares += _load(p_parts + 2 * C, 3 * o_r, m_r, o_c, dtype, C, False) + b_n * b_d * b_d
     b_shift = tl.sum(b_sums, axis=0) / count
     b_mean = tl.sum(b_pivot, axis=0) + b_shift
     b_variance = tl.sum(b_squares, axis=0) / count - b_shift * b_shift
@@ -267,7 +265,7 @@ def batch_statistics_kernel(
         b_new = (1 - momentum) * b_old + momentum * b_mean
         tl.store(p_running_mean + o_c, b_new.to(p_running_mean.dtype.element_ty), mask=o_c < C)
         b_old = _load_vector(p_running_var, o_c, dtype, C)
-        b_new = (1 - momentum) * b_old + momentum * (b_variance * (count / (count - 1)))
+        b_new = (1 - momentum) * b_old + momentum * (b_variance * count / (count - 1))
         tl.store(p_running_var + o_c, b_new.to(p_running_var.dtype.element_ty), mask=o_c < C)
 
 
@@ -320,8 +318,8 @@ def apply_kernel(
         b_mean = _load_vector(p_mean, o_c, dtype, C)
         b_rstd = _load_vector(p_rstd, o_c, dtype, C)
     else:
-        share, b_mean, b_square = _row_statistics(p_x, b_x, first, o_c, C, H, W, TILES, BLOCK_Q, BLOCK_C, EXACT)
-        b_rstd = tl.rsqrt(b_square * share + eps)
+        count, b_mean, b_square = _row_statistics(p_x, b_x, first, o_c, C, H, W, TILES, BLOCK_Q, BLOCK_C, EXACT)
+        b_rstd = tl.rsqrt(b_square * (1.0 / count) + eps)
         tl.store(p_mean + i_b * C + o_c, b_mean, mask=o_c < C)
         tl.store(p_rstd + i_b * C + o_c, b_rstd, mask=o_c < C)
     b_scale, b_shift = _affine(p_weight, p_bias, b_rstd, o_c, C)

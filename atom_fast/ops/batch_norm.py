@@ -226,7 +226,7 @@ def batch_norm_backward_op(
     if implementation == "successor":
         grad_x, sums = empty_gradient(x), mean.new_empty((2, x.shape[1]))
         inputs = gradient, x, weight, bias, mean, rstd
-        write_gradient(*inputs, "batch", grad_x, affine=sums.unbind(), **options_without_maps(relu, pool))
+        write_gradient(*inputs, "batch", grad_x, affine=sums, **options_without_maps(relu, pool))
         return grad_x, sums
     rows, grid, constants = _launch(x)
     constants |= {"RELU": relu, "POOL": pool}

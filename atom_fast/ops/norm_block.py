@@ -563,10 +563,10 @@ def write_statistics(
 
     rows, grid, constants = walk_of(x, "batch")
     channels = x.shape[1]
-    parts = mean.new_empty((3, rows, channels))
+    parts = mean.new_empty((rows, 3, channels))
     launch = kernels.rows_launch(rows)
     with device_of(x):
-        kernels.statistics_kernel[grid](x, parts, rows, **constants)
+        kernels.statistics_kernel[grid](x, parts, **constants)
         kernels.batch_statistics_kernel[(-(-channels // launch["BLOCK_C"]),)](
             parts, *running, mean, rstd, rows, x.numel() // channels, momentum, eps, C=channels, **launch
         )
@@ -582,7 +582,7 @@ def write_gradient(
     norm: str,
     grad_x: Tensor,
     *maps: Tensor | None,
-    affine: tuple[Tensor, Tensor] | None = None,
+    affine: Tensor | tuple[Tensor, Tensor] | None = None,
     **options: float,
 ) -> None:
     """Write the gradient of the input of a norm, and of its parameters.
@@ -592,8 +592,8 @@ def write_gradient(
         x: [B, C, H, W] in channels_last, as ``grad_x``, which is written.
         mean, rstd: [B, C] of planes, or [C] of the batch.
         maps: statistics [B, 3] and weights [B, M] of the attention maps; None without maps.
-        affine: gradients [C] of shift and scale, written; None if they are not needed. For ``norm="batch"`` the halves
-            of one tensor [2, C] in the dtype of ``mean``.
+        affine: gradients of shift and scale, written; None if they are not needed. Of InstanceNorm [C] each, of
+            BatchNorm [2, C] in the dtype of ``mean``.
         options: RECTIFY, POOL, SPATIAL and CHANNEL of `kernels/norm.py`.
     """
     from ..kernels import norm as kernels
@@ -605,7 +605,7 @@ def write_gradient(
     inputs = x, gradient, contiguous(weight), contiguous(bias), mean, rstd, *(maps or (None, None))
     constants |= options
     if norm == "batch" and affine is None:
-        affine = mean.new_empty((2, channels)).unbind()
+        affine = mean.new_empty((2, channels))
     parts = None if affine is None else mean.new_empty((rows, 2, channels))
     with device_of(x):
         if norm == "instance":
@@ -619,4 +619,4 @@ def write_gradient(
             )
         if norm == "batch":
             count = len(x) * positions
-            kernels.gradient_kernel[grid](*inputs, affine[0], grad_x, count, **constants, SUMS="read")
+            kernels.gradient_kernel[grid](*inputs, affine, grad_x, count, **constants, SUMS="read")
