@@ -364,7 +364,7 @@ def _square_of_map(p_parts, N: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.cons
 @triton.jit
 def _is_unsafe(square, N: tl.constexpr):
     """Return True if a map of N values and this squared norm needs features divided by their peak."""
-    return (N > 0) & ((square < LEAST_NORM * LEAST_NORM) | (square > MOST_NORM * MOST_NORM))
+    return (N > 0) & ~((square >= LEAST_NORM * LEAST_NORM) & (square <= MOST_NORM * MOST_NORM))
 
 
 @triton.jit
@@ -410,7 +410,7 @@ def maps_kernel(
         p_rstd += i_b * C
     spatial = _square_of_map(p_spatial, places, blocks, BLOCK)
     channel = _square_of_map(p_channel, channels, parts, BLOCK)
-    peak = spatial * 0 + 1.0
+    peak = tl.full([], 1.0, dtype)
     if _is_unsafe(spatial, places) | _is_unsafe(channel, channels):
         b_peaks = tl.zeros([4 * BLOCK_Q, BLOCK_C], dtype)
         for i_tile in range(blocks * tiles):
