@@ -43,7 +43,7 @@ def norm_launch(
         block_c = 32
     if norm == "batch" or block_q * block_c > 32 * held:
         block_q = min(block_q, max(1024 // block_c, 1))
-        held = 32 if block_q < quads else 64
+        held = 32 if block_q < quads or element_size > 2 else 64
     tiles = triton.cdiv(quads, block_q)
     return {
         "TILES": tiles if norm == "instance" else min(tiles, 4),
