@@ -32,8 +32,9 @@ def norm_launch(
     """Return the launch table of the kernels that walk the input; chosen by instruction counts, no GPU has run it.
 
     InstanceNorm keeps planes in registers if up to 4 warps hold them, with 64 values per thread, or 128 of 16 bits
-    forward: what is counted per thread or per plane is then divided by more values. Otherwise tiles are small, 32
-    values per thread, for more warps. Channels fill a cache line, or half of one where planes fit only then.
+    forward: its sums over a plane cost each thread the same instructions, however many values it holds. Otherwise a
+    thread holds one quad of 16 bytes per position, or two if that is the plane. Channels fill a cache line, or half of
+    one where planes fit only then.
     """
     quads = triton.cdiv(height, 2) * triton.cdiv(width, 2)
     block_q = triton.next_power_of_2(quads)
@@ -42,8 +43,8 @@ def norm_launch(
     if norm == "instance" and block_q * block_c == 64 * held and block_c == 64:
         block_c = 32
     if norm == "batch" or block_q * block_c > 32 * held:
-        block_q = min(block_q, max(1024 // block_c, 1))
-        held = 32 if block_q < quads or element_size > 2 else 64
+        block_q = min(block_q, max(2048 // element_size // block_c, 1))
+        held = (64 if block_q < quads else 128) // element_size
     tiles = triton.cdiv(quads, block_q)
     return {
         "TILES": tiles if norm == "instance" else min(tiles, 4),
@@ -60,7 +61,7 @@ def rows_launch(rows: int) -> dict[str, int]:
 
 def maps_launch(channels: int, height: int, width: int, launch: dict[str, int]) -> dict[str, int]:
     """Return the launch table of `maps_kernel` for that of `apply_kernel`: the same rows in smaller tiles."""
-    block_q = min(launch["BLOCK_Q"], max(1024 // launch["BLOCK_C"], 1))
+    block_q = min(launch["BLOCK_Q"], max(512 // launch["BLOCK_C"], 1))
     tiles = launch["TILES"] * launch["BLOCK_Q"] // block_q
     return {**launch, "TILES": tiles, "BLOCK_Q": block_q, **weights_launch(channels, height, width), "num_warps": 4}
 

@@ -1,4 +1,4 @@
-"""Backends that tests run an operation with: PyTorch or C, Triton's kernels, and the kernels that are to follow them."""
+"""Backends that tests run an operation with: PyTorch or C, Triton's kernels, and the successors of these."""
 
 import contextlib
 from collections.abc import Iterator

@@ -515,23 +515,17 @@ def _backward_successor(
 ):
     from ..kernels import norm as kernels
 
-    if grad_maps is None:
-        spatial_power = channel_power = None
-    weights, sizes = maps, dict(zip("CHW", x.shape[1:], strict=True))
+    powers, weights = _powers(None, None), None
     if grad_maps is not None:
-        weights = torch.empty_like(maps)
+        powers, weights = _powers(spatial_power, channel_power), torch.empty_like(maps)
+        sizes = dict(zip("CHW", x.shape[1:], strict=True)) | kernels.weights_launch(*x.shape[1:])
         with device_of(x):
-            kernels.map_weights_kernel[(len(x),)](
-                grad_maps.contiguous(), maps, statistics, weights, **sizes, **_powers(spatial_power, channel_power),
-                **kernels.weights_launch(*x.shape[1:]),
-            )  # fmt: skip
-    write_gradient(
-        grad_pooled, x, weight, bias, mean, rstd, norm, grad_x, statistics, weights,
-        RECTIFY=True, POOL=True, **_powers(spatial_power, channel_power),
-    )  # fmt: skip
+            kernels.map_weights_kernel[(len(x),)](grad_maps.contiguous(), maps, statistics, weights, **sizes, **powers)
+    inputs = x, weight, bias, mean, rstd
+    write_gradient(grad_pooled, *inputs, norm, grad_x, statistics, weights, RECTIFY=True, POOL=True, **powers)
 
 
-def _powers(spatial_power: float | None, channel_power: float | None) -> dict[str, float]:
+def _powers(spatial_power: float | None, channel_power: float | None) -> dict:
     return {"SPATIAL": constant_power(spatial_power), "CHANNEL": constant_power(channel_power)}
 
 
@@ -614,9 +608,7 @@ def write_gradient(
             kernels.gradient_kernel[grid](*inputs, parts, None, 1, **constants, SUMS="write")
         if parts is not None:
             launch = kernels.rows_launch(rows)
-            kernels.sum_rows_kernel[(-(-channels // launch["BLOCK_C"]),)](
-                parts, *affine, rows, C=channels, **launch
-            )
+            kernels.sum_rows_kernel[(-(-channels // launch["BLOCK_C"]),)](parts, *affine, rows, C=channels, **launch)
         if norm == "batch":
             count = len(x) * positions
             kernels.gradient_kernel[grid](*inputs, affine, grad_x, count, **constants, SUMS="read")

@@ -10,13 +10,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import atom_fast as af
+from atom_fast.kernels import norm as successors
 from atom_fast.kernels.batch_norm import batch_norm_launch, statistics_launch
 from atom_fast.kernels.norm import rows_launch
 from atom_fast.networks import ConvNet
 from atom_fast.ops import dispatch
 from atom_fast.ops.batch_norm import batch_norm, batch_norm_op, batch_statistics_op
 from tests.backends import entered
-from tests.cubin import CAPABILITIES, compile_kernel
+from tests.cubin import CAPABILITIES, check_report, compile_kernel
+from tests.launches import compile_launch, recorded
 
 GPU = ["triton", "successor"]
 FUSED = [*GPU, "torch"]  # on a CPU, "torch" stands for the kernels in C
@@ -415,3 +417,27 @@ def test_the_statistics_kernel_does_not_spill(rows, capability):
         capability=capability, num_warps=warps, aligned=tuple(n for n in signature if signature[n] == "*fp32"),
     )  # fmt: skip
     assert report.spills == 0 and report.registers <= 128
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is launched is recorded through the interpreter")
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype, size, pool", [(torch.float32, 32, True), (torch.bfloat16, 16, False)])
+def test_successors_read_128_bits_and_do_not_spill(dtype, size, pool, capability):
+    with recorded(successors) as launches, entered("successor"):
+        results(batch_norm, *inputs(2, 128, size, size, dtype=dtype), relu=True, pool=pool)
+    forward, backward = ["statistics", "batch_statistics", "apply"], ["gradient", "sum_rows", "gradient"]
+    assert [launch.kernel.removesuffix("_kernel") for launch in launches] == forward + backward
+    for launch in launches:
+        report = compile_launch(launch, capability)
+        check_report(report, capability, launch.kernel)
+        assert report.widest_load == 128 or "EXACT" not in launch.arguments, launch.kernel
+
+
+def test_the_successor_of_a_batch_of_one_row_and_of_many(device):
+    """One value of momentum or eps compiles for all, and a batch of one row is a constant of the compiler."""
+    for batch in (1, 3):
+        with recorded(successors) as launches, entered("successor"):
+            batch_norm(*inputs(batch, 4, 2, 2, device=device)[:3])
+        assert not {"momentum", "eps"} & launches[1].constants
+        assert launches[1].arguments["rows"] == batch
+        assert compile_launch(launches[1], 86).spills == 0

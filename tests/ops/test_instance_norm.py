@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-import atom_fast as af
 from atom_fast import reference
+from atom_fast.kernels import norm as successors
 from atom_fast.kernels.instance_norm import instance_norm_launch
 from atom_fast.ops.instance_norm import instance_norm, instance_norm_op
 from atom_fast.ops.launching import int32_indexable
 from tests.backends import entered
-from tests.cubin import CAPABILITIES, compile_kernel
+from tests.cubin import CAPABILITIES, check_report, compile_kernel
+from tests.launches import compile_launch, recorded
 
 BACKENDS = ["triton", "successor", "torch"]  # on a CPU, "torch" stands for the kernels in C
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -179,3 +180,16 @@ def test_kernels_read_128_bits_and_do_not_spill(direction, dtype, size, pool, ca
     )  # fmt: skip
     assert report.spills == 0 and report.widest_load == 128
     assert report.registers <= 128  # four programs of 128 threads a multiprocessor at least
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is launched is recorded through the interpreter")
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype, size, pool", [(torch.float32, 32, True), (torch.bfloat16, 16, False)])
+def test_successors_read_128_bits_and_do_not_spill(dtype, size, pool, capability):
+    with recorded(successors) as launches, entered("successor"):
+        results(instance_norm, *inputs(2, 128, size, size, dtype=dtype), relu=True, pool=pool)
+    assert [launch.kernel for launch in launches] == ["apply_kernel", "gradient_kernel", "sum_rows_kernel"]
+    for launch in launches:
+        report = compile_launch(launch, capability)
+        check_report(report, capability, launch.kernel)
+        assert launch.kernel == "sum_rows_kernel" or report.widest_load == report.widest_store == 128, launch.kernel

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import atom_fast as af
 from atom_fast import reference
+from atom_fast.kernels import norm as successors
 from atom_fast.kernels import norm_block as kernels
 from atom_fast.ops.norm_block import NORMS, norm_block, norm_block_op
 from benchmarks.roofline import norm_block_bytes
@@ -146,6 +146,25 @@ def fused_in_tiles(*arguments, **options):
         patch.setattr(kernels, "norm_block_backward_launch", lambda *_: None)
         patch.setattr(kernels, "tiled_launch", lambda *_: {"BLOCK_P": 8, "BLOCK_C": 16, "num_warps": 4})
         return fused("triton", *arguments, **options)
+
+
+@given(
+    shape=st.tuples(st.just(2), st.integers(1, 20), st.integers(2, 7), st.integers(2, 6)),
+    powers=st.tuples(st.sampled_from([None, 4.0]), st.sampled_from([None, 2.5])),
+    norm=st.sampled_from(NORMS),
+    magnitude=st.sampled_from([1e-12, 1.0, 1e12]),
+)
+@settings(max_examples=15)
+def test_the_successor_gives_the_same_in_small_tiles(shape, powers, norm, magnitude, device):
+    """Planes of several tiles, samples of several rows, and both again where powers would leave the range."""
+    x, weight, bias = draw(shape, device)
+    weight, bias = magnitude * weight, magnitude * bias
+    expected = exact(x, weight, bias, *powers, norm=norm)
+    quads = -(-shape[2] // 2) * -(-shape[3] // 2)
+    with pytest.MonkeyPatch.context() as patch:
+        launch = {"TILES": -(-quads // 2) if norm == "instance" else 2, "BLOCK_Q": 2, "BLOCK_C": 8, "num_warps": 1}
+        patch.setattr(successors, "norm_launch", lambda *_: launch)
+        assert_equal(fused("successor", x, weight, bias, *powers, norm=norm), expected)
 
 
 @pytest.mark.parametrize(("backend", "norm"), FUSED)
@@ -334,10 +353,10 @@ def test_integers_are_refused():
         norm_block(torch.zeros((1, 2, 4, 4), dtype=torch.int64))
 
 
-def launches_of(shape, dtype=torch.float32, channels_last=True, norm="instance"):
+def launches_of(shape, dtype=torch.float32, channels_last=True, norm="instance", backend="triton"):
     """Return the launches of forward and backward for x of this shape, without running them."""
     x, weight, bias = draw(shape, "cpu", dtype, channels_last)
-    with recorded(kernels) as launches, af.backend("triton"):
+    with recorded(kernels, successors) as launches, entered(backend):
         block = norm_block(x.requires_grad_(), weight.float(), bias.float(), norm=norm)
         torch.autograd.backward(list(block), [torch.empty_like(output) for output in block])
     return launches
@@ -397,6 +416,52 @@ def test_kernels_of_batch_norm_fit_registers_and_read_128_bits(dtype, capability
 def test_tiled_and_odd_planes_do_not_spill(shape, channels_last, norm):
     for launch in launches_of(shape, channels_last=channels_last, norm=norm):
         check_report(compile_launch(launch, 86), 86, launch.kernel)
+
+
+SUCCESSORS = [  # shape, dtype, norm, chip, and the most instructions per value forward and backward, if counted
+    ((1, 128, 16, 16), torch.float16, "instance", 90, 16, 21),
+    ((1, 128, 8, 8), torch.bfloat16, "instance", 90, 16, 21),
+    ((1, 128, 16, 16), torch.float32, "instance", 86, 17, 18),
+    ((1, 128, 32, 32), torch.bfloat16, "instance", 86, None, None),
+    ((1, 128, 16, 16), torch.float16, "batch", 90, None, None),
+    ((1, 64, 31, 33), torch.float32, "instance", 75, None, None),
+    ((1, 128, 128, 128), torch.float32, "batch", 120, None, None),
+]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is launched is recorded through the interpreter")
+@pytest.mark.parametrize(("shape", "dtype", "norm", "capability", "forward", "backward"), SUCCESSORS)
+def test_successors_fit_registers_and_execute_few_instructions(shape, dtype, norm, capability, forward, backward):
+    for launch in launches_of(shape, dtype, norm=norm, backend="successor"):
+        report = compile_launch(launch, capability)
+        check_report(report, capability, launch.kernel)
+        given = launch.arguments
+        exact = given.get("EXACT", False)
+        if launch.kernel in ("apply_kernel", "gradient_kernel", "statistics_kernel") and exact:
+            assert report.widest_load == 128, launch.kernel
+        if launch.kernel == "apply_kernel" and exact or given.get("p_grad_x") is not None and exact:
+            assert report.widest_store == 128, launch.kernel
+        most = {"apply_kernel": forward, "gradient_kernel": backward}.get(launch.kernel)
+        if most:  # without a loop: the plane is one tile
+            assert given["TILES"] == 1
+            assert report.instructions * 32 * launch.options["num_warps"] <= most * math.prod(
+                (4, given["BLOCK_Q"], given["BLOCK_C"])
+            )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is launched is recorded through the interpreter")
+@pytest.mark.parametrize("shape, dtype", [((4, 128, 16, 16), torch.float32), ((4, 128, 16, 16), torch.bfloat16)])
+def test_successors_move_few_bytes(shape, dtype):
+    """The input is read once more where the statistics are the batch's, and for the last pass backward there."""
+    size = *shape, dtype.itemsize, True
+    values = math.prod(shape) * dtype.itemsize
+    for norm, walks in (("instance", 0), ("batch", 1)):
+        launches = launches_of(shape, dtype, norm=norm, backend="successor")
+        names = [launch.kernel for launch in launches]
+        forward = sum(launch.bytes for launch in launches[: names.index("maps_kernel")])
+        assert forward <= 1.25 * norm_block_bytes(*size, backward=False) + walks * values
+        backward = sum(launch.bytes for launch in launches[names.index("maps_kernel") + 1 :])
+        assert backward <= 1.25 * ((1 + walks) * norm_block_bytes(*size, backward=True) - walks * values)
 
 
 @pytest.mark.gpu
