@@ -32,14 +32,14 @@ def norm_launch(
     """Return the launch table of the kernels that walk the input; chosen by instruction counts, no GPU has run it.
 
     InstanceNorm keeps planes in registers if up to 4 warps hold them, with 64 values per thread, or 128 of 16 bits
-    forward: its sums over a plane cost each thread the same instructions, however many values it holds. Otherwise a
+    forward (32 in float64): its sums over a plane cost each thread the same instructions, however many values it holds. Otherwise a
     thread holds one quad of 16 bytes per position, or two if that is the plane. Channels fill a cache line, or half of
     one where planes fit only then.
     """
     quads = triton.cdiv(height, 2) * triton.cdiv(width, 2)
     block_q = triton.next_power_of_2(quads)
     block_c = min(triton.next_power_of_2(channels), 128 // element_size)
-    held = 128 if element_size == 2 and norm == "instance" and not backward else 64
+    held = 128 if element_size == 2 and not backward else min(64, 256 // element_size)
     if norm == "instance" and block_q * block_c == 64 * held and block_c == 64:
         block_c = 32
     if norm == "batch" or block_q * block_c > 32 * held:
