@@ -17,7 +17,6 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # launches are recorded through 
 import click
 from tqdm import tqdm
 
-from atom_fast.ops.launching import chosen_kernels
 from benchmarks.harness import save_results
 from tests.cubin import ROOT, CubinReport
 from tests.launches import Launch, compile_launch
@@ -52,17 +51,15 @@ def rows(chip: int) -> Iterator[dict]:
     """Yield a row for each kernel that walks a feature map, of those that were measured and of their successors."""
     seen = set()
     for work in workloads(((3, SIDE),)):
-        if work.name not in WORKLOADS:
+        name = work.name.removesuffix(" successor")
+        if name not in WORKLOADS:
             continue
-        for kernels in ("measured", "successor"):
-            with chosen_kernels(kernels):
-                found = launches(work, chip)
-            for launch in found:
-                row = _row(launch, work.name, chip) if launch.kernel in KERNELS else None
-                key = row and (row["kernel"], row["workload"], row["values"], row["instructions"])
-                if row and key not in seen:
-                    seen.add(key)
-                    yield {"kernels": kernels, **row}
+        for launch in launches(work, chip):
+            row = _row(launch, name, chip) if launch.kernel in KERNELS else None
+            key = row and (row["kernel"], name, row["values"], row["instructions"])
+            if row and key not in seen:
+                seen.add(key)
+                yield {"kernels": "measured" if name == work.name else "successor", **row}
 
 
 def _row(launch: Launch, workload: str, chip: int) -> dict:

@@ -19,7 +19,7 @@ FILES = {
 }
 HELPERS = {"powers", "probe"}  # kernels that belong to no operator
 # Of measured kernels, see `KERNELS` in ops/launching.py.
-SUCCESSORS = {"attention_sums", "folded_conv_block"}
+SUCCESSORS = {"attention_sums", "folded_conv_block", "norm"}
 OPERATORS_WITHOUT_KERNEL = {"dispatch", "launching", "native", "operators"}
 
 

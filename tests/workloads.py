@@ -16,13 +16,12 @@ from atom_fast._device import SHARED_MEMORY, Chip, convolution_precision
 from atom_fast.data.augmentation import augment, decode_and_augment, draw_augmentation
 from atom_fast.networks.convnet import ConvNet, default_depth
 from atom_fast.ops.attention import attention_maps
-from atom_fast.ops.launching import KERNELS
+from atom_fast.ops.launching import chosen_kernels
 from tests.launches import Launch, recorded
 
 MODULES = (
-    "attention", "attention_sums", "augmentation", "batch_norm", "norm_block", "conv_block", "folded_conv_block",
-    "instance_norm",
-    "matching", "partition",
+    "attention", "attention_sums", "augmentation", "batch_norm", "norm", "norm_block", "conv_block",
+    "folded_conv_block", "instance_norm", "matching", "partition",
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Channels and side in pixels: digits, MNIST, CIFAR (in colour, grey, with alpha), Tiny ImageNet, subsets of ImageNet.
@@ -72,11 +71,13 @@ def workloads(images=IMAGES) -> list[Workload]:
         for precision in DTYPES:
             usual = known and precision in ("tf32", "float32")
             for norm in ("instance", "batch"):
-                name = f"{size} {precision} {norm}"
-                run = _distillation(channels, side, precision, norm)
-                found.append(Workload(f"distill {name}", run, usual, precision))
-                if precision != "tf32":  # no kernel of an evaluation multiplies matrices
-                    found.append(Workload(f"evaluate {name}", _evaluation(channels, side, precision, norm), usual))
+                for kernels in ("measured", "successor"):
+                    name = f"{size} {precision} {norm}" + " successor" * (kernels == "successor")
+                    run = chosen_kernels(kernels)(_distillation(channels, side, precision, norm))
+                    found.append(Workload(f"distill {name}", run, usual, precision))
+                    if precision != "tf32":  # no kernel of an evaluation multiplies matrices
+                        run = chosen_kernels(kernels)(_evaluation(channels, side, precision, norm))
+                        found.append(Workload(f"evaluate {name}", run, usual))
         for layout in (torch.contiguous_format, torch.channels_last):
             name = f"{size} {'channels_last' if layout == torch.channels_last else 'NCHW'}"
             found.append(Workload(f"augment {name}", _augmentation(channels, side, layout), known))
@@ -85,9 +86,10 @@ def workloads(images=IMAGES) -> list[Workload]:
             for layout in (torch.contiguous_format, torch.channels_last):
                 name = f"{side}x{side} {str(dtype)[6:]} {'channels_last' if layout == torch.channels_last else 'NCHW'}"
                 usual = known and dtype == torch.float32
+                run = _loss(side, dtype, layout)
                 found += [
-                    Workload(f"loss {name}", _loss(side, dtype, layout, "measured"), usual),
-                    Workload(f"loss {name} successor", _loss(side, dtype, layout, "successor"), usual),
+                    Workload(f"loss {name}", chosen_kernels("measured")(run), usual),
+                    Workload(f"loss {name} successor", chosen_kernels("successor")(run), usual),
                 ]
     return found
 
@@ -146,16 +148,8 @@ def decoding(channels: int, side: int, layout: torch.memory_format, dtype=torch.
     return run
 
 
-def _loss(side: int, dtype: torch.dtype, layout: torch.memory_format, kernels: str) -> Callable[[], None]:
+def _loss(side: int, dtype: torch.dtype, layout: torch.memory_format) -> Callable[[], None]:
     def run():
-        before = KERNELS["attention"]
-        KERNELS["attention"] = kernels
-        try:
-            loss()
-        finally:
-            KERNELS["attention"] = before
-
-    def loss():
         real, synthetic = (torch.zeros(4, 128, side, side, dtype=dtype).contiguous(memory_format=layout) for _ in "ab")
         labels = torch.tensor([0, 0, 1, 1])
         af.attention_matching_loss(

@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 from .. import reference
 from . import native
 from .dispatch import dispatch, register
-from .instance_norm import check_input, empty_gradient, empty_output
-from .launching import accumulation_dtype, device_of, int32_indexable, is_traced
-from .norm_block import join_statistics, sums_passes
+from .instance_norm import check_input, empty_gradient, empty_output, layout_of, options_without_maps
+from .launching import KERNELS, accumulation_dtype, device_of, int32_indexable, is_traced
+from .norm_block import join_statistics, sums_passes, walk_of, write_gradient, write_statistics
 from .operators import differentiate, fake, operator
 
 
@@ -71,9 +71,14 @@ def batch_norm(
 def _run_triton(x, weight, bias, running_mean, running_var, offset, training, momentum, eps, relu, pool):
     if _is_evaluated_with_gradients(training):
         return NotImplemented
+    implementation = "triton" if KERNELS["batch_norm"] == "measured" else "successor"
+    layout = layout_of(x)
+    if implementation == "successor":
+        x = x.contiguous(memory_format=torch.channels_last)
     statistics = running_mean, running_var, offset, training, momentum, eps
-    mean, rstd = _mean_and_rstd(batch_statistics_op, x, weight, *statistics)
-    return batch_norm_op(x, weight, bias, offset, mean, rstd, relu, pool)
+    mean, rstd = _mean_and_rstd(batch_statistics_op, x, weight, *statistics, implementation)
+    output = batch_norm_op(x, weight, bias, offset, mean, rstd, relu, pool, implementation)
+    return output.contiguous(memory_format=layout)
 
 
 def _run_c(x, weight, bias, running_mean, running_var, offset, training, momentum, eps, relu, pool):
@@ -99,7 +104,7 @@ def _is_evaluated_with_gradients(training: bool) -> bool:
     return not training and torch.is_grad_enabled()
 
 
-def _mean_and_rstd(batch_statistics, x, weight, running_mean, running_var, offset, training, momentum, eps):
+def _mean_and_rstd(compute, x, weight, running_mean, running_var, offset, training, momentum, eps, *implementation):
     """Return mean and 1 / standard deviation [C] that ``x`` is normalised with; update the running statistics."""
     if not training:
         wide = accumulation_dtype(x.dtype)
@@ -108,7 +113,7 @@ def _mean_and_rstd(batch_statistics, x, weight, running_mean, running_var, offse
     if running_mean is None:  # updated and dropped
         running_mean, running_var = torch.empty_like(weight), torch.empty_like(weight)
     offset = None if offset is None else offset.detach()
-    return batch_statistics(x.detach(), offset, running_mean, running_var, momentum, eps)
+    return compute(x.detach(), offset, running_mean, running_var, momentum, eps, *implementation)
 
 
 def _check(x, weight, bias, running_mean, running_var, offset, training, pool) -> None:
@@ -124,14 +129,26 @@ def _check(x, weight, bias, running_mean, running_var, offset, training, pool) -
 
 @operator("batch_statistics", mutates=("running_mean", "running_var"))
 def batch_statistics_op(
-    x: Tensor, offset: Tensor | None, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
+    x: Tensor,
+    offset: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    eps: float,
+    implementation: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return mean and 1 / standard deviation [C] of ``x``; update the running statistics of ``x + offset``."""
+    """Return mean and 1 / standard deviation [C] of ``x``; update the running statistics of ``x + offset``.
+
+    The implementation is "triton" or, for channels_last, its "successor".
+    """
     from ..kernels.batch_norm import batch_norm_parts_kernel, batch_norm_statistics_kernel, statistics_launch
 
     torch.autograd.graph.increment_version([t for t in (running_mean, running_var) if not t.is_inference()])
-    x = int32_indexable(x)
     mean, rstd = _empty_statistics(x)
+    if implementation == "successor":
+        write_statistics(x, mean, rstd, eps, (offset, running_mean, running_var), momentum)
+        return mean, rstd
+    x = int32_indexable(x)
     rows, grid, constants = _launch(x)
     means, squares = mean.new_empty((2, rows, x.shape[1])).unbind()
     channels, positions = x.shape[1], x.shape[2] * x.shape[3]
@@ -151,7 +168,7 @@ def _empty_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @fake(batch_statistics_op)
-def _(x, offset, running_mean, running_var, momentum, eps):
+def _(x, offset, running_mean, running_var, momentum, eps, implementation):
     return _empty_statistics(x)
 
 
@@ -165,6 +182,7 @@ def batch_norm_op(
     rstd: Tensor,
     relu: bool,
     pool: bool,
+    implementation: str,
 ) -> Tensor:
     """Normalise ``x`` with ``mean`` and ``rstd`` [C]. The backward pass assumes that they are this batch's statistics.
 
@@ -173,7 +191,9 @@ def batch_norm_op(
     from ..kernels.batch_norm import batch_norm_apply_kernel
 
     out = empty_output(x, pool)
-    if x.numel() > 0:
+    if implementation == "successor":
+        _apply_successor(x, weight, bias, mean, rstd, out, relu, pool)
+    elif x.numel() > 0:
         x = int32_indexable(x)
         _, grid, constants = _launch(x)
         with device_of(x):
@@ -184,17 +204,30 @@ def batch_norm_op(
 
 
 @fake(batch_norm_op)
-def _(x, weight, bias, offset, mean, rstd, relu, pool):
+def _(x, weight, bias, offset, mean, rstd, relu, pool, implementation):
     return empty_output(x, pool)
 
 
 @operator("batch_norm_backward")
 def batch_norm_backward_op(
-    gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, relu: bool, pool: bool
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    relu: bool,
+    pool: bool,
+    implementation: str,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of ``x`` [B, C, H, W], and of shift and scale [2, C]."""
     from ..kernels.batch_norm import batch_norm_backward_kernel, batch_norm_sums_kernel
 
+    if implementation == "successor":
+        grad_x, sums = empty_gradient(x), mean.new_empty((2, x.shape[1]))
+        inputs = gradient, x, weight, bias, mean, rstd
+        write_gradient(*inputs, "batch", grad_x, affine=sums, **options_without_maps(relu, pool))
+        return grad_x, sums
     rows, grid, constants = _launch(x)
     constants |= {"RELU": relu, "POOL": pool}
     # One part per row, added afterwards in a fixed order.
@@ -214,7 +247,7 @@ def batch_norm_backward_op(
 
 
 @fake(batch_norm_backward_op)
-def _(gradient, x, weight, bias, mean, rstd, relu, pool):
+def _(gradient, x, weight, bias, mean, rstd, relu, pool, implementation):
     return empty_gradient(x), mean.new_empty((2, x.shape[1]))
 
 
@@ -230,11 +263,12 @@ def _backward(ctx, gradient):
 
 def _gradients(backward: Callable, ctx, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
     if gradient is None:
-        return (None,) * 8
+        return (None,) * len(ctx.needs_input_grad)
     *saved, offset = ctx.saved_tensors
     grad_x, (grad_bias, grad_weight) = backward(gradient, *saved, *ctx.options)
     grad_offset = None if offset is None else torch.zeros_like(offset)
-    return grad_x, grad_weight.to(saved[1].dtype), grad_bias.to(saved[2].dtype), grad_offset, None, None, None, None
+    gradients = grad_x, grad_weight.to(saved[1].dtype), grad_bias.to(saved[2].dtype), grad_offset
+    return *gradients, *(None,) * (len(ctx.needs_input_grad) - len(gradients))
 
 
 differentiate(batch_norm_op, _backward, _setup_context)
@@ -296,3 +330,17 @@ def _launch(x: Tensor) -> tuple[int, tuple[int], dict]:
     rows = batch * -(-height * width // launch["PLACES"])
     grid = (rows * -(-channels // launch["BLOCK_C"]),)
     return rows, grid, {"C": channels, "H": height, "W": width, **launch}
+
+
+# Triton, successor: see kernels/norm.py.
+
+
+def _apply_successor(x, weight, bias, mean, rstd, out, relu, pool) -> None:
+    from ..kernels.norm import apply_kernel
+
+    if x.numel() > 0:
+        _, grid, constants = walk_of(x, "batch")
+        inputs = x, weight.contiguous(), bias.contiguous(), mean.contiguous(), rstd.contiguous()
+        constants |= options_without_maps(relu, pool)
+        with device_of(x):
+            apply_kernel[grid](*inputs, out, None, None, 0.0, BATCH=True, **constants)

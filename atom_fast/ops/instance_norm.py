@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import reference
-from . import native
+from . import native, norm_block
 from .dispatch import dispatch, register
-from .launching import accumulation_dtype, device_of, int32_indexable, is_traced
+from .launching import KERNELS, accumulation_dtype, device_of, int32_indexable, is_traced
 from .operators import differentiate, fake, operator
 
 
@@ -41,8 +41,11 @@ def instance_norm(
     return dispatch("instance_norm", x, weight, bias, float(eps), relu, pool)
 
 
-def _run_triton(x, weight, bias, eps, relu, pool):
-    return instance_norm_op(x, weight, bias, eps, relu, pool, "triton")[0]
+def _run_triton(x, *arguments):
+    if KERNELS["instance_norm"] == "measured":
+        return instance_norm_op(x, *arguments, "triton")[0]
+    output = instance_norm_op(x.contiguous(memory_format=torch.channels_last), *arguments, "successor")[0]
+    return output.contiguous(memory_format=layout_of(x))
 
 
 def _run_c(x, weight, bias, eps, relu, pool):
@@ -79,14 +82,17 @@ def _is_channels_last(x: Tensor) -> bool:
 def instance_norm_op(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool, pool: bool, implementation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the result, and mean and 1 / standard deviation [B, C] of each plane; implementation "triton" or "c"."""
+    """Return the result, and mean and 1 / standard deviation [B, C] of each plane.
+
+    The implementation is "triton", its "successor" or "c"; the latter two take channels_last.
+    """
     return _outputs(x, weight, bias, eps, relu, pool, implementation)
 
 
 def _outputs(x, weight, bias, eps, relu, pool, implementation) -> tuple[Tensor, Tensor, Tensor]:
     outputs = _empty_outputs(x, pool)
     if x.numel() > 0:
-        forward = _forward_triton if implementation == "triton" else _forward_c
+        forward = {"triton": _forward_triton, "successor": _forward_successor, "c": _forward_c}[implementation]
         forward(x, weight, bias, eps, relu, pool, *outputs)
     return outputs
 
@@ -100,10 +106,11 @@ def empty_output(x: Tensor, pool: bool) -> Tensor:
     """Allocate the normalised and perhaps pooled planes, in the layout of ``x``."""
     batch, channels, height, width = x.shape
     shape = (batch, channels, height // 2, width // 2) if pool else x.shape
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
 
 
-def _layout(x: Tensor) -> torch.memory_format:
+def layout_of(x: Tensor) -> torch.memory_format:
+    """Return the layout of the operators' outputs for an input."""
     return torch.channels_last if _is_channels_last(x) else torch.contiguous_format
 
 
@@ -132,6 +139,11 @@ def _gradients(gradient, x, weight, bias, mean, rstd, relu, pool, implementation
     grad_x = empty_gradient(x)
     if x.numel() == 0:
         return grad_x, torch.zeros_like(weight), torch.zeros_like(bias)
+    if implementation == "successor":
+        affine = torch.empty_like(bias), torch.empty_like(weight)
+        inputs = gradient, x, weight, bias, mean, rstd
+        norm_block.write_gradient(*inputs, "instance", grad_x, affine=affine, **options_without_maps(relu, pool))
+        return grad_x, affine[1], affine[0]
     # One part per sample, added afterwards in a fixed order.
     grad_weight, grad_bias = torch.empty_like(mean), torch.empty_like(mean)
     backward = _backward_triton if implementation == "triton" else _backward_c
@@ -141,7 +153,7 @@ def _gradients(gradient, x, weight, bias, mean, rstd, relu, pool, implementation
 
 def empty_gradient(x: Tensor) -> Tensor:
     """Allocate the gradient of ``x``, in its layout."""
-    return torch.empty_like(x, memory_format=_layout(x))
+    return torch.empty_like(x, memory_format=layout_of(x))
 
 
 @fake(instance_norm_backward_op)
@@ -232,3 +244,20 @@ def _launch(x: Tensor, relu: bool, pool: bool) -> tuple[tuple[int, int], dict]:
     launch = instance_norm_launch(channels, height * width, x.element_size())
     grid = (batch, triton.cdiv(channels, launch["BLOCK_C"]))
     return grid, {"C": channels, "H": height, "W": width, "RELU": relu, "POOL": pool, **launch}
+
+
+# Triton, successor: see kernels/norm.py.
+
+
+def _forward_successor(x, weight, bias, eps, relu, pool, out, mean, rstd):
+    from ..kernels.norm import apply_kernel
+
+    _, grid, constants = norm_block.walk_of(x, "instance")
+    inputs = x, weight.contiguous(), bias.contiguous(), mean, rstd
+    with device_of(x):
+        apply_kernel[grid](*inputs, out, None, None, eps, BATCH=False, **constants, **options_without_maps(relu, pool))
+
+
+def options_without_maps(relu: bool, pool: bool) -> dict[str, bool | int]:
+    """Return the constants of `kernels/norm.py` for a norm without attention maps."""
+    return {"RECTIFY": relu, "POOL": pool, "SPATIAL": 0, "CHANNEL": 0}

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 #: Which kernels for a GPU run, of operations that have two: the "measured" ones, or their "successor", which no GPU has
 #: run yet.
-KERNELS = {"attention": "measured", "conv_block": "measured"}
+KERNELS = dict.fromkeys(("attention", "batch_norm", "conv_block", "instance_norm", "norm_block"), "measured")
 
 
 @contextlib.contextmanager

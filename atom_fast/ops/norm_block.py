@@ -20,7 +20,7 @@ from .. import reference
 from . import native
 from .attention import map_sizes
 from .dispatch import dispatch, register
-from .launching import accumulation_dtype, constant_power, contiguous, device_of, int32_indexable
+from .launching import KERNELS, accumulation_dtype, constant_power, contiguous, device_of, int32_indexable
 from .operators import differentiate, fake, operator
 
 NORMS = ("instance", "batch")
@@ -72,8 +72,12 @@ def norm_block(
     return BlockOutput(*dispatch("norm_block", *arguments))
 
 
-def _run_triton(convolved, weight, bias, eps, spatial_power, channel_power, norm):
-    return norm_block_op(convolved, weight, bias, eps, spatial_power, channel_power, norm, "triton")[:2]
+def _run_triton(convolved, *arguments):
+    if KERNELS["norm_block"] == "measured":
+        return norm_block_op(convolved, *arguments, "triton")[:2]
+    layout = torch.channels_last if is_channels_last(convolved) else torch.contiguous_format
+    pooled, maps, *_ = norm_block_op(convolved.contiguous(memory_format=torch.channels_last), *arguments, "successor")
+    return pooled.contiguous(memory_format=layout), maps
 
 
 def _run_c(convolved, weight, bias, eps, spatial_power, channel_power, norm):
@@ -148,18 +152,18 @@ def norm_block_op(
     """Compute a block and what its backward pass needs.
 
     Args:
-        implementation: "triton", or "c" for float32 in channels_last on a CPU.
+        implementation: "triton"; "successor" for channels_last on a GPU; or "c" for float32 in channels_last on a CPU.
 
     Returns:
         Pooled features [B, C, H // 2, W // 2]; maps [B, M]; mean and 1 / standard deviation [B, C] of planes (or of the
-        batch); statistics [B, 3]: the peak that features are divided by, and 1 / norm of each map of the features over
-        the peak (1 for a map that is left out).
+        batch: [B, C], and [1, C] of the successor); statistics [B, 3]: the peak that features are divided by, and
+        1 / norm of each map of the features over the peak (1 for a map that is left out).
     """
-    outputs = empty_outputs(x.shape, x, is_channels_last(x), spatial_power, channel_power)
-    if implementation == "c":
-        _check_layout(x)
+    outputs = _empty_outputs(x, spatial_power, channel_power, norm, implementation)
+    if implementation != "triton":
+        _check_layout(x, implementation)
     if x.numel() > 0:
-        forward = _forward_triton if implementation == "triton" else _forward_c
+        forward = {"triton": _forward_triton, "successor": _forward_successor, "c": _forward_c}[implementation]
         forward(x, weight, bias, eps, spatial_power, channel_power, norm, *outputs)
     return outputs
 
@@ -182,9 +186,17 @@ def empty_outputs(
     )
 
 
+def _empty_outputs(x, spatial_power, channel_power, norm, implementation):
+    channels_last = implementation == "successor" or is_channels_last(x)
+    pooled, maps, mean, rstd, statistics = empty_outputs(x.shape, x, channels_last, spatial_power, channel_power)
+    if implementation == "successor" and norm == "batch":
+        mean, rstd = mean.new_empty((1, x.shape[1])), mean.new_empty((1, x.shape[1]))
+    return pooled, maps, mean, rstd, statistics
+
+
 @fake(norm_block_op)
 def _(x, weight, bias, eps, spatial_power, channel_power, norm, implementation):
-    return empty_outputs(x.shape, x, is_channels_last(x), spatial_power, channel_power)
+    return _empty_outputs(x, spatial_power, channel_power, norm, implementation)
 
 
 @operator("norm_block_backward")
@@ -206,7 +218,7 @@ def norm_block_backward_op(
     """Return the gradient [B, C, H, W] of the convolution's output; a gradient that is None counts as zero."""
     grad_x = _empty_gradient(x)
     if x.numel() > 0:
-        backward = _backward_triton if implementation == "triton" else _backward_c
+        backward = {"triton": _backward_triton, "successor": _backward_successor, "c": _backward_c}[implementation]
         saved = weight, bias, maps, mean, rstd, statistics
         backward(grad_pooled, grad_maps, x, *saved, spatial_power, channel_power, norm, grad_x)
     return grad_x
@@ -248,10 +260,12 @@ def _is_channels_last_view(x: Tensor) -> bool:
     return x.permute(0, 2, 3, 1).is_contiguous()
 
 
-def _check_layout(x: Tensor) -> None:
-    """Raise ValueError for input that the kernel in C would misread."""
-    if x.dtype != torch.float32 or not _is_channels_last_view(x):
+def _check_layout(x: Tensor, implementation: str) -> None:
+    """Raise ValueError for input that the kernels in C, or the successors of those in Triton, would misread."""
+    if implementation == "c" and (x.dtype != torch.float32 or not _is_channels_last_view(x)):
         raise ValueError(f"the kernel in C takes float32 in channels_last; got {x.dtype} of strides {x.stride()}")
+    if not _is_channels_last_view(x):
+        raise ValueError(f"the kernels take channels_last; got strides {x.stride()}")
 
 
 def _forward_c(x, weight, bias, eps, spatial_power, channel_power, norm, pooled, maps, mean, rstd, statistics):
@@ -473,3 +487,128 @@ def _constants(x: Tensor, weight: Tensor | None, spatial_power: float | None, ch
         "AFFINE": weight is not None,
         "CHANNELS_LAST": is_channels_last(x),
     }
+
+
+# Triton, successor: see kernels/norm.py.
+
+
+def _forward_successor(x, weight, bias, eps, spatial_power, channel_power, norm, pooled, maps, mean, rstd, statistics):
+    from ..kernels import norm as kernels
+
+    rows, grid, constants = walk_of(x, norm)
+    constants |= {"BATCH": norm == "batch", **_powers(spatial_power, channel_power)}
+    n_spatial, n_channel = map_sizes(x.shape, spatial_power, channel_power)
+    spatial = maps.new_empty((len(x), grid[0] // rows, n_spatial))
+    channel = maps.new_empty((rows, n_channel))
+    inputs = x, contiguous(weight), contiguous(bias), mean, rstd
+    if norm == "batch":
+        write_statistics(x, mean, rstd, eps)
+    with device_of(x):
+        kernels.apply_kernel[grid](*inputs, pooled, spatial, channel, eps, **constants, RECTIFY=True, POOL=True)
+        kernels.maps_kernel[(len(x),)](
+            *inputs, spatial, channel, maps, statistics, **kernels.maps_launch(*x.shape[1:], constants)
+        )
+
+
+def _backward_successor(
+    grad_pooled, grad_maps, x, weight, bias, maps, mean, rstd, statistics, spatial_power, channel_power, norm, grad_x
+):
+    from ..kernels import norm as kernels
+
+    powers, weights = _powers(None, None), None
+    if grad_maps is not None:
+        powers, weights = _powers(spatial_power, channel_power), torch.empty_like(maps)
+        sizes = dict(zip("CHW", x.shape[1:], strict=True)) | kernels.weights_launch(*x.shape[1:])
+        with device_of(x):
+            kernels.map_weights_kernel[(len(x),)](grad_maps.contiguous(), maps, statistics, weights, **sizes, **powers)
+    inputs = x, weight, bias, mean, rstd
+    write_gradient(grad_pooled, *inputs, norm, grad_x, statistics, weights, RECTIFY=True, POOL=True, **powers)
+
+
+def _powers(spatial_power: float | None, channel_power: float | None) -> dict:
+    return {"SPATIAL": constant_power(spatial_power), "CHANNEL": constant_power(channel_power)}
+
+
+def walk_of(x: Tensor, norm: str, backward: bool = False) -> tuple[int, tuple[int], dict]:
+    """Return the rows of ``x`` that the kernels of `kernels/norm.py` walk, their grid, and their constants."""
+    from ..kernels import norm as kernels
+
+    batch, *size = x.shape
+    launch = kernels.norm_launch(*size, x.element_size(), norm, backward)
+    quads = -(-size[1] // 2) * -(-size[2] // 2)
+    rows = batch * -(-quads // (launch["TILES"] * launch["BLOCK_Q"]))
+    grid = (rows * -(-size[0] // launch["BLOCK_C"]),)
+    return rows, grid, dict(zip("CHW", size, strict=True)) | launch | {"EXACT": kernels.is_exact(*size, launch)}
+
+
+def write_statistics(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+    running: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+    momentum: float = 0.0,
+) -> None:
+    """Write mean and 1 / sqrt(variance + eps) [C] over the batch of ``x`` [B, C, H, W] in channels_last.
+
+    running: offset, running mean and running variance [C] or None, as in `atom_fast.ops.batch_norm.batch_norm`.
+    """
+    from ..kernels import norm as kernels
+
+    rows, grid, constants = walk_of(x, "batch")
+    channels = x.shape[1]
+    parts = mean.new_empty((rows, 3, channels))
+    launch = kernels.rows_launch(rows)
+    with device_of(x):
+        kernels.statistics_kernel[grid](x, parts, **constants)
+        kernels.batch_statistics_kernel[(-(-channels // launch["BLOCK_C"]),)](
+            parts, *running, mean, rstd, rows, x.numel() // channels, momentum, eps, C=channels, **launch
+        )
+
+
+def write_gradient(
+    gradient: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    norm: str,
+    grad_x: Tensor,
+    *maps: Tensor | None,
+    affine: Tensor | tuple[Tensor, Tensor] | None = None,
+    **options: float,
+) -> None:
+    """Write the gradient of the input of a norm, and of its parameters.
+
+    Args:
+        gradient: of the output; None for zero.
+        x: [B, C, H, W] in channels_last, as ``grad_x``, which is written.
+        mean, rstd: [B, C] of planes, or [C] of the batch.
+        maps: statistics [B, 3] and weights [B, M] of the attention maps; None without maps.
+        affine: gradients of shift and scale, written; None if they are not needed. Of InstanceNorm [C] each, of
+            BatchNorm [2, C] in the dtype of ``mean``.
+        options: RECTIFY, POOL, SPATIAL and CHANNEL of `kernels/norm.py`.
+    """
+    from ..kernels import norm as kernels
+
+    rows, grid, constants = walk_of(x, norm, backward=True)
+    channels, positions = x.shape[1], x.shape[2] * x.shape[3]
+    if gradient is not None:
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+    inputs = x, gradient, contiguous(weight), contiguous(bias), mean, rstd, *(maps or (None, None))
+    constants |= options
+    if norm == "batch" and affine is None:
+        affine = mean.new_empty((2, channels))
+    parts = None if affine is None else mean.new_empty((rows, 2, channels))
+    with device_of(x):
+        if norm == "instance":
+            kernels.gradient_kernel[grid](*inputs, parts, grad_x, positions, **constants, SUMS="own")
+        else:
+            kernels.gradient_kernel[grid](*inputs, parts, None, 1, **constants, SUMS="write")
+        if parts is not None:
+            launch = kernels.rows_launch(rows)
+            kernels.sum_rows_kernel[(-(-channels // launch["BLOCK_C"]),)](parts, *affine, rows, C=channels, **launch)
+        if norm == "batch":
+            count = len(x) * positions
+            kernels.gradient_kernel[grid](*inputs, affine, grad_x, count, **constants, SUMS="read")

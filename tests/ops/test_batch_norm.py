@@ -10,13 +10,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 import atom_fast as af
+from atom_fast.kernels import norm as successors
 from atom_fast.kernels.batch_norm import batch_norm_launch, statistics_launch
+from atom_fast.kernels.norm import rows_launch
 from atom_fast.networks import ConvNet
 from atom_fast.ops import dispatch
 from atom_fast.ops.batch_norm import batch_norm, batch_norm_op, batch_statistics_op
-from tests.cubin import CAPABILITIES, compile_kernel
+from tests.backends import entered
+from tests.cubin import CAPABILITIES, check_report, compile_kernel
+from tests.launches import compile_launch, recorded
 
-FUSED = ["triton", "torch"]  # on a CPU, "torch" stands for the kernels in C
+GPU = ["triton", "successor"]
+FUSED = [*GPU, "torch"]  # on a CPU, "torch" stands for the kernels in C
 BACKENDS = [*FUSED, "reference"]
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 NAMES = ("output", "grad_x", "grad_weight", "grad_bias", "grad_offset", "running_mean", "running_var")
@@ -71,7 +76,7 @@ def assert_close(got, expected, tolerance=None):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equals_the_equations(layout, shape, relu, pool, backend, place):
     tensors = inputs(*shape, device=place, dtype=dtype_of(backend), layout=layout)
-    with af.backend(backend):
+    with entered(backend):
         got = results(batch_norm, *tensors, relu=relu, pool=pool)
     assert_close(got, expected_results(*tensors, relu=relu, pool=pool))
     assert got["output"].is_contiguous(memory_format=LAYOUTS[layout])
@@ -81,18 +86,19 @@ def test_equals_the_equations(layout, shape, relu, pool, backend, place):
 @pytest.mark.parametrize("shape", [(2, 6, 5, 7), (3, 4, 1, 1), (4, 17, 1, 3)])
 def test_odd_planes_without_pooling(shape, backend, place):
     tensors = inputs(*shape, device=place, dtype=dtype_of(backend))
-    with af.backend(backend):
+    with entered(backend):
         got = results(batch_norm, *tensors, relu=True)
     assert_close(got, expected_results(*tensors, relu=True))
 
 
+@pytest.mark.parametrize("backend", GPU)
 @given(
     shape=st.tuples(*(st.integers(1, most) for most in (3, 20, 9, 40))).filter(lambda s: s[0] * s[2] * s[3] > 1),
     layout=st.sampled_from(list(LAYOUTS)),
     part=st.sampled_from(["all", "channels", "columns", "transposed"]),
 )
 @settings(max_examples=10)
-def test_any_shape_and_strides(shape, layout, part, device):
+def test_any_shape_and_strides(backend, shape, layout, part, device):
     """Planes of one place and of several programs, odd sides, and slices of a larger tensor."""
     x, *vectors = inputs(*shape, device=device, layout=layout)
     batch, channels, height, width = shape
@@ -103,27 +109,30 @@ def test_any_shape_and_strides(shape, layout, part, device):
     elif part == "transposed":
         x = x.detach().transpose(2, 3)
     x = x.detach().requires_grad_()
-    with af.backend("triton"):
+    with entered(backend):
         got = results(batch_norm, x, *vectors, relu=True)
     expected = expected_results(x, *vectors, relu=True)
     assert_close(got, expected, 1e-8)  # two values a channel may be close to one another
 
 
-def test_more_samples_than_are_put_together_at_once(triton_backend, device, monkeypatch):
-    assert statistics_launch(260)["BLOCK_R"] < 260
+@pytest.mark.parametrize("backend", GPU)
+def test_more_samples_than_are_put_together_at_once(backend, device, monkeypatch):
+    assert statistics_launch(260)["BLOCK_R"] == rows_launch(260)["BLOCK_R"] < 260
     few = {**statistics_launch(260), "BLOCK_R": 4}
     monkeypatch.setattr("atom_fast.kernels.batch_norm.statistics_launch", lambda rows: few)
+    monkeypatch.setattr("atom_fast.kernels.norm.rows_launch", lambda rows: few)
     tensors = inputs(10, 3, 1, 2, device=device)
-    assert_close(results(batch_norm, *tensors), expected_results(*tensors))
+    with entered(backend):
+        assert_close(results(batch_norm, *tensors), expected_results(*tensors))
 
 
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
 def test_narrow_types_are_computed_in_float32(dtype, tolerance, backend, place):
     tensors = inputs(3, 8, 8, 8, device=place, dtype=dtype)
-    if backend != "triton":
+    if backend == "torch":
         tensors[3] = tensors[3].detach().zero_().requires_grad_()  # a sum in a narrow type is rounded
-    with af.backend(backend):
+    with entered(backend):
         got = results(batch_norm, *tensors, relu=True, pool=True)
     assert [tensor.dtype for tensor in got.values()] == [dtype, dtype, *[torch.float32] * 5]
     for name, value in expected_results(*tensors, relu=True, pool=True).items():
@@ -136,7 +145,7 @@ def test_narrow_types_are_computed_in_float32(dtype, tolerance, backend, place):
 def test_a_mean_far_from_zero_costs_no_accuracy(layout, backend, place):
     tensors = inputs(3, 4, 16, 48, device=place, dtype=torch.float32, mean=3000.0, layout=layout)
     expected = expected_results(*tensors)
-    with af.backend(backend):
+    with entered(backend):
         got = results(batch_norm, *tensors)
     for name in ("output", "running_mean", "running_var"):  # float32 holds 3000 to 1.2e-4
         assert (got[name] - expected[name]).abs().max() <= 5e-4 * expected[name].abs().max()
@@ -147,7 +156,7 @@ def test_not_a_number_is_passed_on(backend, place):
     x, *vectors = inputs(2, 4, 4, 4, device=place, dtype=dtype_of(backend))
     with torch.no_grad():
         x[1, 2, 0, 0] = torch.nan
-    with af.backend(backend):
+    with entered(backend):
         got = results(batch_norm, x, *vectors, relu=True, pool=True)
     for name in ("output", "running_mean", "running_var"):
         nans = got[name].isnan().transpose(0, got[name].dim() // 2 - got[name].dim() // 4)
@@ -157,15 +166,17 @@ def test_not_a_number_is_passed_on(backend, place):
 @pytest.mark.parametrize("backend", FUSED)
 def test_same_input_same_bits(backend, place):
     tensors = inputs(5, 33, 8, 8, device=place, dtype=torch.float32)
-    with af.backend(backend):
+    with entered(backend):
         first, again = (results(batch_norm, *tensors, relu=True, pool=True) for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in NAMES)
 
 
+@pytest.mark.parametrize("backend", GPU)
 @pytest.mark.parametrize("pool", [False, True])
-def test_gradients_are_those_of_finite_differences(pool, triton_backend, device):
+def test_gradients_are_those_of_finite_differences(pool, backend, device):
     x, weight, bias, _, _, _ = inputs(2, 2, 2, 2, device=device)
-    assert torch.autograd.gradcheck(lambda *tensors: batch_norm(*tensors, relu=True, pool=pool), (x, weight, bias))
+    with entered(backend):
+        assert torch.autograd.gradcheck(lambda *tensors: batch_norm(*tensors, relu=True, pool=pool), (x, weight, bias))
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -173,7 +184,7 @@ def test_gradients_are_those_of_finite_differences(pool, triton_backend, device)
 def test_running_statistics_are_those_of_the_module(channels_last, backend, place):
     """After several steps, with a convolution's bias, and what evaluation mode makes of them."""
     torch.manual_seed(0)
-    dtype, tolerance = dtype_of(backend), 1e-12 if backend == "triton" else 1e-6
+    dtype, tolerance = dtype_of(backend), 1e-6 if backend == "torch" else 1e-12
     convolution, norm = (module.to(place, dtype) for module in (nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6)))
     nn.init.normal_(norm.weight)
     mine = copy.deepcopy(norm)
@@ -184,14 +195,14 @@ def test_running_statistics_are_those_of_the_module(channels_last, backend, plac
         x = torch.randn(size, 2, 7, 7, dtype=dtype, device=place).contiguous(memory_format=layout)
         expected = norm(convolution(x)).relu()
         convolved = F.conv2d(x, convolution.weight, padding=1)
-        with af.backend(backend):
+        with entered(backend):
             got = batch_norm(convolved, mine.weight, mine.bias, *statistics, offset=convolution.bias, **options)
         torch.testing.assert_close(got, expected)
     torch.testing.assert_close(mine.running_mean, norm.running_mean, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(mine.running_var, norm.running_var, rtol=tolerance, atol=tolerance)
     norm.eval()
     for gradients in (False, True):
-        with torch.set_grad_enabled(gradients), af.backend(backend):
+        with torch.set_grad_enabled(gradients), entered(backend):
             arguments = (F.conv2d(x, convolution.weight, padding=1), mine.weight, mine.bias, *statistics)
             got = batch_norm(*arguments, offset=convolution.bias, training=False, **options)
             torch.testing.assert_close(got, norm(convolution(x)).relu())
@@ -200,7 +211,7 @@ def test_running_statistics_are_those_of_the_module(channels_last, backend, plac
 @pytest.mark.parametrize("backend", FUSED)
 def test_without_a_gradient_from_above_there_is_none(backend, place):
     x, *vectors = inputs(2, 4, 4, 4, device=place, dtype=dtype_of(backend))
-    with af.backend(backend):
+    with entered(backend):
         output = _Unasked.apply(batch_norm(x, *vectors[:2], relu=True))
     assert torch.autograd.grad(output.sum(), x, allow_unused=True) == (None,)
 
@@ -215,19 +226,21 @@ class _Unasked(torch.autograd.Function):
         return None
 
 
-def test_operator_contract(device):
+@pytest.mark.parametrize("implementation", GPU)
+def test_operator_contract(implementation, device):
     x, weight, bias, offset, running_mean, running_var = inputs(2, 4, 4, 4, device=device)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    statistics = (x.detach(), offset.detach(), running_mean, running_var, 0.1, 1e-5)
+    statistics = (x.detach(), offset.detach(), running_mean, running_var, 0.1, 1e-5, implementation)
     torch.library.opcheck(batch_statistics_op, statistics, test_utils=tests)
     mean, rstd = batch_statistics_op(*statistics)
-    torch.library.opcheck(batch_norm_op, (x, weight, bias, offset, mean, rstd, True, True), test_utils=tests)
+    arguments = x, weight, bias, offset, mean, rstd, True, True, implementation
+    torch.library.opcheck(batch_norm_op, arguments, test_utils=tests)
 
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_a_second_derivative_is_refused(backend, place):
     x, weight, bias, *_ = inputs(2, 4, 4, 4, device=place, dtype=dtype_of(backend))
-    with af.backend(backend):
+    with entered(backend):
         (gradient,) = torch.autograd.grad(batch_norm(x, weight, bias).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(gradient.square().sum(), x)
@@ -282,7 +295,7 @@ def small_set(size, device, dtype=torch.float64):
 @pytest.mark.parametrize("pooling, size", [("avg2", 4), ("avg2", 5), ("max2", 4)])
 def test_training_equals_that_of_the_modules(pooling, size, backend, place):
     """Every weight and running statistic after some steps, and the logits in evaluation mode."""
-    dtype, tolerance = dtype_of(backend), 1e-9 if backend == "triton" else 1e-4
+    dtype, tolerance = dtype_of(backend), 1e-4 if backend == "torch" else 1e-9
     images, labels = small_set(size, place, dtype)
     network = ConvNet(2, 3, size, norm="batch", width=4, depth=2, pooling=pooling).to(images)
     network = network.to(memory_format=torch.channels_last)
@@ -295,13 +308,13 @@ def test_training_equals_that_of_the_modules(pooling, size, backend, place):
         torch._foreach_sub_([parameter.data for parameter in parameters], [gradient * 0.1 for gradient in gradients])
 
     for count in (5, 3, 5, 4):
-        with af.backend(backend):
+        with entered(backend):
             step(network, network(images[:count]))
         step(modules, modules.classifier(modules.features(images[:count])[0]))
     for name, expected in modules.state_dict().items():
         torch.testing.assert_close(network.state_dict()[name], expected, rtol=tolerance, atol=tolerance)
     expected = modules.eval()(images)
-    with torch.no_grad(), af.backend(backend):
+    with torch.no_grad(), entered(backend):
         torch.testing.assert_close(network.eval()(images), expected, rtol=tolerance, atol=tolerance)
 
 
@@ -313,14 +326,20 @@ def test_a_cumulative_average_is_the_modules(backend, place):
     for block in network.blocks:
         block.norm.momentum = None
     plain = copy.deepcopy(network)
-    with af.backend(backend):
+    with entered(backend):
         for batch in (images[:3], images):
             torch.testing.assert_close(network(batch), plain.classifier(plain.features(batch)[0]))
     torch.testing.assert_close(dict(network.named_buffers()), dict(plain.named_buffers()))
 
 
 @pytest.mark.gpu
-def test_a_captured_step_is_the_step(triton_backend, device):
+@pytest.mark.parametrize("backend", GPU)
+def test_a_captured_step_is_the_step(backend, device):
+    with entered(backend):
+        _check_captured_step(device)
+
+
+def _check_captured_step(device):
     images, labels = small_set(8, device)
     networks = [ConvNet(2, 3, 8, norm="batch", width=4, depth=2).to(device, torch.float64) for _ in range(2)]
     for network in networks:
@@ -398,3 +417,27 @@ def test_the_statistics_kernel_does_not_spill(rows, capability):
         capability=capability, num_warps=warps, aligned=tuple(n for n in signature if signature[n] == "*fp32"),
     )  # fmt: skip
     assert report.spills == 0 and report.registers <= 128
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is launched is recorded through the interpreter")
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype, size, pool", [(torch.float32, 32, True), (torch.bfloat16, 16, False)])
+def test_successors_read_128_bits_and_do_not_spill(dtype, size, pool, capability):
+    with recorded(successors) as launches, entered("successor"):
+        results(batch_norm, *inputs(2, 128, size, size, dtype=dtype), relu=True, pool=pool)
+    forward, backward = ["statistics", "batch_statistics", "apply"], ["gradient", "sum_rows", "gradient"]
+    assert [launch.kernel.removesuffix("_kernel") for launch in launches] == forward + backward
+    for launch in launches:
+        report = compile_launch(launch, capability)
+        check_report(report, capability, launch.kernel)
+        assert report.widest_load == 128 or "EXACT" not in launch.arguments, launch.kernel
+
+
+def test_the_successor_of_a_batch_of_one_row_and_of_many(device):
+    """One value of momentum or eps compiles for all, and a batch of one row is a constant of the compiler."""
+    for batch in (1, 3):
+        with recorded(successors) as launches, entered("successor"):
+            batch_norm(*inputs(batch, 4, 2, 2, device=device)[:3])
+        assert not {"momentum", "eps"} & launches[1].constants
+        assert launches[1].arguments["rows"] == batch
+        assert compile_launch(launches[1], 86).spills == 0

@@ -3,14 +3,16 @@
 import pytest
 import torch
 
-import atom_fast as af
 from atom_fast import reference
+from atom_fast.kernels import norm as successors
 from atom_fast.kernels.instance_norm import instance_norm_launch
 from atom_fast.ops.instance_norm import instance_norm, instance_norm_op
 from atom_fast.ops.launching import int32_indexable
-from tests.cubin import CAPABILITIES, compile_kernel
+from tests.backends import entered
+from tests.cubin import CAPABILITIES, check_report, compile_kernel
+from tests.launches import compile_launch, recorded
 
-BACKENDS = ["triton", "torch"]  # on a CPU, "torch" stands for the kernels in C
+BACKENDS = ["triton", "successor", "torch"]  # on a CPU, "torch" stands for the kernels in C
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
@@ -51,7 +53,7 @@ def expected_results(x, weight, bias, relu, pool):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equals_the_equations(layout, shape, relu, pool, backend, place):
     tensors = inputs(*shape, device=place, dtype=dtype_of(backend), layout=layout)
-    with af.backend(backend):
+    with entered(backend):
         got = results(instance_norm, *tensors, relu=relu, pool=pool)
     assert_equal(got, expected_results(*tensors, relu, pool))
     assert got[0].is_contiguous(memory_format=LAYOUTS[layout])
@@ -60,7 +62,7 @@ def test_equals_the_equations(layout, shape, relu, pool, backend, place):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_odd_planes_without_pooling(backend, place):
     tensors = inputs(2, 6, 5, 7, device=place, dtype=dtype_of(backend))
-    with af.backend(backend):
+    with entered(backend):
         got = results(instance_norm, *tensors, relu=True)
     assert_equal(got, expected_results(*tensors, True, False))
 
@@ -69,7 +71,7 @@ def test_odd_planes_without_pooling(backend, place):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_narrow_types_are_computed_in_float32(dtype, tolerance, backend, place):
     x, weight, bias = inputs(3, 8, 8, 8, device=place, dtype=dtype)
-    with af.backend(backend):
+    with entered(backend):
         got = results(instance_norm, x, weight, bias, relu=True, pool=True)
     assert [tensor.dtype for tensor in got] == [dtype, dtype, torch.float32, torch.float32]
     for a, b in zip(got, expected_results(x, weight, bias, True, True), strict=True):
@@ -79,7 +81,7 @@ def test_narrow_types_are_computed_in_float32(dtype, tolerance, backend, place):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_mean_far_from_zero_costs_no_accuracy(backend, place):
     x, weight, bias = inputs(2, 4, 16, 16, device=place, dtype=torch.float32, mean=3000.0)
-    with af.backend(backend):
+    with entered(backend):
         got = instance_norm(x, weight, bias)
     expected = expected_results(x, weight, bias, False, False)[0]
     assert (got - expected).abs().max() <= 5e-4 * expected.abs().max()  # float32 holds 3000 to 1.2e-4
@@ -90,7 +92,7 @@ def test_not_a_number_is_passed_on(backend, place):
     x, weight, bias = inputs(2, 4, 4, 4, device=place, dtype=dtype_of(backend))
     with torch.no_grad():
         x[1, 2, 0, 0] = torch.nan
-    with af.backend(backend):
+    with entered(backend):
         output = instance_norm(x, weight, bias, relu=True, pool=True)
     assert output[1, 2].isnan().all() and output.isnan().sum() == output[1, 2].numel()
 
@@ -98,7 +100,7 @@ def test_not_a_number_is_passed_on(backend, place):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_same_input_same_bits(backend, place):
     tensors = inputs(5, 33, 8, 8, device=place, dtype=torch.float32)
-    with af.backend(backend):
+    with entered(backend):
         first = results(instance_norm, *tensors, relu=True, pool=True)
         again = results(instance_norm, *tensors, relu=True, pool=True)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -117,7 +119,7 @@ def test_operator_contract(backend, place):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_second_derivative_is_refused(backend, place):
     x, weight, bias = inputs(2, 4, 4, 4, device=place, dtype=dtype_of(backend))
-    with af.backend(backend):
+    with entered(backend):
         (gradient,) = torch.autograd.grad(instance_norm(x, weight, bias).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(gradient.square().sum(), x)
@@ -126,7 +128,7 @@ def test_a_second_derivative_is_refused(backend, place):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_empty_batch(backend, place):
     x, weight, bias = inputs(0, 4, 4, 4, device=place, dtype=dtype_of(backend))
-    with af.backend(backend):
+    with entered(backend):
         output, *gradients = results(instance_norm, x, weight, bias, relu=True, pool=True)
     assert output.shape == (0, 4, 2, 2) and gradients[0].shape == x.shape
     assert not gradients[1].any() and not gradients[2].any()
@@ -178,3 +180,16 @@ def test_kernels_read_128_bits_and_do_not_spill(direction, dtype, size, pool, ca
     )  # fmt: skip
     assert report.spills == 0 and report.widest_load == 128
     assert report.registers <= 128  # four programs of 128 threads a multiprocessor at least
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is launched is recorded through the interpreter")
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype, size, pool", [(torch.float32, 32, True), (torch.bfloat16, 16, False)])
+def test_successors_read_128_bits_and_do_not_spill(dtype, size, pool, capability):
+    with recorded(successors) as launches, entered("successor"):
+        results(instance_norm, *inputs(2, 128, size, size, dtype=dtype), relu=True, pool=pool)
+    assert [launch.kernel for launch in launches] == ["apply_kernel", "gradient_kernel", "sum_rows_kernel"]
+    for launch in launches:
+        report = compile_launch(launch, capability)
+        check_report(report, capability, launch.kernel)
+        assert launch.kernel == "sum_rows_kernel" or report.widest_load == report.widest_store == 128, launch.kernel

@@ -7,18 +7,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import atom_fast as af
 from atom_fast import reference
+from atom_fast.kernels import norm as successors
 from atom_fast.kernels import norm_block as kernels
 from atom_fast.ops.norm_block import NORMS, norm_block, norm_block_op
 from benchmarks.roofline import norm_block_bytes
+from tests.backends import entered
 from tests.cubin import check_report
 from tests.launches import compile_launch, recorded
 
-BACKENDS = ("torch", "triton")  # on a CPU, "torch" stands for the kernels in C: float32 in channels_last
-IMPLEMENTATIONS = {"torch": "c", "triton": "triton"}
+GPU = ("triton", "successor")
+BACKENDS = ("torch", *GPU)  # on a CPU, "torch" stands for the kernels in C: float32 in channels_last
+IMPLEMENTATIONS = {"torch": "c", "triton": "triton", "successor": "successor"}
 FUSED = [(backend, norm) for backend in BACKENDS for norm in NORMS]
-PRECISE = {"torch": (torch.float32, 1e-5), "triton": (torch.float64, 1e-10)}  # dtype and relative error
+PRECISE = {"torch": (torch.float32, 1e-5), **dict.fromkeys(GPU, (torch.float64, 1e-10))}  # dtype and relative error
 
 
 def draw(shape, device, dtype=torch.float64, channels_last=True, seed=0):
@@ -42,7 +44,7 @@ def run(block, x, *args, seed=1):
 
 def fused(backend, x, weight, bias, spatial_power=4.0, channel_power=4.0, norm="instance"):
     powers = {"spatial_power": spatial_power, "channel_power": channel_power}
-    with af.backend(backend):
+    with entered(backend):
         return run(lambda x: norm_block(x, weight, bias, **powers, norm=norm), x)
 
 
@@ -62,16 +64,17 @@ POWERS = st.sampled_from([None, 1.0, 2.0, 2.5, 4.0, 8.0, 16.0])
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(2, 12), st.integers(2, 12))
 
 
+@pytest.mark.parametrize("backend", GPU)
 @given(
     shape=st.tuples(st.integers(1, 2), st.integers(1, 18), st.integers(2, 9), st.integers(2, 9)),
     channels_last=st.booleans(), affine=st.booleans(), powers=st.tuples(POWERS, POWERS),
     norm=st.sampled_from(NORMS),
 )  # fmt: skip
 @settings(max_examples=10)
-def test_results_and_gradient_equal_the_equations(shape, channels_last, affine, powers, norm, device):
+def test_results_and_gradient_equal_the_equations(backend, shape, channels_last, affine, powers, norm, device):
     x, weight, bias = draw(shape, device, channels_last=channels_last)
     arguments = x, *((weight, bias) if affine else (None, None)), *powers, norm
-    assert_equal(fused("triton", *arguments), exact(*arguments))
+    assert_equal(fused(backend, *arguments), exact(*arguments))
 
 
 @given(shape=SHAPES, affine=st.booleans(), powers=st.tuples(POWERS, POWERS), norm=st.sampled_from(NORMS))
@@ -109,12 +112,13 @@ def test_both_norms_are_the_same_for_one_sample(backend, place):
     assert_equal(*(fused(backend, x, weight, bias, norm=norm) for norm in NORMS), tolerance)
 
 
+@pytest.mark.parametrize("backend", GPU)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("shape", [(1, 3, 64, 48), (2, 2, 65, 127)])
-def test_planes_of_every_size(shape, channels_last, norm, device):
+def test_planes_of_every_size(shape, channels_last, norm, backend, device):
     x, weight, bias = draw(shape, device, channels_last=channels_last)
-    assert_equal(fused("triton", x, weight, bias, norm=norm), exact(x, weight, bias, norm=norm))
+    assert_equal(fused(backend, x, weight, bias, norm=norm), exact(x, weight, bias, norm=norm))
 
 
 @given(
@@ -142,6 +146,25 @@ def fused_in_tiles(*arguments, **options):
         patch.setattr(kernels, "norm_block_backward_launch", lambda *_: None)
         patch.setattr(kernels, "tiled_launch", lambda *_: {"BLOCK_P": 8, "BLOCK_C": 16, "num_warps": 4})
         return fused("triton", *arguments, **options)
+
+
+@given(
+    shape=st.tuples(st.just(2), st.integers(1, 20), st.integers(2, 7), st.integers(2, 6)),
+    powers=st.tuples(st.sampled_from([None, 4.0]), st.sampled_from([None, 2.5])),
+    norm=st.sampled_from(NORMS),
+    magnitude=st.sampled_from([1e-12, 1.0, 1e12]),
+)
+@settings(max_examples=15)
+def test_the_successor_gives_the_same_in_small_tiles(shape, powers, norm, magnitude, device):
+    """Planes of several tiles, samples of several rows, and both again where powers would leave the range."""
+    x, weight, bias = draw(shape, device)
+    weight, bias = magnitude * weight, magnitude * bias
+    expected = exact(x, weight, bias, *powers, norm=norm)
+    quads = -(-shape[2] // 2) * -(-shape[3] // 2)
+    with pytest.MonkeyPatch.context() as patch:
+        launch = {"TILES": -(-quads // 2) if norm == "instance" else 2, "BLOCK_Q": 2, "BLOCK_C": 8, "num_warps": 1}
+        patch.setattr(successors, "norm_launch", lambda *_: launch)
+        assert_equal(fused("successor", x, weight, bias, *powers, norm=norm), expected)
 
 
 @pytest.mark.parametrize(("backend", "norm"), FUSED)
@@ -188,10 +211,11 @@ def test_constant_planes_and_zero_samples(backend, norm, place):
     assert all((value == 0).all() for value in silent)
 
 
-def test_batch_statistics_are_accurate_far_from_zero(device):
+@pytest.mark.parametrize("backend", GPU)
+def test_batch_statistics_are_accurate_far_from_zero(backend, device):
     x, weight, bias = draw((4, 6, 16, 16), device, torch.float32)
     x += torch.linspace(-300, 300, 6, device=device).view(1, 6, 1, 1)
-    assert_equal(fused("triton", x, weight, bias, norm="batch"), exact(x, weight, bias, norm="batch"), 1e-4)
+    assert_equal(fused(backend, x, weight, bias, norm="batch"), exact(x, weight, bias, norm="batch"), 1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -216,7 +240,7 @@ def test_strided_inputs_and_gradients_without_stride(backend, norm, place):
     gradients = []
     for name in (backend, "reference"):
         leaf = x.detach().requires_grad_()
-        with af.backend(name):
+        with entered(name):
             block = norm_block(leaf, weight, bias, norm=norm)
         (block.pooled.sum() + block.maps.sum()).backward()
         gradients.append(leaf.grad)
@@ -231,7 +255,7 @@ def test_an_output_that_is_not_used_has_no_gradient(backend, norm, used, place):
     gradients = []
     for name in (backend, "reference"):
         leaf = x.detach().requires_grad_()
-        with af.backend(name):
+        with entered(name):
             getattr(norm_block(leaf, weight, bias, norm=norm), used).cumsum(1).sum().backward()
         gradients.append(leaf.grad)
     assert_equal(gradients[:1], gradients[1:], tolerance)
@@ -243,7 +267,7 @@ def test_layout_is_kept_and_bits_repeat(backend, norm, place):
         x, weight, bias = draw((2, 8, 8, 8), place, torch.float32, channels_last)
         first, second = (fused(backend, x, weight, bias, norm=norm) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-        with af.backend(backend):
+        with entered(backend):
             assert norm_block(x, weight, bias, norm=norm).pooled.is_contiguous(memory_format=layout)
 
 
@@ -259,7 +283,7 @@ def test_an_empty_batch(backend, norm, place):
 def test_only_the_gradient_keeps_anything(backend, norm, place):
     x, weight, bias = draw((2, 16, 16, 16), place, torch.float32)
     kept = []
-    with af.backend(backend), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with entered(backend), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         norm_block(x, weight, bias, norm=norm)
         with torch.no_grad():
             norm_block(x.requires_grad_(), weight, bias, norm=norm)
@@ -279,7 +303,7 @@ def test_operator_passes_opcheck_and_compiles_as_one_graph(backend, norm, place)
         pooled, maps = norm_block(x, weight, bias, norm=norm)
         return pooled.square().sum() + maps.square().cumsum(1).sum()
 
-    with af.backend(backend):
+    with entered(backend):
         expected = torch.autograd.grad(loss(x), x)
         actual = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), x)
     torch.testing.assert_close(actual, expected)
@@ -288,18 +312,20 @@ def test_operator_passes_opcheck_and_compiles_as_one_graph(backend, norm, place)
 @pytest.mark.parametrize(("backend", "norm"), FUSED)
 def test_a_second_derivative_is_refused(backend, norm, place):
     x, weight, bias = draw((1, 4, 8, 8), place, torch.float32)
-    with af.backend(backend):
+    with entered(backend):
         maps = norm_block(x.requires_grad_(), weight, bias, norm=norm).maps
     (gradient,) = torch.autograd.grad(maps.cumsum(1).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError):
         gradient.sum().backward()
 
 
-def test_a_forward_mode_derivative_is_refused(triton_backend, device):
+@pytest.mark.parametrize("backend", GPU)
+def test_a_forward_mode_derivative_is_refused(backend, device):
     x, weight, bias = draw((1, 4, 8, 8), device)
-    with pytest.raises(
+    refused = pytest.raises(
         NotImplementedError, match="norm_block has no forward-mode derivative .*backend\\('reference'\\)"
-    ):
+    )
+    with entered(backend), refused:
         torch.func.jvp(lambda x: norm_block(x, weight, bias).maps, (x,), (x,))
 
 
@@ -327,10 +353,10 @@ def test_integers_are_refused():
         norm_block(torch.zeros((1, 2, 4, 4), dtype=torch.int64))
 
 
-def launches_of(shape, dtype=torch.float32, channels_last=True, norm="instance"):
+def launches_of(shape, dtype=torch.float32, channels_last=True, norm="instance", backend="triton"):
     """Return the launches of forward and backward for x of this shape, without running them."""
     x, weight, bias = draw(shape, "cpu", dtype, channels_last)
-    with recorded(kernels) as launches, af.backend("triton"):
+    with recorded(kernels, successors) as launches, entered(backend):
         block = norm_block(x.requires_grad_(), weight.float(), bias.float(), norm=norm)
         torch.autograd.backward(list(block), [torch.empty_like(output) for output in block])
     return launches
@@ -392,15 +418,62 @@ def test_tiled_and_odd_planes_do_not_spill(shape, channels_last, norm):
         check_report(compile_launch(launch, 86), 86, launch.kernel)
 
 
+SUCCESSORS = [  # shape, dtype, norm, chip, and the most instructions per value forward and backward, if counted
+    ((1, 128, 16, 16), torch.float16, "instance", 90, 16, 21),
+    ((1, 128, 8, 8), torch.bfloat16, "instance", 90, 16, 21),
+    ((1, 128, 16, 16), torch.float32, "instance", 86, 17, 18),
+    ((1, 128, 32, 32), torch.bfloat16, "instance", 86, None, None),
+    ((1, 128, 16, 16), torch.float16, "batch", 90, None, None),
+    ((1, 64, 31, 33), torch.float32, "instance", 75, None, None),
+    ((1, 128, 128, 128), torch.float32, "batch", 120, None, None),
+]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is launched is recorded through the interpreter")
+@pytest.mark.parametrize(("shape", "dtype", "norm", "capability", "forward", "backward"), SUCCESSORS)
+def test_successors_fit_registers_and_execute_few_instructions(shape, dtype, norm, capability, forward, backward):
+    for launch in launches_of(shape, dtype, norm=norm, backend="successor"):
+        report = compile_launch(launch, capability)
+        check_report(report, capability, launch.kernel)
+        given = launch.arguments
+        exact = given.get("EXACT", False)
+        if launch.kernel in ("apply_kernel", "gradient_kernel", "statistics_kernel") and exact:
+            assert report.widest_load == 128, launch.kernel
+        if launch.kernel == "apply_kernel" and exact or given.get("p_grad_x") is not None and exact:
+            assert report.widest_store == 128, launch.kernel
+        most = {"apply_kernel": forward, "gradient_kernel": backward}.get(launch.kernel)
+        if most:  # without a loop: the plane is one tile
+            assert given["TILES"] == 1
+            assert report.instructions * 32 * launch.options["num_warps"] <= most * math.prod(
+                (4, given["BLOCK_Q"], given["BLOCK_C"])
+            )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is launched is recorded through the interpreter")
+@pytest.mark.parametrize("shape, dtype", [((4, 128, 16, 16), torch.float32), ((4, 128, 16, 16), torch.bfloat16)])
+def test_successors_move_few_bytes(shape, dtype):
+    """The input is read once more where the statistics are the batch's, and for the last pass backward there."""
+    size = *shape, dtype.itemsize, True
+    values = math.prod(shape) * dtype.itemsize
+    for norm, walks in (("instance", 0), ("batch", 1)):
+        launches = launches_of(shape, dtype, norm=norm, backend="successor")
+        names = [launch.kernel for launch in launches]
+        forward = sum(launch.bytes for launch in launches[: names.index("maps_kernel")])
+        assert forward <= 1.25 * norm_block_bytes(*size, backward=False) + walks * values
+        backward = sum(launch.bytes for launch in launches[names.index("maps_kernel") + 1 :])
+        assert backward <= 1.25 * ((1 + walks) * norm_block_bytes(*size, backward=True) - walks * values)
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", GPU)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [8, 16, 32, 64])
-def test_full_size_on_a_gpu(size, dtype, channels_last, norm, device):
+def test_full_size_on_a_gpu(size, dtype, channels_last, norm, backend, device):
     x, weight, bias = draw((64, 128, size, size), device, dtype, channels_last)
     tolerance = 3e-3 if dtype == torch.bfloat16 else 1e-6
-    *outputs, gradient = fused("triton", x, weight.float(), bias.float(), norm=norm)
+    *outputs, gradient = fused(backend, x, weight.float(), bias.float(), norm=norm)
     *wanted_outputs, wanted = exact(x, weight, bias, norm=norm)
     assert_equal(outputs, wanted_outputs, tolerance)
     if dtype == torch.float32:
