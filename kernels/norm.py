@@ -31,8 +31,8 @@ def norm_launch(
 ) -> dict[str, int]:
     """Return the launch table of the kernels that walk the input; chosen by instruction counts, no GPU has run it.
 
-    InstanceNorm keeps planes in registers if up to 4 warps hold them, with 64 values per thread, or 128 of 16 bits
-    forward (32 in float64): its sums over a plane cost each thread the same instructions, however many values it holds.
+    InstanceNorm keeps planes in registers if up to 4 warps hold them, with 64 values per thread (in 16 bits forward
+    128, in float64 32): its sums over a plane cost each thread the same instructions, however many values it holds.
     Otherwise a thread holds one quad of 16 bytes per position, or two if that is the plane. Channels fill a cache line,
     or half of one where planes fit only then.
     """
@@ -61,7 +61,7 @@ def rows_launch(rows: int) -> dict[str, int]:
 
 def maps_launch(channels: int, height: int, width: int, launch: dict[str, int]) -> dict[str, int]:
     """Return the launch table of `maps_kernel` for that of `apply_kernel`: the same rows in smaller tiles."""
-    block_q = min(launch["BLOCK_Q"], max(512 // launch["BLOCK_C"], 1))
+    block_q = min(launch["BLOCK_Q"], 16)
     tiles = launch["TILES"] * launch["BLOCK_Q"] // block_q
     return {**launch, "TILES": tiles, "BLOCK_Q": block_q, **weights_launch(channels, height, width), "num_warps": 4}
 
