@@ -9,12 +9,14 @@ all of its values; instructions that a branch skips are counted too.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # launches are recorded through the interpreter
 
 import click
+import torch
 from tqdm import tqdm
 
 from benchmarks.harness import save_results
@@ -23,19 +25,24 @@ from tests.launches import Launch, compile_launch
 from tests.workloads import launches, workloads
 
 RESULTS = ROOT / "benchmarks" / "results" / "instructions.json"
-CHIPS = (86, 90)
-CHANNELS, SIDE, LAYERS = 128, 32, (32, 16, 8)  # of the CIFAR-10 ConvNet
-# Kernels that walk a feature map: what they compute, and how many tiles of BLOCK_P x BLOCK_C a round of the loop has.
+CHIPS = (90,)
+CHANNELS, SIDE = 128, 32  # of the CIFAR-10 ConvNet's first block
+# Kernels that walk a feature map: what they compute, and the constants whose product is a round of the loop; 4 is a
+# quad of positions.
 KERNELS = {
-    "conv_block_forward_kernel": ("first block, forward", 4),
-    "features_kernel": ("first block, forward", 4),
-    "conv_block_sums_kernel": ("first block, backward", 4),
-    "conv_block_columns_kernel": ("first block, backward", 4),
-    "gradients_kernel": ("first block, backward", 4),
-    "norm_block_forward_kernel": ("block, forward", 4),
-    "norm_block_backward_kernel": ("block, backward", 4),
-    "attention_forward_kernel": ("attention maps, forward", 1),
-    "attention_backward_kernel": ("attention maps, backward", 1),
+    "conv_block_forward_kernel": ("first block, forward", ("BLOCK_P", "BLOCK_C", 4)),
+    "features_kernel": ("first block, forward", ("BLOCK_P", "BLOCK_C", 4)),
+    "conv_block_sums_kernel": ("first block, backward", ("BLOCK_P", "BLOCK_C", 4)),
+    "conv_block_columns_kernel": ("first block, backward", ("BLOCK_P", "BLOCK_C", 4)),
+    "gradients_kernel": ("first block, backward", ("BLOCK_P", "BLOCK_C", 4)),
+    "norm_block_forward_kernel": ("other blocks, forward", ("BLOCK_P", "BLOCK_C", 4)),
+    "apply_kernel": ("other blocks, forward", ("BLOCK_Q", "BLOCK_C", 4)),
+    "norm_block_backward_kernel": ("other blocks, backward", ("BLOCK_P", "BLOCK_C", 4)),
+    "gradient_kernel": ("other blocks, backward", ("BLOCK_Q", "BLOCK_C", 4)),
+    "attention_forward_kernel": ("attention maps, forward", ("BLOCK_P", "BLOCK_C")),
+    "attention_sums_kernel": ("attention maps, forward", ("BLOCK_ROWS", "BLOCK_COLUMNS")),
+    "attention_backward_kernel": ("attention maps, backward", ("BLOCK_P", "BLOCK_C")),
+    "attention_gradient_kernel": ("attention maps, backward", ("BLOCK_ROWS", "BLOCK_COLUMNS")),
 }
 WORKLOADS = (
     *(f"distill 3x32x32 {precision} instance" for precision in ("tf32", "float16")),
@@ -56,28 +63,30 @@ def rows(chip: int) -> Iterator[dict]:
             continue
         for launch in launches(work, chip):
             row = _row(launch, name, chip) if launch.kernel in KERNELS else None
-            key = row and (row["kernel"], name, row["values"], row["instructions"])
+            key = row and (row["kernel"], name, row["size"], row["instructions"])
             if row and key not in seen:
                 seen.add(key)
                 yield {"kernels": "measured" if name == work.name else "successor", **row}
 
 
-def _row(launch: Launch, workload: str, chip: int) -> dict:
+def _row(launch: Launch, workload: str, chip: int) -> dict | None:
+    """Return the row of a launch; None for a second pair of powers."""
+    if any(isinstance(value, float) for name, value in launch.arguments.items() if name in launch.constants):
+        return None
     report = compile_launch(launch, chip)
     height, width = (launch.arguments.get(name, SIDE) for name in ("H", "W"))
-    programs = 1
-    for size in launch.grid[1:]:  # of a sample
-        programs *= size
+    batch = next(value for value in launch.arguments.values() if isinstance(value, torch.Tensor)).shape[0]
+    values = batch * CHANNELS * height * width / math.prod(launch.grid)
     return {
         "work": KERNELS[launch.kernel][0],
         "kernel": launch.kernel,
         "workload": workload,
         "chip": chip,
-        "values": CHANNELS * height * width,
+        "size": f"{height}x{width}",
+        "values": values,
         "instructions": report.instructions,
         "loop": report.loop,
-        "per_value": round(per_value(report, launch, CHANNELS * height * width / programs), 2),
-        "per_value_of_loop": round(report.loop * threads(launch) / round_values(launch), 2),
+        "per_value": round(per_value(report, launch, values), 2),
         "registers": report.registers,
         "shared": report.shared,
         "warps": warps(report, launch, chip),
@@ -92,7 +101,7 @@ def threads(launch: Launch) -> int:
 
 def round_values(launch: Launch) -> int:
     """Return the values of a round of a kernel's loop."""
-    return launch.arguments["BLOCK_P"] * launch.arguments["BLOCK_C"] * KERNELS[launch.kernel][1]
+    return math.prod(launch.arguments.get(factor, factor) for factor in KERNELS[launch.kernel][1])
 
 
 def per_value(report: CubinReport, launch: Launch, values: float) -> float:

@@ -91,7 +91,7 @@ def instructions(path: Path) -> str:
     groups: dict[tuple[str, str], dict[str, list[dict]]] = {}
     for row in json.loads(path.read_text())["rows"]:
         if row["chip"] == 90:
-            key = row["work"], _plain_workload(row["workload"])
+            key = f"{row['work']}, {row['size'].replace('x', '×')}", _plain_workload(row["workload"])
             groups.setdefault(key, {}).setdefault(row["kernels"], []).append(row)
     lines = []
     for (work, workload), kinds in groups.items():
