@@ -353,8 +353,8 @@ def recognised_sets(recognised: Recognised) -> Iterator[SyntheticSet]:
             that are not there.
     """
     foreign = recognised.foreign
-    soft, missing = foreign.soft_labels, len(recognised.class_names) - foreign.classes
-    if soft is not None and missing:
+    soft = foreign.soft_labels
+    if soft is not None and soft.shape[1] != len(recognised.class_names):
         raise ValueError(
             f"{foreign.path} has labels of {soft.shape[1]} classes; {recognised.dataset} has "
             f"{len(recognised.class_names)}"

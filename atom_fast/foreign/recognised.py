@@ -85,7 +85,7 @@ class Recognised:
         for candidate in self.candidates:
             images = self.foreign.images
             if candidate.space == "pixels":
-                space = self.fits.of_pixels(candidate, listed=self.foreign.form == "list")
+                space = self.fits.of_pixels(candidate, images.shape[1], listed=self.foreign.form == "list")
                 assert space.mean is not None and space.std is not None
                 images = (images - space.mean[:, None, None]) / space.std[:, None, None]
             else:
@@ -135,7 +135,7 @@ def open_foreign(
         candidates = [Candidate(preprocessing, ("it was given",), certain=True)]
     else:
         candidates = recognise(foreign, dataset)
-        if data is not None and len(candidates) > 1:
+        if data is not None:
             candidates = settle(foreign.images, candidates, fits)
     if partition is not None:
         check_partition(partition, *foreign.images.shape[2:])

@@ -43,7 +43,7 @@ _TEXTS = {
     "zca_datadam": "ZCA-whitened after standardisation by the public constants (as in DataDAM)",
     "zca_frepo": "ZCA-whitened after standardisation, with an eps relative to the variance (as in FRePo and RCIG)",
 }
-_WHITENED = ("zca", "zca_standardized", "zca_datadam", "zca_frepo")
+ZCA = ("zca", "zca_datadam", "zca_frepo")  # of other projects
 _REAL_STD = {"standard_cifar100": 0.27, "standard_imagenet": 0.27, "standard_tiny": 0.28}  # of pixels; CIFAR-10 0.25
 
 # Spaces whose odds against the likeliest are better than one to this many stay possible.
@@ -62,7 +62,7 @@ class Candidate:
     Attributes:
         space: its name, in `atom_fast.names.SPACES` or ``PREPROCESSINGS``.
         reasons: why, in words.
-        certain: nothing else is possible.
+        certain: it follows from the values or was said; otherwise it is the likeliest.
         odds: against the likeliest, at most 1.
         constants: mean and standard deviation per channel, where the file holds them.
     """
@@ -81,7 +81,8 @@ class Candidate:
     @property
     def needs_data(self) -> bool:
         """True if its map from pixels is fitted on the real images."""
-        return self.space in _WHITENED or (self.space == "standard" and self.constants is None)
+        fitted = (*ZCA, *PREPROCESSINGS)
+        return self.space in fitted and self.constants is None
 
     def __str__(self) -> str:
         return f"{self.space}, {self.text}, because " + "; ".join(self.reasons)
@@ -153,8 +154,6 @@ def recognise(foreign: ForeignSet, dataset: str | None = None) -> list[Candidate
         if odds * _ODDS >= 1:
             reasons = [*([usually] if name in usual else []), _compared(name, measured)]
             found.append(Candidate(name, tuple(reasons), odds=odds))
-    if len(found) == 1:
-        found = [dataclasses.replace(found[0], certain=True)]
     return found
 
 
@@ -176,8 +175,9 @@ def recognise_partition(images: Tensor) -> tuple[int, str]:
         if partition == 2:
             middle = f"{max(seams):.2f} across the middle, {min(others):.2f} or more elsewhere"
         if max(seams) < min(others) - _DIP:
-            at = f"{max(seams):.2f} or less across {partition - 1} seams of rows and columns"
-            return partition, f"neighbours correlate by {at}, by {min(others):.2f} or more elsewhere"
+            where = "the middle" if partition == 2 else "the seams"
+            at_most = f"{max(seams):.2f} or less across {where}"
+            return partition, f"neighbours correlate by {at_most}, by {min(others):.2f} or more elsewhere"
     return 1, f"no seam: neighbours correlate by {middle}" if middle else "its sides do not divide into smaller images"
 
 
@@ -216,34 +216,52 @@ class Fits:
             self._made[candidate.space] = self._fit(candidate.space, self._data.train_images.cpu())
         return self._made[candidate.space]
 
-    def of_pixels(self, candidate: Candidate, *, listed: bool) -> Preprocessing:
+    def of_pixels(self, candidate: Candidate, channels: int, *, listed: bool) -> Preprocessing:
         """Return the standardisation that networks see pixels through: the data set's public constants, or its own.
+
+        Of an unknown data set pixels stay as they are.
 
         Args:
             candidate: as in `preprocessing`.
+            channels: of the images.
             listed: of a list [images, labels]: IDC and its successors take CIFAR-10's constants for CIFAR-100 too.
         """
         space = "standard_2023" if listed and self._dataset == "cifar100" else PUBLIC.get(self._dataset or "")
+        if space is None and self._data is None:
+            return Preprocessing(torch.zeros(channels), torch.ones(channels))
         return self.preprocessing(dataclasses.replace(candidate, space=space or "standard"))
 
-    def _fit(self, space: str, images: Tensor) -> Preprocessing:
-        if space in PREPROCESSINGS:
-            return fit_preprocessing(images, space, progress=self._progress)
+    def whitening(self, space: str) -> Preprocessing:
+        """Fit ZCA by the covariance of the training images, which all kinds share: kornia takes minutes for each."""
+        assert self._data is not None
+        images = self._data.train_images.cpu()
         if self._moments is None:
             self._moments = _moments(images, self._progress)
-        public = PUBLIC.get(self._dataset or "") if space == "zca_datadam" else None
-        standard = self.preprocessing(Candidate(public or "standard", ()))
+        if space == "zca":
+            standard = Preprocessing(torch.zeros(images.shape[1]), torch.ones(images.shape[1]))
+        else:
+            public = PUBLIC.get(self._dataset or "") if space == "zca_datadam" else None
+            standard = self.preprocessing(Candidate(public or "standard", ()))
         return _whitening(standard, images.shape[1:], *self._moments, relative=space == "zca_frepo")
+
+    def _fit(self, space: str, images: Tensor) -> Preprocessing:
+        if space in PREPROCESSINGS:  # the same bits as of a set in this project's format
+            return fit_preprocessing(images, space, progress=self._progress)
+        return self.whitening(space)
 
 
 def settle(images: Tensor, candidates: list[Candidate], fits: Fits) -> list[Candidate]:
-    """Return the one candidate that turns images into 8-bit pixels, where there is one, or else all of them."""
-    for candidate in candidates:
-        if candidate.space == "pixels" or candidate.certain:
-            continue
-        if _are_levels(_to_pixels(images, fits.preprocessing(candidate))):
+    """Return the whitening without which images are 8-bit pixels, where there is one, or else all candidates.
+
+    All kinds of whitening are tried as soon as one is possible: their values look alike.
+    """
+    spaces = [candidate.space for candidate in candidates]
+    if candidates[0].certain or not set(spaces) & set(ZCA):
+        return candidates
+    for space in sorted(ZCA, key=lambda space: spaces.index(space) if space in spaces else len(spaces)):
+        if _are_levels(_to_pixels(images, fits.whitening(space))):
             reason = "without it all values are multiples of 1/255: real images, untouched"
-            return [Candidate(candidate.space, (reason,), certain=True)]
+            return [Candidate(space, (reason,), certain=True)]
     return candidates
 
 
@@ -285,7 +303,7 @@ def _possible(shape: torch.Size, dataset: str | None) -> tuple[str, ...]:
     if dataset is None and shape[2:] not in ((32, 32), (64, 64)):
         return ("pixels", "standard_imagenet")
     sized = constants["tiny"] if shape[2] == 64 else (*constants["cifar10"], "standard_cifar100")
-    return ("pixels", *(constants[dataset] if dataset else sized), "zca", "zca_datadam", "zca_frepo")
+    return ("pixels", *(constants[dataset] if dataset else sized), *ZCA)
 
 
 def _usual(foreign: ForeignSet, dataset: str | None) -> tuple[dict[str, float], str]:
