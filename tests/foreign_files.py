@@ -87,7 +87,8 @@ def make(data: ImageData, folder: Path, fits: Fits, noise: float = 0.3) -> list[
         return {"data": [[images, stored], [images.flip(0), stored]], "accs_all_exps": {}}
 
     def snapshots(images, stored):
-        return {"data": [[images.flip(0), stored], [images * 0.5, stored], [images, stored]], "accs_all_exps": {}}
+        start = images + images.std() * torch.randn(images.shape, generator=draw)
+        return {"data": [[start, stored], [(start + images) / 2, stored], [images, stored]], "accs_all_exps": {}}
 
     def bare(images, stored):
         return images
@@ -99,6 +100,7 @@ def make(data: ImageData, folder: Path, fits: Fits, noise: float = 0.3) -> list[
     add("res_IDM_CIFAR10_ConvNet_10ipc.pt", "standard_2023", public, source=sheets, partition=2)
     add("res_DataDAM_CIFAR10_ConvNet_10ipc_.pt", "standard_2023", snapshots)
     add("zca/res_DataDAM_CIFAR10_ConvNet_10ipc_.pt", "zca_datadam", snapshots)
+    add("cifar10-renamed.pt", "standard_2023", snapshots)
     add("syn_data_cifar10_ipc_10.pt", "standard_2023", lambda images, stored: {"data": [images, stored]})
     add("CIFAR10_IPC10_images.pt", "standard_2023", bare, drift=0.0)
     add("MTT/CIFAR10/images_best.pt", "standard_2023", bare, beside={"labels_best.pt": labels})

@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
+import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ SUFFIXES = (".pt", ".pth", ".npz", ".npy", ".pkl", ".pickle", ".msgpack")
 DATASET_CLASSES = {"cifar10": 10, "cifar100": 100, "tiny": 200}
 
 _LARGEST_INFLATION = 20  # images hardly compress: what grows more than this is made to fill the memory
+_SNAPSHOTS = 0.5  # correlation above which two sets of a file are snapshots of one run
+_IMAGE_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8)
+_LABEL_TYPES = (*_IMAGE_TYPES, torch.int8, torch.int16, torch.int32, torch.int64)
 _ARRAY_NAMES = (("image", "label"), ("images", "labels"), ("x_proto", "y_proto"))
 # The order matters: the first name that a path holds is its method.
 _METHODS = (
@@ -141,10 +145,11 @@ def load_tensors(path: Path) -> Any:
     Raises:
         ValueError: the file is none, is damaged, or holds objects of another kind.
     """
-    if zipfile.is_zipfile(path):
+    if _is_zip(path):
         _refuse_inflation(path)
     try:
-        with torch.serialization.safe_globals(_numpy_scalar_globals()):
+        with torch.serialization.safe_globals(_numpy_scalar_globals()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an error says in one line what a warning says in several
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign file can fail in as many ways as unpickling knows
         raise ValueError(f"{path} {_why_unreadable(path, error)}") from error
@@ -189,7 +194,7 @@ def _from_content(path: Path, content: Any, method: str | None, experiment: int 
         return "dict", *pairs, "a dict 'data' of images and labels, as DataDAM publishes them"
     if not isinstance(pairs, (list, tuple)) or not pairs or not all(map(_is_pair, pairs)):
         raise ValueError(f"{path} holds {_words(content)}; {ACCEPTED}")
-    snapshots = method == "DataDAM"
+    snapshots = len(pairs) > 1 and (method == "DataDAM" or _are_of_one_run(path, pairs[0][0], pairs[-1][0]))
     chosen = experiment if experiment is not None else len(pairs) - 1 if snapshots else 0
     if not 0 <= chosen < len(pairs):
         raise ValueError(f"{path} holds {len(pairs)} sets, numbered from 0; got experiment {chosen}")
@@ -197,8 +202,18 @@ def _from_content(path: Path, content: Any, method: str | None, experiment: int 
     if len(pairs) > 1:
         noun = "snapshots of one run" if snapshots else "experiments"
         which = f", number {chosen} of {len(pairs)} {noun}, counted from 0"
-    found = f"a dict 'data' of {'DataDAM' if snapshots else 'DC, DSA, DM or IDM'}{which}"
+    found = f"a dict 'data', as {'DataDAM saves it' if snapshots else 'DC, DSA, DM and IDM save it'}{which}"
     return ("snapshots" if snapshots else "dict"), *pairs[chosen], found
+
+
+def _are_of_one_run(path: Path, first: Tensor, last: Tensor) -> bool:
+    """True if images are still those of another snapshot: other experiments start from other images."""
+    for images in (first, last):
+        _check(path, images)
+    if first.shape != last.shape or first.numel() < 2:
+        return False
+    together = torch.stack([first.detach().flatten(), last.detach().flatten()]).double()
+    return torch.corrcoef(together)[0, 1].item() > _SNAPSHOTS  # NaN of constant images is not
 
 
 def _is_pair(value: Any) -> bool:
@@ -248,7 +263,7 @@ def _rate_beside(path: Path) -> str | None:
     content = load_tensors(rate)
     if not isinstance(content, Tensor) or content.numel() != 1:
         raise ValueError(f"{rate} holds {_words(content)}; a file of a learning rate holds one number")
-    check_stored(content)
+    _check(rate, content)
     return f"{content.item():g}, learnt, from {rate.name}; not used here: the protocol has its own"
 
 
@@ -273,7 +288,7 @@ def _as_images(path: Path, images: Tensor) -> tuple[Tensor, str]:
 
 def _as_labels(path: Path, labels: Tensor, count: int) -> tuple[Tensor, Tensor | None, str]:
     """Labels int64 [N], probabilities float32 [N, K] where they are soft, and their kind in words."""
-    _check(path, labels)
+    _check(path, labels, _LABEL_TYPES)
     labels = labels.detach()
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
@@ -315,13 +330,14 @@ def _class_order(path: Path, count: int, classes: int | None) -> tuple[Tensor, N
     return torch.arange(classes).repeat_interleave(count // classes), None
 
 
-def _check(path: Path, tensor: Tensor) -> None:
+def _check(path: Path, tensor: Tensor, types: Sequence[torch.dtype] = _IMAGE_TYPES) -> None:
     try:
         check_stored(tensor)
-        if tensor.is_complex() or tensor.is_quantized or tensor.dtype == torch.bool:
-            raise ValueError(f"a tensor is {tensor.dtype}")
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: {error}") from error
+    if tensor.dtype not in types:
+        accepted = ", ".join(str(kind).removeprefix("torch.") for kind in types)
+        raise ValueError(f"{path}: a tensor is {tensor.dtype}; accepted are {accepted}")
 
 
 # ---------------------------------------------------------------- names and errors
@@ -355,13 +371,18 @@ def _is_msgpack(start: bytes) -> bool:
     return bool(start) and (start[0] in range(0x81, 0x90) or start[0] in (0xDE, 0xDF)) and b"\0\0\0\0{" not in start
 
 
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # one of a kind that zipfile does not read
+        return True
+
+
 def _is_npz(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except Exception:  # damaged: torch.load says how
+    except Exception:  # no zip file, or a damaged one: torch.load says how
         return False
     return bool(names) and all(name.endswith(".npy") for name in names)
 

@@ -309,7 +309,7 @@ def _possible(shape: torch.Size, dataset: str | None) -> tuple[str, ...]:
 def _usual(foreign: ForeignSet, dataset: str | None) -> tuple[dict[str, float], str]:
     """Odds of the spaces in which programs that save such a file work, and that in words."""
     public = PUBLIC.get(dataset or "", "standard_imagenet" if foreign.images.shape[2] == 64 else "standard_2023")
-    standard = {public: 1.0, "standard": 1.0, "standard_2470": 0.1, "standard_2023": 1.0 if public == "standard_2023"
+    standard = {public: 1.0, "standard": 1.0, "standard_2470": 0.08, "standard_2023": 1.0 if public == "standard_2023"
                 else 0.1, "standard_cifar100": 0.1, "standard_tiny": 0.1}  # fmt: skip
     method = foreign.method
     if foreign.form == "list":
@@ -327,7 +327,7 @@ def _usual(foreign: ForeignSet, dataset: str | None) -> tuple[dict[str, float], 
         mtt = {name: scale * odds for name, odds in standard.items()}
         whose = method or "MTT, TESLA, FTD, DATM and PAD"
         return {**mtt, "zca": 1.0, "zca_datadam": 0.05}, f"{whose} standardise, or whiten pixels"
-    return {**standard, "zca_datadam": 0.3, "zca": 0.1}, "such files (DC, DM, DataDAM) are standardised, or whitened"
+    return {**standard, "zca_datadam": 0.3, "zca": 0.3}, "such files (DC, DM, DataDAM) are standardised, or whitened"
 
 
 def _says_whitened(foreign: ForeignSet) -> bool:
