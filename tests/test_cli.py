@@ -264,7 +264,7 @@ def test_debugging_shows_the_traceback(monkeypatch, tmp_path):
 
 
 def test_a_long_failure_is_cut_to_its_first_line(monkeypatch, finished):
-    def fail(path):
+    def fail(path, **given):
         raise RuntimeError("first line\n  second line\n")
 
     monkeypatch.setattr(SyntheticSet, "load", fail)

@@ -52,6 +52,7 @@ _ODDS = 10
 _UNUSUAL = 0.01
 _LOWEST, _HIGHEST = -0.05, 1.05  # of pixels, which the last step of a distillation may leave a little
 _LEVEL_TOLERANCE = 0.1  # of 1/255, within which a value counts as one of 256 levels: a fifth do by chance
+_SETTLED_SIZE = 4096  # values of an image up to which every whitening is fitted to tell which it was
 _DIP = 0.1  # correlation across a seam below that of all other neighbours
 
 
@@ -253,10 +254,11 @@ class Fits:
 def settle(images: Tensor, candidates: list[Candidate], fits: Fits) -> list[Candidate]:
     """Return the whitening without which images are 8-bit pixels, where there is one, or else all candidates.
 
-    All kinds of whitening are tried as soon as one is possible: their values look alike.
+    All kinds of whitening are tried as soon as one is possible: their values look alike. Of large images none is, since
+    each takes many minutes: 4,096 values take one.
     """
     spaces = [candidate.space for candidate in candidates]
-    if candidates[0].certain or not set(spaces) & set(ZCA):
+    if candidates[0].certain or not set(spaces) & set(ZCA) or images[0].numel() > _SETTLED_SIZE:
         return candidates
     for space in sorted(ZCA, key=lambda space: spaces.index(space) if space in spaces else len(spaces)):
         if _are_levels(_to_pixels(images, fits.whitening(space))):
