@@ -94,6 +94,38 @@ def test_whitened_real_images_are_told_by_undoing_each_whitening(files, data, tm
         assert candidate.space == right and "multiples of 1/255" in candidate.reasons[0]
 
 
+@pytest.mark.parametrize(
+    ("dataset", "space", "size"),
+    [
+        ("cifar10", "standard_2023", 32), ("cifar10", "standard_2470", 32), ("cifar100", "standard_cifar100", 32),
+        ("cifar100", "standard_2023", 32), ("tiny", "standard_imagenet", 64), ("tiny", "standard_tiny", 64),
+    ],
+)  # fmt: skip
+def test_untouched_images_are_told_by_their_levels(dataset, space, size, tmp_path):
+    pixels = foreign_files.photographs(size, each=2).train_images.float() / 255
+    mean, std = (torch.tensor(values)[:, None, None] for values in CONSTANTS[space])
+    torch.save([(pixels - mean) / std, torch.arange(len(pixels))], tmp_path / "data.pt")
+    for known in (dataset, None):
+        [candidate] = open_foreign(tmp_path / "data.pt", dataset=known).candidates
+        assert candidate.space == space and candidate.certain
+    read = SyntheticSet.load(tmp_path / "data.pt")
+    torch.testing.assert_close(read.pixels(), pixels, rtol=0, atol=1e-5)
+
+
+def test_pixels_are_standardised_as_their_programs_do(tmp_path):
+    pixels = torch.rand(10, 3, 32, 32) * 1.2 - 0.1  # the last step of a distillation may leave [0, 1]
+    torch.save([pixels, torch.arange(10)], tmp_path / "data.pt")
+    for dataset, space in (("cifar10", "standard_2023"), ("cifar100", "standard_2023"), ("tiny", "standard_imagenet")):
+        [(candidate, images, preprocessing)] = open_foreign(
+            tmp_path / "data.pt", dataset=dataset, preprocessing="pixels"
+        ).in_model_space()
+        assert candidate.space == "pixels"
+        torch.testing.assert_close(preprocessing.std, torch.tensor(CONSTANTS[space][1]))
+        torch.testing.assert_close(preprocessing.to_pixels(images), pixels.clamp(0, 1))
+    unknown = SyntheticSet.load(tmp_path / "data.pt", preprocessing="pixels")
+    assert torch.equal(unknown.images, pixels)
+
+
 def test_what_stays_possible_is_said_and_the_given_space_overrules(data, fits, tmp_path, monkeypatch):
     draw = torch.Generator().manual_seed(0)
     images = fits.preprocessing(Candidate("zca", ())).to_model(data.train_images[::60])

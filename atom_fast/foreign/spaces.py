@@ -327,6 +327,8 @@ def _usual(foreign: ForeignSet, dataset: str | None) -> tuple[dict[str, float], 
     if foreign.form == "tensor":
         scale = 0.1 if _says_whitened(foreign) else 0.3 if foreign.soft_labels is not None else 1.0
         mtt = {name: scale * odds for name, odds in standard.items()}
+        if method in ("DATM", "PAD"):  # CIFAR-10's constants for CIFAR-100 too
+            mtt["standard_2023"] = scale
         whose = method or "MTT, TESLA, FTD, DATM and PAD"
         return {**mtt, "zca": 1.0, "zca_datadam": 0.05}, f"{whose} standardise, or whiten pixels"
     return {**standard, "zca_datadam": 0.3, "zca": 0.3}, "such files (DC, DM, DataDAM) are standardised, or whitened"
