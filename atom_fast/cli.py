@@ -34,6 +34,7 @@ from atom_fast.options import (
     data_options,
     device_name,
     device_option,
+    foreign_options,
     in_group,
     printable,
     quiet_option,
@@ -48,7 +49,8 @@ from atom_fast.training.protocols import PROTOCOLS, default_protocol, get_protoc
 def main():
     """Distil an image data set into a few synthetic images per class (ATOM).
 
-    FILE is a synthetic set as 'atom-fast distill' writes it: synthetic.safetensors, or the run's folder.
+    FILE is a synthetic set as 'atom-fast distill' writes it, synthetic.safetensors or the run's folder, or a file of
+    images that another project of dataset distillation saved (.pt, .npz).
     """
     choose_threads()
     keep_freed_memory()  # a step on a CPU takes a fifth less time
@@ -150,13 +152,7 @@ def _size_name(ipc: int, partition: int) -> str:
     "--evaluate-every", type=int, help="also test every N epochs (in --json)  [default: only after the last epoch]"
 )
 @click.option("--together", type=int, help="networks to train at the same time  [default: chosen for the device]")
-@click.option(
-    "--preprocessing",
-    type=Choice(PREPROCESSINGS),
-    help="how a .pt was preprocessed, or how to preprocess a folder's images  [default: as the public code does for a "
-    ".pt of a data set it knows, standard otherwise]",
-)
-@click.option("--experiment", default=0, help="number of the set, where a .pt holds several  [default: 0: the first]")
+@foreign_options
 @click.option(
     "--json",
     "json_path",
@@ -168,13 +164,14 @@ def _size_name(ipc: int, partition: int) -> str:
 @quiet_option
 @in_group
 def evaluate(
-    file, dataset, data_dir, download, resolution, arch, preprocessing, experiment, json_path, device, quiet, protocol,
-    epochs, random, **settings,
+    file, dataset, data_dir, download, resolution, arch, labels, preprocessing, partition, experiment, json_path,
+    device, quiet, protocol, epochs, random, **settings,
 ):  # fmt: skip
     """Train fresh networks on the set in FILE and test them: mean ± standard deviation of last-epoch accuracy, in %.
 
-    FILE is a synthetic set, a .pt that the public DC, DM or DataDAM program saved, or a folder of images; the last two
-    need --dataset. `torchrun --nproc-per-node N -m atom_fast evaluate ...` shares the networks among N processes.
+    FILE is a synthetic set, a file of images that another project saved (its space and layout are recognised, and
+    said), or a folder of images; --dataset names the data set where FILE does not.
+    `torchrun --nproc-per-node N -m atom_fast evaluate ...` shares the networks among N processes.
     """
     from atom_fast.distillation import ranks
     from atom_fast.evaluation.accuracy import architecture_of
@@ -187,9 +184,12 @@ def evaluate(
         read_records(json_path)  # refuse a file of something else before data are loaded
     progress = not quiet and ranks.is_first()
     options = {"download": download, "resolution": resolution, "progress": progress}
+    given = {"labels": labels, "preprocessing": preprocessing, "partition": partition, "experiment": experiment}
     synthetic, data = ranks.after_first(
-        lambda: _set_and_data(file, dataset, data_dir, preprocessing, experiment, **options)
+        lambda: _set_and_data(file, dataset, data_dir, given, device_name(device), **options)
     )
+    if ranks.is_first():
+        _say_what_was_recognised(synthetic)
     baseline = random_sets(data, synthetic, seed=settings["seed"]) if random else None
     protocol = get_protocol(protocol or default_protocol(data.name), **({} if epochs is None else {"epochs": epochs}))
     settings |= {"protocol": protocol, "device": device_name(device), "progress": progress, "record": json_path}
@@ -205,22 +205,21 @@ def evaluate(
         click.echo((f"{network}: " if len(arch) > 1 else "") + printable(result_line(summary(result, beside))))
 
 
-def _set_and_data(file: Path, dataset: str | None, data_dir: Path | None, preprocessing, experiment, **options):
+def _set_and_data(file: Path, dataset: str | None, data_dir: Path | None, given: dict, device: str | None, **options):
     """The set in a file or folder of any kind, and the data set that it is tested on."""
     from atom_fast.data.sources import load_data
     from atom_fast.evaluation.sets import read_set
+    from atom_fast.foreign.files import is_foreign, named_dataset
     from atom_fast.synthetic import SyntheticSet
 
     choices = f"give --dataset, one of {', '.join(SOURCES)}"
-    if file.is_dir() or file.suffix in (".pt", ".pth"):
+    if file.is_dir() or (file.is_file() and is_foreign(file)):
+        dataset = dataset or named_dataset(file)
         if dataset is None:
             raise ValueError(f"{file} does not say which data set it is for; {choices}")
         data = load_data(dataset, data_dir, **options)
-        how = {"preprocessing": preprocessing, "experiment": experiment, "progress": options["progress"]}
-        return read_set(file, data, **how), data
-    synthetic = SyntheticSet.load(file)
-    if preprocessing is not None:
-        raise ValueError(f"{file} holds its own preprocessing; --preprocessing is for a .pt or a folder")
+        return read_set(file, data, **given, device=device, progress=options["progress"]), data
+    synthetic = SyntheticSet.load(file, **given)
     dataset = dataset or synthetic.metadata.get("dataset")
     if dataset not in SOURCES:
         recorded = f"says that it is for {dataset!r}" if dataset else "does not say which data set it is for"
@@ -229,6 +228,12 @@ def _set_and_data(file: Path, dataset: str | None, data_dir: Path | None, prepro
     if options["resolution"] is None and height == width:
         options["resolution"] = height
     return synthetic, load_data(dataset, data_dir, **options)
+
+
+def _say_what_was_recognised(synthetic) -> None:
+    """Report on standard error what a file of another project was taken for, and why."""
+    for name, value in synthetic.metadata.get("recognised", {}).items():
+        click.echo(printable(f"{name}: {value}"), err=True)
 
 
 @main.command()
@@ -299,16 +304,40 @@ def select(
 @main.command()
 @set_argument
 @click.option("--output", type=FilePath(), help="PNG file to write  [default: FILE with .png]")
-def show(file, output):
-    """Draw the images in FILE as one PNG, one row per class; with a partition, the sheets that hold them."""
+@data_options(None, "the one that FILE's path names")
+@foreign_options
+def show(file, output, dataset, data_dir, download, **given):
+    """Draw the images in FILE as one PNG, one row per class; with a partition, the sheets that hold them.
+
+    The real images are only needed by a whitened set of another project.
+    """
+    from atom_fast.foreign.recognised import Recognised
     from atom_fast.pictures import describe, save_synthetic_grid
-    from atom_fast.synthetic import SyntheticSet
+    from atom_fast.synthetic import recognised_sets
 
     output = output or file.with_suffix(".png")
     if output.suffix.lower() != ".png":
         raise ValueError(f"--output must end in .png; got {output}")
-    synthetic = SyntheticSet.load(file)
+    synthetic = _read(file, dataset, data_dir, download, given)
+    if isinstance(synthetic, Recognised):
+        synthetic = next(recognised_sets(synthetic))  # says what is missing
+    _say_what_was_recognised(synthetic)
     click.echo(save_synthetic_grid(synthetic, output, title=describe(synthetic)))
+
+
+def _read(file: Path, dataset: str | None, data_dir: Path | None, download: bool, given: dict):
+    """The set in a file, or what was recognised of one that needs the real images and has none."""
+    from atom_fast.data.sources import load_data
+    from atom_fast.foreign.files import is_foreign, named_dataset
+    from atom_fast.foreign.recognised import open_foreign
+    from atom_fast.synthetic import SyntheticSet, recognised_sets
+
+    if not (file.is_file() and is_foreign(file)):
+        return SyntheticSet.load(file, **given)
+    dataset = dataset or named_dataset(file)
+    data = load_data(dataset, data_dir, download=download) if dataset and (data_dir or download) else None
+    recognised = open_foreign(file, data, dataset=dataset, **given)
+    return recognised if data is None and recognised.candidates[0].needs_data else next(recognised_sets(recognised))
 
 
 @main.command()
@@ -333,13 +362,38 @@ def export(file, output, form):
 
 @main.command()
 @set_argument
+@data_options(None, "the one that FILE's path names")
+@foreign_options
 @click.option("--json", "as_json", is_flag=True, help="print the facts as JSON  [default: off]")
-def info(file, as_json):
-    """Show what FILE holds and how it was made."""
-    from atom_fast.pictures import describe
-    from atom_fast.synthetic import SyntheticSet
+def info(file, dataset, data_dir, download, as_json, **given):
+    """Show what FILE holds and how it was made; of another project's file, what was recognised of it, and why.
 
-    synthetic = SyntheticSet.load(file)
+    With the real images (--data-dir) a whitened set's kind of whitening is told by undoing it.
+    """
+    from atom_fast.foreign.recognised import Recognised
+    from atom_fast.pictures import describe
+
+    found = _read(file, dataset, data_dir, download, given)
+    facts = found.facts() if isinstance(found, Recognised) else _facts(found)
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    if isinstance(found, Recognised):
+        click.echo("whitened: to draw, export or evaluate it, give its real images (--dataset NAME --data-dir DIR)")
+    else:
+        click.echo(printable(describe(found)))
+        standard, given_back = found.preprocessing.kind == "standard", "recognised" not in found.metadata
+        formula = "(x - mean) / std for pixels x in [0, 1]" if standard else "the whitening that this file holds"
+        call = f"SyntheticSet.load({str(file)!r}).preprocessing.to_model(images)"
+        if standard or given_back:
+            click.echo(printable(f"normalise your test images by {formula}: {call}"))
+    for name, value in facts.items():
+        for line in _lines(name, value):
+            click.echo(printable(line))
+
+
+def _facts(synthetic) -> dict[str, Any]:
+    """What there is to say of a set, as JSON values."""
     statistics = synthetic.preprocessing.describe()
     kind = statistics.pop("kind")
     facts = {
@@ -352,17 +406,7 @@ def info(file, as_json):
         "preprocessing": kind,
         **statistics,
     }
-    facts |= {name: value for name, value in synthetic.metadata.items() if name not in facts}
-    if as_json:
-        click.echo(json.dumps(facts, indent=2))
-        return
-    click.echo(printable(describe(synthetic)))
-    formula = "(x - mean) / std for pixels x in [0, 1]" if kind == "standard" else "the whitening that this file holds"
-    call = f"SyntheticSet.load({str(file)!r}).preprocessing.to_model(images)"
-    click.echo(printable(f"normalise your test images by {formula}: {call}"))
-    for name, value in facts.items():
-        for line in _lines(name, value):
-            click.echo(printable(line))
+    return facts | {name: value for name, value in synthetic.metadata.items() if name not in facts}
 
 
 def _lines(name: str, value: object) -> list[str]:

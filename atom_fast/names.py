@@ -15,6 +15,12 @@ POOLINGS: tuple[str, ...] = get_args(Pooling)
 INITIALIZATIONS: tuple[str, ...] = get_args(Initialization)
 PREPROCESSINGS: tuple[str, ...] = get_args(PreprocessingKind)
 
+# Spaces of images that other projects save, beside these kinds (`atom_fast.foreign.spaces`).
+SPACES = (
+    "pixels", "standard_2023", "standard_2470", "standard_cifar100", "standard_imagenet", "standard_tiny",
+    "zca_datadam", "zca_frepo",
+)  # fmt: skip
+
 NETWORK_NAMES = ("convnet", "alexnet", "vgg11", "resnet18", "vit")
 TRAINING_PRECISIONS = ("float32", "bfloat16")
 SOURCES = ("digits", "cifar10", "cifar100", "tiny", "folder")

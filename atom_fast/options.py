@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from atom_fast._interrupts import interrupts_raised
 from atom_fast.distillation.config import SETTINGS, DistillConfig, none_word, preset, read_settings
-from atom_fast.names import SOURCES, SYNTHETIC_FILE
+from atom_fast.names import PREPROCESSINGS, SOURCES, SPACES, SYNTHETIC_FILE
 
 
 class Choice(click.Choice):
@@ -180,6 +180,32 @@ def data_options(default: str | None, explained: str) -> Callable:
         return command
 
     return decorate
+
+
+def foreign_options(command: Callable) -> Callable:
+    """Add the options that say of another project's file what it does not say itself."""
+    options = (
+        click.option(
+            "--labels", type=FilePath(), help="file of the labels of an images_*.pt  [default: labels_*.pt beside it]"
+        ),
+        click.option(
+            "--preprocessing",
+            type=Choice((*PREPROCESSINGS, *SPACES)),
+            help="space of the images in a file of another project, or how to preprocess a folder's images  [default: "
+            "recognised; standard for a folder]",
+        ),
+        click.option(
+            "--partition", type=int, help="rows and columns of images on each stored one  [default: recognised]"
+        ),
+        click.option(
+            "--experiment",
+            type=int,
+            help="number of the set, where a file holds several  [default: 0: the first; DataDAM's last]",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def setting_options(command: Callable) -> Callable:

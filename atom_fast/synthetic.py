@@ -9,10 +9,9 @@ import os
 import re
 import shutil
 import tempfile
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,19 +19,22 @@ from atom_fast._files import write_atomically
 from atom_fast._hashing import add_tensors
 from atom_fast.data.partition import check_partition, decode, sheet_pixels
 from atom_fast.data.whitening import Preprocessing
+from atom_fast.foreign.files import check_stored, is_foreign, load_tensors
+from atom_fast.foreign.recognised import Recognised, open_foreign
+from atom_fast.foreign.spaces import CONSTANTS, PUBLIC
 from atom_fast.names import EXPORT_FORMATS, SYNTHETIC_FILE
 
+if TYPE_CHECKING:
+    from atom_fast.data.dataset import ImageData
+
 FORMAT = "atom_fast.synthetic_set"
-FORMAT_VERSION = 2
-_BEFORE_PARTITIONS = 1  # sets without a partition are still written in this version
+FORMAT_VERSION = 3
+# Sets are written in the first version that can hold them, so that earlier programs read what they understand.
+_BEFORE_PARTITIONS, _BEFORE_SOFT_LABELS = 1, 2
 
 # Mean and standard deviation with which the public DC, DM and DataDAM programs normalise test images. CIFAR-10's differ
 # from its pixels' (0.247, 0.243, 0.262): a set normalised by its pixels would have another contrast there.
-PUBLIC_NORMALIZATION = {
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "cifar100": ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "tiny": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
+PUBLIC_NORMALIZATION = {dataset: CONSTANTS[space] for dataset, space in PUBLIC.items()}
 
 
 class SyntheticSet(torch.utils.data.Dataset):
@@ -48,6 +50,8 @@ class SyntheticSet(torch.utils.data.Dataset):
         sheets: float32 ``[N / partition^2, C, H, W]``, the stored images; without a partition the images themselves.
         sheet_labels: int64 ``[N / partition^2]``, one per sheet.
         partition: rows and columns of images on a sheet (`atom_fast.data.partition`); 1: none.
+        soft_labels: float32 ``[N / partition^2, K]``, the probabilities of the classes, one row per sheet, for networks
+            to be trained on in place of ``sheet_labels``, which are the largest; None where labels are hard.
         class_names: one name per class.
         preprocessing: :class:`~atom_fast.data.whitening.Preprocessing` between pixels and model space.
         metadata: the set's origin, as JSON values. ``distill`` writes ``config``, ``config_hash``, ``seed``,
@@ -62,19 +66,21 @@ class SyntheticSet(torch.utils.data.Dataset):
         preprocessing: Preprocessing,
         metadata: dict | None = None,
         partition: int = 1,
+        soft_labels: torch.Tensor | None = None,
     ):
         """Check and keep the parts; nothing is copied.
 
         Args:
             images: float32 ``[N, C, H, W]`` in model space; with a partition above 1 the sheets.
             labels: int64 ``[N]``, one per image; with a partition above 1 one per sheet.
-            class_names, preprocessing, metadata, partition: the attributes.
+            class_names, preprocessing, metadata, partition, soft_labels: the attributes.
 
         Raises:
             ValueError: as `check`.
         """
         self.sheets = images.detach()
         self.sheet_labels = labels
+        self.soft_labels = soft_labels
         self.partition = partition
         self.class_names = tuple(class_names)
         self.preprocessing = preprocessing
@@ -85,11 +91,13 @@ class SyntheticSet(torch.utils.data.Dataset):
         """Check that the set is valid, for example after its attributes were changed.
 
         Raises:
-            ValueError: a wrong shape or dtype, a value that is not finite, a label without a class name, a partition
+            ValueError: a wrong shape or dtype, a value that is not finite, a label without a class name, soft labels
+                that are no probabilities, a partition
                 that does not divide the images' sides, images that the preprocessing does not fit, or an entry of the
                 metadata of another type than ``distill`` writes.
         """
         _check_parts(self.sheets, self.sheet_labels, self.class_names, "image" if self.partition == 1 else "sheet")
+        _check_soft_labels(self.soft_labels, (len(self.sheets), len(self.class_names)))
         check_partition(self.partition, *self.sheets.shape[2:])
         if not all(tensor.isfinite().all() for tensor in self.preprocessing.tensors().values()):
             raise ValueError("the preprocessing must be finite; got NaN or infinity")
@@ -125,6 +133,13 @@ class SyntheticSet(torch.utils.data.Dataset):
         if self.partition > 1:
             raise AttributeError(f"labels come from the sheets of partition {self.partition}: change sheet_labels")
         self.sheet_labels = labels
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """What networks learn of each image: its label, int64 ``[N]``, or float32 ``[N, K]`` where labels are soft."""
+        if self.soft_labels is None:
+            return self.labels
+        return self.soft_labels.repeat_interleave(self.partition**2, dim=0)
 
     def __len__(self) -> int:
         return len(self.sheets) * self.partition**2
@@ -170,14 +185,15 @@ class SyntheticSet(torch.utils.data.Dataset):
             self.preprocessing.to(device),
             self.metadata,
             self.partition,
+            None if self.soft_labels is None else self.soft_labels.to(device),
         )
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the set to one ``.safetensors`` file, completely or not at all.
 
-        The tensors are ``images`` and ``labels``, which hold the sheets and their labels, and ``preprocessing.*``; the
-        header holds the class names, the partition where it is not 1 and the metadata as JSON, and a SHA-256 of
-        everything, so that `load` notices damage.
+        The tensors are ``images`` and ``labels``, which hold the sheets and their labels, ``soft_labels`` if there are
+        some, and ``preprocessing.*``; the header holds the class names, the partition where it is not 1 and the
+        metadata as JSON, and a SHA-256 of everything, so that `load` notices damage.
 
         Returns:
             The path written.
@@ -195,6 +211,9 @@ class SyntheticSet(torch.utils.data.Dataset):
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         description = {"format_version": _BEFORE_PARTITIONS, "class_names": self.class_names, "metadata": self.metadata}
         if self.partition > 1:
+            description |= {"format_version": _BEFORE_SOFT_LABELS, "partition": self.partition}
+        if self.soft_labels is not None:
+            tensors["soft_labels"] = self.soft_labels.detach().cpu().contiguous()
             description |= {"format_version": FORMAT_VERSION, "partition": self.partition}
         description = json.loads(_to_json(description))  # keys that are numbers become text before they are sorted
         description["sha256"] = _digest(tensors, description)
@@ -202,30 +221,56 @@ class SyntheticSet(torch.utils.data.Dataset):
         return write_atomically(path, save(tensors, metadata={FORMAT: _to_json(description)}))
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> SyntheticSet:
-        """Read a set that :meth:`save` wrote, or the one in a run's folder, to the CPU. Nothing in it is executed.
+    def load(
+        cls,
+        path: str | os.PathLike,
+        data: ImageData | None = None,
+        *,
+        labels: str | os.PathLike | None = None,
+        preprocessing: str | None = None,
+        partition: int | None = None,
+        experiment: int | None = None,
+    ) -> SyntheticSet:
+        """Read a set that :meth:`save` wrote, the one in a run's folder, or another project's, to the CPU.
+
+        Nothing in it is executed. What was recognised of another project's file (`atom_fast.foreign`), and why, is in
+        ``metadata["recognised"]``. Where several spaces stay possible the likeliest is taken;
+        :func:`atom_fast.evaluation.sets.read_set` trains networks to choose one.
+
+        Args:
+            path: the file or folder.
+            data, labels, preprocessing, partition, experiment: of another project's file, as in
+                :func:`~atom_fast.foreign.recognised.open_foreign`.
 
         Raises:
             FileNotFoundError: there is no such file, or no set in the folder.
-            ValueError: the file is no synthetic set, was written by a newer version, or is damaged.
+            ValueError: the file is no synthetic set, was written by a newer version, or is damaged; or another
+                project's file is whitened and there are no ``data`` to fit the whitening on.
         """
-        description, tensors = _read_file(Path(path))
+        path = Path(path)
+        given = {"labels": labels, "preprocessing": preprocessing, "partition": partition, "experiment": experiment}
+        if path.is_file() and is_foreign(path):
+            return next(recognised_sets(open_foreign(path, data, **given)))
+        if named := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"{path} says itself what it holds; {', '.join(named)} is for files of other projects")
+        description, tensors = _read_file(path)
         try:
             parts = {
                 name.removeprefix("preprocessing."): tensor
                 for name, tensor in tensors.items()
                 if name.startswith("preprocessing.")
             }
-            preprocessing = Preprocessing.from_tensors(parts)
+            space = Preprocessing.from_tensors(parts)
             if not isinstance(description["class_names"], list):
                 raise ValueError(f"class_names must be a list; got a {type(description['class_names']).__name__}")
             synthetic = cls(
                 tensors["images"],
                 tensors["labels"],
                 description["class_names"],
-                preprocessing,
+                space,
                 description["metadata"],
                 1 if description["format_version"] == _BEFORE_PARTITIONS else description["partition"],
+                tensors["soft_labels"] if description["format_version"] > _BEFORE_SOFT_LABELS else None,
             )
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"{path} does not hold a usable synthetic set: {error}") from error
@@ -288,10 +333,9 @@ def load_public(path: str | os.PathLike) -> list[tuple[torch.Tensor, torch.Tenso
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
-        with torch.serialization.safe_globals(_numpy_scalar_globals()):
-            content = dict(torch.load(path, map_location="cpu", weights_only=True))
-        for pair in content["data"]:
-            _check_stored(pair)
+        content = dict(load_tensors(path))
+        for tensor in (tensor for pair in content["data"] for tensor in pair):
+            check_stored(tensor)
         pairs = [(images.detach().float(), labels.detach()) for images, labels in content["data"]]
         for images, labels in pairs:
             _check_parts(images, labels)
@@ -301,21 +345,24 @@ def load_public(path: str | os.PathLike) -> list[tuple[torch.Tensor, torch.Tenso
     return pairs
 
 
-def _numpy_scalar_globals() -> list:
-    # The public programs save accuracies as numpy.float64; old files name its constructor by numpy's old module path.
-    import numpy
+def recognised_sets(recognised: Recognised) -> Iterator[SyntheticSet]:
+    """Yield a foreign set once for each space that stays possible, the likeliest first.
 
-    scalar = numpy.float64(0.0).__reduce__()[0]
-    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
-    return [*((scalar, name) for name in names), numpy.dtype, type(numpy.dtype(numpy.float64))]
-
-
-def _check_stored(tensors: Sequence[torch.Tensor]) -> None:
-    """Refuse tensors of more elements than the file holds: strides of 0 make terabytes of a few bytes."""
-    for tensor in tensors:
-        claimed, stored = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
-        if claimed > stored:
-            raise ValueError(f"a tensor {list(tensor.shape)} of {claimed} bytes is stored in {stored}")
+    Raises:
+        ValueError: the set is not valid for its classes (`SyntheticSet.check`), or a space is fitted on real images
+            that are not there.
+    """
+    foreign = recognised.foreign
+    soft = foreign.soft_labels
+    if soft is not None and soft.shape[1] != len(recognised.class_names):
+        raise ValueError(
+            f"{foreign.path} has labels of {soft.shape[1]} classes; {recognised.dataset} has "
+            f"{len(recognised.class_names)}"
+        )
+    for candidate, images, preprocessing in recognised.in_model_space():
+        about = recognised.about(candidate)
+        names, partition = recognised.class_names, recognised.partition
+        yield SyntheticSet(images, foreign.labels, names, preprocessing, about, partition, soft)
 
 
 def _check_metadata(metadata: dict) -> None:
@@ -348,6 +395,15 @@ def _check_parts(
         raise ValueError(f"class_names must be strings; got {class_names!r}")
     if largest >= len(class_names):
         raise ValueError(f"labels must be below {len(class_names)}, the number of class names; got {largest}")
+
+
+def _check_soft_labels(soft: torch.Tensor | None, shape: tuple[int, int]) -> None:
+    if soft is None:
+        return
+    if soft.dtype != torch.float32 or tuple(soft.shape) != shape:
+        raise ValueError(f"soft labels must be float32 {list(shape)}; got {soft.dtype} {list(soft.shape)}")
+    if not soft.isfinite().all() or (soft < 0).any() or ((soft.sum(1) - 1).abs() > 1e-3).any():
+        raise ValueError("soft labels must be probabilities: rows of at least 0 that sum to 1")
 
 
 def _to_json(description: dict) -> str:
@@ -384,11 +440,6 @@ def _read_file(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     except OSError:
         raise
     except Exception as error:  # it has no word for element types of its format that PyTorch lacks
-        if zipfile.is_zipfile(path):
-            raise ValueError(
-                f"{path} is a .pt file of PyTorch, which does not name its data set: evaluate it with atom-fast "
-                f"evaluate {path} --dataset NAME, or read it in Python with atom_fast.synthetic.load_public"
-            ) from error
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     if FORMAT not in header:
         raise ValueError(f"{path} is not a synthetic set: its header lacks {FORMAT!r}; it has {sorted(header)}")
@@ -396,10 +447,10 @@ def _read_file(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         description = dict(json.loads(header[FORMAT]))
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: its header is not a JSON object: {error}") from error
-    if description.get("format_version") not in (_BEFORE_PARTITIONS, FORMAT_VERSION):
+    if description.get("format_version") not in range(1, FORMAT_VERSION + 1):
         raise ValueError(
             f"{path} has format version {description.get('format_version')!r}, this atom_fast reads "
-            f"{_BEFORE_PARTITIONS} and {FORMAT_VERSION}; install the version that wrote it"
+            f"1 to {FORMAT_VERSION}; install the version that wrote it"
         )
     if _digest(tensors, description) != description.get("sha256"):
         raise ValueError(f"{path} is damaged: its content does not match its checksum; use another copy of it")

@@ -31,7 +31,7 @@ except ImportError:
     atheris = None
 
 WATCHED = [
-    "atom_fast.synthetic", "atom_fast.distillation.checkpoint", "atom_fast.distillation.config",
+    "atom_fast.synthetic", "atom_fast.foreign", "atom_fast.distillation.checkpoint", "atom_fast.distillation.config",
     "atom_fast.data.archives", "atom_fast.pictures", "yaml", "zipfile",
 ]  # fmt: skip
 WORDS = (b"\0" * 8, b"\xff" * 8, b"null", b"-1", b"1e999", b"{}", b"[]", b'""', b"&a ", b"*a", b"!!bool ", b"<<: ")
@@ -118,6 +118,19 @@ def read_public(path: Path) -> None:
     load_public(path)
 
 
+def read_foreign(path: Path) -> None:
+    """Read a file of another project like ``atom-fast info``, whatever its first bytes are."""
+    from atom_fast.foreign.files import is_foreign
+    from atom_fast.foreign.recognised import open_foreign
+    from atom_fast.synthetic import recognised_sets
+
+    is_foreign(path)
+    recognised = open_foreign(path)
+    json.dumps(recognised.facts())
+    synthetic = next(recognised_sets(recognised))
+    assert synthetic.sheets.isfinite().all() and len(synthetic.targets) == len(synthetic)
+
+
 def read_settings(path: Path) -> None:
     """Read a configuration; if it is accepted, write it to a file and read it back."""
     from atom_fast.distillation.config import read_config, write_config
@@ -152,6 +165,7 @@ TARGETS: dict[str, Callable[[Path], None]] = {
     "checkpoint": read_checkpoint,
     "described-checkpoint": read_described_checkpoint,
     "public": read_public,
+    "foreign": read_foreign,
     "settings": read_settings,
     "archive": read_archive,
 }
@@ -170,6 +184,26 @@ def _tensors() -> dict:
         "preprocessing.mean": torch.tensor([0.5]),
         "preprocessing.std": torch.tensor([0.25]),
     }
+
+
+def _foreign_seeds() -> list[bytes]:
+    import numpy
+    import torch
+
+    images, labels = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
+    contents = (
+        {"data": [[images, labels]] * 2},
+        {"data": [images - 0.5, labels], "preprocessing": {"kind": "standard", "mean": [0.5] * 3, "std": [0.25] * 3}},
+        [images, torch.rand(2, 2)],
+    )
+    found = []
+    for content in contents:
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        found.append(buffer.getvalue())
+    buffer = io.BytesIO()
+    numpy.savez(buffer, image=images.permute(0, 2, 3, 1).numpy(), label=torch.eye(2).numpy() - 0.5)
+    return [*found, buffer.getvalue()]
 
 
 def seeds(target: str) -> list[bytes]:
@@ -192,6 +226,8 @@ def seeds(target: str) -> list[bytes]:
             return [synthetic.save(folder / "set").read_bytes()]
         if target == "public":
             return [synthetic.export(folder / "set.pt", "pt").read_bytes()]
+        if target == "foreign":
+            return _foreign_seeds()
         if target == "checkpoint":
             return [save_checkpoint(folder, checkpoint).read_bytes()]
         if target == "settings":

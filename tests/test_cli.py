@@ -264,7 +264,7 @@ def test_debugging_shows_the_traceback(monkeypatch, tmp_path):
 
 
 def test_a_long_failure_is_cut_to_its_first_line(monkeypatch, finished):
-    def fail(path):
+    def fail(path, **given):
         raise RuntimeError("first line\n  second line\n")
 
     monkeypatch.setattr(SyntheticSet, "load", fail)
@@ -426,9 +426,6 @@ def test_a_folder_of_a_run_stands_for_its_set(finished):
 
 @pytest.mark.parametrize("command", ["info", "show"])
 def test_what_another_command_reads_is_named(command, finished, tmp_path):
-    run("export", finished, tmp_path / "set.pt")
-    _, stderr = run(command, tmp_path / "set.pt", code=2)
-    assert f"atom-fast evaluate {tmp_path / 'set.pt'} --dataset NAME" in stderr
     run("export", finished, tmp_path / "images")
     _, stderr = run(command, tmp_path / "images", code=2)
     assert "is a folder without synthetic.safetensors" in stderr

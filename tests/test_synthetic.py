@@ -197,8 +197,10 @@ def test_what_is_no_set_is_named_with_what_reads_it(tmp_path):
     synthetic = make_set()
     with pytest.raises(FileNotFoundError, match="a folder without synthetic.safetensors.* evaluate .* --dataset NAME"):
         SyntheticSet.load(synthetic.export(tmp_path / "images"))
-    with pytest.raises(ValueError, match=r"is a .pt file of PyTorch.* evaluate .*set.pt --dataset NAME.*load_public"):
-        SyntheticSet.load(synthetic.export(tmp_path / "set.pt"))
+    read = SyntheticSet.load(synthetic.export(tmp_path / "set.pt"))
+    torch.testing.assert_close(read.pixels(), synthetic.pixels(), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="set.safetensors says itself what it holds; partition is for files of other"):
+        SyntheticSet.load(synthetic.save(tmp_path / "set.safetensors"), partition=1)
     with pytest.raises(FileNotFoundError, match="images is a folder, not a .pt; .* SyntheticSet.load"):
         load_public(tmp_path / "images")
 
@@ -277,13 +279,13 @@ def rewrite(path, tensors=None, **changes):
     save_file(content, path, metadata={FORMAT: json.dumps(description)})
 
 
-@pytest.mark.parametrize("version", [3, 0, "1", None])
+@pytest.mark.parametrize("version", [4, 0, "1", None])
 @pytest.mark.parametrize("make", [make_set, make_partitioned])
 def test_another_version_is_refused(make, version, tmp_path):
     path = make().save(tmp_path / "set.safetensors")
     rewrite(path, format_version=version)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=f"format version {version!r}, this atom_fast reads 1 and 2; install the"):
+    with pytest.raises(ValueError, match=f"format version {version!r}, this atom_fast reads 1 to 3; install the"):
         SyntheticSet.load(path)
     assert path.read_bytes() == before
 

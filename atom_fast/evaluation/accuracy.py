@@ -39,6 +39,8 @@ from atom_fast.training.trainer import (
     repeatable_convolutions,
 )
 
+_TRIAL_STEPS, _TRIAL_IMAGES = 100, 2000  # of a network that only tells two spaces apart
+
 
 def evaluate(
     synthetic: SyntheticSet | Callable[[int], SyntheticSet],
@@ -140,6 +142,43 @@ def evaluate(
     return result(curves[:networks])
 
 
+def likeliest_space(
+    sets: Sequence[SyntheticSet], data: ImageData, *, device: torch.device | str | None = None, progress: bool = True
+) -> tuple[int, list[float | None]]:
+    """Train one short network on each of some sets, to find the one whose model space its images are in.
+
+    Networks are tested on training images, so that nothing is chosen by the test set.
+
+    Args:
+        sets: the same images, each time said to be in another space, such as those of
+            `atom_fast.synthetic.recognised_sets`.
+        data: the real images.
+        device: where to train; None: the GPU, if there is one.
+        progress: show a progress bar on standard error.
+
+    Returns:
+        The position of the best, and the accuracies in percent; None for a network that diverged.
+    """
+    place = ranks.own_device(device)
+    chosen = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(0))[:_TRIAL_IMAGES]
+    chosen = chosen.to(data.train_images.device)
+    seen = {"test_images": data.train_images[chosen], "test_labels": data.train_labels[chosen]}
+    real = dataclasses.replace(data, **seen)
+    accuracies = []
+    for synthetic in tqdm(sets, desc="which space", unit="network", disable=not progress):
+        _check_fit(synthetic, data)
+        protocol = get_protocol(default_protocol(data.name))
+        steps = -(-len(synthetic) // protocol.batch_size)
+        protocol = dataclasses.replace(protocol, epochs=-(-_TRIAL_STEPS // steps))
+        architecture = {"depth": default_depth(*data.image_shape[1:]), **architecture_of(synthetic, data.name)}
+        task = _Task.prepare(synthetic, None, real, place, protocol, "convnet", architecture, "float32", 0)
+        options = {"evaluate_every": None, "together": 1, "advance": lambda: None}
+        with repeatable_convolutions():
+            [(_, curve)] = train_networks(task.make_trainer, [0], task.start, task.test, **options)
+        accuracies.append(curve[protocol.epochs])
+    return max(range(len(sets)), key=lambda number: accuracies[number] or 0.0), accuracies
+
+
 def architecture_of(synthetic: SyntheticSet, dataset: str) -> dict[str, Any]:
     """Return the settings of the :class:`~atom_fast.networks.ConvNet` that a set is tested on.
 
@@ -165,7 +204,7 @@ class _Task:
     """What the networks of an evaluation share, on its device.
 
     Attributes:
-        images, labels: the set, or the first network's where each has its own.
+        images, labels: the set and its targets, or the first network's where each has its own.
         own_sets: from a network's number to its set; None where they share one.
         layout: of weights and images.
         scale: factor on images in model space; already applied to ``images`` and ``test_images``.
@@ -194,7 +233,7 @@ class _Task:
         scale = 1 / synthetic.preprocessing.deviation if protocol.unit_variance else 1.0
         return cls(
             images=_in_layout(synthetic.images.to(device), layout).mul_(scale),
-            labels=synthetic.labels.to(device),
+            labels=synthetic.targets.to(device),
             own_sets=own_sets,
             data=data,
             # Whitened once: that costs as much as a test.
@@ -229,7 +268,7 @@ class _Task:
                     f"the networks' sets must be of one size; got one of {len(own)} images beside {len(trainer.images)}"
                 )
             trainer.images.copy_(own.images).mul_(self.scale)
-            trainer.labels.copy_(own.labels)
+            trainer.labels.copy_(own.targets)
         trainer.restart(network_seed(self.seed, index))
 
     def test(self, trainer: Trainer) -> float | None:
@@ -282,7 +321,7 @@ def _hash(task: _Task, synthetic: SyntheticSet, evaluate_every: int | None) -> s
     if synthetic.partition > 1:  # apart from a set that stores the same images one by one
         settings["partition"] = synthetic.partition
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    tensors = {"images": synthetic.images, "labels": synthetic.labels, **synthetic.preprocessing.tensors()}
+    tensors = {"images": synthetic.images, "labels": synthetic.targets, **synthetic.preprocessing.tensors()}
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         content: Any = tensor.detach().cpu().contiguous().numpy()

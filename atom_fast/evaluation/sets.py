@@ -19,6 +19,7 @@ from atom_fast.data.sources import _class_names, _labelled_files
 from atom_fast.data.whitening import Preprocessing, fit_preprocessing
 from atom_fast.distillation.config import PRESETS, preset
 from atom_fast.distillation.pool import easiest, trained_pool
+from atom_fast.evaluation.accuracy import likeliest_space
 from atom_fast.evaluation.coresets import (
     forgetting_selection,
     herding_selection,
@@ -26,8 +27,9 @@ from atom_fast.evaluation.coresets import (
     random_selection,
     watch_training,
 )
+from atom_fast.foreign.recognised import open_foreign
 from atom_fast.names import FEATURES, PREPROCESSINGS, SELECTIONS, WATCHED_EPOCHS
-from atom_fast.synthetic import PUBLIC_NORMALIZATION, SyntheticSet, folder_names, load_public
+from atom_fast.synthetic import SyntheticSet, folder_names, recognised_sets
 from atom_fast.training.protocols import Protocol, get_protocol
 
 
@@ -165,21 +167,32 @@ def read_set(
     path: str | os.PathLike,
     data: ImageData,
     *,
+    labels: str | os.PathLike | None = None,
     preprocessing: str | None = None,
-    experiment: int = 0,
+    partition: int | None = None,
+    experiment: int | None = None,
+    device: torch.device | str | None = None,
     progress: bool = True,
 ) -> SyntheticSet:
     """Read a set for the classes of ``data`` that another program wrote.
 
     Args:
-        path: a ``.pt`` that the public DC, DSA, DM or DataDAM program saved, or a folder with image files in
-            ``train/<class>/`` or ``<class>/``, named as the classes of ``data`` or as :meth:`SyntheticSet.export` does.
+        path: a file that another project of dataset distillation saved (`atom_fast.foreign`), or a folder with image
+            files in ``train/<class>/`` or ``<class>/``, named as the classes of ``data`` or as
+            :meth:`SyntheticSet.export` does.
         data: the real images it is for.
-        preprocessing: kind of the map from pixels to the model space of the set, fitted on the training images of
-            ``data``. None: for a ``.pt`` the constants of the public code if it has some for the data set, otherwise
-            "standard". A whitened set needs the kind that it was whitened with.
-        experiment: number of the set in a ``.pt`` that holds several, counted from 0.
+        labels: file of the labels, where images and labels are apart; None finds ``labels_*.pt`` beside
+            ``images_*.pt``.
+        preprocessing: the space of the images: a kind of map fitted on the training images of ``data``, or one of
+            :data:`~atom_fast.names.SPACES`. None recognises it, for a folder "standard"; where several stay possible
+            one short network is trained on each, and the best is kept.
+        partition: rows and columns of images on each stored one; None recognises it.
+        experiment: number of the set in a file that holds several, counted from 0; None: the first, or DataDAM's last.
+        device: where to train these networks; None: the GPU, if there is one.
         progress: show progress bars on standard error.
+
+    Returns:
+        The set; of a file ``metadata["recognised"]`` says what was found, and why.
 
     Raises:
         FileNotFoundError: there is no such file or folder, or no images are in it.
@@ -187,29 +200,28 @@ def read_set(
             else.
     """
     path = Path(path)
-    if preprocessing is not None and preprocessing not in PREPROCESSINGS:
-        raise ValueError(f"preprocessing must be one of {', '.join(PREPROCESSINGS)}; got {preprocessing!r}")
     if path.is_dir():
-        images, labels = _read_folder(path, data, progress)
+        if preprocessing is not None and preprocessing not in PREPROCESSINGS:
+            raise ValueError(f"preprocessing must be one of {', '.join(PREPROCESSINGS)}; got {preprocessing!r}")
+        images, numbers = _read_folder(path, data, progress)
         space = fit_preprocessing(data.train_images, preprocessing or "standard", progress=progress)
         images = space.to_model(images.to(data.train_images.device)).cpu()
-        method = "folder"
-    else:
-        pairs = load_public(path)
-        if not 0 <= experiment < len(pairs):
-            raise ValueError(f"{path} holds {len(pairs)} sets, numbered from 0; got experiment {experiment}")
-        images, labels = pairs[experiment]
-        space = _public_preprocessing(data, preprocessing, progress)
-        method = "public"
-    about = {"dataset": data.name, "method": method, "source": str(path)}
-    return SyntheticSet(images, labels, data.class_names, space.to("cpu"), about)
-
-
-def _public_preprocessing(data: ImageData, kind: str | None, progress: bool) -> Preprocessing:
-    constants = PUBLIC_NORMALIZATION.get(data.name)
-    if kind is None and constants is not None:
-        return Preprocessing(*(torch.tensor(values) for values in constants))
-    return fit_preprocessing(data.train_images, kind or "standard", progress=progress)
+        about = {"dataset": data.name, "method": "folder", "source": str(path)}
+        return SyntheticSet(images, numbers, data.class_names, space.to("cpu"), about)
+    recognised = open_foreign(
+        path, data, labels=labels, preprocessing=preprocessing, partition=partition,
+        experiment=experiment, progress=progress,
+    )  # fmt: skip
+    sets = list(recognised_sets(recognised))
+    if len(sets) == 1:
+        return sets[0]
+    best, accuracies = likeliest_space(sets, data, device=device, progress=progress)
+    found = sets[best].metadata["recognised"]
+    found["chosen"] = "by one short network on each, tested on real training images: " + ", ".join(
+        f"{candidate.space} {'diverged' if accuracy is None else f'{accuracy:.1f} %'}"
+        for candidate, accuracy in zip(recognised.candidates, accuracies, strict=True)
+    )
+    return sets[best]
 
 
 def _read_folder(path: Path, data: ImageData, progress: bool) -> tuple[Tensor, Tensor]:

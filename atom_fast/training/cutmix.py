@@ -65,7 +65,7 @@ def mix_images(images: Tensor, mixture: CutMix) -> Tensor:
 
 
 def mixed_cross_entropy(predicted: Tensor, labels: Tensor, mixture: CutMix) -> Tensor:
-    """Return the mean loss of logits [B, K] of mixed images, whose own labels are int64 [B]."""
+    """Return the mean loss of logits [B, K] of mixed images; their own labels are int64 [B] or [B, K] probabilities."""
     own = F.cross_entropy(predicted, labels)
     others = F.cross_entropy(predicted, labels.index_select(0, mixture.other))
     return mixture.kept * own + (1 - mixture.kept) * others

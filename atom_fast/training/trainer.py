@@ -48,7 +48,7 @@ class Trainer:
     Args:
         network: a module with ``reset_parameters(generator)``, on the device of the images.
         images: floating point [N, C, H, W] in model space.
-        labels: int64 [N].
+        labels: int64 [N], or probabilities, floating point [N, K].
         protocol: how to train.
         precision: "float32", or "bfloat16" to train under autocast; parameters keep their type.
 
