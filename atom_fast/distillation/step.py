@@ -247,8 +247,8 @@ class Distillation:
                 with stage("loss"):
                     terms = matching_terms(real, synthetic, config, chunk.groups)  # 5
                     if frequencies is not None:
-                        others = characteristic_loss(real[0], synthetic[0], frequencies, chunk.size)
-                        terms = torch.cat((terms, others.view(1)))
+                        characteristic = characteristic_loss(real[0], synthetic[0], frequencies, chunk.size)
+                        terms = torch.cat((terms, characteristic.view(1)))
                     if config.calibration_weight > 0:
                         terms = torch.cat((terms, self._cross_entropy(synthetic[0], chunk).view(1)))
                 del real, synthetic  # the backward pass needs little of them
