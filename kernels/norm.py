@@ -31,18 +31,19 @@ def norm_launch(
 ) -> dict[str, int]:
     """Return the launch table of the kernels that walk the input; chosen by instruction counts, no GPU has run it.
 
-    InstanceNorm keeps planes in registers if up to 4 warps hold them, with 64 values per thread (in 16 bits forward
-    128, in float64 32): its sums over a plane cost each thread the same instructions, however many values it holds.
-    Otherwise a thread holds one quad of 16 bytes per position, or two if that is the plane. Channels fill a cache line,
-    or half of one where planes fit only then.
+    InstanceNorm keeps planes in registers if 8 warps, or 4 in 16 bits, hold them, with 256 bytes per thread, or 128
+    backward: its sums over a plane cost each thread the same instructions, however many values it holds. Otherwise a
+    thread holds one quad of 16 bytes per position, or two if that is the plane. Channels fill a cache line, or half of
+    one where planes fit only then.
     """
     quads = triton.cdiv(height, 2) * triton.cdiv(width, 2)
     block_q = triton.next_power_of_2(quads)
     block_c = min(triton.next_power_of_2(channels), 128 // element_size)
-    held = 128 if element_size == 2 and not backward else min(64, 256 // element_size)
-    if norm == "instance" and block_q * block_c == 64 * held and block_c == 64:
+    held = (128 if backward else 256) // element_size
+    most_warps = 4 if element_size == 2 else 8
+    if norm == "instance" and block_q * block_c == 16 * most_warps * held and block_c == 64:
         block_c = 32
-    if norm == "batch" or block_q * block_c > 32 * held:
+    if norm == "batch" or block_q * block_c > 8 * most_warps * held:
         block_q = min(block_q, max(2048 // element_size // block_c, 1))
         held = (64 if block_q < quads else 128) // element_size
     tiles = triton.cdiv(quads, block_q)
@@ -50,7 +51,7 @@ def norm_launch(
         "TILES": tiles if norm == "instance" else min(tiles, 4),
         "BLOCK_Q": block_q,
         "BLOCK_C": block_c,
-        "num_warps": min(max(block_q * block_c // (8 * held), 1), 4),
+        "num_warps": max(block_q * block_c // (8 * held), 1),
     }
 
 
