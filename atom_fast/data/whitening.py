@@ -36,7 +36,7 @@ class Preprocessing:
         zca_matrix: float32 [D, D] with D = C·H·W, symmetric; None for ``"standard"``.
         zca_inverse: float32 [D, D], inverse of ``zca_matrix``; None for ``"standard"``.
 
-    Both matrices may stay on the CPU: they are moved when they are used, and no step of a distillation uses them.
+    Both matrices may be on the CPU: they are moved when they are used, and no step of a distillation uses them.
     """
 
     mean: Tensor | None = None
@@ -161,13 +161,10 @@ class Preprocessing:
         return cls(**tensors)
 
     def to(self, device: torch.device | str) -> Preprocessing:
-        """Return the same map with its tensors on ``device``, except the matrices, which stay where they are."""
-        return Preprocessing(
-            **{
-                name: tensor if name in ("zca_matrix", "zca_inverse") else tensor.to(device)
-                for name, tensor in self.tensors().items()
-            }
-        )
+        """Return the same map with its tensors on ``device``, except the matrices, which are kept on the CPU."""
+        kept = ("zca_matrix", "zca_inverse")
+        moved = {name: tensor.to("cpu" if name in kept else device) for name, tensor in self.tensors().items()}
+        return Preprocessing(**moved)
 
     def _check_shape(self, images: Tensor) -> None:
         expected = list(self._shift.shape) if self.zca_mean is not None else [len(self._scale), "H", "W"]
