@@ -61,10 +61,12 @@ def rows_launch(rows: int) -> dict[str, int]:
 
 
 def maps_launch(channels: int, height: int, width: int, launch: dict[str, int]) -> dict[str, int]:
-    """Return the launch table of `maps_kernel` for that of `apply_kernel`: the same rows in smaller tiles."""
+    """Return the launch table of `maps_kernel` for that of `apply_kernel`: its rows, with 32 values per thread."""
     block_q = min(launch["BLOCK_Q"], 16)
     tiles = launch["TILES"] * launch["BLOCK_Q"] // block_q
-    return {**launch, "TILES": tiles, "BLOCK_Q": block_q, **weights_launch(channels, height, width), "num_warps": 4}
+    num_warps = max(block_q * launch["BLOCK_C"] // 256, 1)
+    block = weights_launch(channels, height, width)["BLOCK"]
+    return {**launch, "TILES": tiles, "BLOCK_Q": block_q, "BLOCK": block, "num_warps": num_warps}
 
 
 def weights_launch(channels: int, height: int, width: int) -> dict[str, int]:
