@@ -53,11 +53,12 @@ def read_device(path: Path) -> Device:
     """
     try:
         values = json.loads(path.read_text())
+        matrix = {"float16": values["matrix"]["bfloat16"], **values["matrix"]}  # tensor cores have one rate for both
         device = Device(
             str(values["name"]),
             float(values["bandwidth"]),
             float(values["vector"]),
-            {precision: float(values["matrix"][precision]) for precision in PRECISIONS},
+            {precision: float(matrix[precision]) for precision in PRECISIONS},
         )
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(

@@ -60,7 +60,7 @@ def test_several_architectures_are_a_line_and_a_record_each(file, tmp_path):
     [
         (["--arch", "resnet"], "'resnet' is not one of 'convnet', 'alexnet', 'vgg11', 'resnet18', 'vit'. Did you mean"),
         (["--arch", "convnet,vgg11"], "VGG-11 needs images whose sides are multiples of 32; got 8x8"),
-        (["--preprocessing", "zca"], "holds its own preprocessing; --preprocessing is for a .pt or a folder"),
+        (["--preprocessing", "zca"], "says itself what it holds; preprocessing is for files of other projects"),
         (["--together", "0"], "together must be a whole number, at least 1"),
         (["--evaluate-every", "0"], "evaluate_every must be a whole number, at least 1"),
         (["--epochs", "0"], "epochs must be a whole number, at least 1; got 0"),
@@ -125,7 +125,8 @@ def test_a_public_file_and_a_folder_are_evaluated(file, tmp_path):
     assert "does not say which data set it is for; give --dataset, one of digits, " in stderr
     for path, method in ((public, "public"), (folder, "folder")):
         stdout, stderr = run("evaluate", path, "--dataset", "digits", "--networks", 1, "--no-random")
-        assert stdout.startswith(f"digits ipc=1 {method} ") and stderr == ""
+        assert stdout.startswith(f"digits ipc=1 {method} ")
+        assert (method == "public") == ("space: standard" in stderr)
 
 
 @pytest.mark.parametrize("method", ["herding", "full"])
