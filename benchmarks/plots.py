@@ -319,7 +319,7 @@ def kernels_digest(paths: Sequence[Path]) -> str:
     Raises:
         ValueError: as `bandwidth_cases`.
     """
-    figures = [[*key, case["share_of_copy"]] for key, case in bandwidth_cases(paths).items()]
+    figures = [[*key, case["captured"], case["share_of_copy"]] for key, case in bandwidth_cases(paths).items()]
     return hashlib.sha256(json.dumps(figures).encode()).hexdigest()[:16]
 
 
