@@ -14,6 +14,7 @@ from atom_fast._malloc import keep_freed_memory
 from atom_fast._threads import choose_threads
 from atom_fast.distillation.config import PRESETS
 from atom_fast.names import (
+    EVALUATION_FILE,
     EXPORT_FORMATS,
     FEATURES,
     NETWORK_NAMES,
@@ -344,20 +345,39 @@ def _read(file: Path, dataset: str | None, data_dir: Path | None, download: bool
 @set_argument
 @click.argument("output", type=FilePath())
 @click.option(
+    "--for",
     "--format",
     "form",
     type=Choice(EXPORT_FORMATS),
     help="folder: PNG files as torchvision's ImageFolder reads them; pt: the format of the public DC, DM and DataDAM "
-    "code  [default: pt if OUTPUT ends in .pt, otherwise folder]",
+    "code; hub: a folder for the Hugging Face Hub, to which the set is added; ddranking: what DD-Ranking 0.2.0 tests  "
+    "[default: pt if OUTPUT ends in .pt, otherwise folder]",
 )
-def export(file, output, form):
+@click.option(
+    "--results",
+    type=FilePath(),
+    help="file of 'evaluate --json', for the accuracies on the card of hub  [default: evaluation.json beside FILE]",
+)
+@click.option(
+    "--license", help="the images' licence, as the Hub abbreviates it, for that card  [default: unknown, or as it is]"
+)
+def export(file, output, form, results, license):
     """Write the set in FILE to OUTPUT in a format that other programs read.
 
-    The sheets of a set with a partition are cut into the images that they hold, which are enlarged.
+    The sheets of a set with a partition are cut into the images that they hold, which are enlarged. Nothing is
+    uploaded.
     """
+    from atom_fast.evaluation.results import read_records
     from atom_fast.synthetic import SyntheticSet
 
-    click.echo(SyntheticSet.load(file).export(output, format=form))
+    options: dict[str, Any] = {}
+    if form == "hub":
+        options = {"results": read_records(results or file.with_name(EVALUATION_FILE)), "license": license}
+        if results and not results.is_file():
+            raise FileNotFoundError(f"{results} does not exist")
+    elif results or license:
+        raise ValueError("--results and --license are for the card of --for hub")
+    click.echo(SyntheticSet.load(file).export(output, format=form, **options))
 
 
 @main.command()

@@ -110,7 +110,7 @@ def evaluate(
     curves = curves_of(earlier)
     curves += [{} for _ in range(networks - len(curves))]
     jobs = [index for index, curve in enumerate(curves[:networks]) if not curve]
-    about, installed = _about(shared, data), versions()
+    about, installed = _about(shared, data, None if own_sets else shared.sha256), versions()
     started = time.perf_counter()
 
     def result(curves: Sequence[Curve]) -> EvaluationResult:
@@ -292,7 +292,7 @@ def _own_data(synthetic: SyntheticSet) -> ImageData:
     return load_data("digits", resolution=height if height == width else None, progress=False)
 
 
-def _about(synthetic: SyntheticSet, data: ImageData) -> dict[str, Any]:
+def _about(synthetic: SyntheticSet, data: ImageData, sha256: str | None) -> dict[str, Any]:
     metadata = synthetic.metadata
     made_from = metadata.get("dataset_fingerprint")
     return {
@@ -303,6 +303,7 @@ def _about(synthetic: SyntheticSet, data: ImageData) -> dict[str, Any]:
         "config_hash": metadata.get("config_hash"),
         "set_seconds": metadata.get("seconds"),
         "same_data": None if made_from is None else made_from == data.fingerprint,
+        "set_sha256": sha256,
     }
 
 
