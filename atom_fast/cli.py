@@ -30,6 +30,7 @@ from atom_fast.options import (
     CommaList,
     Commands,
     FilePath,
+    Network,
     alone,
     configuration,
     data_options,
@@ -127,10 +128,11 @@ def _size_name(ipc: int, partition: int) -> str:
 )
 @click.option(
     "--arch",
-    type=CommaList(Choice(NETWORK_NAMES)),
+    type=CommaList(Network()),
     default="convnet",
     show_default=True,
-    help=f"architecture of the networks, or several joined by commas: {', '.join(NETWORK_NAMES)}",
+    help=f"architecture of the networks, or several joined by commas: {', '.join(NETWORK_NAMES)}, timm:NAME or "
+    "torchvision:NAME for one of these libraries",
 )
 @click.option(
     "--protocol",

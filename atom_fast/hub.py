@@ -26,9 +26,9 @@ def export_hub(
 ) -> Path:
     """Add a set to a Hub-ready folder, and write its card anew.
 
-    The folder holds a configuration a set, such as ``ipc10`` or ``ipc10-random``, each with ``synthetic.safetensors``,
-    ``train/`` (PNG files, and ``metadata.jsonl`` with their labels), ``config.yaml`` and ``evaluation.json`` where there
-    is one. Nothing is uploaded.
+    The folder holds a configuration for each set, such as ``ipc10`` or ``ipc10-random``: ``synthetic.safetensors``,
+    ``train/`` (PNG files, and ``metadata.jsonl`` with their labels), ``config.yaml``, and ``evaluation.json`` where
+    there is one. Nothing is uploaded.
 
     Args:
         synthetic: the set.
@@ -144,14 +144,14 @@ def _card(path: Path, license: str) -> str:
 
     sets = {name: SyntheticSet.load(path / name / SYNTHETIC_FILE) for name in _configurations(path)}
     first = next(iter(sets.values()))
-    dataset = first.metadata.get("dataset") or "an unnamed data set"
+    dataset = " ".join(str(first.metadata.get("dataset") or "an unnamed data set").split())
     images = sum(map(len, sets.values()))
     header: dict[str, Any] = {
         "license": license,
         "pretty_name": f"{dataset}, distilled",
         "task_categories": ["image-classification"],
         "size_categories": [next((text for size, text in _SIZES if images < size), "n>1M")],
-        "tags": ["dataset-distillation", "dataset-condensation", "synthetic", "atom-fast", str(dataset)],
+        "tags": ["dataset-distillation", "dataset-condensation", "synthetic", "atom-fast", dataset],
         "configs": [_configuration(name, synthetic) for name, synthetic in sets.items()],
     }
     header["configs"][0]["default"] = True

@@ -22,6 +22,7 @@ SPACES = (
 )  # fmt: skip
 
 NETWORK_NAMES = ("convnet", "alexnet", "vgg11", "resnet18", "vit")
+NETWORK_LIBRARIES = ("timm", "torchvision")  # whose networks are named "timm:NAME"
 TRAINING_PRECISIONS = ("float32", "bfloat16")
 SOURCES = ("digits", "cifar10", "cifar100", "tiny", "folder")
 SELECTIONS = ("random", "herding", "k-center", "forgetting", "least-forgetting", "easy", "full")

@@ -70,7 +70,7 @@ def evaluate(
             (:func:`atom_fast.evaluation.sets.random_sets`).
         data: real images of the same classes, for the test set; None loads the set's own data set where that needs no
             folder (digits).
-        network: name of the architecture, one of :data:`~atom_fast.names.NETWORK_NAMES`.
+        network: name of the architecture, as :func:`~atom_fast.networks.make_network` takes it.
         architecture: settings of :class:`~atom_fast.networks.ConvNet` other than the image's; None is
             `architecture_of` the set. The depth, where it is not given, is the usual one for the image size.
         networks: number of networks.

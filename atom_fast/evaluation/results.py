@@ -32,7 +32,7 @@ class EvaluationResult:
             last epoch is always tested. None where a logit was not finite: the network diverged. Empty for a network
             that has not finished.
         protocol: how they were trained.
-        network: their architecture's name, one of :data:`~atom_fast.names.NETWORK_NAMES`.
+        network: their architecture's name, as :func:`~atom_fast.networks.make_network` takes it.
         architecture: settings of :class:`~atom_fast.networks.ConvNet`; empty for other networks.
         precision: "float32" or "bfloat16", of the training.
         seed: of the evaluation; network i depends only on it and on i.
