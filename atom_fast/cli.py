@@ -348,9 +348,8 @@ def _read(file: Path, dataset: str | None, data_dir: Path | None, download: bool
 @click.argument("output", type=FilePath())
 @click.option(
     "--for",
-    "--format",
     "form",
-    type=Choice(EXPORT_FORMATS),
+    type=Choice((*EXPORT_FORMATS, "hub")),
     help="folder: PNG files as torchvision's ImageFolder reads them; pt: the format of the public DC, DM and DataDAM "
     "code; hub: a folder for the Hugging Face Hub, to which the set is added; ddranking: what DD-Ranking 0.2.0 tests  "
     "[default: pt if OUTPUT ends in .pt, otherwise folder]",
@@ -369,17 +368,19 @@ def export(file, output, form, results, license):
     The sheets of a set with a partition are cut into the images that they hold, which are enlarged. Nothing is
     uploaded.
     """
+    from atom_fast import hub
     from atom_fast.evaluation.results import read_records
     from atom_fast.synthetic import SyntheticSet
 
-    options: dict[str, Any] = {}
-    if form == "hub":
-        options = {"results": read_records(results or file.with_name(EVALUATION_FILE)), "license": license}
-        if results and not results.is_file():
-            raise FileNotFoundError(f"{results} does not exist")
-    elif results or license:
-        raise ValueError("--results and --license are for the card of --for hub")
-    click.echo(SyntheticSet.load(file).export(output, format=form, **options))
+    if form != "hub":
+        if results or license:
+            raise ValueError("--results and --license are for the card of --for hub")
+        click.echo(SyntheticSet.load(file).export(output, format=form))
+        return
+    if results and not results.is_file():
+        raise FileNotFoundError(f"{results} does not exist")
+    records = read_records(results or file.with_name(EVALUATION_FILE))
+    click.echo(hub.export(SyntheticSet.load(file), output, records, license))
 
 
 @main.command()

@@ -7,22 +7,23 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from atom_fast._files import new_folder, write_atomically
 from atom_fast.exports.folder import check_channels, decoded_note, folder_names, save_pictures
 from atom_fast.names import EVALUATION_FILE, SYNTHETIC_FILE
 from atom_fast.pictures import method_name
-
-if TYPE_CHECKING:
-    from atom_fast.synthetic import SyntheticSet
+from atom_fast.synthetic import SyntheticSet
 
 CARD = "README.md"
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 
-def export_hub(
-    synthetic: SyntheticSet, path: Path, results: Sequence[Mapping[str, Any]] = (), license: str | None = None
+def export(
+    synthetic: SyntheticSet,
+    path: str | os.PathLike,
+    results: Sequence[Mapping[str, Any]] = (),
+    license: str | None = None,
 ) -> Path:
     """Add a set to a Hub-ready folder, and write its card anew.
 
@@ -42,10 +43,12 @@ def export_hub(
 
     Raises:
         FileExistsError: the folder has such a configuration, or holds something else.
-        ValueError: images that are neither grey nor RGB.
+        ValueError: a set that is not valid, or images that are neither grey nor RGB.
         OSError: the files could not be written.
     """
+    synthetic.check()
     check_channels(synthetic)
+    path = Path(path)
     if path.exists() and not _configurations(path) and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not a folder of exported sets; give a new one")
     name = _name(synthetic)
@@ -69,7 +72,7 @@ def export_hub(
 
 
 def load(path: str | os.PathLike, name: str | None = None) -> SyntheticSet:
-    """Read a set from a folder that `export_hub` wrote, wherever it was copied to since; nothing is downloaded.
+    """Read a set from a folder that `export` wrote, wherever it was copied to since; nothing is downloaded.
 
     Args:
         path: the folder, or one of its configurations.
@@ -82,8 +85,6 @@ def load(path: str | os.PathLike, name: str | None = None) -> SyntheticSet:
         FileNotFoundError: no such folder, or no set in it.
         ValueError: several sets and no name, an unknown name, or a damaged file.
     """
-    from atom_fast.synthetic import SyntheticSet
-
     path = Path(path)
     if name is None and (path / SYNTHETIC_FILE).is_file():
         return SyntheticSet.load(path / SYNTHETIC_FILE)
@@ -140,8 +141,6 @@ def _license(card: Path) -> str:
 
 
 def _card(path: Path, license: str) -> str:
-    from atom_fast.synthetic import SyntheticSet
-
     sets = {name: SyntheticSet.load(path / name / SYNTHETIC_FILE) for name in _configurations(path)}
     first = next(iter(sets.values()))
     dataset = " ".join(str(first.metadata.get("dataset") or "an unnamed data set").split())

@@ -275,7 +275,7 @@ class SyntheticSet(torch.utils.data.Dataset):
             raise ValueError(f"{path} does not hold a usable synthetic set: {error}") from error
         return synthetic
 
-    def export(self, path: str | os.PathLike, format: str | None = None, **options: Any) -> Path:
+    def export(self, path: str | os.PathLike, format: str | None = None) -> Path:
         """Write the set in a format that other programs read.
 
         Other programs know no partition: they get the images that are on the sheets, cut out and enlarged, and most
@@ -295,10 +295,8 @@ class SyntheticSet(torch.utils.data.Dataset):
                 ``"preprocessing"``: kind, mean and standard deviation of the saved images' space. Images are normalised
                 as these programs do it (CIFAR-10, CIFAR-100 and Tiny ImageNet with the constants in their code, other
                 data sets with this set's mean and standard deviation); a whitened set stays whitened.
-                ``"hub"`` adds the set to a folder for the Hugging Face Hub: :func:`atom_fast.hub.export_hub`.
                 ``"ddranking"`` writes what DD-Ranking 0.2.0 tests:
                 :func:`atom_fast.exports.ddranking.export_ddranking`.
-            **options: of the format; ``"hub"`` takes ``results`` and ``license``.
 
         Returns:
             The path written.
@@ -306,7 +304,6 @@ class SyntheticSet(torch.utils.data.Dataset):
         Raises:
             ValueError: an unknown format, a set that is not valid (`check`), or one that the format cannot hold, such
                 as images that are neither grey nor RGB in PNG files.
-            TypeError: an option that the format does not have.
             FileExistsError: the folder exists and is not empty.
             OSError: the files could not be written.
         """
@@ -318,7 +315,7 @@ class SyntheticSet(torch.utils.data.Dataset):
             format = "pt" if path.suffix == ".pt" else "folder"
         if format not in WRITERS:
             raise ValueError(f"export format must be one of {', '.join(EXPORT_FORMATS)}; got {format!r}")
-        return WRITERS[format](self, path, **options)
+        return WRITERS[format](self, path)
 
 
 def load_public(path: str | os.PathLike) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -3,6 +3,5 @@
 from atom_fast.exports.ddranking import export_ddranking
 from atom_fast.exports.folder import export_folder
 from atom_fast.exports.public import export_public
-from atom_fast.hub import export_hub
 
-WRITERS = {"folder": export_folder, "pt": export_public, "hub": export_hub, "ddranking": export_ddranking}
+WRITERS = {"folder": export_folder, "pt": export_public, "ddranking": export_ddranking}
