@@ -1,6 +1,5 @@
 """Tensors for contests: order, space, and the sets that they do not take."""
 
-
 import pytest
 import torch
 
