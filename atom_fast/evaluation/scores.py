@@ -22,7 +22,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -48,6 +48,7 @@ from atom_fast.training.protocols import Protocol, check_count, default_protocol
 
 FORMAT_VERSION = 1  # of the cache and of what it depends on: a change leaves older files unused
 WEIGHT = 0.5  # DD-Ranking's w and gamma
+_ABOUT = ("dataset", "ipc", "partition", "method", "config_hash", "set_seconds", "same_data")  # of EvaluationResult
 
 
 def hard_label_recovery(whole_accuracy: float, hard_accuracy: float) -> float:
@@ -181,7 +182,8 @@ def score_line(found: Mapping[str, Any]) -> str:
     names = ("hlr", "ior", "lrs", *(["ars"] if "augmentation" in found else []))
     values = " ".join(f"{name.upper()} " + ("-" if found[name] is None else f"{found[name]:.3f}") for name in names)
     whole = "diverged" if found["whole_accuracy"] is None else f"{found['whole_accuracy']:.1f} %"
-    how = "" if found["whole_epochs"] is None else f", {found['whole_epochs']} epochs"
+    epochs = found["whole_epochs"]
+    how = "" if epochs is None else f", {epochs} epoch{'s' if epochs > 1 else ''}"
     return f"scores {values} (whole data {whole}{how})"
 
 
@@ -256,16 +258,15 @@ def check_whole(accuracy: float | None, epochs: int | None) -> None:
     """Check what is given of the training on all real images, before anything is trained.
 
     Raises:
-        ValueError: the accuracy is not in [0, 100], epochs are no whole number of at least 1, or both are given.
+        ValueError: the accuracy is not in (1, 100], epochs are no whole number of at least 1, or both are given.
     """
     check_count("whole_epochs", epochs, optional=True)
     if accuracy is None:
         return
     if epochs is not None:
         raise ValueError(f"whole_epochs is for training on all real images; their accuracy is given: {accuracy}")
-    if (
-        not _is_percent(accuracy) or 0 < accuracy <= 1
-    ):  # 0.848 would be taken for less than a hundredth of what it means
+    # Nothing learns as little as 1 %: 0.848 is meant as 84.8.
+    if not _is_percent(accuracy) or accuracy <= 1:
         raise ValueError(f"whole_accuracy must be in percent, such as 84.8, at most 100; got {accuracy!r}")
 
 
@@ -357,10 +358,7 @@ def evaluate_whole(
     )
 
 
-_ABOUT = ("dataset", "ipc", "partition", "method", "config_hash", "set_seconds", "same_data")
-
-
-def _shared(work) -> Any:
+def _shared(work: Callable[[], Any]) -> Any:
     """The first rank's ``work()`` on every rank: they go on alike, also where they have different caches."""
     return ranks.all_gather_object(work() if ranks.is_first() else None)[0]
 

@@ -90,9 +90,9 @@ def test_the_line():
 @given(FRACTIONS, FRACTIONS, FRACTIONS, st.floats(0, 1))
 def test_scores_lie_between_0_and_1_and_grow_with_what_is_better(first, second, third, weight):
     low, high = sorted((second, third))
-    for score, better in ((label_robust_score, low <= high), (augmentation_robust_score, low <= high)):
+    for score in (label_robust_score, augmentation_robust_score):
         values = [score(first, value, weight) for value in (low, high)]
-        assert -1e-12 <= values[0] <= values[1] <= 1 + 1e-12 and better
+        assert -1e-12 <= values[0] <= values[1] <= 1 + 1e-12
     assert label_robust_score(high, first, weight) <= label_robust_score(low, first, weight)
     assert augmentation_robust_score(low, first, weight) <= augmentation_robust_score(high, first, weight)
 
@@ -182,7 +182,7 @@ def test_all_images_are_trained_on_as_a_set_of_them_once(data, space, monkeypatc
     assert "training on all 40 images of small, kept in " in capsys.readouterr().err
     assert first.curves == expected.curves and len(trained) == 2
     again = whole(data, space)
-    assert again == first or dataclasses.replace(again, seconds=first.seconds) == first
+    assert dataclasses.replace(again, seconds=first.seconds) == first
     assert capsys.readouterr().err == "" and len(trained) == 2
     larger = whole(data, space, networks=3)
     assert larger.curves[:2] == first.curves and len(trained) == 3, "only the third network is new"
@@ -338,7 +338,7 @@ def test_the_command_prints_and_records_scores_and_trains_all_images_once(files,
     assert accuracy.startswith("digits ipc=1 random ") and len(trained) == 5
     assert "training on all 1400 images of digits" in stderr
     record = json.loads((tmp_path / "result.json").read_text())[0]
-    assert line == score_line(record["scores"]) and line.endswith(" %, 1 epochs)")
+    assert line == score_line(record["scores"]) and line.endswith(" %, 1 epoch)")
     assert record["scores"]["accuracy"] == record["accuracy_mean"]
     assert run(*command) == (stdout, "") and len(trained) == 5
     stdout, stderr = run(second, *command[1:6])
