@@ -83,3 +83,13 @@ def test_sets_that_the_contest_does_not_take(changes, message):
     synthetic, _ = make_set(**changes)
     with pytest.raises(ValueError, match=message):
         eccv24_tensor(synthetic)
+
+
+def test_the_file_is_read_as_the_contest_reads_it(tmp_path):
+    synthetic, _ = make_set()
+    tensor = eccv24_tensor(synthetic)
+    torch.save(tensor, tmp_path / "cifar100.pt")
+    found = SyntheticSet.load(tmp_path / "cifar100.pt", preprocessing="standard_cifar100")
+    assert torch.equal(found.images, tensor) and torch.equal(found.labels, torch.arange(1000) // 10)
+    found.metadata = {"dataset": "cifar100"}
+    torch.testing.assert_close(eccv24_tensor(found), tensor, rtol=1e-5, atol=1e-5)
