@@ -24,6 +24,7 @@ from atom_fast.names import (
     SYNTHETIC_FILE,
     TRAINING_PRECISIONS,
     WATCHED_EPOCHS,
+    WHOLE_EPOCHS,
 )
 from atom_fast.options import (
     Choice,
@@ -155,6 +156,20 @@ def _size_name(ipc: int, partition: int) -> str:
     "--evaluate-every", type=int, help="also test every N epochs (in --json)  [default: only after the last epoch]"
 )
 @click.option("--together", type=int, help="networks to train at the same time  [default: chosen for the device]")
+@click.option(
+    "--scores",
+    is_flag=True,
+    help="also train on all real images, kept for other sets, and without augmentation, and print DD-Ranking's scores "
+    "HLR, IOR, LRS and ARS  [default: off]",
+)
+@click.option(
+    "--whole-accuracy", type=float, help="known accuracy of all real images, in %, for --scores  [default: measured]"
+)
+@click.option(
+    "--whole-epochs",
+    type=int,
+    help=f"passes over all real images, for --scores  [default: the protocol's, at most {WHOLE_EPOCHS}]",
+)
 @foreign_options
 @click.option(
     "--json",
@@ -168,7 +183,7 @@ def _size_name(ipc: int, partition: int) -> str:
 @in_group
 def evaluate(
     file, dataset, data_dir, download, resolution, arch, labels, preprocessing, partition, experiment, json_path,
-    device, quiet, protocol, epochs, random, **settings,
+    device, quiet, protocol, epochs, random, scores, whole_accuracy, whole_epochs, **settings,
 ):  # fmt: skip
     """Train fresh networks on the set in FILE and test them: mean ± standard deviation of last-epoch accuracy, in %.
 
@@ -180,9 +195,15 @@ def evaluate(
     from atom_fast.evaluation.accuracy import architecture_of
     from atom_fast.evaluation.accuracy import evaluate as run
     from atom_fast.evaluation.results import read_records, summary
+    from atom_fast.evaluation.scores import check_whole, measure_scores, score_line
     from atom_fast.evaluation.sets import random_sets
     from atom_fast.pictures import result_line
 
+    if scores and not random:
+        raise ValueError("--scores compare with random images: leave out --no-random")
+    if not scores and (whole_accuracy is not None or whole_epochs is not None):
+        raise ValueError("--whole-accuracy and --whole-epochs are for --scores")
+    check_whole(whole_accuracy, whole_epochs)
     if json_path:
         read_records(json_path)  # refuse a file of something else before data are loaded
     progress = not quiet and ranks.is_first()
@@ -201,11 +222,17 @@ def evaluate(
         settings |= {"network": network, "architecture": architecture}
         result = run(synthetic, data, **settings)
         beside = run(baseline, data, **settings) if baseline else None
-        if not ranks.is_first():
-            continue
-        if result.about["same_data"] is False and position == 0:
-            click.echo(f"note: these {data.name} images are not the ones that the set was distilled from", err=True)
-        click.echo((f"{network}: " if len(arch) > 1 else "") + printable(result_line(summary(result, beside))))
+        which = f"{network}: " if len(arch) > 1 else ""
+        if ranks.is_first():
+            if result.about["same_data"] is False and position == 0:
+                click.echo(f"note: these {data.name} images are not the ones that the set was distilled from", err=True)
+            click.echo(which + printable(result_line(summary(result, beside))))
+        if scores and beside:
+            given = {name: settings[name] for name in ("together", "device", "progress", "record")}
+            given |= {"whole_accuracy": whole_accuracy, "whole_epochs": whole_epochs}
+            found = measure_scores(result, beside, synthetic, data, **given)
+            if ranks.is_first():
+                click.echo(which + score_line(found))
 
 
 def _set_and_data(file: Path, dataset: str | None, data_dir: Path | None, given: dict, device: str | None, **options):

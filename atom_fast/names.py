@@ -30,6 +30,7 @@ FEATURES = ("embedding", "pixels")
 EXPORT_FORMATS = ("folder", "pt", "ddranking")
 # Epochs of the network that is watched to select images: they separate long before it has learned them all.
 WATCHED_EPOCHS = 20
+WHOLE_EPOCHS = 200  # of networks trained on all real images, for scores: DD-Ranking's schedule for CIFAR
 SYNTHETIC_FILE = "synthetic.safetensors"  # in a run's folder
 EVALUATION_FILE = "evaluation.json"  # beside it, where networks were trained on it
 

@@ -180,6 +180,17 @@ def write_record(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
     write_atomically(path, json.dumps(list(by_hash.values()), indent=1) + "\n")
 
 
+def find_record(records: Sequence[Mapping[str, Any]], result: EvaluationResult) -> dict[str, Any] | None:
+    """Return the record of an evaluation, which may hold more networks than the result; None where there is none."""
+    found = json.loads(json.dumps(result.to_dict()))  # as it reads in a file
+    names = [*result.about, "protocol", "network", "architecture", "precision", "seed"]
+    for record in records:
+        same = all(record.get(name) == found[name] for name in names)
+        if same and record["curves"][: len(found["curves"])] == found["curves"]:
+            return dict(record)
+    return None
+
+
 def curves_of(record: Mapping[str, Any]) -> list[Curve]:
     """Return a record's curves with their epochs as numbers."""
     return [{int(epoch): accuracy for epoch, accuracy in curve.items()} for curve in record["curves"]]

@@ -90,14 +90,23 @@ class Trainer:
         self.generator.manual_seed(seed)
         network: Any = self.network
         network.reset_parameters(self.generator)
+        self._reset_momentum()
+
+    def _reset_momentum(self) -> None:
         for state in self._optimizer.state.values():
             state["momentum_buffer"].zero_()
 
     def begin_epoch(self, epoch: int) -> Tensor:
-        """Set the learning rate of an epoch, counted from 0, and return its random order, int64 [N]; no host sync."""
+        """Set the learning rate of an epoch, counted from 0, and return its random order, int64 [N]; no host sync.
+
+        Epochs come in order: a protocol may reset the momentum at a decay.
+        """
         if not self.network.training:  # after a test; train() visits every module, as slow as some steps on a GPU
             self.network.train()
-        self._learning_rate.fill_(self.protocol.learning_rate_at(epoch))
+        rate = self.protocol.learning_rate_at(epoch)
+        self._learning_rate.fill_(rate)
+        if self.protocol.restart_momentum and epoch > 0 and rate != self.protocol.learning_rate_at(epoch - 1):
+            self._reset_momentum()
         return torch.randperm(len(self.images), generator=self.generator, device=self.images.device)
 
     def train_epoch(self, epoch: int) -> None:
