@@ -43,7 +43,8 @@ def read_datasets(
     from tqdm import tqdm
 
     check_resolution(resolution)
-    if columns is not None and not (len(columns) == 2 and all(isinstance(name, str) for name in columns)):
+    pair = isinstance(columns, (tuple, list)) and len(columns) == 2
+    if columns is not None and not (pair and all(isinstance(name, str) for name in columns)):
         raise ValueError(f"columns must be the names of the image's and of the label's column; got {columns!r}")
     for name, dataset in (("train", train), ("test", test)):
         _check_map_style(name, dataset)
@@ -121,7 +122,7 @@ def _names_of(dataset: Any, columns: tuple[str, str] | None) -> tuple[str, ...] 
         wanted = LABEL_COLUMNS if columns is None else columns[1:]
         found = [name for name in wanted if name in features]
         names = getattr(features[found[0]], "names", None) if found else None
-    if names is None:
+    if not isinstance(names, (tuple, list)):
         return None
     # torchvision's ImageNet has a tuple of synonyms for each class.
     return tuple(", ".join(map(str, name)) if isinstance(name, (tuple, list)) else str(name) for name in names)

@@ -204,6 +204,7 @@ def test_class_names_come_from_the_dataset_or_the_argument():
     with pytest.raises(ValueError, match="different classes.*cat, dog, hound and dog, cat"):
         read(named, other)
     assert read(named, other, class_names=("a", "b")).num_classes == 2
+    assert read(Listed(named.items, classes=2)).class_names == ("0", "1"), "a number of classes is no list of names"
     assert read(named, pairs(pixels())).class_names == ("cat", "dog, hound"), "a test set that knows none"
 
 
@@ -232,7 +233,7 @@ def test_other_columns_are_named_by_an_argument():
     assert read(dataset, columns=("photo", "breed")).class_names == ("cat", "dog")
     with pytest.raises(ValueError, match="has no column 'race' but 'id', 'photo', 'breed'"):
         read(dataset, columns=("photo", "race"))
-    for wrong in (("photo",), "photo", ("photo", 1)):
+    for wrong in (("photo",), "photo", "ab", ("photo", 1), 5):
         with pytest.raises(ValueError, match="columns must be the names"):
             read(dataset, columns=wrong)
 

@@ -31,10 +31,10 @@ def data():
 
 
 @contextlib.contextmanager
-def little_memory(data, monkeypatch):
-    """Let every device have half of the memory that the training images need."""
+def little_memory(data, monkeypatch, share=0.5):
+    """Let every device have that share of the memory that the training images need."""
     with monkeypatch.context() as patched:
-        patched.setattr(placement, "device_memory", lambda device: data.train_images.nbytes / 2)
+        patched.setattr(placement, "device_memory", lambda device: share * data.train_images.nbytes)
         yield
 
 
@@ -79,12 +79,14 @@ def test_a_pool_trained_from_host_memory_has_the_same_bits(preprocessing, data, 
     assert kept == [1], "the pool of images in host memory has no float32 copy of them all"
 
 
-def test_a_network_that_is_watched_gives_the_same_features_from_host_memory(data, monkeypatch):
+@pytest.mark.parametrize("share", [0.5, 3], ids=["nothing fits", "bytes fit, float32 does not"])
+def test_a_network_that_is_watched_gives_the_same_features_without_a_float32_copy(share, data, monkeypatch):
     space = fit_preprocessing(data.train_images, "standard", progress=False)
     features, events = watch_training(data, space, epochs=2, progress=False)
-    with little_memory(data, monkeypatch):
-        from_host = watch_training(data, space, epochs=2, progress=False)
-    assert torch.equal(from_host[0], features) and torch.equal(from_host[1], events)
+    monkeypatch.setattr(trainer, "in_model_space", None)
+    with little_memory(data, monkeypatch, share):
+        mapped = watch_training(data, space, epochs=2, progress=False)
+    assert torch.equal(mapped[0], features) and torch.equal(mapped[1], events)
 
 
 @pytest.mark.gpu
