@@ -185,7 +185,7 @@ def training_images(
     """Return the training images and ``gather`` for a `Trainer` on a device.
 
     They are in model space, or, where float32 would take more than half of the device's free memory, uint8 with a
-    function that maps each batch.
+    function that maps each batch. On a GPU the last bits of whitened images depend on which of the two it is.
     """
     if keeps_on_device(4 * data.train_images.numel(), device):
         return in_model_space(data.train_images, preprocessing, device, layout), None
