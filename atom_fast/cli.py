@@ -32,6 +32,7 @@ from atom_fast.options import (
     Commands,
     FilePath,
     Network,
+    SetFile,
     alone,
     configuration,
     data_options,
@@ -411,15 +412,20 @@ def export(file, output, form, results, license):
 
 
 @main.command()
-@set_argument
+@click.argument("file", type=SetFile(), required=False)
 @data_options(None, "the one that FILE's path names")
 @foreign_options
 @click.option("--json", "as_json", is_flag=True, help="print the facts as JSON  [default: off]")
 def info(file, dataset, data_dir, download, as_json, **given):
     """Show what FILE holds and how it was made; of another project's file, what was recognised of it, and why.
 
-    With the real images (--data-dir) a whitened set's kind of whitening is told by undoing it.
+    With the real images (--data-dir) a whitened set's kind of whitening is told by undoing it. Without FILE, --dataset
+    shows a data set: its classes, size and fingerprint, and where a distillation on this machine keeps its images.
     """
+    if file is None:
+        facts = _data_facts(dataset, data_dir, download, given)
+        click.echo(json.dumps(facts, indent=2) if as_json else "\n".join(map(printable, _all_lines(facts))))
+        return
     from atom_fast.foreign.recognised import Recognised
     from atom_fast.pictures import describe
 
@@ -437,9 +443,20 @@ def info(file, dataset, data_dir, download, as_json, **given):
         call = f"SyntheticSet.load({str(file)!r}).preprocessing.to_model(images)"
         if standard or given_back:
             click.echo(printable(f"normalise your test images by {formula}: {call}"))
-    for name, value in facts.items():
-        for line in _lines(name, value):
-            click.echo(printable(line))
+    for line in _all_lines(facts):
+        click.echo(printable(line))
+
+
+def _data_facts(dataset: str | None, data_dir: Path | None, download: bool, given: dict) -> dict[str, Any]:
+    """What there is to say of a data set, as JSON values."""
+    from atom_fast.data.sources import load_data
+    from atom_fast.distillation.ranks import own_device
+
+    if dataset is None:
+        raise click.UsageError("Missing argument 'FILE', a synthetic set, or --dataset NAME for a data set.")
+    if unused := [f"--{name}" for name, value in given.items() if value is not None]:
+        raise click.UsageError(f"{', '.join(unused)} says something of a FILE; none was given.")
+    return load_data(dataset, data_dir, download=download).describe(own_device(None))
 
 
 def _facts(synthetic) -> dict[str, Any]:
@@ -457,6 +474,10 @@ def _facts(synthetic) -> dict[str, Any]:
         **statistics,
     }
     return facts | {name: value for name, value in synthetic.metadata.items() if name not in facts}
+
+
+def _all_lines(facts: dict[str, Any]) -> list[str]:
+    return [line for name, value in facts.items() for line in _lines(name, value)]
 
 
 def _lines(name: str, value: object) -> list[str]:

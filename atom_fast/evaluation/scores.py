@@ -48,7 +48,16 @@ from atom_fast.training.protocols import Protocol, check_count, default_protocol
 
 FORMAT_VERSION = 1  # of the cache and of what it depends on: a change leaves older files unused
 WEIGHT = 0.5  # DD-Ranking's w and gamma
-_ABOUT = ("dataset", "ipc", "partition", "method", "config_hash", "set_seconds", "same_data")  # of EvaluationResult
+_ABOUT = (
+    "dataset",
+    "ipc",
+    "partition",
+    "method",
+    "config_hash",
+    "set_seconds",
+    "same_data",
+    "set_sha256",
+)  # of EvaluationResult
 
 
 def hard_label_recovery(whole_accuracy: float, hard_accuracy: float) -> float:
