@@ -379,8 +379,8 @@ def _read(file: Path, dataset: str | None, data_dir: Path | None, download: bool
     "form",
     type=Choice((*EXPORT_FORMATS, "hub")),
     help="folder: PNG files as torchvision's ImageFolder reads them; pt: the format of the public DC, DM and DataDAM "
-    "code; hub: a folder for the Hugging Face Hub, to which the set is added; ddranking: what DD-Ranking 0.2.0 tests  "
-    "[default: pt if OUTPUT ends in .pt, otherwise folder]",
+    "code; hub: a folder for the Hugging Face Hub, to which the set is added; ddranking: what DD-Ranking 0.2.0 tests; "
+    "eccv24: the tensor of the ECCV 2024 contest  [default: pt if OUTPUT ends in .pt, otherwise folder]",
 )
 @click.option(
     "--results",

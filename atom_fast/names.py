@@ -27,7 +27,7 @@ TRAINING_PRECISIONS = ("float32", "bfloat16")
 SOURCES = ("digits", "cifar10", "cifar100", "tiny", "folder")
 SELECTIONS = ("random", "herding", "k-center", "forgetting", "least-forgetting", "easy", "full")
 FEATURES = ("embedding", "pixels")
-EXPORT_FORMATS = ("folder", "pt", "ddranking")
+EXPORT_FORMATS = ("folder", "pt", "ddranking", "eccv24")
 # Epochs of the network that is watched to select images: they separate long before it has learned them all.
 WATCHED_EPOCHS = 20
 WHOLE_EPOCHS = 200  # of networks trained on all real images, for scores: DD-Ranking's schedule for CIFAR

@@ -296,7 +296,8 @@ class SyntheticSet(torch.utils.data.Dataset):
                 as these programs do it (CIFAR-10, CIFAR-100 and Tiny ImageNet with the constants in their code, other
                 data sets with this set's mean and standard deviation); a whitened set stays whitened.
                 ``"ddranking"`` writes what DD-Ranking 0.2.0 tests:
-                :func:`atom_fast.exports.ddranking.export_ddranking`.
+                :func:`atom_fast.exports.ddranking.export_ddranking`. ``"eccv24"`` writes the tensor of the contest at
+                ECCV 2024: :func:`atom_fast.exports.eccv24.eccv24_tensor`.
 
         Returns:
             The path written.

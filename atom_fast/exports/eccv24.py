@@ -1,19 +1,33 @@
-"""Files that contests of dataset distillation take."""
+"""A set as the dataset distillation contest at ECCV 2024 takes it."""
 
 from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from atom_fast._files import write_atomically
 from atom_fast.foreign.spaces import CONSTANTS, PUBLIC, _to_pixels
-from atom_fast.synthetic import SyntheticSet
+
+if TYPE_CHECKING:
+    from atom_fast.synthetic import SyntheticSet
 
 _ECCV24 = {"cifar100": (100, 32), "tiny": (200, 64)}  # classes, side of the images in pixels
 _ECCV24_IPC = 10
 
 
+def export_eccv24(synthetic: SyntheticSet, path: Path) -> Path:
+    """Write `eccv24_tensor` by itself to a file."""
+    buffer = io.BytesIO()
+    torch.save(eccv24_tensor(synthetic), buffer)
+    return write_atomically(path, buffer.getvalue())
+
+
 def eccv24_tensor(synthetic: SyntheticSet) -> Tensor:
-    """Return a set as the dataset distillation contest at ECCV 2024 takes it, to be saved by itself as a ``.pt`` file.
+    """Return the tensor that the contest takes, saved by itself as a ``.pt`` file.
 
     The contest names the files ``cifar100.pt`` and ``tinyimagenet.pt``, and numbers the classes by position: images 0
     to 9 are class 0. It normalises test images by constants, and so are the images here. A whitened set is brought back

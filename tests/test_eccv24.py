@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from atom_fast.data.whitening import Preprocessing
-from atom_fast.submission import eccv24_tensor
+from atom_fast.exports.eccv24 import eccv24_tensor
 from atom_fast.synthetic import SyntheticSet
 
 CIFAR100 = (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)
@@ -88,8 +88,9 @@ def test_sets_that_the_contest_does_not_take(changes, message):
 def test_the_file_is_read_as_the_contest_reads_it(tmp_path):
     synthetic, _ = make_set()
     tensor = eccv24_tensor(synthetic)
-    torch.save(tensor, tmp_path / "cifar100.pt")
-    found = SyntheticSet.load(tmp_path / "cifar100.pt", preprocessing="standard_cifar100")
+    file = synthetic.export(tmp_path / "cifar100.pt", format="eccv24")
+    assert torch.equal(torch.load(file), tensor)
+    found = SyntheticSet.load(file, preprocessing="standard_cifar100")
     assert torch.equal(found.images, tensor) and torch.equal(found.labels, torch.arange(1000) // 10)
     found.metadata = {"dataset": "cifar100"}
     torch.testing.assert_close(eccv24_tensor(found), tensor, rtol=1e-5, atol=1e-5)
