@@ -139,7 +139,7 @@ def _evaluate(data, folder):
 def _refusals(folder):
     found = {}
     for name, classes, settings in (
-        ("unfused batch norm", 10, {"norm": "batch", "activation": "leakyrelu"}),
+        ("unfused batch norm", 10, {"norm": "batch", "pooling": "max2"}),
         ("few classes", 3, {}),
         ("NaN", 10, {"loss_scale": 1e30, "image_lr": 1e30, "augmentation": "none"}),
     ):
@@ -228,7 +228,7 @@ def test_what_couples_the_classes_is_refused(shared):
     for size in (2, 4):
         for several in _raise_errors(found[size]):
             assert f"the classes cannot be split among {size} processes: norm 'batch'" in several["unfused batch norm"]
-            assert "its activation is not ReLU" in several["unfused batch norm"]
+            assert "its pooling is not 2x2 average pooling" in several["unfused batch norm"]
 
 
 @pytest.mark.fault(
