@@ -91,9 +91,8 @@ class JointBatchNorm(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None]:
-        (gradient,), (normalised, rstd) = grad_outputs, ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore[bad-override]
+        normalised, rstd = ctx.saved_tensors
         sums = torch.stack((gradient.sum((2, 3)), (gradient * normalised).sum((2, 3))), 1)
         shift, scale = (join_sums(sums) / gradient[0, 0].numel())[..., None, None].unbind(0)
         return rstd * (gradient - shift - normalised * scale), None
