@@ -120,7 +120,14 @@ def norm_block(
         features = F.batch_norm(convolved, None, None, weight, bias, training=True, eps=eps)
     else:
         features = F.group_norm(convolved, convolved.shape[1], weight, bias, eps)
-    features = F.relu(features)
+    return rectified_block(features, spatial_power, channel_power)
+
+
+def rectified_block(
+    normalised: Tensor, spatial_power: float | None, channel_power: float | None
+) -> tuple[Tensor, Tensor]:
+    """Apply what follows the norm in `norm_block`: ReLU, attention maps and 2x2 average pooling."""
+    features = F.relu(normalised)
     return F.avg_pool2d(features, 2), attention_maps(features, spatial_power, channel_power)
 
 

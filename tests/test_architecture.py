@@ -20,7 +20,7 @@ FILES = {
 HELPERS = {"powers", "probe"}  # kernels that belong to no operator
 # Of measured kernels, see `KERNELS` in ops/launching.py.
 SUCCESSORS = {"attention_sums", "folded_conv_block", "norm"}
-OPERATORS_WITHOUT_KERNEL = {"dispatch", "launching", "native", "operators"}
+OPERATORS_WITHOUT_KERNEL = {"dispatch", "joint_batch", "launching", "native", "operators"}
 
 
 def is_type_checking(node):

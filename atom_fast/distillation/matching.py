@@ -58,6 +58,22 @@ def describe_fusion(network: ConvNet, config: DistillConfig, images: Tensor) -> 
     return FUSED + FIRST_BLOCK[kind].format(chip=chip_of(images.device))
 
 
+def joint_refusal(network: ConvNet, config: DistillConfig) -> str | None:
+    """Return why classes that do not run at once cannot share BatchNorm's batch; None if they can or need not.
+
+    Only the fused blocks join the statistics (`atom_fast.ops.joint_batch`).
+    """
+    if config.norm != "batch":
+        return None
+    reason = "feature_maps keeps feature maps" if config.feature_maps else network.unfused_reason()
+    if reason is None:
+        return None
+    return (
+        f"norm 'batch' computes its statistics over all classes, and only fused blocks join them, but {reason}; use a "
+        "norm of each sample (instance, layer, group)"
+    )
+
+
 def matching_terms(real: LayersOf, synthetic: LayersOf, config: DistillConfig, groups: ClassGroups) -> Tensor:
     """Compute equation 3 of every layer that is matched, and last L_MMD of the embedding: [L + 1].
 

@@ -4,9 +4,10 @@ The functions of this module act on the group of processes that `join` made this
 do nothing or return what they are given. Nothing else in the package knows how many processes there are.
 
 Each rank has its part of the classes, or of an evaluation's networks. Every rank draws the randomness of a step for all
-classes from the same seed and uses its own rows, so that the number of ranks does not matter, and nothing is sent
-inside a step. Ranks meet where something is read, saved or agreed on. Small values go through the key-value store that
-started them; images go by NCCL between GPUs and by gloo between CPUs.
+classes from the same seed and uses its own rows, so that the number of ranks does not matter. Inside a step nothing is
+sent but the sums per channel through which BatchNorm couples classes. Ranks meet where something is read, saved or
+agreed on. Small values go through the key-value store that started them; images and sums go by NCCL between GPUs and by
+gloo between CPUs.
 
 A rank that ends by an error leaves a message in the store. A killed one stops beating: a thread of each rank counts up
 a number there, and ranks that wait for another watch it.
@@ -137,6 +138,19 @@ def scatter(whole: Tensor | None, like: Tensor, classes: int) -> Tensor | None:
         classes: number of classes in all.
     """
     return whole if _group is None else _group.scatter(whole, like, classes)
+
+
+def all_gather(part: Tensor, classes: int) -> Tensor:
+    """Return the rows of all classes on every rank, from within a step: nobody meets, and a CUDA graph captures it.
+
+    Args:
+        part: [len(local_classes), ...], a row for each of this rank's classes.
+        classes: number of classes in all.
+
+    Raises:
+        RankError: another rank is gone.
+    """
+    return part if _group is None else _group.all_gather(part, classes)
 
 
 def own_jobs(jobs: Sequence[int]) -> Sequence[int]:
@@ -323,6 +337,19 @@ class _Group:
                 self._dist.recv(received, 0)
         return received
 
+    def all_gather(self, part: Tensor, classes: int) -> Tensor:
+        sizes = [len(split(classes, rank, self.size)) for rank in range(self.size)]
+        padded = part.new_zeros((max(sizes), *part.shape[1:]))
+        padded[: len(part)] = part
+        whole = padded.new_empty((self.size * len(padded), *part.shape[1:]))
+        with self._explained("while BatchNorm's sums were gathered"):
+            try:
+                self._dist.all_gather_into_tensor(whole, padded)
+            except RuntimeError:
+                self._look_for_the_lost()
+                raise
+        return torch.cat([rows[:size] for rows, size in zip(whole.split(len(padded)), sizes, strict=True)])
+
     def share(
         self, jobs: Sequence[int], work: Callable[[Sequence[int]], Iterable[tuple[int, Mapping]]]
     ) -> Iterator[tuple[int, Mapping]]:
@@ -389,6 +416,17 @@ class _Group:
                     f"rank {rank} of {self.size} has given no sign of life for {now - since:.0f} s: it was killed, or "
                     "its machine or network is down"
                 )
+
+    def _look_for_the_lost(self) -> None:
+        """Watch the others for as long as it takes to tell that one is gone.
+
+        Raises:
+            RankError: one is, or has failed; otherwise the connection was lost for another reason.
+        """
+        limit = time.monotonic() + SILENCE + 3 * BEAT
+        while time.monotonic() < limit:
+            self._look_at_others()
+            time.sleep(0.02)
 
     def _failure(self) -> str | None:
         """Return the message of the first rank that failed."""

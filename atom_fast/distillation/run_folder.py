@@ -26,10 +26,10 @@ from atom_fast.distillation import ranks
 from atom_fast.distillation.checkpoint import Checkpoint, latest_checkpoint, remove_unfinished, save_checkpoint
 from atom_fast.distillation.config import DistillConfig, affects_result, drop_removed_settings, write_config
 from atom_fast.distillation.logs import RunLog, append_environment, environment, log, peak_memory, versions
-from atom_fast.distillation.matching import FUSED
+from atom_fast.distillation.matching import FUSED, joint_refusal
 from atom_fast.distillation.pool import Pool, easiest
 from atom_fast.distillation.start import given_images, initial_images
-from atom_fast.distillation.step import Distillation, DivergenceError
+from atom_fast.distillation.step import Distillation, DivergenceError, make_convnet
 from atom_fast.pictures import save_image_grid
 from atom_fast.synthetic import SYNTHETIC_FILE, SyntheticSet
 
@@ -402,13 +402,10 @@ class RunFolder:
 
 
 def _check_processes(config: DistillConfig, data: ImageData) -> None:
-    """Raise ValueError if the classes cannot be shared by the processes: too few of them, or coupled by the norm."""
+    """Raise ValueError if the processes cannot share the classes: too few of them, or coupled."""
     processes = ranks.count()
-    if processes > 1 and config.norm == "batch":
-        raise ValueError(
-            f"norm 'batch' computes its statistics over all classes together, so they cannot be split among "
-            f"{processes} processes; use one process, or a norm of each sample (instance, layer, group)"
-        )
+    if processes > 1 and (reason := joint_refusal(make_convnet(config, data), config)):
+        raise ValueError(f"the classes cannot be split among {processes} processes: {reason}")
     if processes > data.num_classes:
         raise ValueError(
             f"{processes} processes are more than the {data.num_classes} classes of {data.name}, each of which one "

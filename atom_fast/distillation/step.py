@@ -19,11 +19,14 @@ from atom_fast.data.dataset import ImageData
 from atom_fast.data.sampling import sample_class_indices
 from atom_fast.data.whitening import Preprocessing, real_image_gatherer
 from atom_fast.distillation.config import DistillConfig
+from atom_fast.distillation.joint_passes import JointPasses
 from atom_fast.distillation.logs import log
 from atom_fast.distillation.matching import (
+    LayersOf,
     characteristic_loss,
     describe_fusion,
     draw_frequencies,
+    joint_refusal,
     make_extractor,
     matching_terms,
     weighted_terms,
@@ -84,6 +87,27 @@ class _Chunk(typing.NamedTuple):
         return self.classes.stop - self.classes.start
 
 
+class _Drawn(typing.NamedTuple):
+    """The randomness of a step, of all classes."""
+
+    indices: Tensor  # int64 [K, real_batch], of the real images
+    stages: Sequence[AugmentationParameters]
+    chosen: Tensor | None  # int64 [K, batch], see `_choose`
+    frequencies: Tensor | None  # of `characteristic_loss`
+
+    def of_classes(self, chunk: _Chunk) -> list[AugmentationParameters]:
+        """The augmentation of a chunk's classes."""
+        return [parameters.of_groups(chunk.classes) for parameters in self.stages]
+
+
+class _Matched(typing.NamedTuple):
+    """What a step learns of a chunk."""
+
+    chunk: _Chunk
+    terms: Tensor  # [terms]
+    gradient: Tensor  # of the chunk's images
+
+
 class Distillation:
     """Synthetic images under distillation, their momentum, and all that a step needs, on one device.
 
@@ -95,8 +119,8 @@ class Distillation:
         average: of the same shape, the running mean of ``image_average``; None without it.
         labels: int64 [len(classes)*ipc], the class of each image.
         config: resolved settings.
-        class_chunk: classes that run at once. The gradient is exactly the sum over chunks, since a norm of each sample
-            leaves the classes independent.
+        class_chunk: classes that run at once. The gradient is exactly the sum over chunks: a norm of each sample leaves
+            the classes independent, and BatchNorm's sums are joined (`JointPasses`).
         network: the ConvNet that every step draws again, at random or from ``pool``.
         pool: trained networks; None without ``pool_networks``.
         extract: what is matched of images, by that network (`make_extractor`).
@@ -127,7 +151,8 @@ class Distillation:
             progress: show long preparations on standard error.
 
         Raises:
-            ValueError: ``images`` has another shape, or the norm couples the classes and not all run at once.
+            ValueError: ``images`` has another shape, or the norm couples the classes, not all run at once, and the
+                network cannot join them (`joint_refusal`).
         """
         device, classes = data.train_images.device, range(data.num_classes) if classes is None else classes
         expected = (len(classes) * config.ipc, *data.image_shape)
@@ -170,17 +195,19 @@ class Distillation:
         """Run ``size`` classes at once from the next step on; a captured step is dropped.
 
         Raises:
-            ValueError: ``size`` is below 1, or below the number of classes under a norm that couples them.
+            ValueError: ``size`` is below 1, or below the number of classes where these cannot be joined.
         """
         device, all_classes = self.images.device, self.data.num_classes
         if size < 1:
             raise ValueError(f"class_chunk must be at least 1; got {size}")
-        if size < all_classes and self.config.norm == "batch":
-            raise ValueError(
-                f"class_chunk must be all {all_classes} classes under norm 'batch', which computes its statistics over "
-                f"them together; got {size}. Norms of each sample (instance, layer, group) can run in chunks"
-            )
+        if size < all_classes and (reason := joint_refusal(self.network, self.config)):
+            raise ValueError(f"class_chunk must be all {all_classes} classes; got {size}: {reason}")
         self.class_chunk = min(size, len(self.classes))
+        # All classes at once take, on a GPU, a kernel of the whole batch; on a CPU joining them costs nothing, and the
+        # bits are the same for any number of processes.
+        parts = self.class_chunk < all_classes
+        joins = self.config.norm == "batch" and (parts or device.type == "cpu")
+        self._joint = JointPasses(all_classes) if joins else None
         self._chunks = []
         position = torch.arange(all_classes, device=device) - self.classes.start
         self._first_held = position % self.class_chunk * self._held
@@ -221,50 +248,71 @@ class Distillation:
         with stage("sample"):
             indices = sample_class_indices(self._sampled, config.real_batch, generator)  # 4: B_k^T
         with stage("augment"):  # siamese: the same operations for the real and synthetic images of a class
-            drawn = draw_stages(self.data.num_classes, generator, strategy=config.augmentation)
+            stages = draw_stages(self.data.num_classes, generator, strategy=config.augmentation)
         with stage("sample"):
             chosen = self._choose(generator)
             frequencies = None
             if config.characteristic_weight > 0:
                 frequencies = draw_frequencies(self.network.embedding_size, generator)
-        matched = []
-        for chunk in self._chunks:  # one of all classes, unless memory is short
-            with stage("sample"):
-                real = self.gather_real(pad_batch_of_one(indices[chunk.classes].flatten()))
-            images = self.images[chunk.rows].detach().requires_grad_()  # 4: B_k^S
-            with stage("augment"):
-                own = [parameters.of_groups(chunk.classes) for parameters in drawn]
-                synthetic, others = self._cut_out(images, own, chunk, chosen)
-                for parameters in own:
-                    real = augment(real, parameters, chunk.real_labels)
-                for parameters in others:
-                    synthetic = augment(synthetic, parameters, chunk.labels)
-            with self._precision(config.precision_of_real), stage("real"), torch.no_grad():
-                real = self.extract(real)
-            with self._precision(config.precision):
-                with stage("synthetic"):
-                    synthetic = self.extract(synthetic)
-                with stage("loss"):
-                    terms = matching_terms(real, synthetic, config, chunk.groups)  # 5
-                    if frequencies is not None:
-                        characteristic = characteristic_loss(real[0], synthetic[0], frequencies, chunk.size)
-                        terms = torch.cat((terms, characteristic.view(1)))
-                    if config.calibration_weight > 0:
-                        terms = torch.cat((terms, self._cross_entropy(synthetic[0], chunk).view(1)))
-                del real, synthetic  # the backward pass needs little of them
-                with stage("backward"):  # 6: of the loss, which is weights @ terms
-                    (gradient,) = torch.autograd.grad(terms, images, self._factored)
-                    unscaled = gradient if self._factor == 1 else gradient.div_(self._factor)
-                    matched.append((chunk.rows, terms.detach(), unscaled))
+        drawn = _Drawn(indices, stages, chosen, frequencies)
+        matched = self._match_all(drawn)
         with stage("update"):
-            for rows, terms, gradient in matched:  # no allocation from here on
-                momentum = self.momentum[rows]
+            for chunk, terms, gradient in matched:  # no allocation from here on
+                momentum = self.momentum[chunk.rows]
                 torch.add(gradient, momentum, alpha=config.momentum, out=momentum)  # 7: SGD
-                self.images[rows].sub_(momentum, alpha=config.image_lr)
+                self.images[chunk.rows].sub_(momentum, alpha=config.image_lr)
                 self._sums.add_(terms)
             self._finite.add_(torch.lt(self._sums, math.inf, out=self._is_finite))
             if self.average is not None:
                 self.average.lerp_(self.images, (_AVERAGE_POWER + 1) / (self._iteration + _AVERAGE_POWER))
+
+    def _match_all(self, drawn: _Drawn) -> list[_Matched]:
+        """Lines 5 and 6 for every chunk; there is one, of all classes, unless memory is short."""
+        if self._joint is None:
+            return [self._match(chunk, drawn) for chunk in self._chunks]
+        self._joint.begin()
+        sizes = [chunk.size for chunk in self._chunks]
+        reals = self._joint.over(self._chunks, lambda chunk: self._real_layers(chunk, drawn), sizes)
+        pairs = list(zip(self._chunks, reals, strict=True))
+        matched = self._joint.over(pairs, lambda pair: self._match(pair[0], drawn, pair[1]), sizes)
+        self._joint.forget()
+        return matched
+
+    def _real_layers(self, chunk: _Chunk, drawn: _Drawn) -> LayersOf:
+        """What is matched of a chunk's real images."""
+        with stage("sample"):
+            real = self.gather_real(pad_batch_of_one(drawn.indices[chunk.classes].flatten()))
+        with stage("augment"):
+            for parameters in drawn.of_classes(chunk):
+                real = augment(real, parameters, chunk.real_labels)
+        with self._precision(self.config.precision_of_real), stage("real"), torch.no_grad():
+            return self.extract(real)
+
+    def _match(self, chunk: _Chunk, drawn: _Drawn, real: LayersOf | None = None) -> _Matched:
+        """Compute a chunk's terms, and the gradient of the loss with respect to its images."""
+        config = self.config
+        if real is None:
+            real = self._real_layers(chunk, drawn)
+        images = self.images[chunk.rows].detach().requires_grad_()  # 4: B_k^S
+        with stage("augment"):
+            synthetic, stages = self._cut_out(images, drawn.of_classes(chunk), chunk, drawn.chosen)
+            for parameters in stages:
+                synthetic = augment(synthetic, parameters, chunk.labels)
+        with self._precision(config.precision):
+            with stage("synthetic"):
+                synthetic = self.extract(synthetic)
+            with stage("loss"):
+                terms = matching_terms(real, synthetic, config, chunk.groups)  # 5
+                if drawn.frequencies is not None:
+                    characteristic = characteristic_loss(real[0], synthetic[0], drawn.frequencies, chunk.size)
+                    terms = torch.cat((terms, characteristic.view(1)))
+                if config.calibration_weight > 0:
+                    terms = torch.cat((terms, self._cross_entropy(synthetic[0], chunk).view(1)))
+            del real, synthetic  # the backward pass needs little of them
+            with stage("backward"):  # 6: of the loss, which is weights @ terms
+                (gradient,) = torch.autograd.grad(terms, images, self._factored)
+                unscaled = gradient if self._factor == 1 else gradient.div_(self._factor)
+                return _Matched(chunk, terms.detach(), unscaled)
 
     def _precision(self, precision: str) -> contextlib.AbstractContextManager[None]:
         return convolution_precision(precision, self.images.device, self.config.deterministic)
@@ -308,9 +356,17 @@ class Distillation:
         device = self.images.device
         if isinstance(error, KernelError) and not triton_refusal(device):
             return functools.partial(refuse_triton, device, str(error.__cause__).strip())
-        if is_out_of_memory(error) and self.class_chunk > 1 and self.config.norm != "batch":
+        if is_out_of_memory(error) and self.class_chunk > 1 and not self._is_coupled():
             return self._halve_class_chunk
         raise error
+
+    def _is_coupled(self) -> bool:
+        """True if this process must not run its classes otherwise than the other processes run theirs."""
+        if self.config.norm != "batch":
+            return False
+        several = len(self.classes) < self.data.num_classes
+        captured = several and self.images.is_cuda  # a capture that is tried again would gather more often than others
+        return captured or joint_refusal(self.network, self.config) is not None
 
     def _halve_class_chunk(self) -> None:
         if self.images.is_cuda:

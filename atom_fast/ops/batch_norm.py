@@ -17,8 +17,9 @@ from .. import reference
 from . import native
 from .dispatch import dispatch, register
 from .instance_norm import check_input, empty_gradient, empty_output, layout_of, options_without_maps
+from .joint_batch import join_statistics
 from .launching import KERNELS, accumulation_dtype, device_of, int32_indexable, is_traced
-from .norm_block import join_statistics, sums_passes, walk_of, write_gradient, write_statistics
+from .norm_block import sums_passes, walk_of, write_gradient, write_statistics
 from .operators import differentiate, fake, operator
 
 

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
 from .._device import Chip, chip_of
 from . import native, norm_block
 from .dispatch import dispatch, register
+from .joint_batch import is_joint, join_sums
 from .launching import KERNELS, constant_power, contiguous, device_of, int32_indexable
 from .norm_block import BlockOutput
 from .operators import differentiate, fake, operator
@@ -67,7 +67,8 @@ def conv_block(
 def _run_triton(images, filters, *arguments):
     if launch_kind(images.shape[1:], filters.shape[0], filters.dtype, images.device) == "apart":
         return _run_apart(images, filters, *arguments)
-    implementation = "triton" if KERNELS["conv_block"] == "measured" else "successor"
+    measured = KERNELS["conv_block"] == "measured" or is_joint()  # the successors join moments, not statistics
+    implementation = "triton" if measured else "successor"
     return conv_block_op(images, filters, *arguments, implementation)[:2]
 
 
@@ -91,7 +92,11 @@ def _run_apart(images, filters, weight, bias, eps, spatial_power, channel_power,
     return norm_block.norm_block(convolved, weight, bias, eps=eps, **powers, norm=norm)
 
 
-register("conv_block", triton=_run_triton, c=_run_c, eager=reference.conv_block)
+def _run_eager(images, filters, *arguments):
+    return norm_block.run_eager(F.conv2d(images.to(filters.dtype), filters, padding=1), *arguments)
+
+
+register("conv_block", triton=_run_triton, c=_run_c, eager=_run_eager)
 
 
 def _check_input(images: Tensor, filters: Tensor) -> None:
@@ -371,7 +376,7 @@ def _backward_triton(grad_pooled, grad_maps, images, filters, saved, powers, nor
         constants["EXACT"] = is_exact(channels, height, width, launch, tiles)
         kernels.conv_block_sums_kernel[(batch, tiles)](*inputs, sums, *strides, **constants, **launch)
         if norm == "batch":
-            sums = (sums.sum((0, 1)) / batch).expand(batch, 1, 2, channels).contiguous()
+            sums = join_sums(sums.sum(1)).expand(batch, 1, 2, channels).contiguous()
         kernels.conv_block_columns_kernel[(batch, tiles)](
             *inputs, sums, columns, *strides, **constants, TILES=sums.shape[1], **launch
         )

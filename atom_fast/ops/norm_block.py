@@ -20,6 +20,7 @@ from .. import reference
 from . import native
 from .attention import map_sizes
 from .dispatch import dispatch, register
+from .joint_batch import JointBatchNorm, is_joint, join_statistics, join_sums
 from .launching import KERNELS, accumulation_dtype, constant_power, contiguous, device_of, int32_indexable
 from .operators import differentiate, fake, operator
 
@@ -73,7 +74,7 @@ def norm_block(
 
 
 def _run_triton(convolved, *arguments):
-    if KERNELS["norm_block"] == "measured":
+    if KERNELS["norm_block"] == "measured" or is_joint():  # the successors have no statistics of single classes
         return norm_block_op(convolved, *arguments, "triton")[:2]
     layout = torch.channels_last if is_channels_last(convolved) else torch.contiguous_format
     pooled, maps, *_ = norm_block_op(convolved.contiguous(memory_format=torch.channels_last), *arguments, "successor")
@@ -93,7 +94,17 @@ def _run_c(convolved, weight, bias, eps, spatial_power, channel_power, norm):
     return norm_block_op(convolved, weight, bias, *options)[:2]
 
 
-register("norm_block", triton=_run_triton, c=_run_c, eager=reference.norm_block)
+def run_eager(convolved, weight, bias, eps, spatial_power, channel_power, norm):
+    """Run the equations as written; a joint batch has no operator of PyTorch's."""
+    if norm != "batch" or not is_joint():
+        return reference.norm_block(convolved, weight, bias, eps, spatial_power, channel_power, norm)
+    normalised = JointBatchNorm.apply(convolved, eps)
+    if weight is not None:
+        normalised = normalised * weight[:, None, None] + bias[:, None, None]
+    return reference.rectified_block(normalised, spatial_power, channel_power)
+
+
+register("norm_block", triton=_run_triton, c=_run_c, eager=run_eager)
 
 
 def check_powers(spatial_power: float | None, channel_power: float | None) -> None:
@@ -279,15 +290,11 @@ def _forward_c(x, weight, bias, eps, spatial_power, channel_power, norm, pooled,
     )  # fmt: skip
 
 
-def join_statistics(means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and variance [C] over a batch, given the planes' [B, C]; overwrites both arguments."""
-    # Planes have one size, so the variance is the mean of their variances plus the variance of their means.
-    mean = means.mean(0)
-    return mean, variances.add_(means.sub_(mean).square_()).mean(0)
-
-
 def write_batch_statistics(means: Tensor, variances: Tensor, eps: float, mean: Tensor, rstd: Tensor) -> None:
-    """Write mean and 1 / sqrt(variance + eps) of the batch into every row of [B, C]; see `join_statistics`."""
+    """Write mean and 1 / sqrt(variance + eps) of the batch into every row of [B, C].
+
+    See `atom_fast.ops.joint_batch.join_statistics`, which may overwrite ``means`` and ``variances``.
+    """
     total, variance = join_statistics(means, variances)
     mean.copy_(total)
     rstd.copy_(torch.rsqrt(variance + eps))
@@ -312,7 +319,7 @@ def sums_passes(norm: str, sums: Tensor) -> Iterator[tuple[Tensor, int]]:
         yield sums, OWN_SUMS
     else:
         yield sums, WRITE_SUMS
-        yield sums.mean(0), READ_SUMS
+        yield join_sums(sums), READ_SUMS
 
 
 def c_gradients(grad_pooled: Tensor | None, grad_maps: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -370,6 +377,10 @@ def chunk_sums(
 
 def _batch_statistics(x: Tensor, eps: float, mean: Tensor, rstd: Tensor) -> None:
     """Write each channel's mean and 1 / sqrt(variance + eps) over the batch into every row of [B, C]."""
+    if is_joint():
+        variances, means = torch.var_mean(x.to(mean.dtype), (2, 3), correction=0)
+        write_batch_statistics(means, variances, eps, mean, rstd)
+        return
     if x.is_cuda:
         own_mean, own_rstd = torch.batch_norm_stats(x, eps)
     else:
@@ -451,7 +462,7 @@ def _backward_triton(
         else:
             sums = mean.new_empty((batch, 2, channels))
             kernel(*inputs, sums, None, *strides, **constants, SUMS="write", **launch)
-            kernel(*inputs, sums.mean(0), grad_x, *strides, **constants, SUMS="read", **launch)
+            kernel(*inputs, join_sums(sums), grad_x, *strides, **constants, SUMS="read", **launch)
 
 
 def map_weights(

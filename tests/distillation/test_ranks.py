@@ -32,6 +32,8 @@ SMALL = {"ipc": 2, "real_batch": 4, "width": 8, "depth": 2, "log_every": 2, "che
 CONFIGURATIONS = {
     "augmented": {},
     "one image in chunks": {"ipc": 1, "class_chunk": 2, "image_average": True},
+    "batch norm": {"norm": "batch"},
+    "batch norm in chunks": {"norm": "batch", "depth": 3, "class_chunk": 2, "real_batch": 1, "image_average": True},
     "layer norm": {"norm": "layer", "augmentation": "none"},
     "matched means": {"name": "dm", "real_batch": 1},
     "with a pool": {
@@ -42,6 +44,9 @@ CONFIGURATIONS = {
         "calibration_weight": 1.0,
     },
 }
+
+
+RESUMED = ("instance", "batch")  # norms
 
 
 def small(iterations=4, **settings):
@@ -105,15 +110,17 @@ def distil_all(folder):
     options = {"progress": False, "device": "cpu"}
     pool.cache_folder = lambda: folder / f"cache of {size}"  # each number of processes trains the networks anew
     images = {
-        name: distill(data, small(**settings), folder / f"{size} {name}", **options).images.numpy()
+        name: distill(data, small(**settings), folder / f"{size} {name}", **options).images
         for name, settings in CONFIGURATIONS.items()
     }
     iterations = {4: 3, 2: 5, 1: 6}[size]
-    resumed = distill(data, small(iterations, class_chunk=3), folder / "resumed", resume=True, **options)
+    for norm in RESUMED:
+        settings = small(iterations, class_chunk=3, norm=norm)
+        images[f"resumed {norm}"] = distill(data, settings, folder / f"resumed {norm}", resume=True, **options).images
     with ranks.alone():
         apart = distill(data, small(2), folder / f"apart {size} {os.environ['RANK']}", **options)
-    found = {"resumed": resumed.images.numpy(), "apart": apart.images.numpy(), "evaluation": _evaluate(data, folder)}
-    return {**images, **found, **_refusals(folder)}
+    found = {"apart": apart.images.numpy(), "evaluation": _evaluate(data, folder)}
+    return {**{name: found.numpy() for name, found in images.items()}, **found, **_refusals(folder)}
 
 
 def _evaluate(data, folder):
@@ -132,7 +139,7 @@ def _evaluate(data, folder):
 def _refusals(folder):
     found = {}
     for name, classes, settings in (
-        ("batch norm", 10, {"norm": "batch"}),
+        ("unfused batch norm", 10, {"norm": "batch", "pooling": "max2"}),
         ("few classes", 3, {}),
         ("NaN", 10, {"loss_scale": 1e30, "image_lr": 1e30, "augmentation": "none"}),
     ):
@@ -195,10 +202,11 @@ def test_the_folder_is_that_of_one_process(shared):
 )
 def test_a_run_of_four_goes_on_with_two_and_with_one(shared, tmp_path):
     folder, found = shared
-    starts = json.loads((folder / "resumed" / "environment.json").read_text())
-    assert [start["processes"] for start in starts] == [4, 2, 1]
-    straight = distill(make_data(classes=10), small(6), tmp_path, progress=False, device="cpu")
-    assert torch.equal(torch.from_numpy(found[1][0]["resumed"]), straight.images)
+    for norm in RESUMED:
+        starts = json.loads((folder / f"resumed {norm}" / "environment.json").read_text())
+        assert [start["processes"] for start in starts] == [4, 2, 1]
+        straight = distill(make_data(classes=10), small(6, norm=norm), tmp_path / norm, progress=False, device="cpu")
+        assert torch.equal(torch.from_numpy(found[1][0][f"resumed {norm}"]), straight.images)
 
 
 def test_an_evaluation_does_not_depend_on_the_number_of_processes(shared):
@@ -211,16 +219,16 @@ def test_an_evaluation_does_not_depend_on_the_number_of_processes(shared):
 
 @pytest.mark.fault(
     "More than one process",
-    "a norm that couples the classes, in several processes",
+    "BatchNorm, which couples the classes, where no fused block joins them, in several processes",
     "refused, with the reason",
 )
 def test_what_couples_the_classes_is_refused(shared):
     _, found = shared
-    assert found[1][0]["batch norm"] is None
+    assert found[1][0]["unfused batch norm"] is None
     for size in (2, 4):
         for several in _raise_errors(found[size]):
-            assert "norm 'batch' computes its statistics over all classes together" in several["batch norm"]
-            assert f"{size} processes" in several["batch norm"]
+            assert f"the classes cannot be split among {size} processes: norm 'batch'" in several["unfused batch norm"]
+            assert "its pooling is not 2x2 average pooling" in several["unfused batch norm"]
 
 
 @pytest.mark.fault(
@@ -307,7 +315,7 @@ def test_processes_with_other_data_are_refused(context, tmp_path):
         assert "rank 1 of 2 has other data than rank 0" in str(error)
 
 
-def distil_slowly(folder):
+def distil_slowly(folder, norm="instance"):
     step = Distillation.step
 
     def slow_step(self, iteration):
@@ -315,7 +323,7 @@ def distil_slowly(folder):
         time.sleep(0.05)
 
     Distillation.step = slow_step
-    config = small(100_000, checkpoint_every=5, image_every=10**6)
+    config = small(100_000, checkpoint_every=5, image_every=10**6, norm=norm)
     distill(make_data(), config, folder, progress=False, device="cpu", resume=True)
 
 
@@ -324,9 +332,9 @@ def distil_slowly(folder):
     "SIGKILL to one of three processes",
     "the others notice after 20 s (3 in the test), name it and stop; checkpoints stay",
 )
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_process_ends_the_others(context, tmp_path, killed):
-    launch = Launch(context, 3, distil_slowly, tmp_path, silence=3.0)
+@pytest.mark.parametrize(("killed", "norm"), [(0, "instance"), (1, "instance"), (1, "batch")])
+def test_a_killed_process_ends_the_others(context, tmp_path, killed, norm):
+    launch = Launch(context, 3, distil_slowly, tmp_path, norm, silence=3.0)
     _wait_for(tmp_path / "checkpoints" / "iteration-00000005.safetensors")
     started = time.monotonic()
     launch.processes[killed].kill()

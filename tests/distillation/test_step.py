@@ -18,7 +18,7 @@ from atom_fast.data.dataset import ImageData
 from atom_fast.data.partition import decode
 from atom_fast.data.sampling import sample_class_indices
 from atom_fast.data.whitening import fit_preprocessing
-from atom_fast.distillation import step
+from atom_fast.distillation import ranks, step
 from atom_fast.distillation.config import preset
 from atom_fast.distillation.loop import distill
 from atom_fast.distillation.matching import characteristic_loss, draw_frequencies
@@ -471,27 +471,42 @@ def test_a_step_never_waits_for_the_device(graph, settings):
     run.read_terms()
 
 
+@pytest.mark.parametrize("norm", ["instance", "batch"])
 @pytest.mark.parametrize(("backend", "settings"), [("torch", {}), ("triton", {}), ("torch", ADDITIONS)])
-def test_chunks_of_classes_give_the_gradients_of_all_at_once(backend, settings, place):
+def test_chunks_of_classes_give_the_gradients_of_all_at_once(backend, settings, norm, place):
     """Chunks of two classes and of one, by one setting."""
     results = []
+    settings = {**settings, "norm": norm, "real_batch": 2, "width": 4, "depth": 2}
     for chunk in (None, 2):
-        run = make_run(make_data(3, device=place), class_chunk=chunk, real_batch=2, width=4, depth=2, **settings)[0]
+        run = make_run(make_data(3, device=place), class_chunk=chunk, **settings)[0]
         with af.backend(backend):
             run.step(1)
         results.append(run.momentum.double())
     assert (results[1] - results[0]).norm() <= 1e-6 * results[0].norm()
 
 
-def test_chunks_are_refused_where_the_norm_couples_the_classes(device):
-    with pytest.raises(ValueError, match="class_chunk must be all 4 classes under norm 'batch'.*got 2"):
-        make_run(make_data(4, device=device), class_chunk=2, norm="batch")[0]
+@pytest.mark.parametrize("setting", [{"feature_maps": True}, {"pooling": "max2"}])
+def test_chunks_are_refused_where_nothing_joins_the_classes_that_the_norm_couples(setting, device):
+    with pytest.raises(ValueError, match="class_chunk must be all 4 classes; got 2: norm 'batch' computes"):
+        make_run(make_data(4, device=device), class_chunk=2, norm="batch", **setting)
+    make_run(make_data(4, device=device), class_chunk=2, **setting)
     with pytest.raises(ValueError, match="class_chunk must be .*; got 0"):
         make_run(make_data(4, device=device), class_chunk=0)[0]
 
 
-def test_running_out_of_memory_halves_the_chunk_and_goes_on_from_the_same_step(device, monkeypatch, capsys):
-    expected, run = make_run(make_data(4, device=device))[0], make_run(make_data(4, device=device))[0]
+@pytest.mark.parametrize("chunk", [1, 3, None])
+def test_batch_norm_gathers_three_times_a_block(chunk, monkeypatch):
+    """Statistics of real and of synthetic images, and the sums of the gradient, whatever the chunk."""
+    gathered = []
+    monkeypatch.setattr(ranks, "all_gather", lambda part, classes: gathered.append(part) or part)
+    run = make_run(make_data(4), norm="batch", depth=2, class_chunk=chunk)[0]
+    run.step(1)
+    assert [list(part.shape) for part in gathered] == [[4, 2, run.config.width]] * 6
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_running_out_of_memory_halves_the_chunk_and_goes_on_from_the_same_step(device, norm, monkeypatch, capsys):
+    expected, run = (make_run(make_data(4, device=device), norm=norm)[0] for _ in range(2))
     for iteration in (1, 2):
         expected.step(iteration)
     match = step.matching_terms
