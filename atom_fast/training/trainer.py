@@ -55,6 +55,7 @@ class Trainer:
     Attributes:
         network: the network in training.
         images, labels: as given; their content may be changed between epochs.
+        epoch: the epoch that the network is in or has finished last, counted from 1; 0 before the first.
         generator: source of the network's initial weights, batch orders, augmentation, CutMix and dropout.
         protocol: as given.
     """
@@ -67,6 +68,7 @@ class Trainer:
         self.labels = labels
         self.protocol = protocol
         self.generator = torch.Generator(images.device)
+        self.epoch = 0
         self._autocast = {
             "device_type": images.device.type,
             "dtype": torch.bfloat16,
@@ -88,6 +90,7 @@ class Trainer:
     def restart(self, seed: int) -> None:
         """Draw a new network from ``seed`` and reset the momentum."""
         self.generator.manual_seed(seed)
+        self.epoch = 0
         network: Any = self.network
         network.reset_parameters(self.generator)
         for state in self._optimizer.state.values():
@@ -97,6 +100,7 @@ class Trainer:
         """Set the learning rate of an epoch, counted from 0, and return its random order, int64 [N]; no host sync."""
         if not self.network.training:  # after a test; train() visits every module, as slow as some steps on a GPU
             self.network.train()
+        self.epoch = epoch + 1
         self._learning_rate.fill_(self.protocol.learning_rate_at(epoch))
         return torch.randperm(len(self.images), generator=self.generator, device=self.images.device)
 
@@ -184,6 +188,26 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float | None
         correct += (predicted.argmax(1) == expected).sum()
         finite &= predicted.isfinite().all()
     return 100 * correct.item() / len(images) if finite.item() else None
+
+
+@torch.no_grad()
+def confusion(network: nn.Module, images: Tensor, labels: Tensor, classes: int) -> Tensor | None:
+    """Count what a network, in evaluation mode, takes the images of each class for.
+
+    Args:
+        network, images, labels: as in :func:`accuracy`.
+        classes: their number K.
+
+    Returns:
+        int64 [K, K] on the CPU: entry (i, j) counts images of class i taken for class j. None if a logit is not finite.
+    """
+    network.eval()
+    counts = torch.zeros(classes * classes, dtype=torch.int64, device=images.device)
+    finite = torch.ones((), dtype=torch.bool, device=images.device)
+    for predicted, expected in in_batches(network, images, labels):
+        counts += torch.bincount(expected * classes + predicted.argmax(1), minlength=classes * classes)
+        finite &= predicted.isfinite().all()
+    return counts.view(classes, classes).cpu() if finite.item() else None
 
 
 def in_batches(function: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor):
