@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import sys
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -90,7 +91,7 @@ def save_run_pictures(folder: str | os.PathLike, synthetic: SyntheticSet) -> Non
     """
     folder = Path(folder)
     save_synthetic_grid(synthetic, folder / "synthetic.png", title=describe(synthetic))
-    save_loss_curves(folder / "log.jsonl", folder / "loss.png", title=describe(synthetic))
+    saveloss_curves(folder / "log.jsonl", folder / "loss.png", title=describe(synthetic))
 
 
 def describe(synthetic: SyntheticSet) -> str:
@@ -199,7 +200,7 @@ def read_log(path: str | os.PathLike) -> list[dict]:
     return records
 
 
-def save_loss_curves(log: str | os.PathLike, path: str | os.PathLike, title: str | None = None) -> Path:
+def saveloss_curves(log: str | os.PathLike, path: str | os.PathLike, title: str | None = None) -> Path:
     """Plot the loss terms of a run over its iterations to one PNG, on a logarithmic scale if all are positive.
 
     Args:
@@ -218,7 +219,7 @@ def save_loss_curves(log: str | os.PathLike, path: str | os.PathLike, title: str
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    curves = _loss_curves(read_log(log))
+    curves = loss_curves(read_log(log))
     if not curves:
         raise ValueError(f"{log} contains no losses: expected records such as {{'iteration': 10, 'loss': 0.5}}")
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -249,14 +250,20 @@ def save_curves(figure, path: str | os.PathLike) -> Path:
     return write_atomically(path, buffer.getvalue())
 
 
-def _loss_curves(records: Iterable[dict]) -> dict[str, list[tuple[int, float]]]:
+def loss_curves(records: Iterable[dict]) -> dict[str, list[tuple[int, float]]]:
+    """Return the losses of a log's records, by name, as (iteration, value); what is not a finite number is left out."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for record in records:
+        if not _is_finite(record.get("iteration")):
+            continue
         for name, value in record.items():
-            numeric = isinstance(value, (int, float)) and math.isfinite(value)
-            if name.endswith("loss") and numeric and "iteration" in record:
+            if name.endswith("loss") and _is_finite(value):
                 curves.setdefault(name, []).append((record["iteration"], value))
     return curves
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 
 
 def size_text(result: Mapping[str, Any]) -> str:

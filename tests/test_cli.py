@@ -109,7 +109,7 @@ def test_is_a_module():
     started = time.monotonic()
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.startswith("Usage: atom-fast [OPTIONS] COMMAND") and time.monotonic() - started < 10
-    assert set(main.commands) == {"demo", "distill", "evaluate", "select", "show", "export", "info", "doctor"}
+    assert set(main.commands) == {"demo", "distill", "evaluate", "select", "show", "export", "info", "report", "doctor"}
 
 
 @pytest.fixture
@@ -208,6 +208,11 @@ def test_default_output_names_data_size_and_preset(configured):
         (["show", "missing.safetensors"], ["missing.safetensors does not exist"]),
         (["show", "missing.safetensors", "--output", "a.jpg"], ["--output must end in .png; got a.jpg"]),
         (["info"], ["Missing argument 'FILE'"]),
+        (["report", "missing"], ["missing does not exist"]),
+        (["report", ".", "--output", "report.pdf"], ["the report's file must end in .html; got report.pdf"]),
+        (["report", "."], [". holds no run: neither synthetic.safetensors nor config.yaml"]),
+        (["report", ".", "--networks", 0], ["networks must be a whole number, at least 1; got 0"]),
+        (["report", ".", "--epochs", 0], ["epochs must be a whole number, at least 1; got 0"]),
     ],
 )
 def test_errors_are_one_clear_line(tmp_path, monkeypatch, arguments, messages):

@@ -110,6 +110,8 @@ def test_the_wheel_holds_every_kernel_once_and_nothing_beside_the_package(built)
     names, metadata = archive.namelist(), f"atom_fast-{af.__version__}.dist-info"
     assert kernel_files(names) == KERNELS
     assert "atom_fast/py.typed" in names
+    templates = {f"atom_fast/report/templates/{path.name}" for path in (ROOT / "atom_fast/report/templates").iterdir()}
+    assert templates and templates <= set(names)
     assert {name.split("/")[0] for name in names} == {"atom_fast", metadata}
     entry_points = archive.read(f"{metadata}/entry_points.txt").decode()
     assert "atom-fast = atom_fast.__main__:main" in entry_points
