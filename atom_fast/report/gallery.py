@@ -45,7 +45,7 @@ class Gallery:
 
     Attributes:
         rows: the classes that are shown.
-        noun: "image", or "sheet" with a partition.
+        noun: "synthetic image", of selected images "real image", and "sheet" with a partition.
         partition: of the set.
         real: True if nearest real images are shown.
         classes: with images, shown or not.
@@ -101,9 +101,9 @@ def make_gallery(synthetic: SyntheticSet, data: ImageData | None, room: int, *, 
                 of_other_classes=None if other is None else int(other[part].sum()),
             )
         )
-    noun = "image" if synthetic.partition == 1 else "sheet"
-    classes = len(labels.unique())
-    return Gallery(tuple(rows), noun, synthetic.partition, data is not None, classes)
+    kind = "real" if "selection" in synthetic.metadata else "synthetic"
+    noun = f"{kind} {'image' if synthetic.partition == 1 else 'sheet'}"
+    return Gallery(tuple(rows), noun, synthetic.partition, data is not None, len(labels.unique()))
 
 
 def _pixels(synthetic: SyntheticSet, indices: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -161,6 +162,7 @@ def gather(
     room = _PICTURES // len(groups)
     runs = [_run(group, data_for, measures, room) for group in groups]
     _compare_cells(groups, runs)
+    _shorten_names(groups, runs)
     return Report(title=source.resolve().name, collection=collection, runs=runs)
 
 
@@ -219,11 +221,12 @@ def _run(group: Sequence[Place], data_for, measures: Measures, room: int) -> Run
         if place.folder is not None:
             _add_settings(run, place.folder)
         return run
-    if data is None:
+    chosen = "selection" in synthetic.metadata
+    if data is None and not chosen:
         run.left_out.append(f"nearest real images: {reason}")
     _add_facts(run, place, synthetic, data)
     try:
-        run.gallery = make_gallery(synthetic, data, room, progress=measures.progress)
+        run.gallery = make_gallery(synthetic, None if chosen else data, room, progress=measures.progress)
     except _OF_ONE_RUN as error:
         run.left_out.append(f"pictures: {error}")
     if place.cell:
@@ -466,8 +469,23 @@ def _compare_cells(groups: Sequence[Sequence[Place]], runs: Sequence[Run]) -> No
             if other.method in kinds and other is not run and (other.dataset, other.size) == (run.dataset, run.size):
                 files = {one.file for one in own[id(run)]}
                 run.accuracies += [
-                    dataclasses.replace(one, kind=kinds[other.method], name=f"{other.method} real images")
+                    dataclasses.replace(
+                        one,
+                        kind=kinds[other.method],
+                        name="random real images" if other.method == "random" else f"real images by {other.method}",
+                    )
                     for one in own[id(other)]
                     if one.file in files
                 ]
         _add_charts(run)
+
+
+def _shorten_names(groups: Sequence[Sequence[Place]], runs: Sequence[Run]) -> None:
+    """Leave out seed and hash of a cell's name where it stays distinct without them."""
+    short = [
+        re.sub(r"-seed\d+-[0-9a-f]{8}$", "", run.name) if group[0].cell else run.name
+        for run, group in zip(runs, groups, strict=True)
+    ]
+    for run, name in zip(runs, short, strict=True):
+        if short.count(name) == 1:
+            run.name = name

@@ -50,8 +50,8 @@ def render(report: Report) -> str:
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
-    environment.globals.update(charts=charts, largest_table=LARGEST_TABLE)
-    return environment.get_template("report.html").render(report=report)
+    template = environment.get_template("report.html")
+    return template.render(report=report, charts=charts, largest_table=LARGEST_TABLE)
 
 
 def _printable(value: object) -> object:
