@@ -54,7 +54,7 @@ def lines(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Lines | None:
     ys = [y for points in used.values() for _, y in points]
     logarithmic = min(ys) > 0
     low, high = (math.log10(min(ys)), math.log10(max(ys))) if logarithmic else (min(ys), max(ys))
-    margin = 0.04 * (high - low) or 0.5
+    margin = 0.04 * (high - low) or max(0.5, 0.04 * abs(high))
     low, high = low - margin, high + margin
     first, last = min(xs), max(xs)
 

@@ -366,9 +366,7 @@ def _add_accuracies(
     """Train what is not on record, and read the record."""
     [record], coreset_file = place.records, place.coreset_file
     assert coreset_file is not None
-    if data is None:
-        run.left_out.append(f"accuracies that are not on record: {reason}")
-    elif measures.train:
+    if data is not None and measures.train:
         run.left_out += train_missing(synthetic, data, record, coreset_file, measures)
     try:
         records = read_records(record)
@@ -395,8 +393,8 @@ def _add_accuracies(
     order = {"set": 0, "random": 1, "coreset": 2}
     run.accuracies.sort(key=lambda one: (one.protocol != wanted, one.network != "convnet", order[one.kind]))
     _add_charts(run)
-    if not measures.train:
-        _name_missing(run, place, measures, wanted)
+    if data is None or not measures.train:
+        _name_missing(run, place, measures, wanted, reason)
 
 
 def _same_size(record: Mapping[str, Any], synthetic: SyntheticSet) -> bool:
@@ -404,19 +402,19 @@ def _same_size(record: Mapping[str, Any], synthetic: SyntheticSet) -> bool:
     return own[:2] == (record.get("ipc"), record.get("partition", 1)) and own[2] in (None, record.get("dataset"))
 
 
-def _name_missing(run: Run, place: Place, measures: Measures, protocol: str) -> None:
-    """Name the evaluations that are not on record, with the command that trains them."""
+def _name_missing(run: Run, place: Place, measures: Measures, protocol: str, reason: str) -> None:
+    """Name the evaluations that are not on record, with the command that trains them, or why they cannot be."""
     names = {"set": "the set", "random": "random real images", "coreset": "a coreset"}
+    options = ["--networks", str(measures.networks)]
+    options += ["--protocol", measures.protocol] if measures.protocol else []
+    options += ["--epochs", str(measures.epochs)] if measures.epochs else []
+    rest = reason or shlex.join(["atom-fast", "report", str(place.source), *options])
     for kind, name in names.items():
-        fitting = [one for one in run.accuracies if one.kind == kind and one.protocol == protocol]
-        finished = max((one.networks for one in fitting), default=0)
-        if finished < measures.networks:
-            options = ["--networks", str(measures.networks)]
-            options += ["--protocol", measures.protocol] if measures.protocol else []
-            options += ["--epochs", str(measures.epochs)] if measures.epochs else []
-            command = shlex.join(["atom-fast", "report", str(place.source), *options])
+        fitting = [one.networks for one in run.accuracies if one.kind == kind and one.protocol == protocol]
+        finished = max(fitting, default=0)
+        if finished < measures.networks and (kind != "coreset" or run.method != "herding"):
             run.left_out.append(
-                f"accuracy of {name}: {finished} of {measures.networks} networks are on record; the rest: {command}"
+                f"accuracy of {name}: {finished} of {measures.networks} networks are on record; for the rest: {rest}"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -41,7 +42,13 @@ def write_report(source: str | os.PathLike, output: str | os.PathLike | None = N
 
 def render(report: Report) -> str:
     """Return the page of a report; the same report gives the same text."""
-    environment = jinja2.Environment(
+    template = _environment().get_template("report.html")
+    return template.render(report=report, charts=charts, largest_table=LARGEST_TABLE)
+
+
+@functools.cache  # templates are compiled once
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         finalize=_printable,
@@ -50,12 +57,10 @@ def render(report: Report) -> str:
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
-    template = environment.get_template("report.html")
-    return template.render(report=report, charts=charts, largest_table=LARGEST_TABLE)
 
 
 def _printable(value: object) -> object:
     """Escape control characters in text: HTML does not allow them, and a name may turn the direction of a page."""
-    if not isinstance(value, str) or isinstance(value, Markup):
+    if not isinstance(value, str) or isinstance(value, Markup) or value.isprintable():
         return value
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in value)
