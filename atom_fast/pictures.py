@@ -90,7 +90,7 @@ def save_run_pictures(folder: str | os.PathLike, synthetic: SyntheticSet) -> Non
     """
     folder = Path(folder)
     save_synthetic_grid(synthetic, folder / "synthetic.png", title=describe(synthetic))
-    saveloss_curves(folder / "log.jsonl", folder / "loss.png", title=describe(synthetic))
+    save_loss_curves(folder / "log.jsonl", folder / "loss.png", title=describe(synthetic))
 
 
 def describe(synthetic: SyntheticSet) -> str:
@@ -199,7 +199,7 @@ def read_log(path: str | os.PathLike) -> list[dict]:
     return records
 
 
-def saveloss_curves(log: str | os.PathLike, path: str | os.PathLike, title: str | None = None) -> Path:
+def save_loss_curves(log: str | os.PathLike, path: str | os.PathLike, title: str | None = None) -> Path:
     """Plot the loss terms of a run over its iterations to one PNG, on a logarithmic scale if all are positive.
 
     Args:

@@ -1,7 +1,6 @@
 """Reports: valid pages of nothing but themselves, whose figures are those on record, whatever a run holds."""
 
 import base64
-import dataclasses
 import html.parser
 import io
 import json
@@ -11,11 +10,13 @@ import statistics
 
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import atom_fast as af
+from atom_fast.cli import main
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.partition import make_sheets
 from atom_fast.data.whitening import fit_preprocessing
@@ -23,6 +24,8 @@ from atom_fast.evaluation.accuracy import evaluate, is_record_of
 from atom_fast.evaluation.results import read_records
 from atom_fast.evaluation.sets import select
 from atom_fast.report import charts, gather, render, write_report
+from atom_fast.report.gallery import make_gallery
+from atom_fast.report.gather import Report, Run
 from atom_fast.report.nearest import nearest_images
 from atom_fast.synthetic import SyntheticSet
 from tests.benchmarks.tiny import run, small
@@ -194,9 +197,9 @@ def test_a_second_report_trains_nothing_and_has_the_same_bytes(tested, tmp_path,
     assert again.read_bytes() == (tested / "report.html").read_bytes() and not seeds
     assert render(gather(tested, train=False, **QUICK)) == again.read_text("utf-8")
     more = gather(tested, **{**QUICK, "networks": 3}, train=False)
-    assert len(more.runs[0].left_out) == 3 and not seeds
-    assert "2 of 3 networks are on record" in more.runs[0].left_out[0]
-    assert f"atom-fast report {tested} --networks 3 --epochs 2" in more.runs[0].left_out[0]
+    [missing] = more.runs[0].left_out
+    assert "2 of 3 on the set, 2 of 3 on random real images, 2 of 3 on a coreset are on record" in missing
+    assert missing.endswith(f"; atom-fast report {tested} --networks 3 --epochs 2") and not seeds
 
 
 def test_strict_parsers_find_no_error(tested):
@@ -246,6 +249,19 @@ def test_a_benchmark_s_cells_are_pooled_over_seeds_and_nothing_is_trained(tmp_pa
     assert ("sets", "2, of seeds 0, 1; pictures, settings and losses are the first one's") in atom.facts
 
 
+def test_the_command_writes_the_file_and_prints_its_path(tested, tmp_path):
+    folder = copy_of(tested, tmp_path)
+    before = (folder / "report.html").read_bytes()
+    (folder / "report.html").unlink()
+    options = ["--networks", "2", "--epochs", "2", "--device", "cpu", "--quiet"]
+    result = CliRunner().invoke(main, ["report", str(folder), *options])
+    assert result.exit_code == 0 and result.stdout == f"{folder / 'report.html'}\n"
+    assert (folder / "report.html").read_bytes() == before.replace(tested.name.encode(), folder.name.encode())
+    result = CliRunner().invoke(main, ["report", str(folder / "synthetic.safetensors"), "--no-train", "--quiet"])
+    assert result.stdout == f"{folder / 'synthetic.html'}\n"
+    assert f"atom-fast report {folder} --networks 3" in check((folder / "synthetic.html").read_text("utf-8")).text
+
+
 # ---------------------------------------------------------------- what is missing or damaged
 
 
@@ -286,7 +302,7 @@ def test_records_without_matrices_and_of_other_sets(tested, tmp_path, data):
     assert [one.name for one in run.accuracies] == ["this set", "random real images", "herding (pixels)"]
     assert run.accuracies[0].text == shown(records[0]) and run.classes is None
     assert any("kept no confusion matrix; remove it to train again" in reason for reason in run.left_out)
-    assert any("1 evaluations in evaluation.json: they are of another set" in reason for reason in run.left_out)
+    assert any("evaluation.json that are of another set, or on other images: 1" in reason for reason in run.left_out)
     assert read_records(folder / "evaluation.json")[0] == old[0]
     synthetic = SyntheticSet.load(folder)
     assert is_record_of(records[0], synthetic, data.fingerprint) and not is_record_of(records[0], synthetic, "other")
@@ -339,7 +355,7 @@ def test_a_foreign_set_has_no_command(tmp_path):
     [run] = gather(path, data_dir=tmp_path, **QUICK).runs
     assert run.gallery and not run.gallery.real and run.facts[0] == ("data set", "cifar10")
     assert any("settings, command and versions: the file does not hold them" in reason for reason in run.left_out)
-    assert any("0 of 2 networks are on record; for the rest: cifar10 is missing" in reason for reason in run.left_out)
+    assert any("0 of 2 on a coreset are on record; cifar10 is missing" in reason for reason in run.left_out)
     [run] = gather(path.rename(tmp_path / "images.pt"), train=False, **QUICK).runs
     assert run.problem or any("names no data set: give --dataset" in reason for reason in run.left_out)
 
@@ -379,7 +395,9 @@ def test_hostile_names_are_text(tmp_path):
     (folder / "environment.json").write_text(json.dumps([{"command": [HOSTILE], "versions": {HOSTILE: HOSTILE}}]))
     (folder / "log.jsonl").write_text(json.dumps({"iteration": 1, f"{HOSTILE}loss": 1.0}) + "\n")
     for source in (folder, tmp_path):
-        text = render(gather(source, data=data, **QUICK))
+        report = gather(source, data=data, **QUICK)
+        assert [one.kind for one in report.runs[0].accuracies] == ["set", "random", "coreset"]
+        text = render(report)
         page = check(text)
         assert "<script" not in text and "\u202e" not in text and "\x00" not in text
         assert HOSTILE.replace("\u202e", "\\u202e").replace("\x00", "\\x00") in page.text
@@ -388,24 +406,8 @@ def test_hostile_names_are_text(tmp_path):
 @settings(max_examples=20)
 @given(st.text(max_size=30), st.text(max_size=30))
 def test_any_name_gives_a_page(name, value):
-    run = dataclasses.replace(gather_nothing(), name=name, title=value, facts=[(name, value)], command=value)
-    page = page_of(dataclasses.replace(REPORT, title=name, runs=[run]))
-    assert "".join(char for char in name if char.isprintable() and char not in "\r\n") == "" or page.text
-
-
-def gather_nothing():
-    from atom_fast.report.gather import Run
-
-    return Run("run")
-
-
-def _report():
-    from atom_fast.report.gather import Report
-
-    return Report("title", False, [])
-
-
-REPORT = _report()
+    page = page_of(Report(name, False, [Run(name, title=value, facts=[(name, value)], command=value)]))
+    assert [name, value] in page.rows or not (name + value).isprintable()
 
 
 def test_a_hundred_classes_of_fifty_noisy_images_stay_below_5_mb(tmp_path):
@@ -483,8 +485,6 @@ def test_nearly_equal_images_are_told_apart():
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_gallery_s_pictures_hold_the_images_above_the_nearest_real_ones(channels):
-    from atom_fast.report.gallery import make_gallery
-
     data = random_data(shape=(channels, 8, 8))
     synthetic = as_set(data, torch.tensor([2, 5, 4, 9]))
     synthetic.sheets = synthetic.sheets + 0.01
@@ -502,8 +502,6 @@ def test_the_gallery_s_pictures_hold_the_images_above_the_nearest_real_ones(chan
 
 
 def test_images_on_sheets_have_their_own_nearest_images():
-    from atom_fast.report.gallery import make_gallery
-
     flat = torch.arange(0, 240, 20, dtype=torch.uint8).view(12, 1, 1, 1).expand(12, 3, 8, 8).contiguous()
     labels = torch.arange(3).repeat_interleave(4)
     data = ImageData.from_tensors("flat", "abc", flat, labels, flat.clone(), labels)

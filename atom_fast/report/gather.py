@@ -140,7 +140,8 @@ def gather(
     """
     source = Path(source)
     check_count("networks", networks)
-    measures = Measures(networks, protocol, epochs, train, device, progress)
+    where = (*(("--dataset", dataset) if dataset else ()), *(("--data-dir", str(data_dir)) if data_dir else ()))
+    measures = Measures(networks, protocol, epochs, train, device, progress, where)
     measures.protocol_for(dataset or "")
     if dataset is not None and dataset not in SOURCES:
         raise ValueError(f"data set must be one of {', '.join(SOURCES)}; got {dataset!r}")
@@ -382,12 +383,12 @@ def _add_accuracies(
             run.accuracies.append(measured("set", "this set", [found]))
         elif coreset is not None and any(is_record_of(found, coreset, one) for one in fingerprints):
             run.accuracies.append(measured("coreset", coreset_name(coreset), [found]))
-        elif found.get("method") == "random" and _same_size(found, synthetic):
+        elif found.get("method") == "random" and _same_size(found, synthetic, data):
             run.accuracies.append(measured("random", "random real images", [found]))
         else:
             others += 1
     if others:
-        run.left_out.append(f"{others} evaluations in {record.name}: they are of another set, or on other images")
+        run.left_out.append(f"records in {record.name} that are of another set, or on other images: {others}")
     dataset = data.name if data is not None else str(synthetic.metadata.get("dataset"))
     wanted = measures.protocol_for(dataset).name
     order = {"set": 0, "random": 1, "coreset": 2}
@@ -397,25 +398,27 @@ def _add_accuracies(
         _name_missing(run, place, measures, wanted, reason)
 
 
-def _same_size(record: Mapping[str, Any], synthetic: SyntheticSet) -> bool:
-    own = synthetic.ipc, synthetic.partition, synthetic.metadata.get("dataset")
-    return own[:2] == (record.get("ipc"), record.get("partition", 1)) and own[2] in (None, record.get("dataset"))
+def _same_size(record: Mapping[str, Any], synthetic: SyntheticSet, data: ImageData | None) -> bool:
+    names = {synthetic.metadata.get("dataset"), None if data is None else data.name}
+    size = record.get("ipc"), record.get("partition", 1)
+    return size == (synthetic.ipc, synthetic.partition) and record.get("dataset") in names
 
 
 def _name_missing(run: Run, place: Place, measures: Measures, protocol: str, reason: str) -> None:
     """Name the evaluations that are not on record, with the command that trains them, or why they cannot be."""
     names = {"set": "the set", "random": "random real images", "coreset": "a coreset"}
-    options = ["--networks", str(measures.networks)]
+    missing = []
+    for kind, name in names.items():
+        fitting = [one.networks for one in run.accuracies if one.kind == kind and one.protocol == protocol]
+        if (finished := max(fitting, default=0)) < measures.networks and (kind != "coreset" or run.method != "herding"):
+            missing.append(f"{finished} of {measures.networks} on {name}")
+    if not missing:
+        return
+    options = ["--networks", str(measures.networks), *measures.where]
     options += ["--protocol", measures.protocol] if measures.protocol else []
     options += ["--epochs", str(measures.epochs)] if measures.epochs else []
     rest = reason or shlex.join(["atom-fast", "report", str(place.source), *options])
-    for kind, name in names.items():
-        fitting = [one.networks for one in run.accuracies if one.kind == kind and one.protocol == protocol]
-        finished = max(fitting, default=0)
-        if finished < measures.networks and (kind != "coreset" or run.method != "herding"):
-            run.left_out.append(
-                f"accuracy of {name}: {finished} of {measures.networks} networks are on record; for the rest: {rest}"
-            )
+    run.left_out.append(f"accuracies: of networks trained by {protocol}, {', '.join(missing)} are on record; {rest}")
 
 
 def _add_charts(run: Run) -> None:

@@ -27,6 +27,7 @@ class Measures:
         train: False: nothing is trained.
         device: where; None: the GPU, if there is one.
         progress: show progress bars on standard error.
+        where: options of the command that say where the real images are.
     """
 
     networks: int
@@ -35,6 +36,7 @@ class Measures:
     train: bool
     device: torch.device | str | None
     progress: bool
+    where: tuple[str, ...] = ()
 
     def protocol_for(self, dataset: str) -> Protocol:
         """Return how networks are trained for a data set.
