@@ -221,7 +221,10 @@ def test_a_folder_of_runs_has_an_overview_and_unfinished_or_damaged_ones_are_nam
     accuracies = [shown(record) for record in read_records(tested / "evaluation.json")]
     for name in ("b-2", "b-10"):
         assert rows[name][1:7] == ["digits", "2", "atom", *accuracies] and float(rows[name][7]) >= 0
-    assert "4 of 4 iterations are logged, and there is no set yet" in rows["unfinished"][-1]
+    assert (
+        "4 of 4 iterations are logged, and there is no set yet; to continue, run its command with --resume"
+        in rows["unfinished"][-1]
+    )
     assert "is not a readable safetensors file" in rows["damaged"][-1]
     assert len([run for run in report.runs if run.losses]) == 4  # what there is, is shown
     assert len(report.runs[3].settings) > 20

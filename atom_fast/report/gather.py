@@ -241,10 +241,11 @@ def _progress(place: Place) -> str:
     """How far an unfinished run has come."""
     if place.folder is None:
         return "unfinished: there is no set in it"
+    how = "run the same benchmark again" if place.cell else "run its command with --resume"
     try:
         done = max((record.get("iteration", 0) for record in read_log(place.folder / LOG_FILE)), default=0)
         wanted = read_settings(place.folder / CONFIG_FILE).get("iterations")
-        return f"unfinished: {done} of {wanted} iterations are logged, and there is no set yet"
+        return f"unfinished: {done} of {wanted} iterations are logged, and there is no set yet; to continue, {how}"
     except (*_OF_ONE_RUN, TypeError):
         return "unfinished: there is no set in it"
 
