@@ -1,4 +1,4 @@
-"""Atomic writes: a file is written beside its target and then moved onto it, so that it is complete or absent."""
+"""Atomic writes: what is written beside its target and then moved there is complete or absent."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -71,6 +74,31 @@ def write_atomically(path: str | os.PathLike, content: bytes | str) -> Path:
         raise type(error)(error.errno, f"cannot write {path}: {error.strerror or error}{kept}") from error
     _sync_folder(target.parent)
     return path
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder to fill, which becomes ``path`` at the end of the context; nothing stays of a failure.
+
+    Raises:
+        FileExistsError: ``path`` exists and is not an empty folder.
+        OSError: it could not be written.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not an empty folder; give a new one")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    content = temporary / "content"  # mkdir gives the usual permissions; the folder from mkdtemp is private
+    try:
+        content.mkdir()
+        yield content
+        if path.exists():
+            path.rmdir()
+        os.replace(content, path)
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def unfinished_path(target: Path) -> Path:

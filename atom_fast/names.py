@@ -22,14 +22,17 @@ SPACES = (
 )  # fmt: skip
 
 NETWORK_NAMES = ("convnet", "alexnet", "vgg11", "resnet18", "vit")
+NETWORK_LIBRARIES = ("timm", "torchvision")  # whose networks are named "timm:NAME"
 TRAINING_PRECISIONS = ("float32", "bfloat16")
 SOURCES = ("digits", "cifar10", "cifar100", "tiny", "folder")
 SELECTIONS = ("random", "herding", "k-center", "forgetting", "least-forgetting", "easy", "full")
 FEATURES = ("embedding", "pixels")
-EXPORT_FORMATS = ("folder", "pt")
+EXPORT_FORMATS = ("folder", "pt", "ddranking", "eccv24")
 # Epochs of the network that is watched to select images: they separate long before it has learned them all.
 WATCHED_EPOCHS = 20
+WHOLE_EPOCHS = 200  # of networks trained on all real images, for scores: DD-Ranking's schedule for CIFAR
 SYNTHETIC_FILE = "synthetic.safetensors"  # in a run's folder
+EVALUATION_FILE = "evaluation.json"  # beside it, where networks were trained on it
 
 OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")  # of siamese augmentation, by code
 STRATEGY = "_".join(OPERATIONS)

@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from atom_fast._interrupts import interrupts_raised
 from atom_fast.distillation.config import SETTINGS, DistillConfig, none_word, preset, read_settings
-from atom_fast.names import PREPROCESSINGS, SOURCES, SPACES, SYNTHETIC_FILE
+from atom_fast.names import NETWORK_LIBRARIES, NETWORK_NAMES, PREPROCESSINGS, SOURCES, SPACES, SYNTHETIC_FILE
 
 
 class Choice(click.Choice):
@@ -27,6 +27,17 @@ class Choice(click.Choice):
             if nearest:
                 self.fail(f"{error.message} Did you mean {nearest[0]!r}?", param, ctx)
             raise
+
+
+class Network(Choice):
+    """A test network by name, or one of another library: "timm:NAME", "torchvision:NAME"."""
+
+    def __init__(self):
+        super().__init__(NETWORK_NAMES)
+
+    def convert(self, value, param, ctx):
+        library, _, name = str(value).partition(":")
+        return value if library in NETWORK_LIBRARIES and name else super().convert(value, param, ctx)
 
 
 class OrNone(click.ParamType):

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +17,6 @@ from atom_fast.data.partition import check_partition, decode, sheet_pixels
 from atom_fast.data.whitening import Preprocessing
 from atom_fast.foreign.files import check_stored, is_foreign, load_tensors
 from atom_fast.foreign.recognised import Recognised, open_foreign
-from atom_fast.foreign.spaces import CONSTANTS, PUBLIC
 from atom_fast.names import EXPORT_FORMATS, SYNTHETIC_FILE
 
 if TYPE_CHECKING:
@@ -31,10 +26,6 @@ FORMAT = "atom_fast.synthetic_set"
 FORMAT_VERSION = 3
 # Sets are written in the first version that can hold them, so that earlier programs read what they understand.
 _BEFORE_PARTITIONS, _BEFORE_SOFT_LABELS = 1, 2
-
-# Mean and standard deviation with which the public DC, DM and DataDAM programs normalise test images. CIFAR-10's differ
-# from its pixels' (0.247, 0.243, 0.262): a set normalised by its pixels would have another contrast there.
-PUBLIC_NORMALIZATION = {dataset: CONSTANTS[space] for dataset, space in PUBLIC.items()}
 
 
 class SyntheticSet(torch.utils.data.Dataset):
@@ -165,6 +156,11 @@ class SyntheticSet(torch.utils.data.Dataset):
         sizes = set(self.class_sizes)
         return sizes.pop() // self.partition**2 if len(sizes) == 1 else None
 
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of everything in the set, as its file holds it."""
+        return self._contents()[1]["sha256"]
+
     def pixels(self) -> torch.Tensor:
         """Return the images as pixels: float32 ``[N, C, H, W]`` in [0, 1], clamped."""
         return self.preprocessing.to_pixels(self.images)
@@ -205,7 +201,12 @@ class SyntheticSet(torch.utils.data.Dataset):
         from safetensors.torch import save
 
         self.check()
+        tensors, description = self._contents()
+        # One entry: safetensors writes several in an order that changes from run to run.
+        return write_atomically(path, save(tensors, metadata={FORMAT: _to_json(description)}))
 
+    def _contents(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The tensors and the description of the set's file."""
         tensors = {"images": self.sheets, "labels": self.sheet_labels}
         tensors |= {f"preprocessing.{name}": tensor for name, tensor in self.preprocessing.tensors().items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -216,9 +217,7 @@ class SyntheticSet(torch.utils.data.Dataset):
             tensors["soft_labels"] = self.soft_labels.detach().cpu().contiguous()
             description |= {"format_version": FORMAT_VERSION, "partition": self.partition}
         description = json.loads(_to_json(description))  # keys that are numbers become text before they are sorted
-        description["sha256"] = _digest(tensors, description)
-        # One entry: safetensors writes several in an order that changes from run to run.
-        return write_atomically(path, save(tensors, metadata={FORMAT: _to_json(description)}))
+        return tensors, {**description, "sha256": _digest(tensors, description)}
 
     @classmethod
     def load(
@@ -279,8 +278,9 @@ class SyntheticSet(torch.utils.data.Dataset):
     def export(self, path: str | os.PathLike, format: str | None = None) -> Path:
         """Write the set in a format that other programs read.
 
-        Other programs know no partition: they get the images that are on the sheets, cut out and enlarged, and the
-        entries ``"partition"`` and ``"decoded": true``, which say so. A set without a partition has neither entry.
+        Other programs know no partition: they get the images that are on the sheets, cut out and enlarged, and most
+        formats the entries ``"partition"`` and ``"decoded": true``, which say so. A set without a partition has
+        neither entry.
 
         Args:
             path: the folder or file to write. A folder must be empty or not exist; a file is replaced.
@@ -295,25 +295,28 @@ class SyntheticSet(torch.utils.data.Dataset):
                 ``"preprocessing"``: kind, mean and standard deviation of the saved images' space. Images are normalised
                 as these programs do it (CIFAR-10, CIFAR-100 and Tiny ImageNet with the constants in their code, other
                 data sets with this set's mean and standard deviation); a whitened set stays whitened.
+                ``"ddranking"`` writes what DD-Ranking 0.2.0 tests:
+                :func:`atom_fast.exports.ddranking.export_ddranking`. ``"eccv24"`` writes the tensor of the contest at
+                ECCV 2024: :func:`atom_fast.exports.eccv24.eccv24_tensor`.
 
         Returns:
             The path written.
 
         Raises:
-            ValueError: an unknown format, a set that is not valid (`check`), or images that are neither grey nor RGB
-                for ``"folder"``.
+            ValueError: an unknown format, a set that is not valid (`check`), or one that the format cannot hold, such
+                as images that are neither grey nor RGB in PNG files.
             FileExistsError: the folder exists and is not empty.
             OSError: the files could not be written.
         """
+        from atom_fast.exports.formats import WRITERS
+
         self.check()
         path = Path(path)
         if format is None:
             format = "pt" if path.suffix == ".pt" else "folder"
-        if format == "folder":
-            return _export_folder(self, path)
-        if format == "pt":
-            return _export_public(self, path)
-        raise ValueError(f"export format must be one of {', '.join(EXPORT_FORMATS)}; got {format!r}")
+        if format not in WRITERS:
+            raise ValueError(f"export format must be one of {', '.join(EXPORT_FORMATS)}; got {format!r}")
+        return WRITERS[format](self, path)
 
 
 def load_public(path: str | os.PathLike) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -455,84 +458,3 @@ def _read_file(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     if _digest(tensors, description) != description.get("sha256"):
         raise ValueError(f"{path} is damaged: its content does not match its checksum; use another copy of it")
     return description, tensors
-
-
-def folder_names(class_names: Sequence[str]) -> list[str]:
-    """Return distinct names that are safe in every file system and sort in the order of ``class_names``.
-
-    Letters, digits, ``.``, ``-`` and ``_`` stay, other characters become ``_``. If the result is not distinct and in
-    order, or a name could be hidden, reserved or too long, every name gets its position in front.
-    """
-    safe = [re.sub(r"[^\w.-]", "_", name)[:60] for name in class_names]
-    folded = [name.casefold() for name in safe]
-    ordered = safe == sorted(safe) and len(set(folded)) == len(safe)
-    reserved = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
-    plain = all(name.strip("._- ") == name and name and name.split(".")[0] not in reserved for name in folded)
-    if ordered and plain:
-        return safe
-    width = len(str(len(safe) - 1))
-    return [f"{index:0{width}d}_{name.rstrip('.')}" for index, name in enumerate(safe)]
-
-
-def _export_folder(synthetic: SyntheticSet, path: Path) -> Path:
-    from PIL import Image
-
-    channels = synthetic.sheets.shape[1]
-    if channels not in (1, 3):
-        raise ValueError(f"PNG files need images with 1 or 3 channels; got {channels}")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} exists and is not an empty folder; give a new one")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    content = temporary / "content"  # mkdir gives the usual permissions; the folder from mkdtemp is private
-    try:
-        pixels = (synthetic.pixels() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        labels = synthetic.labels.cpu()
-        for label, name in enumerate(folder_names(synthetic.class_names)):
-            folder = content / "train" / name
-            folder.mkdir(parents=True)
-            for number, index in enumerate((labels == label).nonzero().flatten().tolist()):
-                image = Image.fromarray(pixels[index].squeeze(-1) if channels == 1 else pixels[index])
-                image.save(folder / f"{number:04d}.png")
-        description = {
-            "class_names": synthetic.class_names,
-            "metadata": synthetic.metadata,
-            "preprocessing": synthetic.preprocessing.describe(),
-            **_decoded_note(synthetic),
-        }
-        (content / "metadata.json").write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", "utf-8")
-        if path.exists():
-            path.rmdir()
-        os.replace(content, path)
-    except OSError as error:
-        raise type(error)(error.errno, f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return path
-
-
-def _decoded_note(synthetic: SyntheticSet) -> dict[str, object]:
-    """Entries of an export that say that its images were cut out of sheets; none where they were not."""
-    return {} if synthetic.partition == 1 else {"partition": synthetic.partition, "decoded": True}
-
-
-def _public_model_space(synthetic: SyntheticSet) -> tuple[torch.Tensor, dict[str, object]]:
-    """The images in the space of the public programs, and that space as `Preprocessing.describe` describes it."""
-    images, preprocessing = synthetic.images, synthetic.preprocessing
-    own_mean, own_std = preprocessing.mean, preprocessing.std
-    constants = PUBLIC_NORMALIZATION.get(str(synthetic.metadata.get("dataset")))
-    if preprocessing.kind != "standard" or constants is None or own_mean is None or own_std is None:
-        return images, preprocessing.describe()
-    mean, std = (images.new_tensor(values)[:, None, None] for values in constants)
-    # Not to_pixels, which clamps: distilled images reach outside [0, 1].
-    pixels = images * own_std[:, None, None] + own_mean[:, None, None]
-    return (pixels - mean) / std, Preprocessing(mean.flatten(), std.flatten()).describe()
-
-
-def _export_public(synthetic: SyntheticSet, path: Path) -> Path:
-    images, space = _public_model_space(synthetic)
-    images = images.float().cpu().contiguous()
-    content = {"data": [[images, synthetic.labels.cpu()]], "accs_all_exps": {}, "preprocessing": space}
-    buffer = io.BytesIO()
-    torch.save({**content, **_decoded_note(synthetic)}, buffer)
-    return write_atomically(path, buffer.getvalue())

@@ -57,9 +57,11 @@ def read_set(path: Path) -> None:
     """Read a synthetic set like ``atom-fast info``, ``show`` and ``evaluate``."""
     from atom_fast.cli import _lines
     from atom_fast.evaluation.accuracy import architecture_of
+    from atom_fast.exports.folder import folder_names
+    from atom_fast.exports.public import public_model_space
     from atom_fast.options import printable
     from atom_fast.pictures import describe
-    from atom_fast.synthetic import SyntheticSet, _public_model_space, folder_names
+    from atom_fast.synthetic import SyntheticSet
 
     synthetic = SyntheticSet.load(path)
     assert printable(describe(synthetic)).isprintable()
@@ -68,7 +70,7 @@ def read_set(path: Path) -> None:
     assert not any("/" in name or "\\" in name for name in folder_names(synthetic.class_names))
     assert synthetic.pixels().isfinite().all() or synthetic.images.abs().max() > 1e18
     assert len(synthetic.sheet_pixels()) * synthetic.partition**2 == len(synthetic)
-    _public_model_space(synthetic)
+    public_model_space(synthetic)
     architecture_of(synthetic, "digits")
 
 

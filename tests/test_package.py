@@ -131,7 +131,7 @@ def test_the_source_archive_holds_every_kernel_once_and_installs(built, tmp_path
     )
     assert done.returncode == 0, done.stderr
     installed = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
-    assert kernel_files(installed) == KERNELS
+    assert kernel_files(installed) == KERNELS and "atom_fast/report/templates/report.html" in installed
     package = tmp_path / "atom_fast"
     expected = [str(package / "__init__.py"), str(package / "kernels" / "attention.py")]
     assert where_modules_are(tmp_path) == [*expected, *["None"] * 4]

@@ -310,7 +310,7 @@ def test_a_full_disk_leaves_the_earlier_file(command, name, server, finished, tm
     arguments = {
         "select": ["select", "--output", target, "--device", "cpu", "--quiet"],
         "show": ["show", finished, "--output", target],
-        "export": ["export", finished, target, "--format", "pt"],
+        "export": ["export", finished, target, "--for", "pt"],
     }[command]
     assert server.run(*arguments, printed=printed, full=name) == 2
     assert printed.read_text() == f"Error: cannot write {target}: File too large; the earlier file is unchanged\n"

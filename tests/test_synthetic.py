@@ -11,18 +11,14 @@ import random
 import numpy
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from atom_fast.data.partition import decode, make_sheets
 from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.synthetic import (
     FORMAT,
-    PUBLIC_NORMALIZATION,
     SyntheticSet,
     _digest,
     _read_file,
-    folder_names,
     load_public,
 )
 
@@ -433,131 +429,6 @@ def test_saves_to_what_a_link_names_and_to_no_folder_or_device(tmp_path):
         with pytest.raises(OSError, match="cannot write .*: it is not a file"):
             synthetic.save(path)
     assert (tmp_path / "pipe").is_fifo()
-
-
-def test_folder_export_is_read_by_torchvision(tmp_path):
-    datasets = pytest.importorskip("torchvision.datasets")
-    synthetic = make_set()
-    synthetic.export(tmp_path / "images")
-    read = datasets.ImageFolder(tmp_path / "images" / "train")
-    assert read.classes == list(synthetic.class_names)
-    assert [label for _, label in read.samples] == synthetic.labels.tolist()
-    expected = (synthetic.pixels() * 255).round().to(torch.uint8)
-    for index, (image, _) in enumerate(read):
-        assert torch.equal(torch.from_numpy(numpy.array(image)).permute(2, 0, 1), expected[index])
-    described = json.loads((tmp_path / "images" / "metadata.json").read_text("utf-8"))
-    about = {"class_names": list(synthetic.class_names), "metadata": synthetic.metadata}
-    assert described == {**about, "preprocessing": synthetic.preprocessing.describe()}
-    assert described["preprocessing"]["std"] == pytest.approx(synthetic.preprocessing.std.tolist(), abs=1e-6)
-
-
-def test_a_partitioned_set_is_exported_as_the_images_that_it_trains_as(tmp_path):
-    """Programs that know no partition train on what this one does."""
-    datasets = pytest.importorskip("torchvision.datasets")
-    synthetic = make_partitioned(dataset="cifar10")
-    read = datasets.ImageFolder(synthetic.export(tmp_path / "images") / "train")
-    assert [label for _, label in read.samples] == synthetic.labels.tolist()
-    expected = (synthetic.pixels() * 255).round().to(torch.uint8)
-    for index, (image, _) in enumerate(read):
-        assert torch.equal(torch.from_numpy(numpy.array(image)).permute(2, 0, 1), expected[index])
-    described = json.loads((tmp_path / "images" / "metadata.json").read_text("utf-8"))
-    content = torch.load(synthetic.export(tmp_path / "set.pt"), weights_only=True)
-    [(images, labels)] = load_public(tmp_path / "set.pt")
-    mean, std = (torch.tensor(values)[:, None, None] for values in PUBLIC_NORMALIZATION["cifar10"])
-    torch.testing.assert_close((images * std + mean).clamp(0, 1), synthetic.pixels())
-    assert torch.equal(labels, synthetic.labels)
-    for about in (described, content):
-        assert about["partition"] == 2 and about["decoded"] is True
-    assert described["preprocessing"] == synthetic.preprocessing.describe()
-
-
-def test_folder_export_of_grey_images(tmp_path):
-    image = pytest.importorskip("PIL.Image")
-    synthetic = make_set(channels=1)
-    synthetic.export(tmp_path / "grey", format="folder")
-    with image.open(tmp_path / "grey" / "train" / "dog" / "0001.png") as picture:
-        assert picture.mode == "L" and picture.size == (5, 6)
-
-
-def test_folder_export_refuses_what_is_there(tmp_path):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").write_text("kept")
-    with pytest.raises(FileExistsError, match="full exists and is not an empty folder"):
-        make_set().export(tmp_path / "full")
-    assert (tmp_path / "full" / "mine.txt").read_text() == "kept"
-    with pytest.raises(ValueError, match="1 or 3 channels; got 2"):
-        make_set(channels=2).export(tmp_path / "two")
-    with pytest.raises(ValueError, match="folder, pt; got 'zip'"):
-        make_set().export(tmp_path / "zip", format="zip")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
-
-
-@settings(max_examples=25)
-@given(st.lists(st.text(max_size=100), min_size=1, max_size=12))
-@example(["\U0001f130" * 100, "𝔘" * 100])
-def test_folder_names_are_safe_distinct_and_in_order(names):
-    folders = folder_names(names)
-    assert folders == sorted(folders)
-    assert len({folder.casefold() for folder in folders}) == len(names)
-    for folder in folders:
-        assert folder not in ("", ".", "..") and not set(folder) & set('/\\:*?"<>|\0') and not folder.startswith(".")
-        assert len(folder.encode()) <= 255
-
-
-@pytest.mark.parametrize(
-    ("names", "folders"),
-    [
-        (["cat", "dog"], ["cat", "dog"]),
-        (["dog", "cat"], ["0_dog", "1_cat"]),
-        (["a/../../b", "c d"], ["a_.._.._b", "c_d"]),
-        ([str(number) for number in range(11)], [f"{number:02d}_{number}" for number in range(11)]),
-        (["..", "x"], ["0_", "1_x"]),
-    ],
-)
-def test_folder_names_examples(names, folders):
-    assert folder_names(names) == folders
-
-
-@pytest.mark.fault(
-    "Hostile files", "class names such as `../../x`, when a set is exported as folders", "written as harmless names"
-)
-def test_classes_keep_their_labels_in_a_folder_whatever_their_names(tmp_path):
-    datasets = pytest.importorskip("torchvision.datasets")
-    synthetic = make_set(classes=("zebra", "../ape", "zebra"), ipc=1)
-    synthetic.export(tmp_path / "images")
-    read = datasets.ImageFolder(tmp_path / "images" / "train")
-    assert [label for _, label in read.samples] == [0, 1, 2]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
-
-
-def test_pt_export_is_what_the_public_programs_save(tmp_path):
-    synthetic = make_set()
-    path = synthetic.export(tmp_path / "res_ATOM.pt")
-    content = torch.load(path, weights_only=True)
-    assert set(content) == {"data", "accs_all_exps", "preprocessing"}
-    assert content["preprocessing"] == synthetic.preprocessing.describe()
-    images, labels = content["data"][0]
-    assert torch.equal(images, synthetic.images) and images.dtype == torch.float32
-    assert torch.equal(labels, synthetic.labels)
-    [(images, labels)] = load_public(path)
-    assert torch.equal(images, synthetic.images) and torch.equal(labels, synthetic.labels)
-
-
-def test_pt_export_of_cifar_is_normalised_as_the_public_programs_do(tmp_path):
-    synthetic = make_set(dataset="cifar10")
-    path = synthetic.export(tmp_path / "cifar.pt", format="pt")
-    [(images, _)] = load_public(path)
-    constants = dict(zip(("mean", "std"), map(list, PUBLIC_NORMALIZATION["cifar10"]), strict=True))
-    assert torch.load(path, weights_only=True)["preprocessing"] == {"kind": "standard", **constants}
-    mean, std = (torch.tensor(values)[:, None, None] for values in PUBLIC_NORMALIZATION["cifar10"])
-    torch.testing.assert_close((images * std + mean).clamp(0, 1), synthetic.pixels())
-
-
-def test_pt_export_of_a_whitened_set_stays_whitened(tmp_path):
-    pytest.importorskip("kornia", reason="ZCA is fitted by kornia")
-    synthetic = make_set("zca", dataset="cifar10")
-    [(images, _)] = load_public(synthetic.export(tmp_path / "cifar.pt", format="pt"))
-    assert torch.equal(images, synthetic.images)
 
 
 @pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])

@@ -16,7 +16,7 @@ import torch
 from atom_fast.data.archives import download_file, unpack_zip
 from atom_fast.data.cifar import read_cifar
 from atom_fast.data.dataset import ImageData
-from atom_fast.data.decoding import IMAGE_SUFFIXES, decode_images, resize_images
+from atom_fast.data.decoding import IMAGE_SUFFIXES, check_resolution, decode_images, resize_images
 from atom_fast.names import SOURCES
 
 if TYPE_CHECKING:
@@ -78,20 +78,21 @@ def load_data(
     """
     if name not in SOURCES:
         raise ValueError(f"data set must be one of {', '.join(SOURCES)}; got {name!r}")
-    if resolution is not None and (isinstance(resolution, bool) or not isinstance(resolution, int) or resolution < 1):
-        raise ValueError(f"resolution must be a whole number of pixels of at least 1, or None; got {resolution!r}")
+    check_resolution(resolution)
     if name == "digits":
-        return _load_digits(resolution)
+        return dataclasses.replace(_load_digits(resolution), source="scikit-learn")
     if data_dir is None and name == "folder":
         raise ValueError("data set 'folder' needs a data_dir (--data-dir DIR) that holds train/ and test/ (or val/)")
     root = Path(DEFAULT_DATA_DIR if data_dir is None else data_dir).expanduser()
     if folder := image_folder(root, name):
-        return _load_published(name, folder, resolution, progress)
-    if name == "tiny":
-        return _load_tiny(root, download, resolution, progress)
-    if name == "folder":
-        return _load_folder(root, resolution, progress)
-    return _load_cifar(name, root, download, resolution)
+        root, data = folder, _load_published(name, folder, resolution, progress)
+    elif name == "tiny":
+        data = _load_tiny(root, download, resolution, progress)
+    elif name == "folder":
+        data = _load_folder(root, resolution, progress)
+    else:
+        data = _load_cifar(name, root, download, resolution)
+    return dataclasses.replace(data, source=str(root.absolute()))
 
 
 def _load_digits(resolution: int | None) -> ImageData:

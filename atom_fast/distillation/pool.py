@@ -32,10 +32,9 @@ from atom_fast.training.protocols import Protocol
 from atom_fast.training.trainer import (
     Trainer,
     empty_network,
-    in_batches,
-    in_model_space,
     network_seed,
     repeatable_convolutions,
+    training_images,
 )
 
 FORMAT = "atom_fast.pool_network"
@@ -177,12 +176,12 @@ def _train(
     device = data.train_images.device
     architecture = config.convnet_settings()
     layout = memory_format(empty_network("convnet", architecture, data, device), device)
-    images = in_model_space(data.train_images, preprocessing, device, layout)
+    images, gather = training_images(data, preprocessing, device, layout)
     initial: dict[Trainer, Tensor] = {}
 
     def make_trainer() -> Trainer:
         network = empty_network("convnet", architecture, data, device).to(memory_format=layout)
-        return Trainer(network, images, data.train_labels, protocol)
+        return Trainer(network, images, data.train_labels, protocol, gather=gather)
 
     def start(trainer: Trainer, index: int) -> None:
         trainer.restart(network_seed(_SEED, index))
@@ -227,7 +226,7 @@ def _flat(network: nn.Module) -> Tensor:
 def _scores(trainer: Trainer) -> Tensor:
     """Return the error L2 norm of every training image, float32 [N] on the CPU."""
     network, parts = trainer.network.eval(), []
-    for predicted, labels in in_batches(network, trainer.images, trainer.labels):
+    for predicted, labels in trainer.in_batches(network):
         error = predicted.float().softmax(1)
         error.scatter_add_(1, labels[:, None], torch.full_like(error[:, :1], -1.0))
         parts.append(error.norm(dim=1))

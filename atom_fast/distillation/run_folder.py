@@ -19,6 +19,7 @@ from atom_fast import _threads
 from atom_fast._files import lock
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.partition import sheet_pixels
+from atom_fast.data.placement import host_memory, readable
 from atom_fast.data.sampling import describe_small_classes
 from atom_fast.data.whitening import Preprocessing
 from atom_fast.distillation import ranks
@@ -165,6 +166,9 @@ class RunFolder:
             return
         if small := describe_small_classes(run.data, run.config.real_batch):
             log(f"{small}: each step draws some of their images more than once (real_batch {run.config.real_batch})")
+        if run.data.host_images is not None:
+            size, place = readable(run.data.host_images.nbytes), host_memory(run.images.device)
+            log(f"the training images ({size}) stay in {place}: each step reads its images from there")
         if run.fusion != FUSED:
             log(f"the network runs {run.fusion}")
         if run.images.device.type == "cpu":

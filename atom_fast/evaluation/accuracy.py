@@ -80,7 +80,7 @@ def evaluate(
             (:func:`atom_fast.evaluation.sets.random_sets`).
         data: real images of the same classes, for the test set; None loads the set's own data set where that needs no
             folder (digits).
-        network: name of the architecture, one of :data:`~atom_fast.names.NETWORK_NAMES`.
+        network: name of the architecture, as :func:`~atom_fast.networks.make_network` takes it.
         architecture: settings of :class:`~atom_fast.networks.ConvNet` other than the image's; None is
             `architecture_of` the set. The depth, where it is not given, is the usual one for the image size.
         networks: number of networks.
@@ -120,7 +120,7 @@ def evaluate(
     known = networks_of(earlier)
     known += [({}, None) for _ in range(networks - len(known))]
     jobs = [index for index, (curve, _) in enumerate(known[:networks]) if not curve]
-    about, installed = _about(shared, data), versions()
+    about, installed = _about(shared, data, None if own_sets else shared.sha256), versions()
     started = time.perf_counter()
 
     def result(known: Sequence[Network]) -> EvaluationResult:
@@ -313,7 +313,7 @@ def _own_data(synthetic: SyntheticSet) -> ImageData:
     return load_data("digits", resolution=height if height == width else None, progress=False)
 
 
-def _about(synthetic: SyntheticSet, data: ImageData) -> dict[str, Any]:
+def _about(synthetic: SyntheticSet, data: ImageData, sha256: str | None) -> dict[str, Any]:
     metadata = synthetic.metadata
     made_from = metadata.get("dataset_fingerprint")
     return {
@@ -324,6 +324,7 @@ def _about(synthetic: SyntheticSet, data: ImageData) -> dict[str, Any]:
         "config_hash": metadata.get("config_hash"),
         "set_seconds": metadata.get("seconds"),
         "same_data": None if made_from is None else made_from == data.fingerprint,
+        "set_sha256": sha256,
     }
 
 

@@ -31,13 +31,14 @@ class EvaluationResult:
 
     Attributes:
         about: the set: ``dataset``, ``ipc`` (stored images per class), ``partition`` (each stored image trains as
-            partition^2 images; 1: as itself), ``method``, ``config_hash``, ``set_seconds`` (of its distillation) and
-            ``same_data`` (True if it was made from the data it was tested on); each None where it is not known.
+            partition^2 images; 1: as itself), ``method``, ``config_hash``, ``set_seconds`` (of its distillation),
+            ``same_data`` (True if it was made from the data it was tested on) and ``set_sha256``
+            (``SyntheticSet.sha256``; None where each network has its own set); each None where it is not known.
         curves: per network its accuracy after each tested epoch, ``{epoch: percent}`` with epochs counted from 1; the
             last epoch is always tested. None where a logit was not finite: the network diverged. Empty for a network
             that has not finished.
         protocol: how they were trained.
-        network: their architecture's name, one of :data:`~atom_fast.names.NETWORK_NAMES`.
+        network: their architecture's name, as :func:`~atom_fast.networks.make_network` takes it.
         architecture: settings of :class:`~atom_fast.networks.ConvNet`; empty for other networks.
         precision: "float32" or "bfloat16", of the training.
         seed: of the evaluation; network i depends only on it and on i.
@@ -191,6 +192,17 @@ def write_record(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
     # A row of a matrix is one line. No text is changed by it: JSON's strings hold no line break.
     text = re.sub(r"\[\n *(\d+(?:,\n *\d+)*)\n *\]", lambda row: f"[{re.sub(chr(10) + ' *', ' ', row[1])}]", text)
     write_atomically(path, text + "\n")
+
+
+def find_record(records: Sequence[Mapping[str, Any]], result: EvaluationResult) -> dict[str, Any] | None:
+    """Return the record of an evaluation, which may hold more networks than the result; None where there is none."""
+    found = json.loads(json.dumps(result.to_dict()))  # as it reads in a file
+    names = [*result.about, "protocol", "network", "architecture", "precision", "seed"]
+    for record in records:
+        same = all(record.get(name) == found[name] for name in names)
+        if same and record["curves"][: len(found["curves"])] == found["curves"]:
+            return dict(record)
+    return None
 
 
 def curves_of(record: Mapping[str, Any]) -> list[Curve]:

@@ -27,9 +27,10 @@ from atom_fast.evaluation.coresets import (
     random_selection,
     watch_training,
 )
+from atom_fast.exports.folder import folder_names
 from atom_fast.foreign.recognised import open_foreign
 from atom_fast.names import FEATURES, PREPROCESSINGS, SELECTIONS, WATCHED_EPOCHS
-from atom_fast.synthetic import SyntheticSet, folder_names, recognised_sets
+from atom_fast.synthetic import SyntheticSet, recognised_sets
 from atom_fast.training.protocols import Protocol, get_protocol
 
 

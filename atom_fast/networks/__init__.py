@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from atom_fast.names import NETWORK_LIBRARIES
 from atom_fast.networks.alexnet import AlexNet
 from atom_fast.networks.convnet import ConvNet, default_depth
+from atom_fast.networks.libraries import LibraryNetwork
 from atom_fast.networks.resnet import ResNet18
 from atom_fast.networks.vgg import VGG11
 from atom_fast.networks.vit import ViT
@@ -26,7 +28,7 @@ def make_network(
     """Make a network by its name; its ``reset_parameters(generator)`` draws new parameters.
 
     Args:
-        name: a key of ``NETWORKS``.
+        name: a key of ``NETWORKS``, or "timm:NAME" or "torchvision:NAME" (`atom_fast.networks.libraries`).
         channels: channels of the images.
         num_classes: number of logits.
         image_size: height and width in pixels; one number for a square.
@@ -34,10 +36,16 @@ def make_network(
             networks have none.
 
     Raises:
+        ImportError: the network's library is not installed.
         ValueError: an unknown name or setting, or an image size that the network does not accept.
     """
+    if name.partition(":")[0] in NETWORK_LIBRARIES:
+        if settings:
+            raise ValueError(f"{name} has no setting {next(iter(settings))!r}; it has no settings")
+        return LibraryNetwork(name, channels, num_classes, image_size)
     if name not in NETWORKS:
-        raise ValueError(f"network must be one of {', '.join(NETWORKS)}; got {name!r}")
+        libraries = ", ".join(f"{library}:NAME" for library in NETWORK_LIBRARIES)
+        raise ValueError(f"network must be one of {', '.join(NETWORKS)}, {libraries}; got {name!r}")
     accepted = [p.name for p in inspect.signature(NETWORKS[name]).parameters.values() if p.kind == p.KEYWORD_ONLY]
     for setting in settings:
         if setting not in accepted:

@@ -57,16 +57,16 @@ class Dropout(nn.Module):
         generator: source of the masks, on the input's device; None for PyTorch's default generator.
     """
 
-    def __init__(self, probability: float):
+    def __init__(self, p: float):
         super().__init__()
-        self.probability = probability
+        self.p = p
         self.generator: torch.Generator | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Zero each value with the given probability and scale the others to keep the mean; identity in evaluation."""
         if not self.training:
             return x
-        keep = 1 - self.probability
+        keep = 1 - self.p
         return x * torch.empty_like(x).bernoulli_(keep, generator=self.generator).div_(keep)
 
 

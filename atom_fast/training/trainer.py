@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from atom_fast.data.augmentation import augment_stages, draw_stages
 from atom_fast.data.dataset import ImageData
-from atom_fast.data.whitening import Preprocessing
+from atom_fast.data.placement import keeps_on_device
+from atom_fast.data.whitening import Preprocessing, real_image_gatherer
 from atom_fast.networks import make_network
 from atom_fast.training.cutmix import draw_cutmix, mix_images, mixed_cross_entropy
 from atom_fast.training.protocols import Protocol
@@ -47,10 +48,11 @@ class Trainer:
 
     Args:
         network: a module with ``reset_parameters(generator)``, on the device of the images.
-        images: floating point [N, C, H, W] in model space.
+        images: floating point [N, C, H, W] in model space; or of any kind with ``gather``.
         labels: int64 [N], or probabilities, floating point [N, K].
         protocol: how to train.
         precision: "float32", or "bfloat16" to train under autocast; parameters keep their type.
+        gather: from indices, int64 [B], to these of the images in model space; None takes them from ``images``.
 
     Attributes:
         network: the network in training.
@@ -61,9 +63,17 @@ class Trainer:
     """
 
     def __init__(
-        self, network: nn.Module, images: Tensor, labels: Tensor, protocol: Protocol, *, precision: str = "float32"
+        self,
+        network: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        protocol: Protocol,
+        *,
+        precision: str = "float32",
+        gather: Callable[[Tensor], Tensor] | None = None,
     ):
         self.network = network.train()
+        self._gather = gather
         self.images = images
         self.labels = labels
         self.protocol = protocol
@@ -93,15 +103,24 @@ class Trainer:
         self.epoch = 0
         network: Any = self.network
         network.reset_parameters(self.generator)
+        self._reset_momentum()
+
+    def _reset_momentum(self) -> None:
         for state in self._optimizer.state.values():
             state["momentum_buffer"].zero_()
 
     def begin_epoch(self, epoch: int) -> Tensor:
-        """Set the learning rate of an epoch, counted from 0, and return its random order, int64 [N]; no host sync."""
+        """Set the learning rate of an epoch, counted from 0, and return its random order, int64 [N]; no host sync.
+
+        Epochs come in order: a protocol may reset the momentum at a decay.
+        """
         if not self.network.training:  # after a test; train() visits every module, as slow as some steps on a GPU
             self.network.train()
         self.epoch = epoch + 1
-        self._learning_rate.fill_(self.protocol.learning_rate_at(epoch))
+        rate = self.protocol.learning_rate_at(epoch)
+        self._learning_rate.fill_(rate)
+        if self.protocol.restart_momentum and epoch > 0 and rate != self.protocol.learning_rate_at(epoch - 1):
+            self._reset_momentum()
         return torch.randperm(len(self.images), generator=self.generator, device=self.images.device)
 
     def train_epoch(self, epoch: int) -> None:
@@ -114,8 +133,10 @@ class Trainer:
 
         The logits are of the images that it trains on, augmented and mixed.
         """
-        # index_select by itself returns NCHW.
-        images = torch.index_select(self.images, 0, indices, out=torch.empty_like(self.images[: len(indices)]))
+        if self._gather is not None:
+            images = self._gather(indices)
+        else:  # index_select by itself returns NCHW
+            images = torch.index_select(self.images, 0, indices, out=torch.empty_like(self.images[: len(indices)]))
         labels = self.labels.index_select(0, indices)
         if self.protocol.augmentation != "none":
             strategy = self.protocol.augmentation
@@ -137,6 +158,15 @@ class Trainer:
             parameter.grad = _in_layout_of(parameter, gradient)
         self._optimizer.step()
         return predicted.detach()
+
+    def in_batches(self, function: Callable[[Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ``(function(images), labels)`` for large batches of the set in its order, unaugmented."""
+        if self._gather is None:
+            yield from in_batches(function, self.images, self.labels)
+            return
+        order = torch.arange(len(self.images), device=self.images.device).split(_batch_size(self.images))
+        for indices in order:
+            yield function(self._gather(indices)), self.labels[indices]
 
 
 def empty_network(name: str, architecture: Mapping, data: ImageData, device: torch.device) -> nn.Module:
@@ -160,6 +190,20 @@ def in_model_space(
     for some, space in zip(pixels.split(_PREPROCESSED_AT_ONCE), images.split(_PREPROCESSED_AT_ONCE), strict=True):
         space.copy_(preprocessing.to_model(some.to(device)))
     return images
+
+
+def training_images(
+    data: ImageData, preprocessing: Preprocessing, device: torch.device, layout: torch.memory_format
+) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+    """Return the training images and ``gather`` for a `Trainer` on a device.
+
+    They are in model space, or, where float32 would take more than half of the device's free memory, uint8 with a
+    function that maps each batch. On a GPU the last bits of whitened images depend on which of the two it is.
+    """
+    if keeps_on_device(4 * data.train_images.numel(), device):
+        return in_model_space(data.train_images, preprocessing, device, layout), None
+    data, preprocessing = data.to(device), preprocessing.to(device)
+    return data.train_images, real_image_gatherer(data, preprocessing, memory_format=layout, progress=False)
 
 
 def _in_layout_of(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
@@ -212,7 +256,12 @@ def confusion(network: nn.Module, images: Tensor, labels: Tensor, classes: int) 
 
 def in_batches(function: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor):
     """Yield ``(function(images), labels)`` for large batches of a set [N, C, H, W] and its labels [N]."""
-    pixels = TEST_PIXELS.get(images.device.type, _TEST_PIXELS_ELSEWHERE)
-    batch = max(1, pixels // (images.shape[2] * images.shape[3]))
+    batch = _batch_size(images)
     for some_images, some_labels in zip(images.split(batch), labels.split(batch), strict=True):
         yield function(some_images), some_labels
+
+
+def _batch_size(images: Tensor) -> int:
+    """Return how many images [N, C, H, W] are tested at once."""
+    pixels = TEST_PIXELS.get(images.device.type, _TEST_PIXELS_ELSEWHERE)
+    return max(1, pixels // (images.shape[2] * images.shape[3]))

@@ -245,6 +245,35 @@ def test_the_fit_is_announced_unless_progress_is_off(capsys):
     assert out == "" and "ZCA: fitting 90 x 90 on 30 training images" in err
 
 
+@pytest.mark.parametrize("kind", ["zca", "zca_standardized"])
+def test_zca_fitted_in_chunks_is_kornias(kind, monkeypatch, capsys):
+    pytest.importorskip("kornia")
+    images = smooth_images(500)
+    whole = fit_preprocessing(images, kind, progress=False)
+    monkeypatch.setattr(whitening, "_FITTED_AT_ONCE", 1000)
+    monkeypatch.setattr(whitening, "_CHUNK", 64)
+    chunked = fit_preprocessing(images, kind, progress=False)
+    assert capsys.readouterr() == ("", "")
+    for name, tensor in whole.tensors().items():
+        torch.testing.assert_close(chunked.tensors()[name], tensor, rtol=1e-4, atol=1e-4)
+    expected = (images.double() / 255).flatten(1)
+    if kind == "zca_standardized":
+        expected = (expected.view(images.shape) - chunked.mean[:, None, None]) / chunked.std[:, None, None]
+        expected = expected.flatten(1).double()
+    covariance = expected.T.cov()
+    values, directions = torch.linalg.eigh(covariance)
+    matrix = (directions / (values + ZCA_EPS).sqrt()) @ directions.T
+    torch.testing.assert_close(chunked.zca_matrix.double(), matrix, rtol=1e-5, atol=1e-5)
+
+
+def test_the_statistics_of_channels_do_not_depend_on_chunks(monkeypatch):
+    images = smooth_images(50)
+    whole = fit_preprocessing(images, "standard")
+    monkeypatch.setattr(whitening, "_CHUNK", 7)
+    for name, tensor in fit_preprocessing(images, "standard").tensors().items():
+        assert torch.equal(tensor, whole.tensors()[name])
+
+
 def data_of(images, device):
     labels = torch.arange(len(images)) % 2
     return ImageData.from_tensors("made", ("a", "b"), images, labels, images, labels).to(device)

@@ -10,8 +10,9 @@ from atom_fast.distillation.config import preset
 from atom_fast.evaluation import herding_selection, random_selection
 from atom_fast.evaluation.accuracy import evaluate
 from atom_fast.evaluation.sets import random_sets, read_set, select
+from atom_fast.exports.public import PUBLIC_NORMALIZATION
 from atom_fast.names import SELECTIONS
-from atom_fast.synthetic import PUBLIC_NORMALIZATION, SyntheticSet
+from atom_fast.synthetic import SyntheticSet
 from atom_fast.training import get_protocol
 from tests.evaluation.small import small_data
 

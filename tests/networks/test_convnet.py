@@ -123,6 +123,7 @@ def test_initial_distribution(initialization):
 
 
 def test_default_initialization_is_that_of_pytorch():
+    torch.manual_seed(0)
     network = ConvNet(3, 10, 16, width=64)
     for layer in (*(block.convolution for block in network.blocks), network.classifier):
         drawn = layer.weight.detach().flatten().sort().values, layer.bias.detach().flatten().sort().values
