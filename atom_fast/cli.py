@@ -489,6 +489,37 @@ def _lines(name: str, value: object) -> list[str]:
 
 
 @main.command()
+@click.argument("run", type=FilePath())
+@data_options(None, "the one that each set was distilled from")
+@click.option("--output", type=FilePath(), help="HTML file to write  [default: report.html in RUN, or RUN with .html]")
+@click.option(
+    "--networks",
+    default=3,
+    help="networks to train on each set, and as many on random images and on a coreset  [default: 3 networks]",
+)
+@click.option(
+    "--protocol",
+    type=Choice(list(PROTOCOLS)),
+    help="how the networks are trained  [default: digits for digits, paper for others]",
+)
+@click.option("--epochs", type=int, help="passes over the set, instead of the protocol's  [default: the protocol's]")
+@click.option("--train/--no-train", default=True, help="train networks that are not on record  [default: on]")
+@device_option
+@quiet_option
+@alone
+def report(run, quiet, device, **options):
+    """Write one HTML file about RUN: images beside the nearest real ones, accuracies, confusions, losses, settings.
+
+    RUN is a run's folder, a set's file, a folder of several, or the --out folder of `python -m benchmarks`. What a run
+    has not been tested on yet is trained and kept in its evaluation.json, so that a second report trains nothing; for
+    a benchmark nothing is trained. What is missing or damaged is named in the report.
+    """
+    from atom_fast.report import write_report
+
+    click.echo(write_report(run, device=device_name(device), progress=not quiet, **options))
+
+
+@main.command()
 @click.option(
     "--output",
     type=FilePath(),

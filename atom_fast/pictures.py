@@ -218,7 +218,7 @@ def save_loss_curves(log: str | os.PathLike, path: str | os.PathLike, title: str
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    curves = _loss_curves(read_log(log))
+    curves = loss_curves(read_log(log))
     if not curves:
         raise ValueError(f"{log} contains no losses: expected records such as {{'iteration': 10, 'loss': 0.5}}")
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -249,14 +249,20 @@ def save_curves(figure, path: str | os.PathLike) -> Path:
     return write_atomically(path, buffer.getvalue())
 
 
-def _loss_curves(records: Iterable[dict]) -> dict[str, list[tuple[int, float]]]:
+def loss_curves(records: Iterable[dict]) -> dict[str, list[tuple[int, float]]]:
+    """Return the losses of a log's records, by name, as (iteration, value); what is not a finite number is left out."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for record in records:
+        if not _is_finite(record.get("iteration")):
+            continue
         for name, value in record.items():
-            numeric = isinstance(value, (int, float)) and math.isfinite(value)
-            if name.endswith("loss") and numeric and "iteration" in record:
+            if name.endswith("loss") and _is_finite(value):
                 curves.setdefault(name, []).append((record["iteration"], value))
     return curves
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < 1e300  # a plot needs room to subtract
 
 
 def size_text(result: Mapping[str, Any]) -> str:

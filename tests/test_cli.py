@@ -110,7 +110,7 @@ def test_is_a_module():
     started = time.monotonic()
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.startswith("Usage: atom-fast [OPTIONS] COMMAND") and time.monotonic() - started < 10
-    assert set(main.commands) == {"demo", "distill", "evaluate", "select", "show", "export", "info", "doctor"}
+    assert set(main.commands) == {"demo", "distill", "evaluate", "select", "show", "export", "info", "report", "doctor"}
 
 
 @pytest.fixture
@@ -211,6 +211,11 @@ def test_default_output_names_data_size_and_preset(configured):
         (["info"], ["Missing argument 'FILE'", "--dataset NAME"]),
         (["info", "--dataset", "digits", "--partition", 2], ["--partition says something of a FILE"]),
         (["info", "--dataset", "folder", "--data-dir", "missing"], ["missing"]),
+        (["report", "missing"], ["missing does not exist"]),
+        (["report", ".", "--output", "report.pdf"], ["the report's file must end in .html; got report.pdf"]),
+        (["report", "."], [". holds no run: neither synthetic.safetensors nor config.yaml"]),
+        (["report", ".", "--networks", 0], ["networks must be a whole number, at least 1; got 0"]),
+        (["report", ".", "--epochs", 0], ["epochs must be a whole number, at least 1; got 0"]),
     ],
 )
 def test_errors_are_one_clear_line(tmp_path, monkeypatch, arguments, messages):

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,11 @@ from atom_fast.pictures import size_text
 from atom_fast.training.protocols import Protocol
 
 Curve = dict[int, float | None]  # accuracy in percent after each tested epoch; None: the network diverged
+Confusion = list[list[int]]  # [K, K]: test images by true class, and by the class that a network takes them for
+Network = tuple[Curve, Confusion | None]  # an empty curve: it has not finished
+
+# Classes: a matrix of 200 takes some 100 KB per network in a record.
+LARGEST_CONFUSION = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +44,9 @@ class EvaluationResult:
         seed: of the evaluation; network i depends only on it and on i.
         seconds: wall-clock time of training and testing all of them.
         device: where they were trained.
+        confusions: per network int [K, K]: how many test images of a class (row) it took for each class (column) after
+            the last epoch; the diagonal counts the correct ones. None for a network that diverged or has not finished,
+            above ``LARGEST_CONFUSION`` classes, and in records of versions that kept none.
     """
 
     about: dict[str, Any]
@@ -49,6 +58,7 @@ class EvaluationResult:
     seed: int
     seconds: float
     device: str
+    confusions: tuple[Confusion | None, ...] = ()
 
     @property
     def accuracies(self) -> tuple[float | None, ...]:
@@ -112,6 +122,7 @@ class EvaluationResult:
             "unfinished": list(self.unfinished),
             "networks": len(self.curves),
             "curves": [{str(epoch): accuracy for epoch, accuracy in curve.items()} for curve in self.curves],
+            **({"confusions": list(self.confusions)} if any(self.confusions) else {}),
             "protocol": self.protocol.to_dict(),
             "network": self.network,
             "architecture": dict(self.architecture),
@@ -177,7 +188,10 @@ def locked_record(path: str | os.PathLike) -> Iterator[None]:
 def write_record(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
     """Put a record of one evaluation into a file, replacing an earlier one with the same ``hash``."""
     by_hash = {old["hash"]: old for old in read_records(path)} | {record["hash"]: dict(record)}
-    write_atomically(path, json.dumps(list(by_hash.values()), indent=1) + "\n")
+    text = json.dumps(list(by_hash.values()), indent=1)
+    # A row of a matrix is one line. No text is changed by it: JSON's strings hold no line break.
+    text = re.sub(r"\[\n *(\d+(?:,\n *\d+)*)\n *\]", lambda row: f"[{re.sub(chr(10) + ' *', ' ', row[1])}]", text)
+    write_atomically(path, text + "\n")
 
 
 def find_record(records: Sequence[Mapping[str, Any]], result: EvaluationResult) -> dict[str, Any] | None:
@@ -196,6 +210,13 @@ def curves_of(record: Mapping[str, Any]) -> list[Curve]:
     return [{int(epoch): accuracy for epoch, accuracy in curve.items()} for curve in record["curves"]]
 
 
+def networks_of(record: Mapping[str, Any]) -> list[Network]:
+    """Return each network's curve, with its epochs as numbers, and its confusion matrix, if there is one."""
+    curves = curves_of(record)
+    matrices = [*(record.get("confusions") or ()), *[None] * len(curves)]
+    return list(zip(curves, matrices, strict=False))
+
+
 def _is_record(record: Mapping[str, Any]) -> bool:
     last = str(record["protocol"]["epochs"]) if "hash" in record else ""
     return (
@@ -203,6 +224,7 @@ def _is_record(record: Mapping[str, Any]) -> bool:
         and isinstance(record.get("seconds"), (int, float))
         and isinstance(record.get("curves"), Sequence)
         and all(is_curve(curve, last) for curve in record["curves"])
+        and all(map(_is_confusion, record.get("confusions") or ()))
     )
 
 
@@ -212,4 +234,13 @@ def is_curve(curve: object, last_epoch: str) -> bool:
         not curve
         or last_epoch in curve
         and all(epoch.isdecimal() and isinstance(value, (int, float, type(None))) for epoch, value in curve.items())
+    )
+
+
+def _is_confusion(matrix: object) -> bool:
+    return matrix is None or (
+        isinstance(matrix, list)
+        and bool(matrix)
+        and all(isinstance(row, list) and len(row) == len(matrix) for row in matrix)
+        and all(type(count) is int and count >= 0 for row in matrix for count in row)
     )

@@ -35,9 +35,9 @@ from atom_fast.distillation.logs import log
 from atom_fast.evaluation.accuracy import evaluate
 from atom_fast.evaluation.results import (
     EvaluationResult,
-    curves_of,
     find_record,
     locked_record,
+    networks_of,
     read_records,
     write_record,
 )
@@ -354,9 +354,11 @@ def evaluate_whole(
                 _shared(lambda: _keep(path, identity, unfinished, result))
                 return result
     assert found is not None
+    known = networks_of(found)[:networks]
     return EvaluationResult(
         about={name: found[name] for name in _ABOUT},
-        curves=tuple(curves_of(found)[:networks]),
+        curves=tuple(curve for curve, _ in known),
+        confusions=tuple(matrix for _, matrix in known),
         protocol=protocol,
         network=network,
         architecture=found["architecture"],

@@ -57,6 +57,7 @@ class Trainer:
     Attributes:
         network: the network in training.
         images, labels: as given; their content may be changed between epochs.
+        epoch: the epoch that the network is in or has finished last, counted from 1; 0 before the first.
         generator: source of the network's initial weights, batch orders, augmentation, CutMix and dropout.
         protocol: as given.
     """
@@ -77,6 +78,7 @@ class Trainer:
         self.labels = labels
         self.protocol = protocol
         self.generator = torch.Generator(images.device)
+        self.epoch = 0
         self._autocast = {
             "device_type": images.device.type,
             "dtype": torch.bfloat16,
@@ -98,6 +100,7 @@ class Trainer:
     def restart(self, seed: int) -> None:
         """Draw a new network from ``seed`` and reset the momentum."""
         self.generator.manual_seed(seed)
+        self.epoch = 0
         network: Any = self.network
         network.reset_parameters(self.generator)
         self._reset_momentum()
@@ -113,6 +116,7 @@ class Trainer:
         """
         if not self.network.training:  # after a test; train() visits every module, as slow as some steps on a GPU
             self.network.train()
+        self.epoch = epoch + 1
         rate = self.protocol.learning_rate_at(epoch)
         self._learning_rate.fill_(rate)
         if self.protocol.restart_momentum and epoch > 0 and rate != self.protocol.learning_rate_at(epoch - 1):
@@ -228,6 +232,26 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float | None
         correct += (predicted.argmax(1) == expected).sum()
         finite &= predicted.isfinite().all()
     return 100 * correct.item() / len(images) if finite.item() else None
+
+
+@torch.no_grad()
+def confusion(network: nn.Module, images: Tensor, labels: Tensor, classes: int) -> Tensor | None:
+    """Count what a network, in evaluation mode, takes the images of each class for.
+
+    Args:
+        network, images, labels: as in :func:`accuracy`.
+        classes: their number K.
+
+    Returns:
+        int64 [K, K] on the CPU: entry (i, j) counts images of class i taken for class j. None if a logit is not finite.
+    """
+    network.eval()
+    counts = torch.zeros(classes * classes, dtype=torch.int64, device=images.device)
+    finite = torch.ones((), dtype=torch.bool, device=images.device)
+    for predicted, expected in in_batches(network, images, labels):
+        counts += torch.bincount(expected * classes + predicted.argmax(1), minlength=classes * classes)
+        finite &= predicted.isfinite().all()
+    return counts.view(classes, classes).cpu() if finite.item() else None
 
 
 def in_batches(function: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor):
