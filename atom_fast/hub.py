@@ -114,7 +114,7 @@ def _own_results(synthetic: SyntheticSet, results: Sequence[Mapping[str, Any]]) 
     """The records of this set, each followed by that of random images tested alike."""
     kept: list[Mapping[str, Any]] = []
     for result in results:
-        if result.get("set_sha256") != synthetic.sha256:
+        if result.get("set_fingerprint") != synthetic.fingerprint:
             continue
         kept.append(result)
         kept += [other for other in results if _is_beside(other, result)]
@@ -123,7 +123,7 @@ def _own_results(synthetic: SyntheticSet, results: Sequence[Mapping[str, Any]]) 
 
 def _is_beside(other: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
     alike = ("dataset", "ipc", "partition", "protocol", "network", "architecture")
-    is_random = other.get("method") == "random" and other.get("set_sha256") is None
+    is_random = other.get("method") == "random" and other.get("set_fingerprint") is None
     return is_random and all(other.get(name) == result.get(name) for name in alike)
 
 
@@ -223,7 +223,7 @@ def _row(path: Path, name: str, synthetic: SyntheticSet) -> str:
     method = str(metadata.get("method") or method_name(metadata.get("config", {})))
     file = path / name / EVALUATION_FILE
     results = json.loads(file.read_text("utf-8")) if file.is_file() else []
-    own = next((result for result in results if result.get("set_sha256") == synthetic.sha256), None)
+    own = next((result for result in results if result.get("set_fingerprint") == synthetic.fingerprint), None)
     tested = ["not measured", "", "", ""]
     if own is not None:
         beside = next((result for result in results if _is_beside(result, own)), None)

@@ -211,7 +211,7 @@ def evaluation(synthetic, mean, **changed):
     about = {"dataset": "shapes", "ipc": synthetic.ipc, "partition": synthetic.partition, "method": "atom"}
     how = {"protocol": {"name": "paper"}, "network": "convnet", "architecture": {}, "accuracies": [mean, mean]}
     result = {"accuracy_mean": mean, "accuracy_std": 0.25}
-    return {**about, **how, **result, "set_sha256": synthetic.sha256, **changed}
+    return {**about, **how, **result, "set_fingerprint": synthetic.fingerprint, **changed}
 
 
 def test_a_hub_folder_holds_sets_their_pictures_and_a_card(tmp_path):
@@ -226,7 +226,7 @@ def test_a_hub_folder_holds_sets_their_pictures_and_a_card(tmp_path):
     for name, synthetic in (("ipc1", small), ("ipc2", large)):
         read = hub.load(folder, name)
         assert torch.equal(read.images, synthetic.images) and read.metadata == synthetic.metadata
-        assert hub.load(folder / name).sha256 == synthetic.sha256
+        assert hub.load(folder / name).fingerprint == synthetic.fingerprint
         pictures = folder / name / "train"
         rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
         assert sorted(row["index"] for row in rows) == list(range(len(synthetic)))
@@ -241,13 +241,13 @@ def test_a_hub_folder_holds_sets_their_pictures_and_a_card(tmp_path):
 def test_the_card_shows_accuracies_of_this_very_set(tmp_path):
     synthetic = make_set()
     other = make_set(ipc=1)
-    random = evaluation(synthetic, 20.5, method="random", set_sha256=None)
+    random = evaluation(synthetic, 20.5, method="random", set_fingerprint=None)
     results = [
         evaluation(other, 11.5),
         evaluation(synthetic, 31.5),
         random,
         {**random, "accuracy_mean": 99.5, "network": "vgg11"},
-        {**evaluation(synthetic, 77.5), "set_sha256": "of another"},
+        {**evaluation(synthetic, 77.5), "set_fingerprint": "of another"},
     ]
     folder = hub.export(synthetic, tmp_path / "hub", results=results)
     _, text = read_card(folder)

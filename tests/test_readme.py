@@ -58,6 +58,7 @@ COVERED = {
     r"^atom-fast select --dataset": (RUN, "--epochs 1 --quiet"),
     r"^atom-fast select --method": (TEST, "evaluation/test_coresets.py::test_herding_comes_close_to_the_class_mean"),
     r"^atom-fast (show|info|export) ": (RUN, ""),
+    r"^atom-fast report ": (TEST, "test_report.py::test_the_command_writes_the_file_and_prints_its_path"),
     r"^atom-fast doctor --gpu": (TEST, "test_device.py::test_doctor_says_what_would_run_on_a_gpu_that_is_not_here"),
     r"^atom-fast doctor": (TEST, "test_device.py::test_doctor_examines_this_machine"),
     r"^(atom-fast|python -m atom_fast)( COMMAND --help| [a-z]+)?$": (

@@ -120,7 +120,7 @@ def evaluate(
     known = networks_of(earlier)
     known += [({}, None) for _ in range(networks - len(known))]
     jobs = [index for index, (curve, _) in enumerate(known[:networks]) if not curve]
-    about, installed = _about(shared, data, None if own_sets else shared.sha256), versions()
+    about, installed = _about(shared, data, None if own_sets else shared.fingerprint), versions()
     started = time.perf_counter()
 
     def result(known: Sequence[Network]) -> EvaluationResult:
@@ -313,7 +313,7 @@ def _own_data(synthetic: SyntheticSet) -> ImageData:
     return load_data("digits", resolution=height if height == width else None, progress=False)
 
 
-def _about(synthetic: SyntheticSet, data: ImageData, sha256: str | None) -> dict[str, Any]:
+def _about(synthetic: SyntheticSet, data: ImageData, fingerprint: str | None) -> dict[str, Any]:
     metadata = synthetic.metadata
     made_from = metadata.get("dataset_fingerprint")
     return {
@@ -324,27 +324,8 @@ def _about(synthetic: SyntheticSet, data: ImageData, sha256: str | None) -> dict
         "config_hash": metadata.get("config_hash"),
         "set_seconds": metadata.get("seconds"),
         "same_data": None if made_from is None else made_from == data.fingerprint,
-        "set_sha256": sha256,
+        "set_fingerprint": fingerprint,
     }
-
-
-def is_record_of(record: Mapping[str, Any], synthetic: SyntheticSet, fingerprint: str) -> bool:
-    """Return True if a record is of networks that were all trained on this set.
-
-    Args:
-        record: from :func:`~atom_fast.evaluation.results.read_records`.
-        synthetic: the set.
-        fingerprint: of the data that the networks were tested on (:attr:`ImageData.fingerprint`).
-    """
-    settings = {name: record.get(name) for name in ("protocol", "network", "architecture", "precision", "seed")}
-    tested = sorted({epoch for curve, _ in networks_of(record) for epoch in curve})
-    # The record does not hold evaluate_every: without it only the last epoch is tested, with it also its multiples.
-    possible = [None, *tested[:1]]
-    return any(
-        record["hash"]
-        == _digest({**settings, "data": fingerprint, "own_sets": False, "evaluate_every": every}, synthetic)
-        for every in possible
-    )
 
 
 def _hash(task: _Task, synthetic: SyntheticSet, evaluate_every: int | None) -> str:
@@ -359,12 +340,8 @@ def _hash(task: _Task, synthetic: SyntheticSet, evaluate_every: int | None) -> s
         "evaluate_every": evaluate_every,
         "own_sets": task.own_sets is not None,
     }
-    return _digest(settings, synthetic)
-
-
-def _digest(settings: dict[str, Any], synthetic: SyntheticSet) -> str:
     if synthetic.partition > 1:  # apart from a set that stores the same images one by one
-        settings = {**settings, "partition": synthetic.partition}
+        settings["partition"] = synthetic.partition
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     tensors = {"images": synthetic.images, "labels": synthetic.targets, **synthetic.preprocessing.tensors()}
     for name, tensor in tensors.items():

@@ -32,8 +32,8 @@ class EvaluationResult:
     Attributes:
         about: the set: ``dataset``, ``ipc`` (stored images per class), ``partition`` (each stored image trains as
             partition^2 images; 1: as itself), ``method``, ``config_hash``, ``set_seconds`` (of its distillation),
-            ``same_data`` (True if it was made from the data it was tested on) and ``set_sha256``
-            (``SyntheticSet.sha256``; None where each network has its own set); each None where it is not known.
+            ``same_data`` (True if it was made from the data it was tested on) and ``set_fingerprint``
+            (``SyntheticSet.fingerprint``; None where each network has its own set); each None where it is not known.
         curves: per network its accuracy after each tested epoch, ``{epoch: percent}`` with epochs counted from 1; the
             last epoch is always tested. None where a logit was not finite: the network diverged. Empty for a network
             that has not finished.

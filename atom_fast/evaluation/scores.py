@@ -56,7 +56,7 @@ _ABOUT = (
     "config_hash",
     "set_seconds",
     "same_data",
-    "set_sha256",
+    "set_fingerprint",
 )  # of EvaluationResult
 
 

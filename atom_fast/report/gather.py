@@ -20,7 +20,6 @@ import atom_fast
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.sources import load_data
 from atom_fast.distillation.config import read_settings
-from atom_fast.evaluation.accuracy import is_record_of
 from atom_fast.evaluation.results import LARGEST_CONFUSION, read_records
 from atom_fast.foreign.files import is_foreign, named_dataset
 from atom_fast.names import SOURCES
@@ -376,20 +375,19 @@ def _add_accuracies(
     except _OF_ONE_RUN as error:
         run.left_out.append(f"accuracies: {error}")
         return
-    made_from = synthetic.metadata.get("dataset_fingerprint")
-    fingerprints = {str(made_from), *([data.fingerprint] if data is not None else [])}
-    others = 0
+    others, own, beside = 0, synthetic.fingerprint, coreset and coreset.fingerprint
     for found in records:
-        if any(is_record_of(found, synthetic, one) for one in fingerprints):
-            run.accuracies.append(measured("set", "this set", [found]))
-        elif coreset is not None and any(is_record_of(found, coreset, one) for one in fingerprints):
+        if found.get("set_fingerprint") == own:
+            name = "this set, on other images than its own" if found.get("same_data") is False else "this set"
+            run.accuracies.append(measured("set", name, [found]))
+        elif coreset is not None and found.get("set_fingerprint") == beside:
             run.accuracies.append(measured("coreset", coreset_name(coreset), [found]))
         elif found.get("method") == "random" and _same_size(found, synthetic, data):
             run.accuracies.append(measured("random", "random real images", [found]))
         else:
             others += 1
     if others:
-        run.left_out.append(f"records in {record.name} that are of another set, or on other images: {others}")
+        run.left_out.append(f"records in {record.name} that are of another set: {others}")
     dataset = data.name if data is not None else str(synthetic.metadata.get("dataset"))
     wanted = measures.protocol_for(dataset).name
     order = {"set": 0, "random": 1, "coreset": 2}

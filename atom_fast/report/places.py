@@ -6,11 +6,10 @@ import dataclasses
 import re
 from pathlib import Path
 
-from atom_fast.names import SYNTHETIC_FILE
+from atom_fast.names import EVALUATION_FILE, SYNTHETIC_FILE
 
 CONFIG_FILE = "config.yaml"
 CELL_FILE = "cell.json"  # of a cell of `python -m benchmarks`
-RECORD_FILE = "evaluation.json"
 CORESET_FILE = "herding.safetensors"
 
 
@@ -82,12 +81,15 @@ def _is_set(path: Path) -> bool:
 
 def _run(folder: Path) -> Place:
     file = folder / SYNTHETIC_FILE
-    records, coreset = (folder / RECORD_FILE,), folder / CORESET_FILE
+    records, coreset = (folder / EVALUATION_FILE,), folder / CORESET_FILE
     return Place(folder.resolve().name, folder, file if file.is_file() else None, folder, records, coreset)
 
 
 def _file(path: Path) -> Place:
-    records, coreset = (path.with_name(f"{path.stem}.{RECORD_FILE}"),), path.with_name(f"{path.stem}.{CORESET_FILE}")
+    records, coreset = (
+        (path.with_name(f"{path.stem}.{EVALUATION_FILE}"),),
+        path.with_name(f"{path.stem}.{CORESET_FILE}"),
+    )
     return Place(path.name, path, path, None, records, coreset)
 
 
