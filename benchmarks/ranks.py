@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 
+from atom_fast._malloc import keep_freed_memory
 from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.distillation import ranks
 from atom_fast.distillation.config import preset
@@ -37,13 +38,14 @@ from atom_fast.distillation.start import initial_images
 from atom_fast.distillation.step import Distillation
 
 from .communication import describe_checkpoint, describe_step, estimate_checkpoint, estimate_step
-from .harness import environment, save_results, summary
+from .harness import FEWEST, environment, save_results, summary
 from .profile import random_data
 from .timings import open_results
 
 WAYS = ("split", "apart", "part", "whole")
 SHAPE = (3, 32, 32)  # of the random images
 LAYERS = 3  # blocks of the ConvNet for that shape
+LIMIT = 40.0  # seconds of a cell after which no turn begins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Sizes:
         ipc: images per class.
         real_batch: real images per class per step.
         width: channels of the ConvNet.
-        rounds: timed rounds of each way.
+        rounds: timed rounds of each way; fewer, but at least ``FEWEST``, if they take longer than ``LIMIT``.
         steps: per round.
         norms: norms of the ConvNet.
     """
@@ -165,6 +167,7 @@ def _join_and_measure(rank: int, cores: Sequence[int], port: int, classes: int, 
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {cores[rank]})
     torch.set_num_threads(1)
+    keep_freed_memory()  # as atom-fast does
     names = {"RANK": rank, "WORLD_SIZE": len(cores), "LOCAL_RANK": rank, "MASTER_PORT": port}
     os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in names.items()}})
     with ranks.join("cpu"):
@@ -227,7 +230,11 @@ def make_run(sizes: Sizes, norm: str, classes: int) -> Distillation:
 def _time_turns(runs: Mapping[str, Mapping[str, Distillation]], sizes: Sizes) -> dict[str, dict[str, list[float]]]:
     """Return the seconds per step of each round, by norm and way; the rounds of all take turns."""
     seconds = {norm: {way: [] for way in ways} for norm, ways in runs.items()}
+    started = time.perf_counter()
     for turn in range(sizes.rounds + 1):
+        late = ranks.all_gather_object(time.perf_counter() - started > LIMIT)[0]  # of the first process, for all
+        if late and turn > FEWEST:
+            break
         for norm, ways in runs.items():
             for way in WAYS:
                 ranks.all_gather_object()  # all begin together, and nobody else computes beside one that is alone
@@ -259,7 +266,7 @@ def _time(work: Callable[[], object], count: int) -> list[float]:
 
 
 def count_bytes(name: str, work: Callable[[], object]) -> list[int]:
-    """Return the bytes of each tensor that ``work`` hands to a function of ``torch.distributed`` as the first one.
+    """Return the bytes of the first argument of each call that ``work`` makes of a function of ``torch.distributed``.
 
     Args:
         name: "send", whose tensor is sent, or "all_gather_into_tensor", whose first tensor receives what all send.
