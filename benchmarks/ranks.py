@@ -200,7 +200,7 @@ def measure_group(classes: int, sizes: Sizes) -> dict:
     seconds = _time_turns(runs, sizes)
     norms = {}
     for norm, ways in runs.items():
-        sent = count_bytes("all_gather_into_tensor", lambda split=ways["split"]: split.step(1))
+        sent = count_bytes("all_gather", lambda split=ways["split"]: split.step(1))
         received = sum(sent) * (ranks.count() - 1) // ranks.count()
         counted = {"messages": len(sent), "bytes_received": received}
         ratios = compare(seconds[norm]) if first else {}
@@ -269,14 +269,14 @@ def count_bytes(name: str, work: Callable[[], object]) -> list[int]:
     """Return the bytes of the first argument of each call that ``work`` makes of a function of ``torch.distributed``.
 
     Args:
-        name: "send", whose tensor is sent, or "all_gather_into_tensor", whose first tensor receives what all send.
+        name: "send", whose tensor is sent, or "all_gather", whose list of tensors receives what all send.
         work: what is to be counted.
     """
     sizes, original = [], getattr(torch.distributed, name)
 
-    def counting(tensor, *args, **kwargs):
-        sizes.append(tensor.numel() * tensor.element_size())
-        return original(tensor, *args, **kwargs)
+    def counting(tensors, *args, **kwargs):
+        sizes.append(sum(tensor.nbytes for tensor in (tensors if isinstance(tensors, list) else [tensors])))
+        return original(tensors, *args, **kwargs)
 
     setattr(torch.distributed, name, counting)
     try:

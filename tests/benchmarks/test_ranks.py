@@ -48,7 +48,7 @@ def count(changes):
     for norm, classes, width, layers in changes:
         ranks.LAYERS = layers
         run = ranks.make_run(ranks.Sizes(ipc=1, real_batch=2, width=width), norm, classes)
-        found.append(ranks.count_bytes("all_gather_into_tensor", lambda run=run: run.step(1)))
+        found.append(ranks.count_bytes("all_gather", lambda run=run: run.step(1)))
     return found
 
 
