@@ -284,7 +284,7 @@ def _say_what_was_recognised(synthetic) -> None:
     type=Choice(("auto", *PREPROCESSINGS)),
     default="auto",
     show_default=True,
-    help="model space; auto, as in distill: zca for CIFAR, standard otherwise",
+    help="model space; auto, as in distill: zca for CIFAR up to 64x64, standard otherwise",
 )
 @click.option(
     "--features",

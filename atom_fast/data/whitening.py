@@ -18,6 +18,9 @@ from atom_fast.data.placement import image_reader
 from atom_fast.names import PREPROCESSINGS as KINDS
 
 ZCA_EPS = 0.1  # added to every eigenvalue of the covariance, as MTT and DataDAM do for CIFAR
+# Values of an image, those of 64x64 in colour: its matrices have 600 MB each and take minutes to fit, time that grows
+# with the sixth power of the side. At 128x128 they have 10 GB each.
+WHITENED_VALUES = 3 * 64 * 64
 _CHUNK = 4096  # images per matrix product: 50 MB of CIFAR in float32
 _FITTED_AT_ONCE = 2**31  # values that kornia fits ZCA to, 8.6 GB in float32; more are fitted in chunks
 _OVERSHOOT = 0.25  # cubic interpolation leaves [0, 1] by up to this much at an edge
@@ -193,6 +196,31 @@ def _apply(matrix: Tensor, images: Tensor) -> Tensor:
     return (images.flatten(1) @ matrix.to(images.device)).view(images.shape)
 
 
+def can_whiten(image_shape: Sequence[int]) -> bool:
+    """Return True if images (C, H, W) are small enough to be whitened."""
+    return math.prod(image_shape) <= WHITENED_VALUES
+
+
+def check_whitening(kind: str, image_shape: Sequence[int]) -> None:
+    """Check that images are small enough for the matrices of a kind of preprocessing.
+
+    Args:
+        kind: as in `fit_preprocessing`.
+        image_shape: (C, H, W).
+
+    Raises:
+        ValueError: ``kind`` whitens and an image has more than ``WHITENED_VALUES`` values; the message says what to
+            take instead.
+    """
+    values = math.prod(image_shape)
+    if kind != "standard" and not can_whiten(image_shape):
+        raise ValueError(
+            f"preprocessing {kind!r} is accepted for up to {WHITENED_VALUES} values per image (64x64 in colour); images "
+            f"{list(image_shape)} have {values}, whose two matrices take {8 * values**2 / 1e9:.0f} GB; use preprocessing "
+            "'standard' (--preprocessing standard)"
+        )
+
+
 def fit_preprocessing(train_images: Tensor, kind: str, *, progress: bool = True) -> Preprocessing:
     """Fit the map to model space on the real training images.
 
@@ -208,7 +236,8 @@ def fit_preprocessing(train_images: Tensor, kind: str, *, progress: bool = True)
         The map, on the device of ``train_images``.
 
     Raises:
-        ValueError: ``kind`` is none of the three, or the images are not uint8 [N, C, H, W].
+        ValueError: ``kind`` is none of the three, the images are not uint8 [N, C, H, W], or they are too large for it
+            (`check_whitening`).
         ImportError: ``kind`` needs kornia, which cannot be imported.
     """
     if kind not in KINDS:
@@ -218,6 +247,7 @@ def fit_preprocessing(train_images: Tensor, kind: str, *, progress: bool = True)
             f"training images must be uint8 [N, C, H, W] and not empty; "
             f"got {train_images.dtype} {list(train_images.shape)}"
         )
+    check_whitening(kind, train_images.shape[1:])
     images = train_images.cpu()
     statistics = {} if kind == "zca" else _channel_statistics(images)
     whitening = {} if kind == "standard" else _fit_zca(images, progress=progress, **statistics)

@@ -226,7 +226,8 @@ class DistillConfig:
     )
     preprocessing: Literal["auto", PreprocessingKind] = _setting(
         "auto",
-        "map from pixels to model space; auto: zca for CIFAR, standard (mean and std) otherwise",
+        "map from pixels to model space; auto: zca for CIFAR up to 64x64, standard (mean and std) otherwise. zca is "
+        "refused for larger images",
         source="paper section 7.2; DataDAM's code standardises and then whitens",
     )
     width: int = _setting(128, "channels of every convolution", unit="channels", source="paper section 4.1", **_SIZE)
@@ -351,6 +352,7 @@ class DistillConfig:
             image_shape: (C, H, W) of the data.
             dataset: name of the data set, as in ``ImageData.name``.
         """
+        from atom_fast.data.whitening import can_whiten
         from atom_fast.networks.convnet import default_depth
 
         height, width = image_shape[1:]
@@ -370,7 +372,7 @@ class DistillConfig:
             image_lr=image_lr,
             image_average=norm == "batch",
             depth=default_depth(height, width),
-            preprocessing="zca" if dataset in _WHITENED else "standard",
+            preprocessing="zca" if dataset in _WHITENED and can_whiten(image_shape) else "standard",
         )
 
     def resolve(self, image_shape: tuple[int, int, int], dataset: str, device: torch.device) -> DistillConfig:
@@ -384,13 +386,16 @@ class DistillConfig:
             device: where the distillation will run.
 
         Raises:
-            ValueError: the device cannot compute in ``precision`` or ``real_precision``.
+            ValueError: the device cannot compute in ``precision`` or ``real_precision``, or the images are too large for
+                ``preprocessing``.
         """
         from atom_fast._device import check_precision, has_tf32
+        from atom_fast.data.whitening import check_whitening
 
         resolved = self.for_data(image_shape, dataset)._derive(precision="tf32" if has_tf32(device) else "float32")
         check_precision(resolved.precision, device)
         check_precision(resolved.precision_of_real, device)
+        check_whitening(resolved.preprocessing, image_shape)
         return resolved
 
     def _derive(self, **derived) -> DistillConfig:

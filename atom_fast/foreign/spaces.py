@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from atom_fast.data.dataset import ImageData
-from atom_fast.data.whitening import ZCA_EPS, Preprocessing, fit_preprocessing
+from atom_fast.data.whitening import ZCA_EPS, Preprocessing, check_whitening, fit_preprocessing
 from atom_fast.foreign.files import ForeignSet
 from atom_fast.names import PREPROCESSINGS
 
@@ -236,6 +236,7 @@ class Fits:
         """Fit ZCA by the covariance of the training images, which all kinds share: kornia takes minutes for each."""
         assert self._data is not None
         images = self._data.train_images.cpu()
+        check_whitening(space, images.shape[1:])
         if self._moments is None:
             self._moments = _moments(images, self._progress)
         if space == "zca":
