@@ -8,6 +8,7 @@ import torch
 from atom_fast.data import whitening
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import KINDS, ZCA_EPS, Preprocessing, fit_preprocessing, real_image_gatherer
+from atom_fast.distillation.config import preset
 
 SHAPE = (3, 6, 5)
 SIZE = 90
@@ -375,3 +376,15 @@ def test_gathering_runs_in_a_cuda_graph(device, whitened):
     indices.copy_(torch.tensor([[9, 8], [7, 6]]))
     graph.replay()
     torch.testing.assert_close(real, gather(indices), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["zca", "zca_standardized"])
+def test_images_that_are_too_large_to_be_whitened_are_refused_before_anything_is_computed(kind):
+    images = torch.zeros(2, 3, 65, 65, dtype=torch.uint8)
+    message = f"preprocessing '{kind}' is accepted for up to 12288 values .* use preprocessing 'standard'"
+    with pytest.raises(ValueError, match=message):
+        fit_preprocessing(images, kind, progress=False)
+    with pytest.raises(ValueError, match=message):
+        preset(preprocessing=kind).resolve((3, 65, 65), "folder", torch.device("cpu"))
+    assert preset().resolve((3, 65, 65), "cifar10", torch.device("cpu")).preprocessing == "standard"
+    assert preset().resolve((3, 64, 64), "cifar10", torch.device("cpu")).preprocessing == "zca"
