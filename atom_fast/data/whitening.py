@@ -215,9 +215,9 @@ def check_whitening(kind: str, image_shape: Sequence[int]) -> None:
     values = math.prod(image_shape)
     if kind != "standard" and not can_whiten(image_shape):
         raise ValueError(
-            f"preprocessing {kind!r} is accepted for up to {WHITENED_VALUES} values per image (64x64 in colour); images "
-            f"{list(image_shape)} have {values}, whose two matrices take {8 * values**2 / 1e9:.0f} GB; use preprocessing "
-            "'standard' (--preprocessing standard)"
+            f"preprocessing {kind!r} is accepted for up to {WHITENED_VALUES} values per image (64x64 in colour); "
+            f"images {list(image_shape)} have {values}, whose two matrices take {8 * values**2 / 1e9:.0f} GB; "
+            "use preprocessing 'standard' (--preprocessing standard)"
         )
 
 
