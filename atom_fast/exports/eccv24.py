@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from atom_fast._files import write_atomically
-from atom_fast.foreign.spaces import CONSTANTS, PUBLIC, _to_pixels
+from atom_fast.exports.public import standardised
+from atom_fast.foreign.spaces import CONSTANTS, PUBLIC
 
 if TYPE_CHECKING:
     from atom_fast.synthetic import SyntheticSet
@@ -52,10 +53,8 @@ def eccv24_tensor(synthetic: SyntheticSet) -> Tensor:
     if synthetic.ipc != _ECCV24_IPC:
         got = "classes of different sizes" if synthetic.ipc is None else f"{synthetic.ipc} per class"
         raise ValueError(f"eccv24 takes {_ECCV24_IPC} images per class; got {got}")
-    mean, std = (torch.tensor(values)[:, None, None] for values in CONSTANTS[PUBLIC[dataset]])
     synthetic = synthetic.to("cpu")
-    # Not to_pixels, which clamps: distilled images reach outside [0, 1].
-    images = (_to_pixels(synthetic.images.float(), synthetic.preprocessing) - mean) / std
+    images = standardised(synthetic, *CONSTANTS[PUBLIC[dataset]])
     return images[torch.argsort(synthetic.labels, stable=True)].contiguous()
 
 
