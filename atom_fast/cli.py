@@ -41,6 +41,7 @@ from atom_fast.options import (
     foreign_options,
     in_group,
     printable,
+    protocol_options,
     quiet_option,
     set_argument,
     setting_options,
@@ -136,12 +137,7 @@ def _size_name(ipc: int, partition: int) -> str:
     help=f"architecture of the networks, or several joined by commas: {', '.join(NETWORK_NAMES)}, timm:NAME or "
     "torchvision:NAME for one of these libraries",
 )
-@click.option(
-    "--protocol",
-    type=Choice(list(PROTOCOLS)),
-    help="how the networks are trained  [default: digits for digits, paper for others]",
-)
-@click.option("--epochs", type=int, help="passes over the set, instead of the protocol's  [default: the protocol's]")
+@protocol_options
 @click.option("--random/--no-random", default=True, help="also train on random real images  [default: on]")
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="seed of the networks and of the random images"
@@ -497,12 +493,7 @@ def _lines(name: str, value: object) -> list[str]:
     default=3,
     help="networks to train on each set, and as many on random images and on a coreset  [default: 3 networks]",
 )
-@click.option(
-    "--protocol",
-    type=Choice(list(PROTOCOLS)),
-    help="how the networks are trained  [default: digits for digits, paper for others]",
-)
-@click.option("--epochs", type=int, help="passes over the set, instead of the protocol's  [default: the protocol's]")
+@protocol_options
 @click.option("--train/--no-train", default=True, help="train networks that are not on record  [default: on]")
 @device_option
 @quiet_option

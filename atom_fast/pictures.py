@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from atom_fast._files import write_atomically
+from atom_fast.names import LOG_FILE
 
 if TYPE_CHECKING:
     from atom_fast.synthetic import SyntheticSet
@@ -90,7 +91,7 @@ def save_run_pictures(folder: str | os.PathLike, synthetic: SyntheticSet) -> Non
     """
     folder = Path(folder)
     save_synthetic_grid(synthetic, folder / "synthetic.png", title=describe(synthetic))
-    save_loss_curves(folder / "log.jsonl", folder / "loss.png", title=describe(synthetic))
+    save_loss_curves(folder / LOG_FILE, folder / "loss.png", title=describe(synthetic))
 
 
 def describe(synthetic: SyntheticSet) -> str:

@@ -14,9 +14,15 @@ from PIL import Image
 from atom_fast import hub
 from atom_fast.cli import main
 from atom_fast.exports.folder import folder_names
+from atom_fast.exports.formats import WRITERS
 from atom_fast.exports.public import PUBLIC_NORMALIZATION
+from atom_fast.names import EXPORT_FORMATS
 from atom_fast.synthetic import load_public
 from tests.test_synthetic import make_partitioned, make_set
+
+
+def test_every_format_that_is_accepted_is_written():
+    assert tuple(WRITERS) == EXPORT_FORMATS
 
 
 def test_folder_export_is_read_by_torchvision(tmp_path):

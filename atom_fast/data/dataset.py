@@ -13,12 +13,12 @@ from torch import Tensor
 
 from atom_fast.data.placement import describe_place, keeps_on_device, readable_by
 from atom_fast.data.torch_datasets import read_datasets
+from atom_fast.names import first_few
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ImageData:
-    """Training and test images of one data set. Build it with :meth:`from_tensors` or
-    :meth:`from_datasets`, which fill in the class index.
+    """Training and test images of one data set, with their class index; made by `from_tensors` and `from_datasets`.
 
     N is the number of training images, M of test images, K of classes.
 
@@ -146,7 +146,7 @@ class ImageData:
         return dataclasses.replace(data, source=f"{type(train).__module__}.{type(train).__qualname__}")
 
     def __repr__(self) -> str:
-        names = ", ".join(self.class_names[:3]) + (", ..." if self.num_classes > 3 else "")
+        names = first_few(self.class_names)
         return (
             f"ImageData({self.name!r}, {len(self.train_images)} training and {len(self.test_images)} test images "
             f"{list(self.image_shape)}, {self.num_classes} classes: {names})"

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, Subset
 
 from atom_fast.data.decoding import check_resolution, empty_images, rgb_pixels
+from atom_fast.names import first_few
 
 # Names that data sets on the Hugging Face hub use, the likelier first.
 IMAGE_COLUMNS = ("image", "img")
@@ -107,8 +108,8 @@ def _class_names(train: Any, test: Any, columns: tuple[str, str] | None) -> tupl
     trained, tested = (_names_of(dataset, columns) for dataset in (train, test))
     if trained is not None and tested is not None and trained != tested:
         raise ValueError(
-            f"train and test have different classes, so that a label would mean two things: {_some(trained)} and "
-            f"{_some(tested)}; map both to one list and pass class_names"
+            f"train and test have different classes, so that a label would mean two things: {first_few(trained)} and "
+            f"{first_few(tested)}; map both to one list and pass class_names"
         )
     return tested if trained is None else trained
 
@@ -200,7 +201,3 @@ def _label(label: Any, classes: int, where: str) -> int:
     if not 0 <= number < classes:
         raise ValueError(f"{where}: a label must be 0 to {classes - 1}, one for each class; got {number}")
     return number
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from atom_fast._files import cache_folder, lock, write_atomically
+from atom_fast._files import cache_folder, claimed, write_atomically
 from atom_fast._hashing import add_tensors
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing
@@ -128,7 +128,8 @@ def trained_pool(
         folder.mkdir(parents=True, exist_ok=True)
         for part, wait in ((ranks.own_jobs(missing), False), (missing, True)):  # then what no process has finished
             with contextlib.ExitStack() as stack:
-                mine = [index for index in part if stack.enter_context(_claimed(folder, index, wait=wait))]
+                # Without locks the worst is that two processes train the same network.
+                mine = [index for index in part if stack.enter_context(claimed(_lock_file(folder, index), wait=wait))]
                 todo = [index for index in mine if not _file(folder, index).is_file()]
                 if todo:
                     log(f"training {len(todo)} networks on {data.name}, {protocol.epochs} epochs each, for {folder}")
@@ -250,14 +251,8 @@ def _file(folder: Path, index: int) -> Path:
     return folder / f"network-{index:03d}.safetensors"
 
 
-@contextlib.contextmanager
-def _claimed(folder: Path, index: int, *, wait: bool) -> Iterator[bool]:
-    """Hold the lock of a network; yield False if another process has it and this one is not to wait."""
-    with open(folder / f".network-{index:03d}.lock", "w") as file:
-        held = True
-        with contextlib.suppress(OSError):  # without locks the worst is that two processes train the same network
-            held = lock(file, wait=wait)
-        yield held
+def _lock_file(folder: Path, index: int) -> Path:
+    return folder / f".network-{index:03d}.lock"
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -30,11 +30,10 @@ from atom_fast.distillation.matching import FUSED, joint_refusal
 from atom_fast.distillation.pool import Pool, easiest
 from atom_fast.distillation.start import given_images, initial_images
 from atom_fast.distillation.step import Distillation, DivergenceError, make_convnet
+from atom_fast.names import CONFIG_FILE, ENVIRONMENT_FILE, SYNTHETIC_FILE
 from atom_fast.pictures import save_image_grid
-from atom_fast.synthetic import SYNTHETIC_FILE, SyntheticSet
+from atom_fast.synthetic import SyntheticSet
 
-CONFIG_FILE = "config.yaml"
-ENVIRONMENT_FILE = "environment.json"
 CHECKPOINT_FOLDER = "checkpoints"
 IMAGE_FOLDER = "images"
 LOCK_FILE = ".lock"

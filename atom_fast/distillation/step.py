@@ -33,6 +33,7 @@ from atom_fast.distillation.matching import (
 from atom_fast.distillation.pool import Pool, easiest
 from atom_fast.distillation.stages import stage
 from atom_fast.functional import class_groups
+from atom_fast.names import first_few
 from atom_fast.networks.convnet import ConvNet
 from atom_fast.ops.launching import KernelError
 from atom_fast.ops.matching import ClassGroups
@@ -398,8 +399,7 @@ class Distillation:
         else:
             message = f"images diverged: {largest:.1e} times as large after iteration {iteration} as at the start"
         if lost:
-            message += f"; images lost in {len(lost)} of {len(names)} classes: {', '.join(lost[:5])}"
-            message += ", ..." if len(lost) > 5 else ""
+            message += f"; images lost in {len(lost)} of {len(names)} classes: {first_few(lost, 5)}"
         return f"{message}; lower image_lr (it is {self.config.image_lr:g}) or loss_scale ({self.config.loss_scale:g})"
 
     @property

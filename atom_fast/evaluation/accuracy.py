@@ -32,7 +32,7 @@ from atom_fast.evaluation.results import (
     read_records,
     write_record,
 )
-from atom_fast.names import TRAINING_PRECISIONS
+from atom_fast.names import TRAINING_PRECISIONS, first_few
 from atom_fast.networks.convnet import default_depth
 from atom_fast.networks.layers import memory_format
 from atom_fast.pictures import method_name
@@ -390,8 +390,8 @@ def _check_fit(synthetic: SyntheticSet, data: ImageData) -> None:
     """Check that a set can be trained on for the test set of ``data``."""
     if synthetic.class_names != data.class_names:
         raise ValueError(
-            f"the set was made for the {len(synthetic.class_names)} classes {_some(synthetic.class_names)}; "
-            f"{data.name} has the {data.num_classes} classes {_some(data.class_names)}"
+            f"the set was made for the {len(synthetic.class_names)} classes {first_few(synthetic.class_names)}; "
+            f"{data.name} has the {data.num_classes} classes {first_few(data.class_names)}"
         )
     if tuple(synthetic.sheets.shape[1:]) != data.image_shape:
         raise ValueError(
@@ -399,7 +399,3 @@ def _check_fit(synthetic: SyntheticSet, data: ImageData) -> None:
             f"got {list(synthetic.sheets.shape)}"
         )
     synthetic.check()
-
-
-def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

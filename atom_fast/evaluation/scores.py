@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from atom_fast._files import cache_folder, lock, write_atomically
+from atom_fast._files import cache_folder, claimed, write_atomically
 from atom_fast._hashing import add_tensors
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing
@@ -381,11 +381,13 @@ def _held(path: Path) -> Iterator[None]:
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as file:
-        with contextlib.suppress(OSError):  # without locks the worst is that two processes train the same networks
-            if not lock(file, wait=False):
-                log(f"waiting for another process that trains on all images, for {path}")
-                lock(file, wait=True)
+    file = path.with_suffix(".lock")
+    with claimed(file, wait=False) as held:
+        if held:
+            yield
+            return
+    log(f"waiting for another process that trains on all images, for {path}")
+    with claimed(file, wait=True):
         yield
 
 

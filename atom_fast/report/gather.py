@@ -22,17 +22,16 @@ from atom_fast.data.sources import load_data
 from atom_fast.distillation.config import read_settings
 from atom_fast.evaluation.results import LARGEST_CONFUSION, read_records
 from atom_fast.foreign.files import is_foreign, named_dataset
-from atom_fast.names import SOURCES
+from atom_fast.names import CONFIG_FILE, ENVIRONMENT_FILE, LOG_FILE, SOURCES
 from atom_fast.pictures import count_images, describe, loss_curves, method_name, read_log
 from atom_fast.report import charts
 from atom_fast.report.accuracies import Accuracy, Classes, class_accuracies, measured
 from atom_fast.report.gallery import Gallery, make_gallery
 from atom_fast.report.measure import Measures, coreset_name, read_coreset, train_missing
-from atom_fast.report.places import CELL_FILE, CONFIG_FILE, Place, find_places
+from atom_fast.report.places import CELL_FILE, Place, find_places
 from atom_fast.synthetic import SyntheticSet
 from atom_fast.training.protocols import check_count
 
-ENVIRONMENT_FILE, LOG_FILE = "environment.json", "log.jsonl"
 _PICTURES = 3_000_000  # bytes of all pictures of a page: with everything else it stays below 5 MB
 # Errors of one run that the others need not have: it is damaged, its data are not there, its networks do not fit.
 _OF_ONE_RUN = (ValueError, OSError, RuntimeError, ImportError)

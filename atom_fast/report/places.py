@@ -6,9 +6,8 @@ import dataclasses
 import re
 from pathlib import Path
 
-from atom_fast.names import EVALUATION_FILE, SYNTHETIC_FILE
+from atom_fast.names import CONFIG_FILE, EVALUATION_FILE, SYNTHETIC_FILE
 
-CONFIG_FILE = "config.yaml"
 CELL_FILE = "cell.json"  # of a cell of `python -m benchmarks`
 CORESET_FILE = "herding.safetensors"
 
@@ -86,11 +85,8 @@ def _run(folder: Path) -> Place:
 
 
 def _file(path: Path) -> Place:
-    records, coreset = (
-        (path.with_name(f"{path.stem}.{EVALUATION_FILE}"),),
-        path.with_name(f"{path.stem}.{CORESET_FILE}"),
-    )
-    return Place(path.name, path, path, None, records, coreset)
+    record, coreset = (path.with_name(f"{path.stem}.{name}") for name in (EVALUATION_FILE, CORESET_FILE))
+    return Place(path.name, path, path, None, (record,), coreset)
 
 
 def _cell(folder: Path) -> Place:

@@ -10,6 +10,7 @@ import jinja2
 from markupsafe import Markup
 
 from atom_fast._files import write_atomically
+from atom_fast.options import printable
 from atom_fast.report import charts
 from atom_fast.report.accuracies import LARGEST_TABLE
 from atom_fast.report.gather import Report, gather
@@ -63,4 +64,4 @@ def _printable(value: object) -> object:
     """Escape control characters in text: HTML does not allow them, and a name may turn the direction of a page."""
     if not isinstance(value, str) or isinstance(value, Markup) or value.isprintable():
         return value
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in value)
+    return printable(value)

@@ -25,11 +25,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-_YOUNGER = (
-    "decay_at",
-    "cutmix",
-    "restart_momentum",
-)  # settings of Protocol that the first records of evaluations do not have
+# Settings of Protocol that the first records of evaluations do not have.
+_YOUNGER = ("decay_at", "cutmix", "restart_momentum")
 
 
 @dataclasses.dataclass(frozen=True)

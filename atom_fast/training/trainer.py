@@ -213,7 +213,6 @@ def _in_layout_of(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
     return torch.empty_like(parameter).copy_(gradient)
 
 
-@torch.no_grad()
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float | None:
     """Compute the accuracy of a network, in evaluation mode, over a whole test set.
 
@@ -225,16 +224,10 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float | None
     Returns:
         100 · correct / N in percent, or None if a logit is not finite: its argmax means nothing.
     """
-    network.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=images.device)
-    finite = torch.ones((), dtype=torch.bool, device=images.device)
-    for predicted, expected in in_batches(network, images, labels):
-        correct += (predicted.argmax(1) == expected).sum()
-        finite &= predicted.isfinite().all()
-    return 100 * correct.item() / len(images) if finite.item() else None
+    correct = _count(network, images, labels, (), lambda taken, expected: (taken == expected).sum())
+    return None if correct is None else 100 * correct.item() / len(images)
 
 
-@torch.no_grad()
 def confusion(network: nn.Module, images: Tensor, labels: Tensor, classes: int) -> Tensor | None:
     """Count what a network, in evaluation mode, takes the images of each class for.
 
@@ -245,13 +238,34 @@ def confusion(network: nn.Module, images: Tensor, labels: Tensor, classes: int) 
     Returns:
         int64 [K, K] on the CPU: entry (i, j) counts images of class i taken for class j. None if a logit is not finite.
     """
+    pairs = classes * classes
+
+    def count(taken: Tensor, expected: Tensor) -> Tensor:
+        return torch.bincount(expected * classes + taken, minlength=pairs)
+
+    counts = _count(network, images, labels, (pairs,), count)
+    return None if counts is None else counts.view(classes, classes).cpu()
+
+
+@torch.no_grad()
+def _count(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    size: tuple[int, ...],
+    count: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor | None:
+    """Sum ``count`` of the classes that a network takes images for and of theirs, int64; None if a logit is not finite.
+
+    Nothing is read from the device before the end.
+    """
     network.eval()
-    counts = torch.zeros(classes * classes, dtype=torch.int64, device=images.device)
+    total = torch.zeros(size, dtype=torch.int64, device=images.device)
     finite = torch.ones((), dtype=torch.bool, device=images.device)
     for predicted, expected in in_batches(network, images, labels):
-        counts += torch.bincount(expected * classes + predicted.argmax(1), minlength=classes * classes)
+        total += count(predicted.argmax(1), expected)
         finite &= predicted.isfinite().all()
-    return counts.view(classes, classes).cpu() if finite.item() else None
+    return total if finite.item() else None
 
 
 def in_batches(function: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor):
