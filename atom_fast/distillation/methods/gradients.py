@@ -21,6 +21,7 @@ from atom_fast.data.whitening import Preprocessing
 from atom_fast.distillation.config import DistillConfig
 from atom_fast.distillation.methods.images import ImageRun
 from atom_fast.networks.convnet import ConvNet
+from atom_fast.ops.dispatch import twice_differentiable
 from atom_fast.training.protocols import Protocol
 from atom_fast.training.trainer import Trainer, empty_network
 
@@ -72,9 +73,10 @@ class Learner(ImageRun):
                 if together:
                     of_real = [gradient.mean(0, keepdim=True) for gradient in of_real]
                 groups = 1 if together else self.data.num_classes
-                of_synthetic = class_gradients(network, synthetic, self.labels, groups, create_graph=True)
-                loss = gradient_distance(of_real, of_synthetic)
-                (gradient,) = torch.autograd.grad(loss, images)
+                with twice_differentiable(self.images.device):
+                    of_synthetic = class_gradients(network, synthetic, self.labels, groups, create_graph=True)
+                    loss = gradient_distance(of_real, of_synthetic)
+                    (gradient,) = torch.autograd.grad(loss, images)
             self._update(gradient)
             self._record(loss.detach().view(1))
             if number < self._rounds - 1:
