@@ -213,9 +213,9 @@ def check_whitening(kind: str, image_shape: Sequence[int]) -> None:
     values = math.prod(image_shape)
     if kind != "standard" and not can_whiten(image_shape):
         raise ValueError(
-            f"preprocessing {kind!r} is accepted for up to {WHITENED_VALUES} values per image (64x64 in colour); images "
-            f"{list(image_shape)} have {values}, whose two matrices take {8 * values**2 / 1e9:.0f} GB; use preprocessing "
-            "'standard' (--preprocessing standard)"
+            f"preprocessing {kind!r} is accepted for images of at most {WHITENED_VALUES} values (64x64 in colour); got "
+            f"images {list(image_shape)} of {values}, whose two matrices would take {8 * values**2 / 1e9:.2g} GB; use "
+            "preprocessing 'standard' (--preprocessing standard)"
         )
 
 

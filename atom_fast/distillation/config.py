@@ -386,8 +386,8 @@ class DistillConfig:
             device: where the distillation will run.
 
         Raises:
-            ValueError: the device cannot compute in ``precision`` or ``real_precision``, or the images are too large for
-                ``preprocessing``.
+            ValueError: the device cannot compute in ``precision`` or ``real_precision``, or the images are too large to
+                be whitened.
         """
         from atom_fast._device import check_precision, has_tf32
         from atom_fast.data.whitening import check_whitening

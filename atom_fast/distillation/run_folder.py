@@ -26,6 +26,7 @@ from atom_fast.distillation.checkpoint import Checkpoint, latest_checkpoint, rem
 from atom_fast.distillation.config import DistillConfig, affects_result, drop_removed_settings, write_config
 from atom_fast.distillation.logs import RunLog, append_environment, environment, log, peak_memory, versions
 from atom_fast.distillation.matching import FUSED, joint_refusal
+from atom_fast.distillation.memory import describe_memory
 from atom_fast.distillation.pool import Pool, easiest
 from atom_fast.distillation.start import given_images, initial_images
 from atom_fast.distillation.step import Distillation, DivergenceError, make_convnet
@@ -167,6 +168,8 @@ class RunFolder:
             log(f"{small}: each step draws some of their images more than once (real_batch {run.config.real_batch})")
         if run.fusion != FUSED:
             log(f"the network runs {run.fusion}")
+        if memory := describe_memory(run.config, run.data, len(run.classes)):
+            log(memory)
         if run.images.device.type == "cpu":
             log(f"CPU threads: {torch.get_num_threads()} ({_threads.reason()})")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import typing
@@ -31,6 +32,7 @@ from atom_fast.distillation.matching import (
     matching_terms,
     weighted_terms,
 )
+from atom_fast.distillation.memory import step_memory
 from atom_fast.distillation.pool import Pool, easiest
 from atom_fast.distillation.stages import stage
 from atom_fast.functional import class_groups
@@ -372,7 +374,10 @@ class Distillation:
         if self.images.is_cuda:
             torch.cuda.empty_cache()
         smaller = (self.class_chunk + 1) // 2
-        log(f"out of memory with {self.class_chunk} classes at once: continuing with {smaller}")
+        config = dataclasses.replace(self.config, class_chunk=self.class_chunk)
+        needed = step_memory(config, self.data, len(self.classes))
+        about = "" if needed is None else f" ({needed / 1e9:.2g} GB)"
+        log(f"out of memory with {self.class_chunk} classes at once{about}: continuing with {smaller}")
         self.set_class_chunk(smaller)
 
     def read(self) -> list[float]:
