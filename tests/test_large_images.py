@@ -184,7 +184,7 @@ def test_a_folder_is_distilled_stopped_killed_resumed_and_evaluated(photographs,
     evaluate = ["evaluate", file, *data[2:], "--networks", 1, "--epochs", 2, "--device", "cpu", "--quiet"]
     assert "folder ipc=1 atom" in command(*evaluate, "--json", tmp_path / "result.json")
     assert json.loads((tmp_path / "result.json").read_text())
-    assert "[3, 128, 128]" in command("info", file)
+    assert "images: 3, 3, 128, 128" in command("info", file)
     command("show", file, "--output", tmp_path / "shown.png")
     command("export", file, tmp_path / "images")
     exported = sorted((tmp_path / "images" / "train").glob("*/*.png"))
