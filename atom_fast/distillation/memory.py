@@ -20,7 +20,7 @@ from atom_fast.ops.conv_block import launch_kind
 from atom_fast.ops.dispatch import resolve_backend
 
 _FLOAT = 4  # bytes
-_WORTH_SAYING = 10**9  # bytes
+WORTH_SAYING = 10**9  # bytes; of smaller steps nothing is said
 
 
 def step_memory(config: DistillConfig, data: ImageData, classes: int | None = None) -> int | None:
@@ -152,7 +152,7 @@ def describe_memory(config: DistillConfig, data: ImageData, classes: int | None 
         config, data, classes: as in `step_memory`.
     """
     needed, available = step_memory(config, data, classes), free_memory(data.train_images.device)
-    if needed is None or needed < _WORTH_SAYING:
+    if needed is None or needed < WORTH_SAYING:
         return None
     text = f"a step takes about {needed / 1e9:.1f} GB of memory"
     if available is None or needed <= available:

@@ -32,7 +32,7 @@ from atom_fast.distillation.matching import (
     matching_terms,
     weighted_terms,
 )
-from atom_fast.distillation.memory import step_memory
+from atom_fast.distillation.memory import WORTH_SAYING, step_memory
 from atom_fast.distillation.pool import Pool, easiest
 from atom_fast.distillation.stages import stage
 from atom_fast.functional import class_groups
@@ -376,7 +376,7 @@ class Distillation:
         smaller = (self.class_chunk + 1) // 2
         config = dataclasses.replace(self.config, class_chunk=self.class_chunk)
         needed = step_memory(config, self.data, len(self.classes))
-        about = "" if needed is None else f" ({needed / 1e9:.2g} GB)"
+        about = f" ({needed / 1e9:.1f} GB)" if needed and needed >= WORTH_SAYING else ""
         log(f"out of memory with {self.class_chunk} classes at once{about}: continuing with {smaller}")
         self.set_class_chunk(smaller)
 

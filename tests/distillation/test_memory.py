@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import atom_fast as af
-from atom_fast.distillation import memory
+from atom_fast.distillation import memory, step
 from atom_fast.distillation.config import preset
 from atom_fast.distillation.memory import describe_memory, fitting_chunk, free_memory, step_memory
 from benchmarks.live_bytes import LiveBytes
@@ -106,6 +106,13 @@ def test_a_user_learns_what_a_large_step_takes_and_what_fits(free, said, monkeyp
     config = preset(real_batch=32, width=96).resolve(data.image_shape, data.name, torch.device("cpu"))
     message = describe_memory(config, data)
     assert re.sub(r"about \S+ GB", "about N GB", message) == "a step takes about N GB of memory" + said
+
+
+def test_what_does_not_fit_is_said_where_memory_runs_out(monkeypatch, capsys):
+    monkeypatch.setattr(step, "step_memory", lambda config, *_: config.class_chunk * 10**9)
+    run, _ = make_run(make_data(5, size=8))
+    run._halve_class_chunk()
+    assert "out of memory with 5 classes at once (5.0 GB): continuing with 3" in capsys.readouterr().err
 
 
 def test_free_memory_is_that_of_the_machine():
