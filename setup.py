@@ -4,5 +4,9 @@ from setuptools import find_packages, setup
 
 setup(
     packages=find_packages(include=["atom_fast", "atom_fast.*"]),
-    package_data={"atom_fast": ["py.typed"], "atom_fast.kernels": ["*.c", "*.h"]},
+    package_data={
+        "atom_fast": ["py.typed"],
+        "atom_fast.kernels": ["*.c", "*.h"],
+        "atom_fast.report": ["templates/*"],
+    },
 )

@@ -41,6 +41,19 @@ def lock(file: IO | int, *, wait: bool) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def claimed(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold the lock file ``path``; yield False if another process holds it and this one is not to wait.
+
+    Where the file system has no locks nobody is kept out.
+    """
+    with open(path, "w") as file:
+        held = True
+        with contextlib.suppress(OSError):
+            held = lock(file, wait=wait)
+        yield held
+
+
 def write_atomically(path: str | os.PathLike, content: bytes | str) -> Path:
     """Write ``content`` to ``path``; an earlier file stays intact until the new one is on the disk.
 

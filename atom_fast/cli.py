@@ -24,6 +24,7 @@ from atom_fast.names import (
     SYNTHETIC_FILE,
     TRAINING_PRECISIONS,
     WATCHED_EPOCHS,
+    WHOLE_EPOCHS,
 )
 from atom_fast.options import (
     Choice,
@@ -31,6 +32,7 @@ from atom_fast.options import (
     Commands,
     FilePath,
     Network,
+    SetFile,
     alone,
     configuration,
     data_options,
@@ -39,6 +41,7 @@ from atom_fast.options import (
     foreign_options,
     in_group,
     printable,
+    protocol_options,
     quiet_option,
     set_argument,
     setting_options,
@@ -134,12 +137,7 @@ def _size_name(ipc: int, partition: int) -> str:
     help=f"architecture of the networks, or several joined by commas: {', '.join(NETWORK_NAMES)}, timm:NAME or "
     "torchvision:NAME for one of these libraries",
 )
-@click.option(
-    "--protocol",
-    type=Choice(list(PROTOCOLS)),
-    help="how the networks are trained  [default: digits for digits, paper for others]",
-)
-@click.option("--epochs", type=int, help="passes over the set, instead of the protocol's  [default: the protocol's]")
+@protocol_options
 @click.option("--random/--no-random", default=True, help="also train on random real images  [default: on]")
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="seed of the networks and of the random images"
@@ -155,6 +153,20 @@ def _size_name(ipc: int, partition: int) -> str:
     "--evaluate-every", type=int, help="also test every N epochs (in --json)  [default: only after the last epoch]"
 )
 @click.option("--together", type=int, help="networks to train at the same time  [default: chosen for the device]")
+@click.option(
+    "--scores",
+    is_flag=True,
+    help="also train on all real images, kept for other sets, and without augmentation, and print DD-Ranking's scores "
+    "HLR, IOR, LRS and ARS  [default: off]",
+)
+@click.option(
+    "--whole-accuracy", type=float, help="known accuracy of all real images, in %, for --scores  [default: measured]"
+)
+@click.option(
+    "--whole-epochs",
+    type=int,
+    help=f"passes over all real images, for --scores  [default: the protocol's, at most {WHOLE_EPOCHS}]",
+)
 @foreign_options
 @click.option(
     "--json",
@@ -168,7 +180,7 @@ def _size_name(ipc: int, partition: int) -> str:
 @in_group
 def evaluate(
     file, dataset, data_dir, download, resolution, arch, labels, preprocessing, partition, experiment, json_path,
-    device, quiet, protocol, epochs, random, **settings,
+    device, quiet, protocol, epochs, random, scores, whole_accuracy, whole_epochs, **settings,
 ):  # fmt: skip
     """Train fresh networks on the set in FILE and test them: mean ± standard deviation of last-epoch accuracy, in %.
 
@@ -180,9 +192,15 @@ def evaluate(
     from atom_fast.evaluation.accuracy import architecture_of
     from atom_fast.evaluation.accuracy import evaluate as run
     from atom_fast.evaluation.results import read_records, summary
+    from atom_fast.evaluation.scores import check_whole, measure_scores, score_line
     from atom_fast.evaluation.sets import random_sets
     from atom_fast.pictures import result_line
 
+    if scores and not random:
+        raise ValueError("--scores compare with random images: leave out --no-random")
+    if not scores and (whole_accuracy is not None or whole_epochs is not None):
+        raise ValueError("--whole-accuracy and --whole-epochs are for --scores")
+    check_whole(whole_accuracy, whole_epochs)
     if json_path:
         read_records(json_path)  # refuse a file of something else before data are loaded
     progress = not quiet and ranks.is_first()
@@ -201,11 +219,17 @@ def evaluate(
         settings |= {"network": network, "architecture": architecture}
         result = run(synthetic, data, **settings)
         beside = run(baseline, data, **settings) if baseline else None
-        if not ranks.is_first():
-            continue
-        if result.about["same_data"] is False and position == 0:
-            click.echo(f"note: these {data.name} images are not the ones that the set was distilled from", err=True)
-        click.echo((f"{network}: " if len(arch) > 1 else "") + printable(result_line(summary(result, beside))))
+        which = f"{network}: " if len(arch) > 1 else ""
+        if ranks.is_first():
+            if result.about["same_data"] is False and position == 0:
+                click.echo(f"note: these {data.name} images are not the ones that the set was distilled from", err=True)
+            click.echo(which + printable(result_line(summary(result, beside))))
+        if scores and beside:
+            given = {name: settings[name] for name in ("together", "device", "progress", "record")}
+            given |= {"whole_accuracy": whole_accuracy, "whole_epochs": whole_epochs}
+            found = measure_scores(result, beside, synthetic, data, **given)
+            if ranks.is_first():
+                click.echo(which + score_line(found))
 
 
 def _set_and_data(file: Path, dataset: str | None, data_dir: Path | None, given: dict, device: str | None, **options):
@@ -351,8 +375,8 @@ def _read(file: Path, dataset: str | None, data_dir: Path | None, download: bool
     "form",
     type=Choice((*EXPORT_FORMATS, "hub")),
     help="folder: PNG files as torchvision's ImageFolder reads them; pt: the format of the public DC, DM and DataDAM "
-    "code; hub: a folder for the Hugging Face Hub, to which the set is added; ddranking: what DD-Ranking 0.2.0 tests  "
-    "[default: pt if OUTPUT ends in .pt, otherwise folder]",
+    "code; hub: a folder for the Hugging Face Hub, to which the set is added; ddranking: what DD-Ranking 0.2.0 tests; "
+    "eccv24: the tensor of the ECCV 2024 contest  [default: pt if OUTPUT ends in .pt, otherwise folder]",
 )
 @click.option(
     "--results",
@@ -384,15 +408,20 @@ def export(file, output, form, results, license):
 
 
 @main.command()
-@set_argument
+@click.argument("file", type=SetFile(), required=False)
 @data_options(None, "the one that FILE's path names")
 @foreign_options
 @click.option("--json", "as_json", is_flag=True, help="print the facts as JSON  [default: off]")
 def info(file, dataset, data_dir, download, as_json, **given):
     """Show what FILE holds and how it was made; of another project's file, what was recognised of it, and why.
 
-    With the real images (--data-dir) a whitened set's kind of whitening is told by undoing it.
+    With the real images (--data-dir) a whitened set's kind of whitening is told by undoing it. Without FILE, --dataset
+    shows a data set: its classes, size and fingerprint, and where a distillation on this machine keeps its images.
     """
+    if file is None:
+        facts = _data_facts(dataset, data_dir, download, given)
+        click.echo(json.dumps(facts, indent=2) if as_json else "\n".join(map(printable, _all_lines(facts))))
+        return
     from atom_fast.foreign.recognised import Recognised
     from atom_fast.pictures import describe
 
@@ -410,9 +439,20 @@ def info(file, dataset, data_dir, download, as_json, **given):
         call = f"SyntheticSet.load({str(file)!r}).preprocessing.to_model(images)"
         if standard or given_back:
             click.echo(printable(f"normalise your test images by {formula}: {call}"))
-    for name, value in facts.items():
-        for line in _lines(name, value):
-            click.echo(printable(line))
+    for line in _all_lines(facts):
+        click.echo(printable(line))
+
+
+def _data_facts(dataset: str | None, data_dir: Path | None, download: bool, given: dict) -> dict[str, Any]:
+    """What there is to say of a data set, as JSON values."""
+    from atom_fast.data.sources import load_data
+    from atom_fast.distillation.ranks import own_device
+
+    if dataset is None:
+        raise click.UsageError("Missing argument 'FILE', a synthetic set, or --dataset NAME for a data set.")
+    if unused := [f"--{name}" for name, value in given.items() if value is not None]:
+        raise click.UsageError(f"{', '.join(unused)} says something of a FILE; none was given.")
+    return load_data(dataset, data_dir, download=download).describe(own_device(None))
 
 
 def _facts(synthetic) -> dict[str, Any]:
@@ -432,12 +472,42 @@ def _facts(synthetic) -> dict[str, Any]:
     return facts | {name: value for name, value in synthetic.metadata.items() if name not in facts}
 
 
+def _all_lines(facts: dict[str, Any]) -> list[str]:
+    return [line for name, value in facts.items() for line in _lines(name, value)]
+
+
 def _lines(name: str, value: object) -> list[str]:
     if isinstance(value, dict):
         return [f"{name}:", *(f"  {line}" for key, inner in value.items() for line in _lines(key, inner))]
     if isinstance(value, list):
         value = ", ".join(map(str, value))
     return [f"{name}: {value}"]
+
+
+@main.command()
+@click.argument("run", type=FilePath())
+@data_options(None, "the one that each set was distilled from")
+@click.option("--output", type=FilePath(), help="HTML file to write  [default: report.html in RUN, or RUN with .html]")
+@click.option(
+    "--networks",
+    default=3,
+    help="networks to train on each set, and as many on random images and on a coreset  [default: 3 networks]",
+)
+@protocol_options
+@click.option("--train/--no-train", default=True, help="train networks that are not on record  [default: on]")
+@device_option
+@quiet_option
+@alone
+def report(run, quiet, device, **options):
+    """Write one HTML file about RUN: images beside the nearest real ones, accuracies, confusions, losses, settings.
+
+    RUN is a run's folder, a set's file, a folder of several, or the --out folder of `python -m benchmarks`. What a run
+    has not been tested on yet is trained and kept in its evaluation.json, so that a second report trains nothing; for
+    a benchmark nothing is trained. What is missing or damaged is named in the report.
+    """
+    from atom_fast.report import write_report
+
+    click.echo(write_report(run, device=device_name(device), progress=not quiet, **options))
 
 
 @main.command()

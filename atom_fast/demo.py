@@ -19,6 +19,7 @@ from atom_fast.distillation.loop import distill
 from atom_fast.evaluation.accuracy import architecture_of, evaluate
 from atom_fast.evaluation.results import summary
 from atom_fast.evaluation.sets import random_sets
+from atom_fast.names import EVALUATION_FILE
 from atom_fast.pictures import comparison_table, result_line, save_run_pictures
 
 IPCS = (1, 10)
@@ -88,7 +89,7 @@ def _part(output: Path, data: ImageData, config: DistillConfig, device, progress
     )
     save_run_pictures(folder, synthetic)
     options: dict[str, Any] = {"networks": NETWORKS, "seed": config.seed, "device": device, "progress": progress}
-    options |= {"architecture": architecture_of(synthetic, data.name), "record": folder / "evaluation.json"}
+    options |= {"architecture": architecture_of(synthetic, data.name), "record": folder / EVALUATION_FILE}
     random = random_sets(data, synthetic, seed=config.seed)
     result = summary(evaluate(synthetic, data, **options), evaluate(random, data, **options))
     write_atomically(result_file, json.dumps(result, indent=2) + "\n")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from atom_fast._files import new_folder, write_atomically
-from atom_fast.exports.folder import check_channels, decoded_note, folder_names, save_pictures
-from atom_fast.names import EVALUATION_FILE, SYNTHETIC_FILE
+from atom_fast.exports.folder import check_channels, folder_names, save_pictures
+from atom_fast.names import CONFIG_FILE, EVALUATION_FILE, SYNTHETIC_FILE
 from atom_fast.pictures import method_name
 from atom_fast.synthetic import SyntheticSet
 
@@ -64,7 +64,7 @@ def export(
         # Not CSV: there the library takes the number of a label for the name of a class, such as a digit's.
         (pictures / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
         if config := synthetic.metadata.get("config"):
-            (folder / "config.yaml").write_text(_yaml(config), "utf-8")
+            (folder / CONFIG_FILE).write_text(_yaml(config), "utf-8")
         if own := _own_results(synthetic, results):
             (folder / EVALUATION_FILE).write_text(json.dumps(own, indent=1) + "\n", "utf-8")
     write_atomically(path / CARD, _card(path, license or _license(path / CARD)))
@@ -112,18 +112,16 @@ def _name(synthetic: SyntheticSet) -> str:
 
 def _own_results(synthetic: SyntheticSet, results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The records of this set, each followed by that of random images tested alike."""
-    kept: list[Mapping[str, Any]] = []
+    kept, fingerprint = [], synthetic.fingerprint
     for result in results:
-        if result.get("set_sha256") != synthetic.sha256:
-            continue
-        kept.append(result)
-        kept += [other for other in results if _is_beside(other, result)]
+        if result.get("set_fingerprint") == fingerprint:
+            kept += [result, *(other for other in results if _is_beside(other, result))]
     return kept
 
 
 def _is_beside(other: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
     alike = ("dataset", "ipc", "partition", "protocol", "network", "architecture")
-    is_random = other.get("method") == "random" and other.get("set_sha256") is None
+    is_random = other.get("method") == "random" and other.get("set_fingerprint") is None
     return is_random and all(other.get(name) == result.get(name) for name in alike)
 
 
@@ -159,8 +157,7 @@ def _card(path: Path, license: str) -> str:
     example = next(iter(sets))
     return _CARD.format(
         header=_yaml(header), dataset=dataset, rows=rows, commands=commands, example=example, license=license,
-        folder=path.name, classes=len(first.class_names), shape="×".join(map(str, first.sheets.shape[1:])),
-        data_dir="" if dataset == "digits" else ", 'data'",
+        folder=path.resolve().name, classes=len(first.class_names), shape="×".join(map(str, first.sheets.shape[1:])),
     )  # fmt: skip
 
 
@@ -223,14 +220,14 @@ def _row(path: Path, name: str, synthetic: SyntheticSet) -> str:
     method = str(metadata.get("method") or method_name(metadata.get("config", {})))
     file = path / name / EVALUATION_FILE
     results = json.loads(file.read_text("utf-8")) if file.is_file() else []
-    own = next((result for result in results if result.get("set_sha256") == synthetic.sha256), None)
     tested = ["not measured", "", "", ""]
-    if own is not None:
+    if results:
+        own = results[0]  # of this set, as `_own_results` kept them
         beside = next((result for result in results if _is_beside(result, own)), None)
         protocol, networks = own["protocol"]["name"], f"{len(own['accuracies'])} {own['network']}"
         tested = [_accuracy(own), "" if beside is None else _accuracy(beside), networks, protocol]
     stored = "" if synthetic.ipc is None else str(synthetic.ipc)
-    images = f"{len(synthetic)}" + (", cut out of sheets" if decoded_note(synthetic) else "")
+    images = f"{len(synthetic)}" + (", cut out of sheets" if synthetic.partition > 1 else "")
     return "| " + " | ".join([name, stored, images, method, *tested]).replace("\n", " ") + " |"
 
 
@@ -243,7 +240,7 @@ def _command(name: str, synthetic: SyntheticSet) -> str:
     metadata = synthetic.metadata
     dataset = ["--dataset", str(metadata.get("dataset"))]
     if "config" in metadata:
-        return shlex.join(["atom-fast", "distill", *dataset, "--config", f"{name}/config.yaml"])
+        return shlex.join(["atom-fast", "distill", *dataset, "--config", f"{name}/{CONFIG_FILE}"])
     if selection := metadata.get("selection"):
         options = ["--method", str(metadata["method"]), "--ipc", str(synthetic.ipc), "--seed", str(selection["seed"])]
         partition = [] if synthetic.partition == 1 else ["--partition", str(synthetic.partition)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 Norm = Literal["instance", "batch", "layer", "group", "none"]
@@ -27,11 +27,16 @@ TRAINING_PRECISIONS = ("float32", "bfloat16")
 SOURCES = ("digits", "cifar10", "cifar100", "tiny", "folder")
 SELECTIONS = ("random", "herding", "k-center", "forgetting", "least-forgetting", "easy", "full")
 FEATURES = ("embedding", "pixels")
-EXPORT_FORMATS = ("folder", "pt", "ddranking")
+EXPORT_FORMATS = ("folder", "pt", "ddranking", "eccv24")
 # Epochs of the network that is watched to select images: they separate long before it has learned them all.
 WATCHED_EPOCHS = 20
-SYNTHETIC_FILE = "synthetic.safetensors"  # in a run's folder
-EVALUATION_FILE = "evaluation.json"  # beside it, where networks were trained on it
+WHOLE_EPOCHS = 200  # of networks trained on all real images, for scores: DD-Ranking's schedule for CIFAR
+# Files in a run's folder.
+SYNTHETIC_FILE = "synthetic.safetensors"
+CONFIG_FILE = "config.yaml"
+ENVIRONMENT_FILE = "environment.json"
+LOG_FILE = "log.jsonl"
+EVALUATION_FILE = "evaluation.json"  # also beside a set's file, where networks were trained on it
 
 OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")  # of siamese augmentation, by code
 STRATEGY = "_".join(OPERATIONS)
@@ -58,6 +63,11 @@ def split_strategy(strategy: str) -> tuple[tuple[str, ...], ...]:
     if len(set(names)) < len(names):
         raise ValueError(f"augmentation strategy {strategy!r} names an operation twice")
     return stages
+
+
+def first_few(names: Sequence[str], most: int = 3) -> str:
+    """Return the first names joined by commas, with an ellipsis where there are more."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def suggestion(name: object, known: Iterable[str]) -> str:

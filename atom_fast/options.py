@@ -14,6 +14,7 @@ from click.core import ParameterSource
 from atom_fast._interrupts import interrupts_raised
 from atom_fast.distillation.config import SETTINGS, DistillConfig, none_word, preset, read_settings
 from atom_fast.names import NETWORK_LIBRARIES, NETWORK_NAMES, PREPROCESSINGS, SOURCES, SPACES, SYNTHETIC_FILE
+from atom_fast.training.protocols import PROTOCOLS
 
 
 class Choice(click.Choice):
@@ -191,6 +192,23 @@ def data_options(default: str | None, explained: str) -> Callable:
         return command
 
     return decorate
+
+
+def protocol_options(command: Callable) -> Callable:
+    """Add the options that say how the networks that test a set are trained."""
+    options = (
+        click.option(
+            "--protocol",
+            type=Choice(list(PROTOCOLS)),
+            help="how the networks are trained  [default: digits for digits, paper for others]",
+        ),
+        click.option(
+            "--epochs", type=int, help="passes over the set, instead of the protocol's  [default: the protocol's]"
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def foreign_options(command: Callable) -> Callable:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from atom_fast._files import write_atomically
+from atom_fast.names import LOG_FILE
 
 if TYPE_CHECKING:
     from atom_fast.synthetic import SyntheticSet
@@ -91,7 +92,7 @@ def save_run_pictures(folder: str | os.PathLike, synthetic: SyntheticSet) -> Non
     """
     folder = Path(folder)
     save_synthetic_grid(synthetic, folder / "synthetic.png", title=describe(synthetic))
-    save_loss_curves(folder / "log.jsonl", folder / "loss.png", title=describe(synthetic))
+    save_loss_curves(folder / LOG_FILE, folder / "loss.png", title=describe(synthetic))
 
 
 def describe(synthetic: SyntheticSet) -> str:
@@ -222,7 +223,7 @@ def save_loss_curves(log: str | os.PathLike, path: str | os.PathLike, title: str
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    curves = _loss_curves(read_log(log))
+    curves = loss_curves(read_log(log))
     if not curves:
         raise ValueError(f"{log} contains no losses: expected records such as {{'iteration': 10, 'loss': 0.5}}")
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -253,14 +254,20 @@ def save_curves(figure, path: str | os.PathLike) -> Path:
     return write_atomically(path, buffer.getvalue())
 
 
-def _loss_curves(records: Iterable[dict]) -> dict[str, list[tuple[int, float]]]:
+def loss_curves(records: Iterable[dict]) -> dict[str, list[tuple[int, float]]]:
+    """Return the losses of a log's records, by name, as (iteration, value); what is not a finite number is left out."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for record in records:
+        if not _is_finite(record.get("iteration")):
+            continue
         for name, value in record.items():
-            numeric = isinstance(value, (int, float)) and math.isfinite(value)
-            if name.endswith("loss") and numeric and "iteration" in record:
+            if name.endswith("loss") and _is_finite(value):
                 curves.setdefault(name, []).append((record["iteration"], value))
     return curves
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < 1e300  # a plot needs room to subtract
 
 
 def size_text(result: Mapping[str, Any]) -> str:

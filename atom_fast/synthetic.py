@@ -157,9 +157,11 @@ class SyntheticSet(torch.utils.data.Dataset):
         return sizes.pop() // self.partition**2 if len(sizes) == 1 else None
 
     @property
-    def sha256(self) -> str:
-        """SHA-256 of everything in the set, as its file holds it."""
-        return self._contents()[1]["sha256"]
+    def fingerprint(self) -> str:
+        """SHA-256 (hexadecimal) of what networks are trained on: everything but the metadata."""
+        digest = hashlib.sha256(_to_json({"class_names": self.class_names, "partition": self.partition}).encode())
+        add_tensors(digest, self._tensors())
+        return digest.hexdigest()
 
     def pixels(self) -> torch.Tensor:
         """Return the images as pixels: float32 ``[N, C, H, W]`` in [0, 1], clamped."""
@@ -201,23 +203,24 @@ class SyntheticSet(torch.utils.data.Dataset):
         from safetensors.torch import save
 
         self.check()
-        tensors, description = self._contents()
-        # One entry: safetensors writes several in an order that changes from run to run.
-        return write_atomically(path, save(tensors, metadata={FORMAT: _to_json(description)}))
-
-    def _contents(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """The tensors and the description of the set's file."""
-        tensors = {"images": self.sheets, "labels": self.sheet_labels}
-        tensors |= {f"preprocessing.{name}": tensor for name, tensor in self.preprocessing.tensors().items()}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        tensors = self._tensors()
         description = {"format_version": _BEFORE_PARTITIONS, "class_names": self.class_names, "metadata": self.metadata}
         if self.partition > 1:
             description |= {"format_version": _BEFORE_SOFT_LABELS, "partition": self.partition}
         if self.soft_labels is not None:
-            tensors["soft_labels"] = self.soft_labels.detach().cpu().contiguous()
             description |= {"format_version": FORMAT_VERSION, "partition": self.partition}
         description = json.loads(_to_json(description))  # keys that are numbers become text before they are sorted
-        return tensors, {**description, "sha256": _digest(tensors, description)}
+        description["sha256"] = _digest(tensors, description)
+        # One entry: safetensors writes several in an order that changes from run to run.
+        return write_atomically(path, save(tensors, metadata={FORMAT: _to_json(description)}))
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of the set's file."""
+        tensors = {"images": self.sheets, "labels": self.sheet_labels}
+        tensors |= {f"preprocessing.{name}": tensor for name, tensor in self.preprocessing.tensors().items()}
+        if self.soft_labels is not None:
+            tensors["soft_labels"] = self.soft_labels
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
     @classmethod
     def load(
@@ -296,7 +299,8 @@ class SyntheticSet(torch.utils.data.Dataset):
                 as these programs do it (CIFAR-10, CIFAR-100 and Tiny ImageNet with the constants in their code, other
                 data sets with this set's mean and standard deviation); a whitened set stays whitened.
                 ``"ddranking"`` writes what DD-Ranking 0.2.0 tests:
-                :func:`atom_fast.exports.ddranking.export_ddranking`.
+                :func:`atom_fast.exports.ddranking.export_ddranking`. ``"eccv24"`` writes the tensor of the contest at
+                ECCV 2024: :func:`atom_fast.exports.eccv24.eccv24_tensor`.
 
         Returns:
             The path written.

@@ -535,7 +535,7 @@ def _digits(steps, out):
 
 @main.command("ranks")
 @click.option(
-    "--processes", type=CommaList(click.IntRange(1)), help="numbers of processes  [default: 1,2,4 ... as many as cores]"
+    "--processes", type=CommaList(click.IntRange(2)), help="numbers of processes  [default: 2,4 ... as many as cores]"
 )
 @click.option("--classes", default=ranks.Sizes.classes, show_default=True, help="classes per process")
 @click.option("--ipc", default=ranks.Sizes.ipc, show_default=True, help="synthetic images per class")
@@ -545,7 +545,10 @@ def _digits(steps, out):
 @click.option("--steps", default=ranks.Sizes.steps, show_default=True, help="steps per round")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file of the records  [default: not written]")
 def _ranks(processes, out, **sizes):
-    """Time steps shared by several processes, on a CPU."""
+    """Time steps split among processes, with InstanceNorm and BatchNorm, on a CPU.
+
+    An interrupted measurement is continued by the same command.
+    """
     ranks.run(ranks.Sizes(**sizes), processes, out)
 
 

@@ -1,44 +1,51 @@
-"""Weak scaling on a CPU: more processes, more classes, the same time?
+"""Steps split among processes on a CPU: what does sharing them cost, and what does it gain?
 
-Each process is pinned to a core, has one thread and the same number of classes, whatever the
-number of processes. Rounds of steps are timed, as in a distillation: at the end of a round every rank reads the loss
-terms, and so waits for the slowest. The same number of independent processes is timed beside it: what these lose is due
-to the machine, whose cores share caches, memory and clock. Then the time to gather images and momentum for a
-checkpoint, and the bytes sent for it. An estimate for GPUs follows from the bytes and an assumed bandwidth.
+Each process is pinned to a core and has one thread. The same step is timed in four ways, with each norm, in turns, so
+that a machine that gets slower for a minute slows down all of them:
+
+- ``split``: the classes are split among the processes. InstanceNorm sends nothing inside the step, BatchNorm its sums.
+- ``apart``: every process has as many classes of its own and sends nothing. What this loses is due to the machine,
+  whose cores share caches, memory and clock.
+- ``part``: one process computes as many classes, and the others wait. Against it, ``split`` is weak scaling.
+- ``whole``: one process computes all classes, and the others wait. Against it, ``split`` is strong scaling.
+
+A turn is a round of steps, as in a distillation: at its end every process reads the loss terms, and so waits for the
+slowest. Messages and bytes are counted, and the gathering of a checkpoint is timed; `benchmarks.communication`
+estimates from them what several GPUs would need.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import multiprocessing
 import os
+import signal
 import socket
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from atom_fast._malloc import keep_freed_memory
 from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.distillation import ranks
 from atom_fast.distillation.config import preset
 from atom_fast.distillation.start import initial_images
 from atom_fast.distillation.step import Distillation
 
-from .harness import environment, save_results, summary
+from .communication import describe_checkpoint, describe_step, estimate_checkpoint, estimate_step
+from .harness import FEWEST, environment, save_results, summary
 from .profile import random_data
+from .timings import open_results
 
-# Bytes per second into one process. Assumed: half of the nominal rate, since small messages and one receiver do not
-# fill a link.
-LINKS = {"NVLink 4, 450 GB/s": 225e9, "PCIe 5 x16, 64 GB/s": 32e9, "100 Gbit/s network": 6.25e9}
-LATENCY = 50e-6  # seconds per message, assumed
-GPUS = 8  # of the estimate
-WORKLOADS = {
-    "CIFAR-10, 50 images per class": (10, 50, (3, 32, 32)),
-    "CIFAR-100, 50 images per class": (100, 50, (3, 32, 32)),
-    "Tiny ImageNet, 50 images per class": (200, 50, (3, 64, 64)),
-}
+WAYS = ("split", "apart", "part", "whole")
+SHAPE = (3, 32, 32)  # of the random images
+LAYERS = 3  # blocks of the ConvNet for that shape
+LIMIT = 40.0  # seconds of a cell after which no turn begins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +53,13 @@ class Sizes:
     """Sizes of the measurement.
 
     Attributes:
-        classes: per process.
+        classes: per process where as many processes as cores share a step.
         ipc: images per class.
         real_batch: real images per class per step.
         width: channels of the ConvNet.
-        rounds: timed rounds.
+        rounds: timed rounds of each way; fewer, but at least ``FEWEST``, if they take longer than ``LIMIT``.
         steps: per round.
+        norms: norms of the ConvNet.
     """
 
     classes: int = 5
@@ -59,100 +67,159 @@ class Sizes:
     real_batch: int = 32
     width: int = 64
     rounds: int = 10
-    steps: int = 3
+    steps: int = 5
+    norms: tuple[str, ...] = ("instance", "batch")
 
 
 def run(sizes: Sizes, processes: Sequence[int] | None = None, out: Path | None = None) -> dict:
-    """Measure every number of processes, print a line each, and return the records.
+    """Measure every cell that the file does not hold yet, print it, and return the records.
+
+    A cell is a number of processes and of classes: ``sizes.classes`` for each process, and for fewer processes also as
+    many classes as the most processes have.
 
     Args:
-        sizes: the same for each process.
-        processes: numbers to measure; None: 1, 2, 4 ... as there are cores.
-        out: JSON file of the records.
+        sizes: of the measurement.
+        processes: numbers of them; None: 2, 4 ... as there are cores.
+        out: JSON file of the records, written after each cell and continued by a later call.
 
     Raises:
-        ValueError: there are fewer cores than processes.
+        ValueError: there are fewer cores than processes, or fewer than two processes; or the file is of other sizes,
+            another version or machine, and is left unchanged.
+        RuntimeError: a measuring process failed.
     """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    processes = processes or [2**power for power in range(len(cores).bit_length())]
-    if max(processes) > len(cores):
-        raise ValueError(f"{max(processes)} processes need a core each; this machine gives {len(cores)}")
-    record = {"environment": environment("cpu"), "setting": dataclasses.asdict(sizes), "cells": []}
-    for count in processes:
-        apart = measure(cores[:count], sizes, together=False)
-        cell = {"processes": count, **measure(cores[:count], sizes, together=True), "apart": apart}
-        record["cells"].append(cell)
-        print(describe(cell, record["cells"][0]), flush=True)
-    if processes[-1] > 1:
-        record["estimate"] = estimate(record["cells"][-1], sizes)
-        print("\n".join(describe_estimate(record["estimate"])))
-    if out:
-        save_results(out, record)
+    counts = sorted(set(processes or [2**power for power in range(1, max(len(cores).bit_length(), 2))]))
+    if counts[0] < 2:
+        raise ValueError(f"a step is split among at least 2 processes; got {counts[0]}")
+    if counts[-1] > len(cores):
+        raise ValueError(f"{counts[-1]} processes need a core each; this machine gives {len(cores)}")
+    record = _open(out, sizes)
+    cells = [(count, classes * sizes.classes) for count in counts for classes in sorted({count, counts[-1]})]
+    for count, classes in cells:
+        cell = _find(record, count, classes)
+        if cell is None:
+            cell = {"processes": count, "classes": classes, **measure(cores[:count], classes, sizes)}
+            record["cells"].append(cell)
+            if out:
+                save_results(out, record)
+        print(describe(cell), flush=True)
+    largest = _find(record, *cells[-1])
+    assert largest is not None
+    print("\n".join(describe_checkpoint(checkpoint(largest, sizes.ipc))))
+    if "batch" in largest["norms"]:
+        print("\n".join(describe_step(batch_norm_sums(largest, sizes.width))))
     return record
 
 
-def measure(cores: list[int], sizes: Sizes, *, together: bool) -> dict:
-    """Run as many processes as cores, pinned to one each; return the figures of the first one.
+def _open(out: Path | None, sizes: Sizes) -> dict:
+    """Return the records of a file, or empty ones."""
+    setting = dataclasses.asdict(sizes) | {"norms": list(sizes.norms)}
+    where = environment("cpu", threads=1)
+    record = {"environment": where, "cells": []} if out is None else open_results(out, "ranks", "cpu", where)
+    if record.setdefault("setting", setting) != setting:
+        raise ValueError(f"{out} has other sizes: {record['setting']}; give another --out, or move that file away")
+    return record
+
+
+def _find(record: dict, count: int, classes: int) -> dict | None:
+    return next((cell for cell in record["cells"] if (cell["processes"], cell["classes"]) == (count, classes)), None)
+
+
+def measure(cores: Sequence[int], classes: int, sizes: Sizes) -> dict:
+    """Run as many processes as cores, pinned to one each; return the cell of the first one (`measure_group`).
 
     Args:
         cores: their numbers.
+        classes: of all processes together.
         sizes: of the measurement.
-        together: share one distillation; otherwise each runs its own, at the same time.
+
+    Raises:
+        RuntimeError: a process failed.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.ranks"])  # imported once for all
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    reports, begin = context.Queue(), context.Barrier(len(cores))
-    processes = [
-        context.Process(target=_measure_rank, args=(rank, cores, port if together else None, sizes, begin, reports))
-        for rank in range(len(cores))
-    ]
-    for process in processes:
-        process.start()
-    while processes[0].is_alive() and reports.empty():
-        time.sleep(0.1)
-    if reports.empty():
-        raise RuntimeError(f"a measuring process ended with code {processes[0].exitcode}")
-    report = reports.get()
-    for process in processes:
-        process.join()
-    return report
+    reports = context.Queue()
+    arguments = [(rank, cores, port, classes, sizes, reports) for rank in range(len(cores))]
+    processes = [context.Process(target=_join_and_measure, args=each, daemon=True) for each in arguments]
+    try:
+        for process in processes:
+            process.start()
+        while processes[0].is_alive() and reports.empty():
+            time.sleep(0.1)
+        if reports.empty():
+            raise RuntimeError(f"a measuring process ended with code {processes[0].exitcode}")
+        report = reports.get()
+        for process in processes:
+            process.join(30)  # they leave the group together
+        return report
+    finally:  # also when interrupted
+        for process in processes:
+            if process.pid is not None:
+                process.kill()
+                process.join()
 
 
-def _measure_rank(rank: int, cores: list[int], port: int | None, sizes: Sizes, begin, reports) -> None:
+def _join_and_measure(rank: int, cores: Sequence[int], port: int, classes: int, sizes: Sizes, reports) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts all; the parent ends this one
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {cores[rank]})
     torch.set_num_threads(1)
-    if port is None:
-        apart = make_run(sizes)
-        begin.wait()
-        rounds = _time_rounds(apart, sizes.rounds, sizes.steps)
-        if rank == 0:
-            reports.put({"seconds_per_step": rounds, "time": summary(rounds)})
-        return
+    keep_freed_memory()  # as atom-fast does
     names = {"RANK": rank, "WORLD_SIZE": len(cores), "LOCAL_RANK": rank, "MASTER_PORT": port}
     os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in names.items()}})
     with ranks.join("cpu"):
-        shared = make_run(sizes)
-        rounds = _time_rounds(shared, sizes.rounds, sizes.steps)
-        meetings = _time(ranks.all_gather_object, 50)
-
-        def gather() -> None:
-            for part in shared.state().values():
-                ranks.gather(part, shared.data.num_classes)
-
-        sent, gathers = _count_sent(gather), _time(gather, 5)
-        own = 2 * shared.images.numel() * shared.images.element_size()
+        cell = measure_group(classes, sizes)
     if rank == 0:
-        record = {"seconds_per_step": rounds, "time": summary(rounds), "meeting": summary(meetings)}
-        reports.put({**record, "gather": summary(gathers), "bytes_sent": sent, "bytes_a_rank": own})
+        reports.put(cell)
 
 
-def make_run(sizes: Sizes) -> Distillation:
-    """Return a run on random images of CIFAR-10's shape; each process has ``sizes.classes`` classes."""
-    data = random_data(sizes.classes * ranks.count(), 3, 32, 32, per_class=2 * sizes.real_batch)
-    settings = {"ipc": sizes.ipc, "real_batch": sizes.real_batch, "width": sizes.width}
+def measure_group(classes: int, sizes: Sizes) -> dict:
+    """Measure in a group of processes that this one is part of.
+
+    Args:
+        classes: of all processes together.
+        sizes: of the measurement.
+
+    Returns:
+        ``norms``: for each norm ``seconds`` per step of each round by way, the ratios of `compare`, and what one
+        process sends in a split step: ``messages``, and ``bytes_received``. ``meeting``: the time of a meeting.
+        ``gather``: of a checkpoint, with ``bytes_sent`` for it. On other processes than the first the times of ways
+        that they have no part in are missing.
+    """
+    first, part = ranks.is_first(), -(-classes // ranks.count())
+    runs: dict[str, dict[str, Distillation]] = {}
+    for norm in sizes.norms:
+        runs[norm] = {"split": make_run(sizes, norm, classes)}
+        with ranks.alone():
+            runs[norm]["apart"] = own = make_run(sizes, norm, part)
+            if first:
+                runs[norm] |= {"part": own, "whole": make_run(sizes, norm, classes)}
+    seconds = _time_turns(runs, sizes)
+    norms = {}
+    for norm, ways in runs.items():
+        sent = count_bytes("all_gather", lambda split=ways["split"]: split.step(1))
+        received = sum(sent) * (ranks.count() - 1) // ranks.count()
+        counted = {"messages": len(sent), "bytes_received": received}
+        ratios = compare(seconds[norm]) if first else {}
+        norms[norm] = {"seconds": seconds[norm], **ratios, **counted}
+    split = runs[sizes.norms[0]]["split"]
+
+    def gather() -> None:
+        for tensor in split.state().values():
+            ranks.gather(tensor, classes)
+
+    sent = sum(ranks.all_gather_object(sum(count_bytes("send", gather))))
+    times = {"meeting": summary(_time(ranks.all_gather_object, 50)), "gather": summary(_time(gather, 5))}
+    return {"norms": norms, **times, "bytes_sent": sent}
+
+
+def make_run(sizes: Sizes, norm: str, classes: int) -> Distillation:
+    """Return a run on random images of CIFAR-10's shape, of this process's share of the classes."""
+    data = random_data(classes, *SHAPE, per_class=2 * sizes.real_batch)
+    settings = {"ipc": sizes.ipc, "real_batch": sizes.real_batch, "width": sizes.width, "norm": norm, "depth": LAYERS}
     config = preset("paper", **settings).resolve(data.image_shape, data.name, torch.device("cpu"))
     preprocessing = fit_preprocessing(data.train_images, "standard", progress=False)
     own = ranks.local_classes(data.num_classes)
@@ -160,20 +227,36 @@ def make_run(sizes: Sizes) -> Distillation:
     return Distillation(config, data, preprocessing, images, classes=own)
 
 
-def _time_rounds(run: Distillation, rounds: int, steps: int) -> list[float]:
-    """Return the seconds per step of each round; a round ends when every rank has read the loss terms."""
-    seconds, iteration = [], 0
-    for _ in range(rounds + 1):
-        started = time.perf_counter()
-        for _ in range(steps):
-            iteration += 1
-            run.step(iteration)
-        run.terms(ranks.all_gather_object(run.read()))
-        seconds.append((time.perf_counter() - started) / steps)
-    return seconds[1:]  # the first round warms up
+def _time_turns(runs: Mapping[str, Mapping[str, Distillation]], sizes: Sizes) -> dict[str, dict[str, list[float]]]:
+    """Return the seconds per step of each round, by norm and way; the rounds of all take turns."""
+    seconds = {norm: {way: [] for way in ways} for norm, ways in runs.items()}
+    started = time.perf_counter()
+    for turn in range(sizes.rounds + 1):
+        late = ranks.all_gather_object(time.perf_counter() - started > LIMIT)[0]  # of the first process, for all
+        if late and turn > FEWEST:
+            break
+        for norm, ways in runs.items():
+            for way in WAYS:
+                ranks.all_gather_object()  # all begin together, and nobody else computes beside one that is alone
+                if way not in ways:
+                    continue
+                with contextlib.nullcontext() if way == "split" else ranks.alone():
+                    taken = _time_round(ways[way], turn * sizes.steps, sizes.steps)
+                if turn > 0:  # the first round warms up
+                    seconds[norm][way].append(taken)
+    return seconds
 
 
-def _time(work, count: int) -> list[float]:
+def _time_round(run: Distillation, iteration: int, steps: int) -> float:
+    """Return the seconds per step of a round; it ends when every rank has read the loss terms."""
+    started = time.perf_counter()
+    for step in range(steps):
+        run.step(iteration + step + 1)
+    run.terms(ranks.all_gather_object(run.read()))
+    return (time.perf_counter() - started) / steps
+
+
+def _time(work: Callable[[], object], count: int) -> list[float]:
     seconds = []
     for _ in range(count):
         started = time.perf_counter()
@@ -182,59 +265,67 @@ def _time(work, count: int) -> list[float]:
     return seconds
 
 
-def _count_sent(gather) -> int:
-    """Count the bytes that all ranks together hand to ``torch.distributed.send`` while they gather."""
-    counted, send = [0], torch.distributed.send
-
-    def counting(tensor, *args, **kwargs):
-        counted.append(tensor.numel() * tensor.element_size())
-        return send(tensor, *args, **kwargs)
-
-    torch.distributed.send = counting
-    try:
-        gather()
-    finally:
-        torch.distributed.send = send
-    return sum(ranks.all_gather_object(sum(counted)))
-
-
-def estimate(cell: dict, sizes: Sizes) -> list[dict]:
-    """Estimate the time to gather a checkpoint between GPUs, from the bytes counted between processes.
-
-    Each rank sends images and momentum, and the first one receives all but its own, one message after another.
+def count_bytes(name: str, work: Callable[[], object]) -> list[int]:
+    """Return the bytes of the first argument of each call that ``work`` makes of a function of ``torch.distributed``.
 
     Args:
-        cell: of more than one process.
-        sizes: of the measurement.
+        name: "send", whose tensor is sent, or "all_gather", whose list of tensors receives what all send.
+        work: what is to be counted.
     """
-    pixels_sent = (cell["processes"] - 1) * sizes.classes * sizes.ipc * 3 * 32 * 32
-    bytes_a_pixel = cell["bytes_sent"] / pixels_sent
-    records = []
-    for name, (classes, ipc, shape) in WORKLOADS.items():
-        received = bytes_a_pixel * classes * ipc * math.prod(shape) * (GPUS - 1) / GPUS
-        seconds = {link: 2 * (GPUS - 1) * LATENCY + received / rate for link, rate in LINKS.items()}
-        records.append({"workload": name, "gpus": GPUS, "bytes_received": round(received), "seconds": seconds})
-    return records
+    sizes, original = [], getattr(torch.distributed, name)
+
+    def counting(tensors, *args, **kwargs):
+        sizes.append(sum(tensor.nbytes for tensor in (tensors if isinstance(tensors, list) else [tensors])))
+        return original(tensors, *args, **kwargs)
+
+    setattr(torch.distributed, name, counting)
+    try:
+        work()
+    finally:
+        setattr(torch.distributed, name, original)
+    return sizes
 
 
-def describe(cell: dict, one: dict) -> str:
-    """Return a cell as one line."""
-    median, first = cell["time"]["median"], one["time"]["median"]
-    apart = cell["apart"]["time"]["median"]
-    line = f"{cell['processes']} processes: {1e3 * median:8.1f} ms a step ({1e3 * apart:.1f} apart)"
-    line += f", {100 * first / median:4.0f} % of the speed of {one['processes']}, {100 * apart / median:.0f} % of apart"
+def compare(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Return medians of ratios, turn by turn, from the seconds by way.
+
+    Returns:
+        ``weak``: speed of a process whose step is split, relative to one that computes as many classes by itself.
+        ``apart``: the same where processes share nothing. ``strong``: how many times as fast as one process.
+    """
+
+    def ratio(above: str, below: str) -> float:
+        return statistics.median(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
+
+    return {"weak": ratio("part", "split"), "apart": ratio("part", "apart"), "strong": ratio("whole", "split")}
+
+
+def checkpoint(cell: dict, ipc: int) -> list[dict]:
+    """Estimate the gathering of a checkpoint on GPUs from a cell (`estimate_checkpoint`)."""
+    first = ranks.split(cell["classes"], 0, cell["processes"])
+    sent = (cell["classes"] - len(first)) * ipc * math.prod(SHAPE)
+    return estimate_checkpoint(cell["bytes_sent"] / sent)
+
+
+def batch_norm_sums(cell: dict, width: int) -> list[dict]:
+    """Estimate BatchNorm's sums on GPUs from a cell (`estimate_step`)."""
+    found = cell["norms"]["batch"]
+    part = -(-cell["classes"] // cell["processes"])  # others send as many rows, some of them empty
+    channels = (cell["processes"] - 1) * part * width * LAYERS
+    return estimate_step(found["messages"] / LAYERS, found["bytes_received"] / channels)
+
+
+def describe(cell: dict) -> str:
+    """Return a cell as lines."""
+    lines = [f"{cell['processes']} processes, {cell['classes']} classes:"]
+    for norm, found in cell["norms"].items():
+        times = ", ".join(f"{way} {1e3 * statistics.median(found['seconds'][way]):.1f}" for way in WAYS)
+        lines.append(
+            f"  {norm} norm: {times} ms a step; weak scaling {100 * found['weak']:.0f} % of one process's speed "
+            f"({100 * found['apart']:.0f} % apart), strong scaling {found['strong']:.2f} times as fast; "
+            f"{found['messages']} messages and {found['bytes_received'] / 1e3:.1f} kB received in a step"
+        )
     meeting, gather = 1e3 * cell["meeting"]["median"], 1e3 * cell["gather"]["median"]
     megabytes = cell["bytes_sent"] / 1e6
-    return f"{line}; a meeting {meeting:.2f} ms; a checkpoint gathered in {gather:.1f} ms, {megabytes:.2f} MB sent"
-
-
-def describe_estimate(records: list[dict]) -> list[str]:
-    """Return the estimate as lines."""
-    lines = [
-        f"Estimate for {GPUS} GPUs, assuming half of each link's nominal bandwidth into one GPU and "
-        f"{1e6 * LATENCY:.0f} µs a message. Inside a step nothing is sent. To gather a checkpoint:"
-    ]
-    for record in records:
-        times = ", ".join(f"{1e3 * seconds:.1f} ms by {link}" for link, seconds in record["seconds"].items())
-        lines.append(f"  {record['workload']}: {record['bytes_received'] / 1e6:.1f} MB; {times}")
-    return lines
+    lines.append(f"  a meeting {meeting:.2f} ms; a checkpoint gathered in {gather:.1f} ms, {megabytes:.2f} MB sent")
+    return "\n".join(lines)

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 import atom_fast.distillation
 from atom_fast import demo
 from atom_fast.cli import main
+from atom_fast.data.sources import load_data
 from atom_fast.distillation.config import PRESETS, SETTINGS, DistillConfig, preset, read_config
 from atom_fast.synthetic import SyntheticSet
 from atom_fast.training.protocols import PROTOCOLS, get_protocol
@@ -109,7 +110,7 @@ def test_is_a_module():
     started = time.monotonic()
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.startswith("Usage: atom-fast [OPTIONS] COMMAND") and time.monotonic() - started < 10
-    assert set(main.commands) == {"demo", "distill", "evaluate", "select", "show", "export", "info", "doctor"}
+    assert set(main.commands) == {"demo", "distill", "evaluate", "select", "show", "export", "info", "report", "doctor"}
 
 
 @pytest.fixture
@@ -207,7 +208,14 @@ def test_default_output_names_data_size_and_preset(configured):
         (["select", "--method", "full", "--partition", 2], ["method 'full'", "its partition must be 1; got 2"]),
         (["show", "missing.safetensors"], ["missing.safetensors does not exist"]),
         (["show", "missing.safetensors", "--output", "a.jpg"], ["--output must end in .png; got a.jpg"]),
-        (["info"], ["Missing argument 'FILE'"]),
+        (["info"], ["Missing argument 'FILE'", "--dataset NAME"]),
+        (["info", "--dataset", "digits", "--partition", 2], ["--partition says something of a FILE"]),
+        (["info", "--dataset", "folder", "--data-dir", "missing"], ["missing"]),
+        (["report", "missing"], ["missing does not exist"]),
+        (["report", ".", "--output", "report.pdf"], ["the report's file must end in .html; got report.pdf"]),
+        (["report", "."], [". holds no run: neither synthetic.safetensors nor config.yaml"]),
+        (["report", ".", "--networks", 0], ["networks must be a whole number, at least 1; got 0"]),
+        (["report", ".", "--epochs", 0], ["epochs must be a whole number, at least 1; got 0"]),
     ],
 )
 def test_errors_are_one_clear_line(tmp_path, monkeypatch, arguments, messages):
@@ -349,6 +357,20 @@ def test_a_partitioned_run_is_described_by_both_counts(partitioned, tmp_path):
     facts = json.loads(run("info", folder, "--json")[0])
     assert facts["images"] == [80, 1, 8, 8] and facts["sheets"] == [20, 1, 8, 8]
     assert facts["partition"] == facts["ipc"] == 2 and facts["class_sizes"] == [8] * 10
+
+
+def test_a_data_set_is_described_without_a_file():
+    stdout, _ = run("info", "--dataset", "digits")
+    data = load_data("digits")
+    lines = stdout.splitlines()
+    for line in (
+        "dataset: digits", "source: scikit-learn", "classes: 10", "training_images: 1400", "test_images: 397",
+        "images_per_class: 135 to 143", "shape: 1, 8, 8", f"bytes: {1797 * 64}", f"fingerprint: {data.fingerprint}",
+    ):  # fmt: skip
+        assert line in lines
+    assert lines[-1].startswith("training_images_are: ")
+    facts = json.loads(run("info", "--dataset", "digits", "--json")[0])
+    assert facts["class_names"] == list("0123456789") and facts["fingerprint"] == data.fingerprint
 
 
 def test_a_pool_is_trained_once_for_several_runs(tmp_path, monkeypatch):

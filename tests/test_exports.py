@@ -6,15 +6,23 @@ import numpy
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from atom_fast import hub
+from atom_fast.cli import main
 from atom_fast.exports.folder import folder_names
+from atom_fast.exports.formats import WRITERS
 from atom_fast.exports.public import PUBLIC_NORMALIZATION
+from atom_fast.names import EXPORT_FORMATS
 from atom_fast.synthetic import load_public
 from tests.test_synthetic import make_partitioned, make_set
+
+
+def test_every_format_that_is_accepted_is_written():
+    assert tuple(WRITERS) == EXPORT_FORMATS
 
 
 def test_folder_export_is_read_by_torchvision(tmp_path):
@@ -69,7 +77,7 @@ def test_folder_export_refuses_what_is_there(tmp_path):
     assert (tmp_path / "full" / "mine.txt").read_text() == "kept"
     with pytest.raises(ValueError, match="1 or 3 channels; got 2"):
         make_set(channels=2).export(tmp_path / "two")
-    with pytest.raises(ValueError, match="folder, pt, ddranking; got 'zip'"):
+    with pytest.raises(ValueError, match="folder, pt, ddranking, eccv24; got 'zip'"):
         make_set().export(tmp_path / "zip", format="zip")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
 
@@ -209,7 +217,7 @@ def evaluation(synthetic, mean, **changed):
     about = {"dataset": "shapes", "ipc": synthetic.ipc, "partition": synthetic.partition, "method": "atom"}
     how = {"protocol": {"name": "paper"}, "network": "convnet", "architecture": {}, "accuracies": [mean, mean]}
     result = {"accuracy_mean": mean, "accuracy_std": 0.25}
-    return {**about, **how, **result, "set_sha256": synthetic.sha256, **changed}
+    return {**about, **how, **result, "set_fingerprint": synthetic.fingerprint, **changed}
 
 
 def test_a_hub_folder_holds_sets_their_pictures_and_a_card(tmp_path):
@@ -224,7 +232,7 @@ def test_a_hub_folder_holds_sets_their_pictures_and_a_card(tmp_path):
     for name, synthetic in (("ipc1", small), ("ipc2", large)):
         read = hub.load(folder, name)
         assert torch.equal(read.images, synthetic.images) and read.metadata == synthetic.metadata
-        assert hub.load(folder / name).sha256 == synthetic.sha256
+        assert hub.load(folder / name).fingerprint == synthetic.fingerprint
         pictures = folder / name / "train"
         rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
         assert sorted(row["index"] for row in rows) == list(range(len(synthetic)))
@@ -239,13 +247,13 @@ def test_a_hub_folder_holds_sets_their_pictures_and_a_card(tmp_path):
 def test_the_card_shows_accuracies_of_this_very_set(tmp_path):
     synthetic = make_set()
     other = make_set(ipc=1)
-    random = evaluation(synthetic, 20.5, method="random", set_sha256=None)
+    random = evaluation(synthetic, 20.5, method="random", set_fingerprint=None)
     results = [
         evaluation(other, 11.5),
         evaluation(synthetic, 31.5),
         random,
         {**random, "accuracy_mean": 99.5, "network": "vgg11"},
-        {**evaluation(synthetic, 77.5), "set_sha256": "of another"},
+        {**evaluation(synthetic, 77.5), "set_fingerprint": "of another"},
     ]
     folder = hub.export(synthetic, tmp_path / "hub", results=results)
     _, text = read_card(folder)
@@ -303,3 +311,23 @@ def test_the_datasets_library_loads_a_hub_folder(classes, tmp_path, monkeypatch)
     for row in read:
         assert row["label"] == synthetic.labels[row["index"]]
         assert torch.equal(torch.from_numpy(numpy.array(row["image"])).permute(2, 0, 1), pixels[row["index"]])
+
+
+def test_the_command_adds_sets_to_a_hub_folder_with_the_accuracies_beside_them(tmp_path):
+    def run(*arguments):
+        return CliRunner().invoke(main, ["export", *map(str, arguments)])
+
+    synthetic, folder = make_set(), tmp_path / "hub"
+    file = synthetic.save(tmp_path / "run" / "synthetic.safetensors")
+    record = {**evaluation(synthetic, 31.5), "hash": "h", "seconds": 1, "curves": [{"5": 31.5}]}
+    record["protocol"] = {"name": "paper", "epochs": 5}
+    (tmp_path / "run" / "evaluation.json").write_text(json.dumps([record]))
+    assert run(tmp_path / "run", folder, "--for", "hub", "--license", "mit").exit_code == 0
+    header, text = read_card(folder)
+    assert header["license"] == "mit" and "31.5 ± 0.2" in text
+    again = run(file, folder, "--for", "hub")
+    assert again.exit_code == 2 and "has a set ipc2 already" in again.output
+    missing = run(file, tmp_path / "other", "--for", "hub", "--results", tmp_path / "none.json")
+    assert missing.exit_code == 2 and "none.json does not exist" in missing.output and not (tmp_path / "other").exists()
+    elsewhere = run(file, tmp_path / "set.pt", "--license", "mit")
+    assert elsewhere.exit_code == 2 and "are for the card of --for hub" in elsewhere.output

@@ -110,6 +110,8 @@ def test_the_wheel_holds_every_kernel_once_and_nothing_beside_the_package(built)
     names, metadata = archive.namelist(), f"atom_fast-{af.__version__}.dist-info"
     assert kernel_files(names) == KERNELS
     assert "atom_fast/py.typed" in names
+    templates = {f"atom_fast/report/templates/{path.name}" for path in (ROOT / "atom_fast/report/templates").iterdir()}
+    assert templates and templates <= set(names)
     assert {name.split("/")[0] for name in names} == {"atom_fast", metadata}
     entry_points = archive.read(f"{metadata}/entry_points.txt").decode()
     assert "atom-fast = atom_fast.__main__:main" in entry_points
@@ -129,7 +131,7 @@ def test_the_source_archive_holds_every_kernel_once_and_installs(built, tmp_path
     )
     assert done.returncode == 0, done.stderr
     installed = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
-    assert kernel_files(installed) == KERNELS
+    assert kernel_files(installed) == KERNELS and "atom_fast/report/templates/report.html" in installed
     package = tmp_path / "atom_fast"
     expected = [str(package / "__init__.py"), str(package / "kernels" / "attention.py")]
     assert where_modules_are(tmp_path) == [*expected, *["None"] * 4]

@@ -50,10 +50,15 @@ COVERED = {
     r"^atom-fast distill .*--pool-networks": (TEST, "test_cli.py::test_a_pool_is_trained_once_for_several_runs"),
     r"^atom-fast distill --dataset digits": (RUN, "--iterations 2 --width 8 --quiet"),
     r"^atom-fast distill --set": (TEST, "test_cli.py::test_a_run_starts_from_a_given_set"),
+    r"^atom-fast evaluate .*--scores": (
+        TEST,
+        "evaluation/test_scores.py::test_the_command_prints_and_records_scores_and_trains_all_images_once",
+    ),
     r"^atom-fast evaluate .*\.safetensors": (RUN, "--networks 1 --epochs 1 --quiet"),
     r"^atom-fast select --dataset": (RUN, "--epochs 1 --quiet"),
     r"^atom-fast select --method": (TEST, "evaluation/test_coresets.py::test_herding_comes_close_to_the_class_mean"),
     r"^atom-fast (show|info|export) ": (RUN, ""),
+    r"^atom-fast report ": (TEST, "test_report.py::test_the_command_writes_the_file_and_prints_its_path"),
     r"^atom-fast doctor --gpu": (TEST, "test_device.py::test_doctor_says_what_would_run_on_a_gpu_that_is_not_here"),
     r"^atom-fast doctor": (TEST, "test_device.py::test_doctor_examines_this_machine"),
     r"^(atom-fast|python -m atom_fast)( COMMAND --help| [a-z]+)?$": (
@@ -161,13 +166,34 @@ def test_the_sets_in_the_examples_are_used_as_shown(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     synthetic.save("runs/digits/synthetic.safetensors")
     synthetic.export("res_DM_CIFAR10_ConvNet_10ipc.pt", format="pt")
-    load, normalise, public = [block for block in blocks(USAGE, "python") if "distill(" not in block]
+    others = ("distill(", "from_datasets(")
+    load, normalise, public = [block for block in blocks(USAGE, "python") if not any(name in block for name in others)]
     names = {}
     exec(load + normalise, names)
     assert names["images"].shape[-2:] == names["inputs"].shape[-2:] == (8, 8)
     assert torch.equal(names["test_images"], names["inputs"])
     exec(public, names)
     assert names["images"].shape == synthetic.images.shape and names["labels"].tolist() == [0, 1]
+
+
+def test_a_dataset_is_read_as_shown(monkeypatch):
+    class Fashion(list):
+        classes = ("boot", "coat")
+
+        def __init__(self, root, train):
+            super().__init__((torch.rand(1, 8, 8), number % 2) for number in range(6 if train else 4))
+
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST", Fashion)
+    (code,) = [block for block in blocks(USAGE, "python") if "from_datasets(" in block]
+    names = {}
+    exec(code, names)
+    data = names["data"]
+    assert (data.name, data.class_names, len(data.train_images), len(data.test_images)) == (
+        "fashion",
+        ("boot", "coat"),
+        6,
+        4,
+    )
 
 
 def test_every_command_is_covered():

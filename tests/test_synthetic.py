@@ -475,3 +475,13 @@ def test_moves_to_a_device(device):
     moved = make_set().to(device)
     assert moved.images.device.type == moved.labels.device.type == device.type
     torch.testing.assert_close(moved.pixels().cpu(), make_set().pixels())
+
+
+def test_the_fingerprint_is_of_what_networks_are_trained_on(tmp_path):
+    synthetic, same = make_set(), make_set()
+    same.metadata = {"seconds": 3.0}
+    assert same.fingerprint == synthetic.fingerprint == SyntheticSet.load(same.save(tmp_path / "s.st")).fingerprint
+    changed = make_set()
+    changed.images[0, 0, 0, 0] += 1e-6
+    others = [changed, make_set(classes=("a", "b", "c")), make_set("zca"), make_partitioned()]
+    assert len({one.fingerprint for one in (synthetic, *others)}) == 5

@@ -6,10 +6,14 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # Only these formats are decoded, independent of the suffix: Pillow passes PostScript, for example, to an interpreter.
@@ -43,13 +47,7 @@ def decode_images(files: Sequence[Path], resolution: int | None = None, *, progr
     if not files:
         raise ValueError("files must name at least one image file; got none")
     height, width = _read_rgb(files[0], resolution)[0].shape[:2]
-    try:
-        images = np.empty((len(files), 3, height, width), dtype=np.uint8)
-    except MemoryError as error:
-        raise ValueError(
-            f"{len(files)} images of {width}x{height} pixels need {len(files) * 3 * height * width / 1e9:.0f} GB of "
-            "memory; pass a smaller resolution (--resolution)"
-        ) from error
+    images = empty_images(len(files), height, width)
     grayscale = np.empty(len(files), dtype=bool)
 
     def decode(positions: range) -> int:
@@ -77,7 +75,7 @@ def decode_images(files: Sequence[Path], resolution: int | None = None, *, progr
 
 def _read_rgb(file: Path, resolution: int | None) -> tuple[np.ndarray, bool]:
     """Decode one file: pixels as uint8 [H, W, 3], and True if the image is grayscale."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         if file.exists() and not file.is_file():
@@ -88,17 +86,49 @@ def _read_rgb(file: Path, resolution: int | None) -> tuple[np.ndarray, bool]:
                     f"{image.width}x{image.height} pixels are more than the {Image.MAX_IMAGE_PIXELS} accepted "
                     "(PIL.Image.MAX_IMAGE_PIXELS)"
                 )
-            if image.mode.startswith(_DEEP_MODES):
-                raise ValueError(f"more than 8 bits per channel (mode {image.mode}); convert it to 8 bits")
-            grayscale = image.mode in _GRAYSCALE_MODES
-            if image.has_transparency_data:  # dropping it would reveal the colours of transparent pixels
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            rgb = image.convert("RGB")
+            return rgb_pixels(image, resolution)
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, EOFError and others for a broken file
         raise ValueError(f"cannot read the image {file}: {error}") from error
+
+
+def rgb_pixels(image: Image.Image, resolution: int | None) -> tuple[np.ndarray, bool]:
+    """Return an image of Pillow's, cropped and resized: uint8 [H, W, 3], and True if it is grayscale.
+
+    Raises:
+        ValueError: it has more than 8 bits per channel.
+    """
+    from PIL import Image, ImageOps
+
+    if image.mode.startswith(_DEEP_MODES):
+        raise ValueError(f"more than 8 bits per channel (mode {image.mode}); convert it to 8 bits")
+    grayscale = image.mode in _GRAYSCALE_MODES
+    if image.has_transparency_data:  # dropping it would reveal the colours of transparent pixels
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    rgb = image.convert("RGB")
     if resolution is not None and rgb.size != (resolution, resolution):
         rgb = ImageOps.fit(rgb, (resolution, resolution), method=Image.Resampling.BILINEAR)
     return np.asarray(rgb), grayscale
+
+
+def empty_images(count: int, height: int, width: int) -> np.ndarray:
+    """Allocate ``count`` images, uint8 [N, 3, H, W].
+
+    Raises:
+        ValueError: memory does not suffice.
+    """
+    try:
+        return np.empty((count, 3, height, width), dtype=np.uint8)
+    except MemoryError as error:
+        raise ValueError(
+            f"{count} images of {width}x{height} pixels need {count * 3 * height * width / 1e9:.0f} GB of "
+            "memory; pass a smaller resolution (--resolution)"
+        ) from error
+
+
+def check_resolution(resolution: object) -> None:
+    """Raise ValueError for a side of images that is no number of pixels; None keeps the size."""
+    if resolution is not None and (isinstance(resolution, bool) or not isinstance(resolution, int) or resolution < 1):
+        raise ValueError(f"resolution must be a whole number of pixels of at least 1, or None; got {resolution!r}")
 
 
 def resize_images(images: Tensor, resolution: int | None) -> Tensor:

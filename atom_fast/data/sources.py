@@ -16,8 +16,8 @@ import torch
 from atom_fast.data.archives import download_file, unpack_zip
 from atom_fast.data.cifar import read_cifar
 from atom_fast.data.dataset import ImageData
-from atom_fast.data.decoding import IMAGE_SUFFIXES, decode_images, resize_images
-from atom_fast.names import SOURCES
+from atom_fast.data.decoding import IMAGE_SUFFIXES, check_resolution, decode_images, resize_images
+from atom_fast.names import SOURCES, first_few
 
 if TYPE_CHECKING:
     from torchvision.datasets import CIFAR10
@@ -78,20 +78,21 @@ def load_data(
     """
     if name not in SOURCES:
         raise ValueError(f"data set must be one of {', '.join(SOURCES)}; got {name!r}")
-    if resolution is not None and (isinstance(resolution, bool) or not isinstance(resolution, int) or resolution < 1):
-        raise ValueError(f"resolution must be a whole number of pixels of at least 1, or None; got {resolution!r}")
+    check_resolution(resolution)
     if name == "digits":
-        return _load_digits(resolution)
+        return dataclasses.replace(_load_digits(resolution), source="scikit-learn")
     if data_dir is None and name == "folder":
         raise ValueError("data set 'folder' needs a data_dir (--data-dir DIR) that holds train/ and test/ (or val/)")
     root = Path(DEFAULT_DATA_DIR if data_dir is None else data_dir).expanduser()
     if folder := image_folder(root, name):
-        return _load_published(name, folder, resolution, progress)
-    if name == "tiny":
-        return _load_tiny(root, download, resolution, progress)
-    if name == "folder":
-        return _load_folder(root, resolution, progress)
-    return _load_cifar(name, root, download, resolution)
+        root, data = folder, _load_published(name, folder, resolution, progress)
+    elif name == "tiny":
+        data = _load_tiny(root, download, resolution, progress)
+    elif name == "folder":
+        data = _load_folder(root, resolution, progress)
+    else:
+        data = _load_cifar(name, root, download, resolution)
+    return dataclasses.replace(data, source=str(root.absolute()))
 
 
 def _load_digits(resolution: int | None) -> ImageData:
@@ -243,9 +244,9 @@ def _load_folder(root: Path, resolution: int | None, progress: bool) -> ImageDat
     tested = _class_names(test)
     unknown = sorted(set(tested) - set(class_names))
     if unknown:
-        raise ValueError(f"{test} contains classes that {train} lacks: {_some(unknown)}")
+        raise ValueError(f"{test} contains classes that {train} lacks: {first_few(unknown, 5)}")
     if untested := sorted(set(class_names) - set(tested)):
-        _log(f"folder: {test} lacks {_some(untested)}: accuracy covers the other classes only")
+        _log(f"folder: {test} lacks {first_few(untested, 5)}: accuracy covers the other classes only")
     _log_skipped_files([split / name for split in (train, test) for name in class_names])
     train_files, test_files = (_labelled_files(split, class_names) for split in (train, test))
     return _from_files("folder", class_names, train_files, test_files, resolution, progress)
@@ -287,11 +288,7 @@ def _log_skipped_files(folders: Sequence[Path]) -> None:
     others = [path for path in files if not path.lower().endswith(IMAGE_SUFFIXES)]
     if others:
         suffixes = sorted({os.path.splitext(path)[1].lower() or "no suffix" for path in others})
-        _log(f"folder: {len(others)} files skipped ({_some(suffixes)}); accepted: {', '.join(IMAGE_SUFFIXES)}")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        _log(f"folder: {len(others)} files skipped ({first_few(suffixes, 5)}); accepted: {', '.join(IMAGE_SUFFIXES)}")
 
 
 def _from_files(

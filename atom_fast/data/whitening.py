@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from atom_fast.data.dataset import ImageData
+from atom_fast.data.placement import image_reader
 from atom_fast.names import PREPROCESSINGS as KINDS
 
 ZCA_EPS = 0.1  # added to every eigenvalue of the covariance, as MTT and DataDAM do for CIFAR
@@ -21,6 +22,7 @@ ZCA_EPS = 0.1  # added to every eigenvalue of the covariance, as MTT and DataDAM
 # with the sixth power of the side. At 128x128 they have 10 GB each.
 WHITENED_VALUES = 3 * 64 * 64
 _CHUNK = 4096  # images per matrix product: 50 MB of CIFAR in float32
+_FITTED_AT_ONCE = 2**31  # values that kornia fits ZCA to, 8.6 GB in float32; more are fitted in chunks
 _OVERSHOOT = 0.25  # cubic interpolation leaves [0, 1] by up to this much at an edge
 
 
@@ -213,9 +215,9 @@ def check_whitening(kind: str, image_shape: Sequence[int]) -> None:
     values = math.prod(image_shape)
     if kind != "standard" and not can_whiten(image_shape):
         raise ValueError(
-            f"preprocessing {kind!r} is accepted for images of at most {WHITENED_VALUES} values (64x64 in colour); got "
-            f"images {list(image_shape)} of {values}, whose two matrices would take {8 * values**2 / 1e9:.2g} GB; use "
-            "preprocessing 'standard' (--preprocessing standard)"
+            f"preprocessing {kind!r} is accepted for up to {WHITENED_VALUES} values per image (64x64 in colour); "
+            f"images {list(image_shape)} have {values}, whose two matrices take {8 * values**2 / 1e9:.0f} GB; "
+            "use preprocessing 'standard' (--preprocessing standard)"
         )
 
 
@@ -254,7 +256,10 @@ def fit_preprocessing(train_images: Tensor, kind: str, *, progress: bool = True)
 
 def _channel_statistics(images: Tensor) -> dict[str, Tensor]:
     """Compute mean and population standard deviation (1 if constant) of each channel in [0, 1], from histograms."""
-    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
+    counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
+    for some in images.split(_CHUNK):
+        counts += torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in some.unbind(1)])
+    counts = counts.double()
     frequencies = counts / counts.sum(1, keepdim=True)
     levels = torch.arange(256, dtype=torch.float64) / 255
     mean = frequencies @ levels
@@ -279,17 +284,44 @@ def _fit_zca(
     if progress:
         print(f"ZCA: fitting {size} x {size} on {len(images)} training images ...", end="", file=sys.stderr, flush=True)
     started = time.monotonic()
-    pixels = images.to(torch.float32).div_(255)
-    if mean is not None and std is not None:
-        pixels.sub_(mean[:, None, None]).div_(std[:, None, None])
-    zca = ZCAWhitening(dim=0, eps=ZCA_EPS, compute_inv=True).fit(pixels)
+
+    def unwhitened(some: Tensor) -> Tensor:
+        pixels = some.to(torch.float32).div_(255)
+        if mean is not None and std is not None:
+            pixels.sub_(mean[:, None, None]).div_(std[:, None, None])
+        return pixels
+
+    if images.numel() <= _FITTED_AT_ONCE:
+        zca = ZCAWhitening(dim=0, eps=ZCA_EPS, compute_inv=True).fit(unwhitened(images))
+        centre, matrix, inverse = zca.mean_vector, zca.transform_matrix, zca.transform_inv
+    else:
+        centre, matrix, inverse = _zca_of_chunks(images.split(_CHUNK), unwhitened, progress=progress)
     if progress:
         print(f" {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
     return {
-        "zca_mean": zca.mean_vector.view(shape).contiguous(),
-        "zca_matrix": zca.transform_matrix.contiguous(),
-        "zca_inverse": zca.transform_inv.contiguous(),
+        "zca_mean": centre.view(shape).contiguous(),
+        "zca_matrix": matrix.contiguous(),
+        "zca_inverse": inverse.contiguous(),
     }
+
+
+def _zca_of_chunks(
+    chunks: Sequence[Tensor], unwhitened: Callable[[Tensor], Tensor], *, progress: bool
+) -> tuple[Tensor, ...]:
+    """Compute kornia's mean [D], matrix and inverse [D, D] without all images in float32 at once."""
+    from tqdm import tqdm
+
+    count, size = sum(map(len, chunks)), chunks[0][0].numel()
+    mean, covariance = torch.zeros(size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64)
+    for some in chunks:
+        mean += unwhitened(some).flatten(1).sum(0, dtype=torch.float64) / count
+    for some in tqdm(chunks, desc="ZCA: covariance", unit="chunk", disable=not progress):
+        centred = unwhitened(some).flatten(1) - mean.float()
+        covariance += centred.T @ centred
+    variances, directions = torch.linalg.eigh(covariance / (count - 1))
+    roots = (variances.clamp(min=0) + ZCA_EPS).sqrt()
+    matrix, inverse = ((directions * scale) @ directions.T for scale in (1 / roots, roots))
+    return mean.float(), matrix.float(), inverse.float()
 
 
 def real_image_gatherer(
@@ -318,7 +350,7 @@ def real_image_gatherer(
         ``gather(indices)``: takes int64 of any shape, such as [K, R], on the device of ``data``; returns float32
         [K·R, C, H, W] in the order of ``indices.flatten()``. It reads nothing back to the host.
     """
-    images = data.train_images
+    images, on_host = data.train_images, data.host_images is not None
     if preprocessing.zca_matrix is not None and not _keeps_bytes(images.device):
         kept = _WHITENED.get(preprocessing)
         if kept is None or kept[0] is not images:
@@ -327,10 +359,11 @@ def real_image_gatherer(
         images = kept[1]
 
     if images.dtype == torch.uint8 and preprocessing.zca_matrix is not None:
-        return _whitening_gatherer(images, preprocessing, memory_format, precision)
+        return _whitening_gatherer(images, preprocessing, memory_format, precision, on_host=on_host)
+    read = image_reader(images, on_host=on_host)
 
     def gather(indices: Tensor) -> Tensor:
-        batch = images.index_select(0, indices.flatten())
+        batch = read(indices.flatten())
         if batch.dtype == torch.uint8:
             batch = preprocessing.to_model(batch)
         return batch.contiguous(memory_format=memory_format)
@@ -344,7 +377,12 @@ def _keeps_bytes(device: torch.device) -> bool:
 
 
 def _whitening_gatherer(
-    images: Tensor, preprocessing: Preprocessing, memory_format: torch.memory_format, precision: str
+    images: Tensor,
+    preprocessing: Preprocessing,
+    memory_format: torch.memory_format,
+    precision: str,
+    *,
+    on_host: bool = False,
 ) -> Callable[[Tensor], Tensor]:
     """Return `real_image_gatherer`'s function for uint8 images and ZCA: a gather, a conversion and a product.
 
@@ -354,9 +392,10 @@ def _whitening_gatherer(
     channels, height, width = images.shape[1:]
     last = memory_format == torch.channels_last
     matrix, bias = (part.to(images.device) for part in _folded(preprocessing, channels_last=last))
+    read = image_reader(images, on_host=on_host)
 
     def gather(indices: Tensor) -> Tensor:
-        centred = images.index_select(0, indices.flatten()).flatten(1) - 128.0
+        centred = read(indices.flatten()).flatten(1) - 128.0
         with _product_precision(precision):
             model = torch.addmm(bias, centred, matrix)
         if last:

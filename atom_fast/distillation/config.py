@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import pydantic
 
 from atom_fast._files import write_atomically
-from atom_fast.names import STRATEGY, Initialization, Norm, Pooling, PreprocessingKind, split_strategy, suggestion
+from atom_fast.names import (
+    CONFIG_FILE,
+    STRATEGY,
+    Initialization,
+    Norm,
+    Pooling,
+    PreprocessingKind,
+    split_strategy,
+    suggestion,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -386,8 +395,8 @@ class DistillConfig:
             device: where the distillation will run.
 
         Raises:
-            ValueError: the device cannot compute in ``precision`` or ``real_precision``, or the images are too large to
-                be whitened.
+            ValueError: the device cannot compute in ``precision`` or ``real_precision``, or the images are too large
+                for ``preprocessing``.
         """
         from atom_fast._device import check_precision, has_tf32
         from atom_fast.data.whitening import check_whitening
@@ -588,7 +597,7 @@ def read_settings(path: str | os.PathLike) -> dict[str, Any]:
 
     path = Path(path)
     if path.is_dir():
-        raise FileNotFoundError(f"{path} is a folder; a run's settings are in its file {path / 'config.yaml'}")
+        raise FileNotFoundError(f"{path} is a folder; a run's settings are in its file {path / CONFIG_FILE}")
     if not path.is_file():
         raise FileNotFoundError(f"no configuration file {path}")
     try:

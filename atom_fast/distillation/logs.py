@@ -19,6 +19,7 @@ import atom_fast
 from atom_fast import _threads
 from atom_fast._files import write_atomically
 from atom_fast.distillation import ranks
+from atom_fast.names import LOG_FILE
 
 _PACKAGES = ("torch", "triton", "torchvision", "kornia", "numpy", "safetensors")
 
@@ -37,7 +38,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, iteration: int):
-        self.path = folder / "log.jsonl"
+        self.path = folder / LOG_FILE
         if self.path.exists():
             write_atomically(self.path, "".join(_lines_until(self.path, iteration)))
         # Unbuffered: a record is on its way when write() returns, and closing cannot fail on what is left in a buffer.

@@ -75,7 +75,7 @@ def distill(
     with RunFolder(output, config, data, resume=resume, progress=progress, how_to_go_on=how_to_go_on) as folder:
         real = data.to(device)
         if preprocessing is None:
-            preprocessing = fit_preprocessing(real.train_images, config.preprocessing, progress=progress)
+            preprocessing = fit_preprocessing(data.stored_images, config.preprocessing, progress=progress).to(device)
         pool = trained_pool(real, preprocessing, config, progress=progress) if config.pool_networks else None
         run = folder.start(real, preprocessing, start, pool)
         for iteration in folder.remaining(run):  # ends early, saved, on SIGTERM or Ctrl-C

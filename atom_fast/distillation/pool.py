@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from atom_fast._files import cache_folder, lock, write_atomically
+from atom_fast._files import cache_folder, claimed, write_atomically
 from atom_fast._hashing import add_tensors
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing
@@ -32,10 +32,9 @@ from atom_fast.training.protocols import Protocol
 from atom_fast.training.trainer import (
     Trainer,
     empty_network,
-    in_batches,
-    in_model_space,
     network_seed,
     repeatable_convolutions,
+    training_images,
 )
 
 FORMAT = "atom_fast.pool_network"
@@ -129,7 +128,8 @@ def trained_pool(
         folder.mkdir(parents=True, exist_ok=True)
         for part, wait in ((ranks.own_jobs(missing), False), (missing, True)):  # then what no process has finished
             with contextlib.ExitStack() as stack:
-                mine = [index for index in part if stack.enter_context(_claimed(folder, index, wait=wait))]
+                # Without locks the worst is that two processes train the same network.
+                mine = [index for index in part if stack.enter_context(claimed(_lock_file(folder, index), wait=wait))]
                 todo = [index for index in mine if not _file(folder, index).is_file()]
                 if todo:
                     log(f"training {len(todo)} networks on {data.name}, {protocol.epochs} epochs each, for {folder}")
@@ -177,12 +177,12 @@ def _train(
     device = data.train_images.device
     architecture = config.convnet_settings()
     layout = memory_format(empty_network("convnet", architecture, data, device), device)
-    images = in_model_space(data.train_images, preprocessing, device, layout)
+    images, gather = training_images(data, preprocessing, device, layout)
     initial: dict[Trainer, Tensor] = {}
 
     def make_trainer() -> Trainer:
         network = empty_network("convnet", architecture, data, device).to(memory_format=layout)
-        return Trainer(network, images, data.train_labels, protocol)
+        return Trainer(network, images, data.train_labels, protocol, gather=gather)
 
     def start(trainer: Trainer, index: int) -> None:
         trainer.restart(network_seed(_SEED, index))
@@ -227,7 +227,7 @@ def _flat(network: nn.Module) -> Tensor:
 def _scores(trainer: Trainer) -> Tensor:
     """Return the error L2 norm of every training image, float32 [N] on the CPU."""
     network, parts = trainer.network.eval(), []
-    for predicted, labels in in_batches(network, trainer.images, trainer.labels):
+    for predicted, labels in trainer.in_batches(network):
         error = predicted.float().softmax(1)
         error.scatter_add_(1, labels[:, None], torch.full_like(error[:, :1], -1.0))
         parts.append(error.norm(dim=1))
@@ -251,14 +251,8 @@ def _file(folder: Path, index: int) -> Path:
     return folder / f"network-{index:03d}.safetensors"
 
 
-@contextlib.contextmanager
-def _claimed(folder: Path, index: int, *, wait: bool) -> Iterator[bool]:
-    """Hold the lock of a network; yield False if another process has it and this one is not to wait."""
-    with open(folder / f".network-{index:03d}.lock", "w") as file:
-        held = True
-        with contextlib.suppress(OSError):  # without locks the worst is that two processes train the same network
-            held = lock(file, wait=wait)
-        yield held
+def _lock_file(folder: Path, index: int) -> Path:
+    return folder / f".network-{index:03d}.lock"
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:

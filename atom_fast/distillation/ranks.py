@@ -341,14 +341,14 @@ class _Group:
         sizes = [len(split(classes, rank, self.size)) for rank in range(self.size)]
         padded = part.new_zeros((max(sizes), *part.shape[1:]))
         padded[: len(part)] = part
-        whole = padded.new_empty((self.size * len(padded), *part.shape[1:]))
+        whole = [torch.empty_like(padded) for _ in sizes]
         with self._explained("while BatchNorm's sums were gathered"):
             try:
-                self._dist.all_gather_into_tensor(whole, padded)
+                self._dist.all_gather(whole, padded)
             except RuntimeError:
                 self._look_for_the_lost()
                 raise
-        return torch.cat([rows[:size] for rows, size in zip(whole.split(len(padded)), sizes, strict=True)])
+        return torch.cat([rows[:size] for rows, size in zip(whole, sizes, strict=True)])
 
     def share(
         self, jobs: Sequence[int], work: Callable[[Sequence[int]], Iterable[tuple[int, Mapping]]]

@@ -19,6 +19,7 @@ from atom_fast import _threads
 from atom_fast._files import lock
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.partition import sheet_pixels
+from atom_fast.data.placement import host_memory, readable
 from atom_fast.data.sampling import describe_small_classes
 from atom_fast.data.whitening import Preprocessing
 from atom_fast.distillation import ranks
@@ -30,11 +31,10 @@ from atom_fast.distillation.memory import describe_memory
 from atom_fast.distillation.pool import Pool, easiest
 from atom_fast.distillation.start import given_images, initial_images
 from atom_fast.distillation.step import Distillation, DivergenceError, make_convnet
+from atom_fast.names import CONFIG_FILE, ENVIRONMENT_FILE, SYNTHETIC_FILE
 from atom_fast.pictures import save_image_grid
-from atom_fast.synthetic import SYNTHETIC_FILE, SyntheticSet
+from atom_fast.synthetic import SyntheticSet
 
-CONFIG_FILE = "config.yaml"
-ENVIRONMENT_FILE = "environment.json"
 CHECKPOINT_FOLDER = "checkpoints"
 IMAGE_FOLDER = "images"
 LOCK_FILE = ".lock"
@@ -166,6 +166,9 @@ class RunFolder:
             return
         if small := describe_small_classes(run.data, run.config.real_batch):
             log(f"{small}: each step draws some of their images more than once (real_batch {run.config.real_batch})")
+        if run.data.host_images is not None:
+            size, place = readable(run.data.host_images.nbytes), host_memory(run.images.device)
+            log(f"the training images ({size}) stay in {place}: each step reads its images from there")
         if run.fusion != FUSED:
             log(f"the network runs {run.fusion}")
         if memory := describe_memory(run.config, run.data, len(run.classes)):

@@ -23,7 +23,6 @@ from atom_fast.distillation.config import DistillConfig
 from atom_fast.distillation.joint_passes import JointPasses
 from atom_fast.distillation.logs import log
 from atom_fast.distillation.matching import (
-    LayersOf,
     characteristic_loss,
     describe_fusion,
     draw_frequencies,
@@ -36,6 +35,7 @@ from atom_fast.distillation.memory import WORTH_SAYING, step_memory
 from atom_fast.distillation.pool import Pool, easiest
 from atom_fast.distillation.stages import stage
 from atom_fast.functional import class_groups
+from atom_fast.names import first_few
 from atom_fast.networks.convnet import ConvNet
 from atom_fast.ops.launching import KernelError
 from atom_fast.ops.matching import ClassGroups
@@ -87,27 +87,6 @@ class _Chunk(typing.NamedTuple):
     def size(self) -> int:
         """Number of classes."""
         return self.classes.stop - self.classes.start
-
-
-class _Drawn(typing.NamedTuple):
-    """The randomness of a step, of all classes."""
-
-    indices: Tensor  # int64 [K, real_batch], of the real images
-    stages: Sequence[AugmentationParameters]
-    chosen: Tensor | None  # int64 [K, batch], see `_choose`
-    frequencies: Tensor | None  # of `characteristic_loss`
-
-    def of_classes(self, chunk: _Chunk) -> list[AugmentationParameters]:
-        """The augmentation of a chunk's classes."""
-        return [parameters.of_groups(chunk.classes) for parameters in self.stages]
-
-
-class _Matched(typing.NamedTuple):
-    """What a step learns of a chunk."""
-
-    chunk: _Chunk
-    terms: Tensor  # [terms]
-    gradient: Tensor  # of the chunk's images
 
 
 class Distillation:
@@ -191,6 +170,7 @@ class Distillation:
         self._is_finite = torch.empty(len(self._weights), dtype=torch.bool, device=device)
         self._steps = 0
         self._initial_peak = self.images.abs().max().clamp(min=1.0).double()
+        self._passes = JointPasses(data.num_classes)
         self.set_class_chunk(config.class_chunk or len(classes))
 
     def set_class_chunk(self, size: int) -> None:
@@ -208,8 +188,7 @@ class Distillation:
         # All classes at once take, on a GPU, a kernel of the whole batch; on a CPU joining them costs nothing, and the
         # bits are the same for any number of processes.
         parts = self.class_chunk < all_classes
-        joins = self.config.norm == "batch" and (parts or device.type == "cpu")
-        self._joint = JointPasses(all_classes) if joins else None
+        self._passes.joined = self.config.norm == "batch" and (parts or device.type == "cpu")
         self._chunks = []
         position = torch.arange(all_classes, device=device) - self.classes.start
         self._first_held = position % self.class_chunk * self._held
@@ -250,71 +229,59 @@ class Distillation:
         with stage("sample"):
             indices = sample_class_indices(self._sampled, config.real_batch, generator)  # 4: B_k^T
         with stage("augment"):  # siamese: the same operations for the real and synthetic images of a class
-            stages = draw_stages(self.data.num_classes, generator, strategy=config.augmentation)
+            drawn = draw_stages(self.data.num_classes, generator, strategy=config.augmentation)
         with stage("sample"):
             chosen = self._choose(generator)
             frequencies = None
             if config.characteristic_weight > 0:
                 frequencies = draw_frequencies(self.network.embedding_size, generator)
-        drawn = _Drawn(indices, stages, chosen, frequencies)
-        matched = self._match_all(drawn)
+        matched, reals = [], {}
+        for chunk in self._passes.over(self._chunks):  # one of all classes, unless memory is short
+            with self._passes.part(chunk.size):
+                own = [parameters.of_groups(chunk.classes) for parameters in drawn]
+                self._passes.begin("real")
+                real = reals.pop(chunk.rows.start, None)
+                if real is None:
+                    with stage("sample"):
+                        real = self.gather_real(pad_batch_of_one(indices[chunk.classes].flatten()))
+                    with stage("augment"):
+                        for parameters in own:
+                            real = augment(real, parameters, chunk.real_labels)
+                    with self._precision(config.precision_of_real), stage("real"), torch.no_grad():
+                        real = self.extract(real)
+                if self._passes.repeats:
+                    reals[chunk.rows.start] = real
+                self._passes.begin("synthetic")
+                images = self.images[chunk.rows].detach().requires_grad_()  # 4: B_k^S
+                with stage("augment"):
+                    synthetic, others = self._cut_out(images, own, chunk, chosen)
+                    for parameters in others:
+                        synthetic = augment(synthetic, parameters, chunk.labels)
+                with self._precision(config.precision):
+                    with stage("synthetic"):
+                        synthetic = self.extract(synthetic)
+                    with stage("loss"):
+                        terms = matching_terms(real, synthetic, config, chunk.groups)  # 5
+                        if frequencies is not None:
+                            characteristic = characteristic_loss(real[0], synthetic[0], frequencies, chunk.size)
+                            terms = torch.cat((terms, characteristic.view(1)))
+                        if config.calibration_weight > 0:
+                            terms = torch.cat((terms, self._cross_entropy(synthetic[0], chunk).view(1)))
+                    del real, synthetic  # the backward pass needs little of them
+                    with stage("backward"):  # 6: of the loss, which is weights @ terms
+                        (gradient,) = torch.autograd.grad(terms, images, self._factored)
+                        unscaled = gradient if self._factor == 1 else gradient.div_(self._factor)
+                        matched.append((chunk.rows, terms.detach(), unscaled))
+        self._passes.forget()
         with stage("update"):
-            for chunk, terms, gradient in matched:  # no allocation from here on
-                momentum = self.momentum[chunk.rows]
+            for rows, terms, gradient in matched:  # no allocation from here on
+                momentum = self.momentum[rows]
                 torch.add(gradient, momentum, alpha=config.momentum, out=momentum)  # 7: SGD
-                self.images[chunk.rows].sub_(momentum, alpha=config.image_lr)
+                self.images[rows].sub_(momentum, alpha=config.image_lr)
                 self._sums.add_(terms)
             self._finite.add_(torch.lt(self._sums, math.inf, out=self._is_finite))
             if self.average is not None:
                 self.average.lerp_(self.images, (_AVERAGE_POWER + 1) / (self._iteration + _AVERAGE_POWER))
-
-    def _match_all(self, drawn: _Drawn) -> list[_Matched]:
-        """Lines 5 and 6 for every chunk; there is one, of all classes, unless memory is short."""
-        if self._joint is None:
-            return [self._match(chunk, drawn) for chunk in self._chunks]
-        self._joint.begin()
-        sizes = [chunk.size for chunk in self._chunks]
-        reals = self._joint.over(self._chunks, lambda chunk: self._real_layers(chunk, drawn), sizes)
-        pairs = list(zip(self._chunks, reals, strict=True))
-        matched = self._joint.over(pairs, lambda pair: self._match(pair[0], drawn, pair[1]), sizes)
-        self._joint.forget()
-        return matched
-
-    def _real_layers(self, chunk: _Chunk, drawn: _Drawn) -> LayersOf:
-        """What is matched of a chunk's real images."""
-        with stage("sample"):
-            real = self.gather_real(pad_batch_of_one(drawn.indices[chunk.classes].flatten()))
-        with stage("augment"):
-            for parameters in drawn.of_classes(chunk):
-                real = augment(real, parameters, chunk.real_labels)
-        with self._precision(self.config.precision_of_real), stage("real"), torch.no_grad():
-            return self.extract(real)
-
-    def _match(self, chunk: _Chunk, drawn: _Drawn, real: LayersOf | None = None) -> _Matched:
-        """Compute a chunk's terms, and the gradient of the loss with respect to its images."""
-        config = self.config
-        if real is None:
-            real = self._real_layers(chunk, drawn)
-        images = self.images[chunk.rows].detach().requires_grad_()  # 4: B_k^S
-        with stage("augment"):
-            synthetic, stages = self._cut_out(images, drawn.of_classes(chunk), chunk, drawn.chosen)
-            for parameters in stages:
-                synthetic = augment(synthetic, parameters, chunk.labels)
-        with self._precision(config.precision):
-            with stage("synthetic"):
-                synthetic = self.extract(synthetic)
-            with stage("loss"):
-                terms = matching_terms(real, synthetic, config, chunk.groups)  # 5
-                if drawn.frequencies is not None:
-                    characteristic = characteristic_loss(real[0], synthetic[0], drawn.frequencies, chunk.size)
-                    terms = torch.cat((terms, characteristic.view(1)))
-                if config.calibration_weight > 0:
-                    terms = torch.cat((terms, self._cross_entropy(synthetic[0], chunk).view(1)))
-            del real, synthetic  # the backward pass needs little of them
-            with stage("backward"):  # 6: of the loss, which is weights @ terms
-                (gradient,) = torch.autograd.grad(terms, images, self._factored)
-                unscaled = gradient if self._factor == 1 else gradient.div_(self._factor)
-                return _Matched(chunk, terms.detach(), unscaled)
 
     def _precision(self, precision: str) -> contextlib.AbstractContextManager[None]:
         return convolution_precision(precision, self.images.device, self.config.deterministic)
@@ -437,8 +404,7 @@ class Distillation:
         else:
             message = f"images diverged: {largest:.1e} times as large after iteration {iteration} as at the start"
         if lost:
-            message += f"; images lost in {len(lost)} of {len(names)} classes: {', '.join(lost[:5])}"
-            message += ", ..." if len(lost) > 5 else ""
+            message += f"; images lost in {len(lost)} of {len(names)} classes: {first_few(lost, 5)}"
         return f"{message}; lower image_lr (it is {self.config.image_lr:g}) or loss_scale ({self.config.loss_scale:g})"
 
     @property

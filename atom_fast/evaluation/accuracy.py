@@ -22,8 +22,17 @@ from atom_fast.data.sources import load_data
 from atom_fast.distillation import ranks
 from atom_fast.distillation.config import CONVNET_SETTINGS, preset
 from atom_fast.distillation.logs import versions
-from atom_fast.evaluation.results import Curve, EvaluationResult, curves_of, locked_record, read_records, write_record
-from atom_fast.names import TRAINING_PRECISIONS
+from atom_fast.evaluation.results import (
+    LARGEST_CONFUSION,
+    Confusion,
+    EvaluationResult,
+    Network,
+    locked_record,
+    networks_of,
+    read_records,
+    write_record,
+)
+from atom_fast.names import TRAINING_PRECISIONS, first_few
 from atom_fast.networks.convnet import default_depth
 from atom_fast.networks.layers import memory_format
 from atom_fast.pictures import method_name
@@ -33,6 +42,7 @@ from atom_fast.training.protocols import Protocol, check_count, default_protocol
 from atom_fast.training.trainer import (
     Trainer,
     accuracy,
+    confusion,
     empty_network,
     in_model_space,
     network_seed,
@@ -107,16 +117,17 @@ def evaluate(
     task = _Task.prepare(shared, own_sets, data, device, protocol, network, dict(architecture or {}), precision, seed)
     digest = _hash(task, shared, evaluate_every)
     earlier = _find(record, digest)
-    curves = curves_of(earlier)
-    curves += [{} for _ in range(networks - len(curves))]
-    jobs = [index for index, curve in enumerate(curves[:networks]) if not curve]
-    about, installed = _about(shared, data, None if own_sets else shared.sha256), versions()
+    known = networks_of(earlier)
+    known += [({}, None) for _ in range(networks - len(known))]
+    jobs = [index for index, (curve, _) in enumerate(known[:networks]) if not curve]
+    about, installed = _about(shared, data, None if own_sets else shared.fingerprint), versions()
     started = time.perf_counter()
 
-    def result(curves: Sequence[Curve]) -> EvaluationResult:
+    def result(known: Sequence[Network]) -> EvaluationResult:
         return EvaluationResult(
             about=about,
-            curves=tuple(curves),
+            curves=tuple(curve for curve, _ in known),
+            confusions=tuple(matrix for _, matrix in known),
             protocol=protocol,
             network=network,
             architecture=task.architecture,
@@ -130,16 +141,17 @@ def evaluate(
     with repeatable_convolutions(), tqdm(total=bar_total, desc=network, unit="epoch", disable=not progress) as bar:
         options = {"evaluate_every": evaluate_every, "together": together, "advance": bar.update}
         train = functools.partial(train_networks, task.make_trainer, start=task.start, test=task.test, **options)
-        for index, curve in ranks.share(jobs, train):
-            curves[index] = dict(curve)
-            so_far = result(curves[:networks])
+        for index, tested in ranks.share(jobs, train):
+            curve = {epoch: percent for epoch, (percent, _) in tested.items()}
+            known[index] = curve, tested[protocol.epochs][1]
+            so_far = result(known[:networks])
             finished = networks - len(so_far.unfinished)
             bar.set_postfix_str(f"{finished} networks: {so_far.mean:.1f} ± {so_far.std:.1f} %")
             if record is not None and ranks.is_first():
                 with locked_record(record):  # what another process, or a call with more networks, put there stays
-                    saved = _merged(curves, read_records(record), digest)
+                    saved = _merged(known, read_records(record), digest)
                     write_record(record, {"hash": digest, **result(saved).to_dict(), "versions": installed})
-    return result(curves[:networks])
+    return result(known[:networks])
 
 
 def likeliest_space(
@@ -175,7 +187,7 @@ def likeliest_space(
         options = {"evaluate_every": None, "together": 1, "advance": lambda: None}
         with repeatable_convolutions():
             [(_, curve)] = train_networks(task.make_trainer, [0], task.start, task.test, **options)
-        accuracies.append(curve[protocol.epochs])
+        accuracies.append(curve[protocol.epochs][0])
     return max(range(len(sets)), key=lambda number: accuracies[number] or 0.0), accuracies
 
 
@@ -271,9 +283,18 @@ class _Task:
             trainer.labels.copy_(own.targets)
         trainer.restart(network_seed(self.seed, index))
 
-    def test(self, trainer: Trainer) -> float | None:
-        """Return the accuracy of a trainer's network in percent; None where it diverged."""
-        return accuracy(trainer.network, self.test_images, self.test_labels)
+    def test(self, trainer: Trainer) -> tuple[float | None, Confusion | None]:
+        """Return the accuracy of a trainer's network in percent, and after the last epoch its confusion matrix.
+
+        Both are None where it diverged. There is no matrix of more than ``LARGEST_CONFUSION`` classes.
+        """
+        tested = trainer.network, self.test_images, self.test_labels
+        if trainer.epoch < self.protocol.epochs or self.data.num_classes > LARGEST_CONFUSION:
+            return accuracy(*tested), None
+        matrix = confusion(*tested, self.data.num_classes)
+        if matrix is None:
+            return None, None
+        return 100 * matrix.trace().item() / len(self.test_images), matrix.tolist()
 
 
 def _in_layout(images: Tensor, layout: torch.memory_format) -> Tensor:
@@ -292,7 +313,7 @@ def _own_data(synthetic: SyntheticSet) -> ImageData:
     return load_data("digits", resolution=height if height == width else None, progress=False)
 
 
-def _about(synthetic: SyntheticSet, data: ImageData, sha256: str | None) -> dict[str, Any]:
+def _about(synthetic: SyntheticSet, data: ImageData, fingerprint: str | None) -> dict[str, Any]:
     metadata = synthetic.metadata
     made_from = metadata.get("dataset_fingerprint")
     return {
@@ -303,7 +324,7 @@ def _about(synthetic: SyntheticSet, data: ImageData, sha256: str | None) -> dict
         "config_hash": metadata.get("config_hash"),
         "set_seconds": metadata.get("seconds"),
         "same_data": None if made_from is None else made_from == data.fingerprint,
-        "set_sha256": sha256,
+        "set_fingerprint": fingerprint,
     }
 
 
@@ -330,10 +351,10 @@ def _hash(task: _Task, synthetic: SyntheticSet, evaluate_every: int | None) -> s
     return digest.hexdigest()
 
 
-def _merged(curves: Sequence[Curve], records: Sequence[Mapping[str, Any]], digest: str) -> list[Curve]:
-    """Return curves, and those of an equal evaluation in a file for networks that are not finished here."""
-    saved = next((curves_of(record) for record in records if record["hash"] == digest), [])
-    return [own or other for own, other in itertools.zip_longest(curves, saved, fillvalue={})]
+def _merged(known: Sequence[Network], records: Sequence[Mapping[str, Any]], digest: str) -> list[Network]:
+    """Return networks, and those of an equal evaluation in a file where one is not finished here."""
+    saved = next((networks_of(record) for record in records if record["hash"] == digest), [])
+    return [own if own[0] else other for own, other in itertools.zip_longest(known, saved, fillvalue=({}, None))]
 
 
 def _find(path: str | os.PathLike | None, digest: str) -> dict[str, Any]:
@@ -341,7 +362,7 @@ def _find(path: str | os.PathLike | None, digest: str) -> dict[str, Any]:
     found: dict[str, Any] = {"seconds": 0.0, "curves": []}
     if path is not None and ranks.is_first():
         found = next((record for record in read_records(path) if record["hash"] == digest), found)
-    return ranks.all_gather_object({"seconds": found["seconds"], "curves": found["curves"]})[0]
+    return ranks.all_gather_object({name: found.get(name) for name in ("seconds", "curves", "confusions")})[0]
 
 
 def _check_settings(networks: int, precision: str, evaluate_every: int | None, together: int | None, seed: int) -> None:
@@ -369,8 +390,8 @@ def _check_fit(synthetic: SyntheticSet, data: ImageData) -> None:
     """Check that a set can be trained on for the test set of ``data``."""
     if synthetic.class_names != data.class_names:
         raise ValueError(
-            f"the set was made for the {len(synthetic.class_names)} classes {_some(synthetic.class_names)}; "
-            f"{data.name} has the {data.num_classes} classes {_some(data.class_names)}"
+            f"the set was made for the {len(synthetic.class_names)} classes {first_few(synthetic.class_names)}; "
+            f"{data.name} has the {data.num_classes} classes {first_few(data.class_names)}"
         )
     if tuple(synthetic.sheets.shape[1:]) != data.image_shape:
         raise ValueError(
@@ -378,7 +399,3 @@ def _check_fit(synthetic: SyntheticSet, data: ImageData) -> None:
             f"got {list(synthetic.sheets.shape)}"
         )
     synthetic.check()
-
-
-def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

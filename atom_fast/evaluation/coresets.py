@@ -18,10 +18,9 @@ from atom_fast.training.protocols import Protocol, get_protocol
 from atom_fast.training.trainer import (
     Trainer,
     empty_network,
-    in_batches,
-    in_model_space,
     network_seed,
     repeatable_convolutions,
+    training_images,
 )
 
 
@@ -181,8 +180,7 @@ def watch_training(
                 bar.update()
     network: Any = trainer.network.eval()
     with torch.no_grad():
-        features = in_batches(lambda images: network.embed(images).float(), trainer.images, trainer.labels)
-        features = torch.cat([some for some, _ in features])
+        features = torch.cat([some for some, _ in trainer.in_batches(lambda images: network.embed(images).float())])
     home = data.train_images.device
     return features.to(home), counter.events.to(home)
 
@@ -191,8 +189,8 @@ def _whole_set_trainer(data: ImageData, preprocessing: Preprocessing, protocol: 
     device = data.train_images.device if device is None else torch.device(device)
     network = empty_network("convnet", {}, data, device)
     layout = memory_format(network, device)
-    images = in_model_space(data.train_images, preprocessing, device, layout)
-    return Trainer(network.to(memory_format=layout), images, data.train_labels.to(device), protocol)
+    images, gather = training_images(data, preprocessing, device, layout)
+    return Trainer(network.to(memory_format=layout), images, data.train_labels.to(device), protocol, gather=gather)
 
 
 def _checked(features: Tensor, data: ImageData) -> Tensor:

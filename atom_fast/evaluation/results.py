@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,11 @@ from atom_fast.pictures import size_text
 from atom_fast.training.protocols import Protocol
 
 Curve = dict[int, float | None]  # accuracy in percent after each tested epoch; None: the network diverged
+Confusion = list[list[int]]  # [K, K]: test images by true class, and by the class that a network takes them for
+Network = tuple[Curve, Confusion | None]  # an empty curve: it has not finished
+
+# Classes: a matrix of 200 takes some 100 KB per network in a record.
+LARGEST_CONFUSION = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +32,8 @@ class EvaluationResult:
     Attributes:
         about: the set: ``dataset``, ``ipc`` (stored images per class), ``partition`` (each stored image trains as
             partition^2 images; 1: as itself), ``method``, ``config_hash``, ``set_seconds`` (of its distillation),
-            ``same_data`` (True if it was made from the data it was tested on) and ``set_sha256``
-            (``SyntheticSet.sha256``; None where each network has its own set); each None where it is not known.
+            ``same_data`` (True if it was made from the data it was tested on) and ``set_fingerprint``
+            (``SyntheticSet.fingerprint``; None where each network has its own set); each None where it is not known.
         curves: per network its accuracy after each tested epoch, ``{epoch: percent}`` with epochs counted from 1; the
             last epoch is always tested. None where a logit was not finite: the network diverged. Empty for a network
             that has not finished.
@@ -38,6 +44,9 @@ class EvaluationResult:
         seed: of the evaluation; network i depends only on it and on i.
         seconds: wall-clock time of training and testing all of them.
         device: where they were trained.
+        confusions: per network int [K, K]: how many test images of a class (row) it took for each class (column) after
+            the last epoch; the diagonal counts the correct ones. None for a network that diverged or has not finished,
+            above ``LARGEST_CONFUSION`` classes, and in records of versions that kept none.
     """
 
     about: dict[str, Any]
@@ -49,6 +58,7 @@ class EvaluationResult:
     seed: int
     seconds: float
     device: str
+    confusions: tuple[Confusion | None, ...] = ()
 
     @property
     def accuracies(self) -> tuple[float | None, ...]:
@@ -112,6 +122,7 @@ class EvaluationResult:
             "unfinished": list(self.unfinished),
             "networks": len(self.curves),
             "curves": [{str(epoch): accuracy for epoch, accuracy in curve.items()} for curve in self.curves],
+            **({"confusions": list(self.confusions)} if any(self.confusions) else {}),
             "protocol": self.protocol.to_dict(),
             "network": self.network,
             "architecture": dict(self.architecture),
@@ -177,12 +188,33 @@ def locked_record(path: str | os.PathLike) -> Iterator[None]:
 def write_record(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
     """Put a record of one evaluation into a file, replacing an earlier one with the same ``hash``."""
     by_hash = {old["hash"]: old for old in read_records(path)} | {record["hash"]: dict(record)}
-    write_atomically(path, json.dumps(list(by_hash.values()), indent=1) + "\n")
+    text = json.dumps(list(by_hash.values()), indent=1)
+    # A row of a matrix is one line. No text is changed by it: JSON's strings hold no line break.
+    text = re.sub(r"\[\n *(\d+(?:,\n *\d+)*)\n *\]", lambda row: f"[{re.sub(chr(10) + ' *', ' ', row[1])}]", text)
+    write_atomically(path, text + "\n")
+
+
+def find_record(records: Sequence[Mapping[str, Any]], result: EvaluationResult) -> dict[str, Any] | None:
+    """Return the record of an evaluation, which may hold more networks than the result; None where there is none."""
+    found = json.loads(json.dumps(result.to_dict()))  # as it reads in a file
+    names = [*result.about, "protocol", "network", "architecture", "precision", "seed"]
+    for record in records:
+        same = all(record.get(name) == found[name] for name in names)
+        if same and record["curves"][: len(found["curves"])] == found["curves"]:
+            return dict(record)
+    return None
 
 
 def curves_of(record: Mapping[str, Any]) -> list[Curve]:
     """Return a record's curves with their epochs as numbers."""
     return [{int(epoch): accuracy for epoch, accuracy in curve.items()} for curve in record["curves"]]
+
+
+def networks_of(record: Mapping[str, Any]) -> list[Network]:
+    """Return each network's curve, with its epochs as numbers, and its confusion matrix, if there is one."""
+    curves = curves_of(record)
+    matrices = [*(record.get("confusions") or ()), *[None] * len(curves)]
+    return list(zip(curves, matrices, strict=False))
 
 
 def _is_record(record: Mapping[str, Any]) -> bool:
@@ -192,6 +224,7 @@ def _is_record(record: Mapping[str, Any]) -> bool:
         and isinstance(record.get("seconds"), (int, float))
         and isinstance(record.get("curves"), Sequence)
         and all(is_curve(curve, last) for curve in record["curves"])
+        and all(map(_is_confusion, record.get("confusions") or ()))
     )
 
 
@@ -201,4 +234,13 @@ def is_curve(curve: object, last_epoch: str) -> bool:
         not curve
         or last_epoch in curve
         and all(epoch.isdecimal() and isinstance(value, (int, float, type(None))) for epoch, value in curve.items())
+    )
+
+
+def _is_confusion(matrix: object) -> bool:
+    return matrix is None or (
+        isinstance(matrix, list)
+        and bool(matrix)
+        and all(isinstance(row, list) and len(row) == len(matrix) for row in matrix)
+        and all(type(count) is int and count >= 0 for row in matrix for count in row)
     )

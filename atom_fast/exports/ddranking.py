@@ -21,7 +21,7 @@ _SETTINGS = """\
 # DD-Ranking 0.2.0: label-robust score with hard labels. Settings of its demo, except eval_full_data: it has no accuracy
 # of a ConvNet trained on all images on record, and measures it.
 dataset: {dataset}
-real_data_path: {data_dir}
+real_data_path: ./data
 ipc: {ipc}
 im_size: [{height}, {width}]
 model_name: ConvNet-3
@@ -90,7 +90,7 @@ def export_ddranking(synthetic: SyntheticSet, path: Path) -> Path:
         torch.save(images.float().cpu().contiguous(), folder / "images.pt")
         torch.save(synthetic.labels.cpu(), folder / "labels.pt")
         settings = _SETTINGS.format(
-            dataset=_DATASETS[dataset], data_dir="./data", ipc=synthetic.ipc, height=height, width=width,
+            dataset=_DATASETS[dataset], ipc=synthetic.ipc, height=height, width=width,
             zca=str(kind == "zca").lower(),
         )  # fmt: skip
         (folder / "lrs_hard_label.yaml").write_text(settings, "utf-8")

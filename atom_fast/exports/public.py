@@ -12,7 +12,7 @@ import torch
 from atom_fast._files import write_atomically
 from atom_fast.data.whitening import Preprocessing
 from atom_fast.exports.folder import decoded_note
-from atom_fast.foreign.spaces import CONSTANTS, PUBLIC
+from atom_fast.foreign.spaces import CONSTANTS, PUBLIC, unclamped_pixels
 
 if TYPE_CHECKING:
     from atom_fast.synthetic import SyntheticSet
@@ -42,11 +42,6 @@ def public_model_space(synthetic: SyntheticSet) -> tuple[torch.Tensor, dict[str,
 
 
 def standardised(synthetic: SyntheticSet, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """Return the images of a set of kind "standard", float32 [N, C, H, W], normalised by other constants.
-
-    Not from `SyntheticSet.pixels`, which clamps: distilled images reach outside [0, 1].
-    """
-    images, preprocessing = synthetic.images, synthetic.preprocessing
-    assert preprocessing.mean is not None and preprocessing.std is not None  # of every set of this kind
-    pixels = images * preprocessing.std[:, None, None] + preprocessing.mean[:, None, None]
-    return (pixels - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]
+    """Return the images of a set, float32 [N, C, H, W], brought back to pixels and normalised by other constants."""
+    pixels = unclamped_pixels(synthetic.images, synthetic.preprocessing)
+    return (pixels - pixels.new_tensor(mean)[:, None, None]) / pixels.new_tensor(std)[:, None, None]

@@ -143,7 +143,7 @@ def recognise(foreign: ForeignSet, dataset: str | None = None) -> list[Candidate
     names = _possible(foreign.images.shape, dataset)
     for name in names:
         constant = None if name not in CONSTANTS else Fits(None, dataset).preprocessing(Candidate(name, ()))
-        if constant is not None and _are_levels(_to_pixels(foreign.images, constant)):
+        if constant is not None and _are_levels(unclamped_pixels(foreign.images, constant)):
             reason = "without these constants all values are multiples of 1/255: real images, untouched"
             return [Candidate(name, (reason,), certain=True)]
     usual, usually = _usual(foreign, dataset)
@@ -262,7 +262,7 @@ def settle(images: Tensor, candidates: list[Candidate], fits: Fits) -> list[Cand
     if candidates[0].certain or not set(spaces) & set(ZCA) or images[0].numel() > _SETTLED_SIZE:
         return candidates
     for space in sorted(ZCA, key=lambda space: spaces.index(space) if space in spaces else len(spaces)):
-        if _are_levels(_to_pixels(images, fits.whitening(space))):
+        if _are_levels(unclamped_pixels(images, fits.whitening(space))):
             reason = "without it all values are multiples of 1/255: real images, untouched"
             return [Candidate(space, (reason,), certain=True)]
     return candidates
@@ -401,8 +401,8 @@ def _neighbour_correlations(images: Tensor, axis: int) -> dict[int, float]:
     return {place: _correlation(lines[place - 1], lines[place]) for place in range(1, len(lines))}
 
 
-def _to_pixels(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Pixels, not clamped."""
+def unclamped_pixels(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Return images [N, C, H, W] in model space as pixels, also where they leave [0, 1], as distilled images do."""
     mean, matrix = preprocessing.zca_mean, preprocessing.zca_inverse
     if matrix is not None and mean is not None:
         images = (images.flatten(1) @ matrix).view(images.shape) + mean

@@ -25,7 +25,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-_YOUNGER = ("decay_at", "cutmix")  # settings of Protocol that the first records of evaluations do not have
+# Settings of Protocol that the first records of evaluations do not have.
+_YOUNGER = ("decay_at", "cutmix", "restart_momentum")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Protocol:
         decay_at: shares of the epochs, in (0, 1), after each of which the learning rate decays where ``decay_every`` is
             None.
         cutmix: probability of :mod:`CutMix <atom_fast.training.cutmix>` in a mini-batch, after the augmentation.
+        restart_momentum: start SGD's momentum again at 0 whenever the learning rate decays, as in code that then makes
+            a new optimizer.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Protocol:
     unit_variance: bool = True
     decay_at: tuple[float, ...] = (0.5,)
     cutmix: float = 0.0
+    restart_momentum: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "decay_every"):
@@ -74,8 +78,9 @@ class Protocol:
             raise ValueError(f"momentum must be a number in [0, 1); got {self.momentum!r}")
         if not _is_number(self.weight_decay) or self.weight_decay < 0:
             raise ValueError(f"weight_decay must be a number, 0 or above; got {self.weight_decay!r}")
-        if not isinstance(self.unit_variance, bool):
-            raise ValueError(f"unit_variance must be true or false; got {self.unit_variance!r}")
+        for name in ("unit_variance", "restart_momentum"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false; got {getattr(self, name)!r}")
         if not isinstance(self.augmentation, str):
             raise ValueError(f"augmentation must be text; got {self.augmentation!r}")
         split_strategy(self.augmentation)
@@ -144,6 +149,16 @@ PROTOCOLS = {
             decay_at=(2 / 3, 5 / 6),
             augmentation="color+flip+crop_scale_rotate",
             cutmix=0.5,
+        ),
+        # DD-Ranking 0.2.0, hard labels. It tests after each 10th epoch and reports the best of these accuracies, at the
+        # rate of 0.001, 0.005, 0.01, 0.05 and 0.1 that is best on the test set, unless the set comes with its own. A
+        # protocol has one rate, here the middle one (`get_protocol` takes another). The last epoch is reported;
+        # ``evaluate_every=10`` keeps the best one too, as ``best_accuracies``.
+        dataclasses.replace(_PAPER, name="ddranking", batch_size=128, unit_variance=False),
+        # The dataset distillation contest at ECCV 2024: epochs 0 to 501 at 0.01, 502 to 1000 at 0.001 with a new
+        # optimizer. It tests the mean of 3 ConvNets of depth 3 and width 128 with InstanceNorm.
+        dataclasses.replace(
+            _PAPER, name="eccv24", epochs=1001, decay_at=(502 / 1001,), restart_momentum=True, unit_variance=False
         ),
         # For handwritten digits: a mirrored digit is no digit. Up to 25 images per class an epoch is a single step; the
         # larger learning rate fits them in 300 steps as well as 0.01 does in 1000.

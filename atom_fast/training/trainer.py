@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from atom_fast.data.augmentation import augment_stages, draw_stages
 from atom_fast.data.dataset import ImageData
-from atom_fast.data.whitening import Preprocessing
+from atom_fast.data.placement import keeps_on_device
+from atom_fast.data.whitening import Preprocessing, real_image_gatherer
 from atom_fast.networks import make_network
 from atom_fast.training.cutmix import draw_cutmix, mix_images, mixed_cross_entropy
 from atom_fast.training.protocols import Protocol
@@ -47,26 +48,37 @@ class Trainer:
 
     Args:
         network: a module with ``reset_parameters(generator)``, on the device of the images.
-        images: floating point [N, C, H, W] in model space.
+        images: floating point [N, C, H, W] in model space; or of any kind with ``gather``.
         labels: int64 [N], or probabilities, floating point [N, K].
         protocol: how to train.
         precision: "float32", or "bfloat16" to train under autocast; parameters keep their type.
+        gather: from indices, int64 [B], to these of the images in model space; None takes them from ``images``.
 
     Attributes:
         network: the network in training.
         images, labels: as given; their content may be changed between epochs.
+        epoch: the epoch that the network is in or has finished last, counted from 1; 0 before the first.
         generator: source of the network's initial weights, batch orders, augmentation, CutMix and dropout.
         protocol: as given.
     """
 
     def __init__(
-        self, network: nn.Module, images: Tensor, labels: Tensor, protocol: Protocol, *, precision: str = "float32"
+        self,
+        network: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        protocol: Protocol,
+        *,
+        precision: str = "float32",
+        gather: Callable[[Tensor], Tensor] | None = None,
     ):
         self.network = network.train()
+        self._gather = gather
         self.images = images
         self.labels = labels
         self.protocol = protocol
         self.generator = torch.Generator(images.device)
+        self.epoch = 0
         self._autocast = {
             "device_type": images.device.type,
             "dtype": torch.bfloat16,
@@ -88,16 +100,27 @@ class Trainer:
     def restart(self, seed: int) -> None:
         """Draw a new network from ``seed`` and reset the momentum."""
         self.generator.manual_seed(seed)
+        self.epoch = 0
         network: Any = self.network
         network.reset_parameters(self.generator)
+        self._reset_momentum()
+
+    def _reset_momentum(self) -> None:
         for state in self._optimizer.state.values():
             state["momentum_buffer"].zero_()
 
     def begin_epoch(self, epoch: int) -> Tensor:
-        """Set the learning rate of an epoch, counted from 0, and return its random order, int64 [N]; no host sync."""
+        """Set the learning rate of an epoch, counted from 0, and return its random order, int64 [N]; no host sync.
+
+        Epochs come in order: a protocol may reset the momentum at a decay.
+        """
         if not self.network.training:  # after a test; train() visits every module, as slow as some steps on a GPU
             self.network.train()
-        self._learning_rate.fill_(self.protocol.learning_rate_at(epoch))
+        self.epoch = epoch + 1
+        rate = self.protocol.learning_rate_at(epoch)
+        self._learning_rate.fill_(rate)
+        if self.protocol.restart_momentum and epoch > 0 and rate != self.protocol.learning_rate_at(epoch - 1):
+            self._reset_momentum()
         return torch.randperm(len(self.images), generator=self.generator, device=self.images.device)
 
     def train_epoch(self, epoch: int) -> None:
@@ -110,8 +133,10 @@ class Trainer:
 
         The logits are of the images that it trains on, augmented and mixed.
         """
-        # index_select by itself returns NCHW.
-        images = torch.index_select(self.images, 0, indices, out=torch.empty_like(self.images[: len(indices)]))
+        if self._gather is not None:
+            images = self._gather(indices)
+        else:  # index_select by itself returns NCHW
+            images = torch.index_select(self.images, 0, indices, out=torch.empty_like(self.images[: len(indices)]))
         labels = self.labels.index_select(0, indices)
         if self.protocol.augmentation != "none":
             strategy = self.protocol.augmentation
@@ -133,6 +158,15 @@ class Trainer:
             parameter.grad = _in_layout_of(parameter, gradient)
         self._optimizer.step()
         return predicted.detach()
+
+    def in_batches(self, function: Callable[[Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ``(function(images), labels)`` for large batches of the set in its order, unaugmented."""
+        if self._gather is None:
+            yield from in_batches(function, self.images, self.labels)
+            return
+        order = torch.arange(len(self.images), device=self.images.device).split(_batch_size(self.images))
+        for indices in order:
+            yield function(self._gather(indices)), self.labels[indices]
 
 
 def empty_network(name: str, architecture: Mapping, data: ImageData, device: torch.device) -> nn.Module:
@@ -159,6 +193,20 @@ def in_model_space(
     return images
 
 
+def training_images(
+    data: ImageData, preprocessing: Preprocessing, device: torch.device, layout: torch.memory_format
+) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+    """Return the training images and ``gather`` for a `Trainer` on a device.
+
+    They are in model space, or, where float32 would take more than half of the device's free memory, uint8 with a
+    function that maps each batch. On a GPU the last bits of whitened images depend on which of the two it is.
+    """
+    if keeps_on_device(4 * data.train_images.numel(), device):
+        return in_model_space(data.train_images, preprocessing, device, layout), None
+    data, preprocessing = data.to(device), preprocessing.to(device)
+    return data.train_images, real_image_gatherer(data, preprocessing, memory_format=layout, progress=False)
+
+
 def _in_layout_of(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
     """The gradient with the parameter's strides, which the fused optimizer assumes."""
     if gradient is None or gradient.stride() == parameter.stride():
@@ -166,7 +214,6 @@ def _in_layout_of(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
     return torch.empty_like(parameter).copy_(gradient)
 
 
-@torch.no_grad()
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float | None:
     """Compute the accuracy of a network, in evaluation mode, over a whole test set.
 
@@ -178,18 +225,58 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float | None
     Returns:
         100 · correct / N in percent, or None if a logit is not finite: its argmax means nothing.
     """
+    correct = _count(network, images, labels, (), lambda taken, expected: (taken == expected).sum())
+    return None if correct is None else 100 * correct.item() / len(images)
+
+
+def confusion(network: nn.Module, images: Tensor, labels: Tensor, classes: int) -> Tensor | None:
+    """Count what a network, in evaluation mode, takes the images of each class for.
+
+    Args:
+        network, images, labels: as in :func:`accuracy`.
+        classes: their number K.
+
+    Returns:
+        int64 [K, K] on the CPU: entry (i, j) counts images of class i taken for class j. None if a logit is not finite.
+    """
+    pairs = classes * classes
+
+    def count(taken: Tensor, expected: Tensor) -> Tensor:
+        return torch.bincount(expected * classes + taken, minlength=pairs)
+
+    counts = _count(network, images, labels, (pairs,), count)
+    return None if counts is None else counts.view(classes, classes).cpu()
+
+
+@torch.no_grad()
+def _count(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    size: tuple[int, ...],
+    count: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor | None:
+    """Sum ``count`` of the classes that a network takes images for and of theirs, int64; None if a logit is not finite.
+
+    Nothing is read from the device before the end.
+    """
     network.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=images.device)
+    total = torch.zeros(size, dtype=torch.int64, device=images.device)
     finite = torch.ones((), dtype=torch.bool, device=images.device)
     for predicted, expected in in_batches(network, images, labels):
-        correct += (predicted.argmax(1) == expected).sum()
+        total += count(predicted.argmax(1), expected)
         finite &= predicted.isfinite().all()
-    return 100 * correct.item() / len(images) if finite.item() else None
+    return total if finite.item() else None
 
 
 def in_batches(function: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor):
     """Yield ``(function(images), labels)`` for large batches of a set [N, C, H, W] and its labels [N]."""
-    pixels = TEST_PIXELS.get(images.device.type, _TEST_PIXELS_ELSEWHERE)
-    batch = max(1, pixels // (images.shape[2] * images.shape[3]))
+    batch = _batch_size(images)
     for some_images, some_labels in zip(images.split(batch), labels.split(batch), strict=True):
         yield function(some_images), some_labels
+
+
+def _batch_size(images: Tensor) -> int:
+    """Return how many images [N, C, H, W] are tested at once."""
+    pixels = TEST_PIXELS.get(images.device.type, _TEST_PIXELS_ELSEWHERE)
+    return max(1, pixels // (images.shape[2] * images.shape[3]))

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from atom_fast.distillation.step import FLOAT16_FACTOR
 from benchmarks import markdown
+from benchmarks.communication import GPUS, assumed_latencies
 from benchmarks.devices import DEVICES
 from benchmarks.markdown import paragraph, three_digits
 from benchmarks.pages.readme import milliseconds, newest_cells
 from benchmarks.plots import IMPLEMENTATION_NAMES, OPERATOR_NAMES, bandwidth_cases
+from benchmarks.ranks import batch_norm_sums
 from benchmarks.roofline import WAYS, Configuration, stages
 from benchmarks.scaling import EDITIONS, lines
 from benchmarks.timings import merge
@@ -21,6 +23,7 @@ from benchmarks.timings import merge
 STEP = Configuration(10, 3, 32, 32, ipc=50, real_batch=128, network_width=128, depth=3, precision="tf32", whitened=True)
 DEVICE = "H100"
 FACTORED = ("float16", "float16, without the factor")
+NORM_NAMES = {"instance": "InstanceNorm", "batch": "BatchNorm"}
 NUMBERS = {2: "Two", 4: "Four", 8: "Eight"}
 GROUPS = {
     "sampling, whitening, augmentation": ("sampling", "augmentation", "backward augmentation"),
@@ -121,8 +124,7 @@ def precision(path: Path) -> str:
     record = json.loads(path.read_text())
     columns, rows = {}, {}
     for cell in record["cells"]:
-        norm = {"instance": "InstanceNorm", "batch": "BatchNorm"}[cell["norm"]]
-        columns[cell["ipc"]] = f"{cell['ipc']}, {norm}"
+        columns[cell["ipc"]] = f"{cell['ipc']}, {NORM_NAMES[cell['norm']]}"
         rows.setdefault(cell["way"], {})[cell["ipc"]] = statistics.fmean(cell["errors"])
     lines = [[way, *(f"{100 * errors[ipc]:.2g}" for ipc in columns)] for way, errors in rows.items()]
     head = ["% of the gradient; images per class and norm:", *columns.values()]
@@ -230,8 +232,57 @@ def evaluation(gpu: Path, cpu: Path) -> str:
 
 
 def ranks(path: Path) -> str:
-    """Return the weak scaling over two processes."""
+    """Return weak and strong scaling over processes, and the estimate of BatchNorm's sums on GPUs."""
     record = json.loads(path.read_text())
+    if "norms" not in record["setting"]:
+        return _weak_scaling(record)
+    lines = [
+        [
+            str(cell["processes"]),
+            str(cell["classes"]),
+            NORM_NAMES[norm],
+            f"{100 * found['weak']:.0f} %",
+            f"{100 * found['apart']:.0f} %",
+            f"{found['strong']:.2f}×",
+            str(found["messages"]),
+            f"{found['bytes_received'] / 1e3:.1f}",
+        ]
+        for cell in record["cells"]
+        for norm, found in cell["norms"].items()
+    ]
+    head = ["processes", "classes", "norm", "weak scaling", "apart", "strong scaling", "messages", "kB received"]
+    text = paragraph(
+        f"A core each of an {record['environment']['device']}. *Weak scaling*: speed of a process beside one that "
+        "computes as many classes while the others wait; *apart*: the same where they share nothing. *Strong scaling*: "
+        "speed beside one process with all classes. Messages and kB are counted, for a process and a step."
+    )
+    estimate = batch_norm_sums(record["cells"][-1], record["setting"]["width"])
+    return "\n\n".join((text, markdown.table(head, lines), *_split_among_gpus(estimate)))
+
+
+def _split_among_gpus(estimate: list[dict]) -> tuple[str, str]:
+    """Return what is estimated and assumed, and the table of it (`benchmarks.communication.estimate_step`)."""
+    lines = [
+        [work["workload"], f"{1e3 * work['step']:.0f} ms", *(_split_step(work, link) for link in work["seconds"])]
+        for work in estimate
+    ]
+    first = estimate[0]
+    limits = " / ".join(f"{1e3 * seconds:.2f}" for seconds in first["pays_from"].values())
+    text = (
+        f"BatchNorm with the classes split among {GPUS} GPUs, estimated from these counts, not measured: time of a "
+        "step's sums, its share of the step on one GPU, and how many times as fast as that the split step is. Assumed: "
+        f"the step on one GPU; that {assumed_latencies()}; half of the nominal bandwidth. On {first['workload']} the "
+        f"split step is the slower one where the step on one GPU takes less than {limits} ms."
+    )
+    return paragraph(text), markdown.table(["", "step on one GPU", *first["seconds"]], lines)
+
+
+def _split_step(work: dict, link: str) -> str:
+    return f"{1e3 * work['seconds'][link]:.2f} ms, {100 * work['share'][link]:.1f} %, {work['speed'][link]:.1f}×"
+
+
+def _weak_scaling(record: dict) -> str:
+    """Return the weak scaling of a file that was measured with InstanceNorm alone."""
     one, two = record["cells"][0], record["cells"][-1]
     speed = one["time"]["median"] / two["time"]["median"]
     apart = one["apart"]["time"]["median"] / two["apart"]["time"]["median"]

@@ -8,6 +8,7 @@ import torch
 from atom_fast.data import whitening
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import KINDS, ZCA_EPS, Preprocessing, fit_preprocessing, real_image_gatherer
+from atom_fast.distillation.config import preset
 
 SHAPE = (3, 6, 5)
 SIZE = 90
@@ -245,6 +246,35 @@ def test_the_fit_is_announced_unless_progress_is_off(capsys):
     assert out == "" and "ZCA: fitting 90 x 90 on 30 training images" in err
 
 
+@pytest.mark.parametrize("kind", ["zca", "zca_standardized"])
+def test_zca_fitted_in_chunks_is_kornias(kind, monkeypatch, capsys):
+    pytest.importorskip("kornia")
+    images = smooth_images(500)
+    whole = fit_preprocessing(images, kind, progress=False)
+    monkeypatch.setattr(whitening, "_FITTED_AT_ONCE", 1000)
+    monkeypatch.setattr(whitening, "_CHUNK", 64)
+    chunked = fit_preprocessing(images, kind, progress=False)
+    assert capsys.readouterr() == ("", "")
+    for name, tensor in whole.tensors().items():
+        torch.testing.assert_close(chunked.tensors()[name], tensor, rtol=1e-4, atol=1e-4)
+    expected = (images.double() / 255).flatten(1)
+    if kind == "zca_standardized":
+        expected = (expected.view(images.shape) - chunked.mean[:, None, None]) / chunked.std[:, None, None]
+        expected = expected.flatten(1).double()
+    covariance = expected.T.cov()
+    values, directions = torch.linalg.eigh(covariance)
+    matrix = (directions / (values + ZCA_EPS).sqrt()) @ directions.T
+    torch.testing.assert_close(chunked.zca_matrix.double(), matrix, rtol=1e-5, atol=1e-5)
+
+
+def test_the_statistics_of_channels_do_not_depend_on_chunks(monkeypatch):
+    images = smooth_images(50)
+    whole = fit_preprocessing(images, "standard")
+    monkeypatch.setattr(whitening, "_CHUNK", 7)
+    for name, tensor in fit_preprocessing(images, "standard").tensors().items():
+        assert torch.equal(tensor, whole.tensors()[name])
+
+
 def data_of(images, device):
     labels = torch.arange(len(images)) % 2
     return ImageData.from_tensors("made", ("a", "b"), images, labels, images, labels).to(device)
@@ -346,3 +376,15 @@ def test_gathering_runs_in_a_cuda_graph(device, whitened):
     indices.copy_(torch.tensor([[9, 8], [7, 6]]))
     graph.replay()
     torch.testing.assert_close(real, gather(indices), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["zca", "zca_standardized"])
+def test_images_that_are_too_large_to_be_whitened_are_refused_before_anything_is_computed(kind):
+    images = torch.zeros(2, 3, 65, 65, dtype=torch.uint8)
+    message = f"preprocessing '{kind}' is accepted for up to 12288 values .* use preprocessing 'standard'"
+    with pytest.raises(ValueError, match=message):
+        fit_preprocessing(images, kind, progress=False)
+    with pytest.raises(ValueError, match=message):
+        preset(preprocessing=kind).resolve((3, 65, 65), "folder", torch.device("cpu"))
+    assert preset().resolve((3, 65, 65), "cifar10", torch.device("cpu")).preprocessing == "standard"
+    assert preset().resolve((3, 64, 64), "cifar10", torch.device("cpu")).preprocessing == "zca"

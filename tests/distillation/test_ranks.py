@@ -24,7 +24,6 @@ from atom_fast.distillation.step import Distillation, DivergenceError
 from atom_fast.evaluation.accuracy import evaluate
 from atom_fast.synthetic import SyntheticSet
 from atom_fast.training.protocols import get_protocol
-from benchmarks import ranks as benchmark
 from tests.distillation.test_step import make_data, make_run
 
 SMALL = {"ipc": 2, "real_batch": 4, "width": 8, "depth": 2, "log_every": 2, "checkpoint_every": 2, "image_every": 4}
@@ -428,14 +427,6 @@ def test_a_closed_connection_is_explained_by_the_rank_that_closed_it():
     failed = "rank 2 of 4 failed: No space left on device"
     with pytest.raises(RankError, match=failed), group._explained("while it sent"):
         raise RuntimeError("Connection closed by peer")
-
-
-def test_the_estimate_for_gpus_counts_images_and_momentum():
-    sizes = benchmark.Sizes(classes=5, ipc=10)
-    cell = {"processes": 3, "bytes_sent": 2 * 2 * 4 * 5 * 10 * 3 * 32 * 32}  # two ranks, two tensors, float32
-    cifar10 = benchmark.estimate(cell, sizes)[0]
-    assert cifar10["bytes_received"] == 2 * 4 * 500 * 3 * 32 * 32 * 7 / 8
-    assert all(seconds > cifar10["bytes_received"] / 450e9 for seconds in cifar10["seconds"].values())
 
 
 class Fake:

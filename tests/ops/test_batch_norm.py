@@ -97,7 +97,7 @@ def test_odd_planes_without_pooling(shape, backend, place):
     layout=st.sampled_from(list(LAYOUTS)),
     part=st.sampled_from(["all", "channels", "columns", "transposed"]),
 )
-@settings(max_examples=10)
+@settings(max_examples=6)
 def test_any_shape_and_strides(backend, shape, layout, part, device):
     """Planes of one place and of several programs, odd sides, and slices of a larger tensor."""
     x, *vectors = inputs(*shape, device=device, layout=layout)

@@ -89,7 +89,7 @@ SHAPES = st.tuples(*(st.integers(*ends) for ends in ((1, 3), (1, 4), (1, 20), (2
     shape=st.tuples(*(st.integers(*ends) for ends in ((1, 2), (1, 4), (1, 18), (2, 10), (2, 10)))),
     affine=st.booleans(), powers=st.tuples(POWERS, POWERS), norm=st.sampled_from(NORMS), kind=st.sampled_from(KINDS),
 )  # fmt: skip
-@settings(max_examples=16)
+@settings(max_examples=10)
 def test_results_and_gradient_equal_the_equations(shape, affine, powers, norm, kind, device):
     images, filters, weight, bias = draw(*shape, device)
     inputs = images, filters, *((weight, bias) if affine else (None, None)), *powers

@@ -5,6 +5,7 @@ import torch
 
 import atom_fast as af
 from atom_fast import reference
+from atom_fast.distillation import ranks
 from atom_fast.distillation.joint_passes import JointPasses
 from atom_fast.ops.conv_block import conv_block
 from atom_fast.ops.joint_batch import JointBatch, JointBatchNorm, is_joint, joint_batch
@@ -42,7 +43,17 @@ def run(operation, rows, others, weights, map_weights):
     return pooled.detach(), maps.detach(), gradient
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3])
+def run_all(passes, parts, sizes, work):
+    """Return ``work`` of each part."""
+    found = []
+    for number, part in passes.over(list(enumerate(parts))):
+        with passes.part(sizes[number]):
+            passes.begin("all")
+            found.append(work(part))
+    return found
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
 @pytest.mark.parametrize(
     ("backend", "dtype"), [("reference", torch.float64), ("torch", torch.float32), ("triton", torch.float32)]
 )
@@ -54,8 +65,11 @@ def test_chunks_of_classes_are_normalised_as_the_whole_batch(operation, backend,
     parts = [slice(first * EACH, (first + chunk) * EACH) for first in range(0, CLASSES, chunk)]
     sizes = [len(rows[part]) // EACH for part in parts]
     with af.backend(backend):
-        found = JointPasses(CLASSES).over(
-            parts, lambda part: run(operation, rows[part], others, *(weight[part] for weight in weights)), sizes
+        found = run_all(
+            JointPasses(CLASSES),
+            parts,
+            sizes,
+            lambda part: run(operation, rows[part], others, *(weight[part] for weight in weights)),
         )
     tolerance = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 2e-5}
     for expected, pieces in zip(oracle, zip(*found, strict=True), strict=True):
@@ -94,24 +108,37 @@ def test_repeated_rows_weigh_as_one():
         return run("norm_block", rows[index], others, *own)[2]
 
     with af.backend("reference"):
-        repeated, once = JointPasses(3).over([0, 1], work, [1, 2])
+        repeated, once = run_all(JointPasses(3), [0, 1], [1, 2], work)
     torch.testing.assert_close(torch.stack((repeated.sum(0), *once)), expected[2])
 
 
-def test_a_pass_computes_nothing_again_where_all_is_known():
-    seen = []
+def test_a_step_that_is_tried_again_gathers_nothing_again(monkeypatch):
+    """As after running out of memory with all classes at once: the totals are known, and the chunks go on from them."""
+    gathered = []
+    monkeypatch.setattr(ranks, "all_gather", lambda values, classes: gathered.append(values) or values)
+    rows, others, *weights = operands("norm_block", torch.float64)
+    parts = [slice(0, CLASSES * EACH), slice(0, EACH), slice(EACH, CLASSES * EACH)]
 
     def work(part):
-        seen.append(part)
-        return run("norm_block", *operands("norm_block", torch.float64)[:1], *operands("norm_block", torch.float64)[1:])
+        return run("norm_block", rows[part], others, *(weight[part] for weight in weights))
 
     passes = JointPasses(CLASSES)
-    passes.begin()
-    first = passes.over(["all"], work, [CLASSES])
-    assert seen == ["all"]
-    passes.begin()  # again, as after running out of memory: the totals are known
-    half = slice(0, EACH)
-    rows, others, *weights = operands("norm_block", torch.float64)
-    (again,) = passes.over([half], lambda part: run("norm_block", rows[part], others, *(w[part] for w in weights)), [1])
-    for whole, piece in zip(first[0], again, strict=True):
-        torch.testing.assert_close(piece, whole[half])
+    with af.backend("reference"):
+        [whole] = run_all(passes, parts[:1], [CLASSES], work)
+        assert len(gathered) == 2  # once forward, once backward
+        pieces = run_all(passes, parts[1:], [1, CLASSES - 1], work)
+        assert len(gathered) == 2
+        passes.forget()
+        run_all(passes, parts[1:], [1, CLASSES - 1], work)
+        assert len(gathered) == 4
+    for expected, some in zip(whole, zip(*pieces, strict=True), strict=True):
+        torch.testing.assert_close(torch.cat(some), expected)
+
+
+def test_chunks_that_are_not_joined_run_once():
+    passes, seen = JointPasses(2, joined=False), []
+    for chunk in passes.over(["a", "b"]):
+        with passes.part(1):
+            assert not is_joint()
+            seen.append(chunk)
+    assert seen == ["a", "b"] and not passes.repeats
