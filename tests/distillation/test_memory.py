@@ -60,12 +60,12 @@ def test_memory_is_predicted_to_ten_per_cent(size, norm, chunk, settings):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels do not run, their memory is that of a CPU")
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("size", "real_batch", "ipc"), [(32, 8, 1), (48, 2, 8), (48, 4, 1)])
-def test_on_a_gpu_too_but_for_the_workspaces_of_cudnn(size, real_batch, ipc, precision, norm, monkeypatch):
+@pytest.mark.parametrize(("size", "width", "real_batch", "ipc"), [(32, 64, 1, 2), (48, 16, 1, 4), (48, 16, 4, 1)])
+def test_on_a_gpu_too_but_for_the_workspaces_of_cudnn(size, width, real_batch, ipc, precision, norm, monkeypatch):
     """With the kernels for an H100 as they would be launched; the tensors are on the CPU."""
     monkeypatch.setattr(launches, "bind", lambda *_: None)  # it keeps tensors
     modules = [importlib.import_module(f"atom_fast.kernels.{name}") for name in MODULES]
-    sizes = {"real_batch": real_batch, "ipc": ipc, "class_chunk": 1, "width": 32}
+    sizes = {"real_batch": real_batch, "ipc": ipc, "class_chunk": 1, "width": width}
     with pretended(90), launches.recorded(*modules), af.backend("triton"):
         predicted, counted = both(size, 2, **sizes, precision=precision, norm=norm)
     assert predicted == pytest.approx(counted, rel=0.1)
@@ -95,8 +95,8 @@ def test_the_largest_chunk_that_fits():
     [
         (10**12, ""),
         (None, ""),
-        (10**9 // 2, ", but 0.5 GB are free: with class_chunk 4 (--class-chunk 4) it fits"),
-        (10**6, ", but 0.0 GB are free, too few for one class at a time: lower real_batch (--real-batch) or width "
+        (5 * 10**8, ", but 500 MB are free: with class_chunk 4 (--class-chunk 4) it fits"),
+        (10**6, ", but 1.0 MB are free, too few for one class at a time: lower real_batch (--real-batch) or width "
                 "(--width)"),
     ],
 )  # fmt: skip
@@ -106,6 +106,15 @@ def test_a_user_learns_what_a_large_step_takes_and_what_fits(free, said, monkeyp
     config = preset(real_batch=32, width=96).resolve(data.image_shape, data.name, torch.device("cpu"))
     message = describe_memory(config, data)
     assert re.sub(r"about \S+ GB", "about N GB", message) == "a step takes about N GB of memory" + said
+
+
+@pytest.mark.parametrize(("size", "gigabytes"), [(128, 0.64), (224, 2.0)])
+def test_large_images_take_what_the_page_says(size, gigabytes):
+    """docs/usage.md, "Larger images"."""
+    data = make_data(classes=10, size=size, per_class=1)
+    config = preset(ipc=10).resolve(data.image_shape, "folder", torch.device("cpu"))
+    assert (config.width, config.real_batch) == (128, 128)
+    assert step_memory(config, data) / 10 / 1e9 == pytest.approx(gigabytes, rel=0.03)
 
 
 def test_what_does_not_fit_is_said_where_memory_runs_out(monkeypatch, capsys):
