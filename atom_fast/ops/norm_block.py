@@ -376,7 +376,7 @@ def chunk_sums(
 
 
 def is_tiled(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """Return True if Triton's kernels walk planes of [C, H, W] in tiles, in channels_last: registers do not hold them."""
+    """Return True if Triton's kernels walk planes of [C, H, W] in tiles: registers do not hold them."""
     from ..kernels import norm_block as kernels
 
     return kernels.norm_block_launch(*shape, dtype.itemsize, True) is None
