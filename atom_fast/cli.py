@@ -64,9 +64,7 @@ def main():
 @main.command()
 @data_options("digits", "digits")
 @click.option("--resolution", type=int, help="resize images to squares of this side, in pixels  [default: as they are]")
-@click.option(
-    "--output", type=FilePath(), help="the run's folder  [default: runs/DATASET-ipcN-PRESET, or ...-partitionR-PRESET]"
-)
+@click.option("--output", type=FilePath(), help="the run's folder  [default: runs/DATASET-ipcN-PRESET or ...-METHOD]")
 @click.option(
     "--resume", is_flag=True, help="continue from the newest checkpoint in --output, if there is one  [default: off]"
 )
@@ -102,7 +100,8 @@ def distill(
     if given and settings["image_init"]:
         raise ValueError(f"give --set or --image-init {settings['image_init']}, not both")
     start = SyntheticSet.load(given) if given else None
-    output = output or Path("runs") / f"{dataset}-{_size_name(config.ipc, config.partition)}-{preset_name}"
+    how = preset_name if config.method == "matching" else config.method
+    output = output or Path("runs") / f"{dataset}-{_size_name(config.ipc, config.partition)}-{how}"
     options = {"resolution": resolution, "progress": not quiet and ranks.is_first()}
     data = ranks.after_first(lambda: load_data(dataset, data_dir, download=download, **options))
     synthetic = run(

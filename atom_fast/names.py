@@ -8,6 +8,7 @@ from typing import Literal, get_args
 Norm = Literal["instance", "batch", "layer", "group", "none"]
 Pooling = Literal["avg2", "avg3", "max2", "none"]
 Initialization = Literal["default", "normal", "uniform"]
+MethodName = Literal["matching", "dc", "dsa", "dcc", "dsac", "cafe", "cafe-dsa", "dd", "ld", "mtt", "tesla", "frepo"]
 PreprocessingKind = Literal["standard", "zca", "zca_standardized"]
 
 NORMS: tuple[str, ...] = get_args(Norm)

@@ -14,8 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "atom_fast"
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-    for folder in (PACKAGE, *(path for path in PACKAGE.iterdir() if path.is_dir()))
-    for path in folder.glob("*.py")
+    for path in PACKAGE.rglob("*.py")
 }
 HELPERS = {"powers", "probe"}  # kernels that belong to no operator
 # Of measured kernels, see `KERNELS` in ops/launching.py.

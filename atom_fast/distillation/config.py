@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import pydantic
 
 from atom_fast._files import write_atomically
+from atom_fast.distillation.methods import METHODS, OF_OTHERS, is_used
 from atom_fast.names import (
     CONFIG_FILE,
     STRATEGY,
     Initialization,
+    MethodName,
     Norm,
     Pooling,
     PreprocessingKind,
@@ -49,7 +51,7 @@ _SIZE = {"ge": 1, "lt": 2**31}  # larger sizes overflow 32-bit indices
 # runs and results of before keep theirs.
 _ADDED = (
     "partition", "synthetic_batch", "pool_networks", "pool_epochs", "characteristic_weight", "calibration_weight",
-    "easy_fraction", "real_precision",
+    "easy_fraction", "real_precision", "method", *OF_OTHERS,
 )  # fmt: skip
 
 # Settings that earlier versions wrote and that are gone: the value that still means the same, and what to do instead.
@@ -107,6 +109,12 @@ class DistillConfig:
         ValueError: a name is unknown, or a value is not accepted; the message says what is.
     """
 
+    method: MethodName = _setting(
+        "matching",
+        "what is learnt, and by which loss: matching of attention and embeddings (ATOM, DAM, DM), or another method "
+        "with its published settings",
+        source="atom_fast.distillation.methods",
+    )
     ipc: int = _setting(1, "synthetic images per class", unit="per class", source="paper: 1, 10, 50", **_SIZE)
     iterations: int = _setting(
         8000,
@@ -227,6 +235,70 @@ class DistillConfig:
         gt=0,
         le=1,
     )
+    rounds: int | None = _setting(
+        None,
+        "dc, dsa, dcc, dsac: steps of the images per network; auto: 1, 10 and 50 with 1, 10 and 50 images per class",
+        unit="per network",
+        source="DC's code",
+        **_SIZE,
+    )
+    network_epochs: int | None = _setting(
+        None,
+        "dc, dsa, dcc, dsac: passes of the network over the synthetic images between two of these steps; auto: 1, 50 "
+        "and 10 with 1, 10 and 50 images per class",
+        unit="epochs",
+        source="DC's code",
+        **_SIZE,
+    )
+    student_steps: int | None = _setting(
+        None,
+        "mtt, tesla, dd: steps of a network on the synthetic images in an iteration; auto: by data set and ipc",
+        unit="steps",
+        source="MTT's author: CIFAR-10 50, 30 and 30 with 1, 10 and 50 images per class; DD 30",
+        **_SIZE,
+    )
+    student_batch: int | None = _setting(
+        None,
+        "mtt, tesla: synthetic images in each of these steps; auto: all, or fewer where MTT's author does",
+        unit="images",
+        source="MTT's author: CIFAR-100 125 with 50 images per class",
+        **_SIZE,
+    )
+    target_epochs: int | None = _setting(
+        None,
+        "mtt, tesla: epochs of an expert that the network has to follow; auto: by data set and ipc",
+        unit="epochs",
+        source="MTT's author: 2, CIFAR-100 with 1 image per class 3",
+        **_SIZE,
+    )
+    last_start: int | None = _setting(
+        None,
+        "mtt, tesla: an iteration starts after one of an expert's first so many epochs; auto: by data set and ipc",
+        unit="epochs",
+        source="MTT's author: CIFAR-10 2, 20 and 40 with 1, 10 and 50 images per class",
+        **_SIZE,
+    )
+    experts: int = _setting(
+        100, "mtt, tesla: networks trained on the real images", unit="networks", source="MTT", **_SIZE
+    )
+    expert_epochs: int = _setting(
+        50, "mtt, tesla: passes of these networks over the real images", unit="epochs", source="MTT", **_SIZE
+    )
+    step_size: float | None = _setting(
+        None,
+        "mtt, tesla, dd: first value of the learnt learning rate of a network; auto: by data set and ipc",
+        source="MTT's author: CIFAR-10 0.01, 0.001 and 0.001 with 1, 10 and 50 images per class; DD 0.001",
+        gt=0,
+    )
+    step_size_lr: float | None = _setting(
+        None,
+        "mtt, tesla, dd: learning rate of that learning rate; auto: by data set and ipc",
+        source="MTT's author: CIFAR-10 1e-7, 1e-5 and 1e-5 with 1, 10 and 50 images per class; DD 0.01",
+        ge=0,
+    )
+    label_lr: float | None = _setting(
+        None, "ld: learning rate of the labels; auto: 0.001", source="LD's code: Adam's default", ge=0
+    )
     augmentation: str = _setting(
         STRATEGY,
         "operations of siamese augmentation, joined by underscores; each class draws one per step; 'none': no "
@@ -302,6 +374,8 @@ class DistillConfig:
 
     @pydantic.model_validator(mode="after")
     def _check_something_is_matched(self) -> DistillConfig:
+        if self.method != "matching":
+            return self
         if not self._matches_layers and self.mmd_weight == 0 and self.characteristic_weight == 0:
             raise ValueError(
                 "nothing to match: spatial_power and channel_power are None, mmd_weight and characteristic_weight are 0"
@@ -365,6 +439,12 @@ class DistillConfig:
         from atom_fast.networks.convnet import default_depth
 
         height, width = image_shape[1:]
+        preprocessing = "zca" if dataset in _WHITENED and can_whiten(image_shape) else "standard"
+        common = {"depth": default_depth(height, width), "preprocessing": preprocessing}
+        if self.method != "matching":
+            norm = "instance" if self.norm == "auto" else self.norm
+            own = METHODS[self.method].by_size(self.ipc, dataset)
+            return self._derive(norm=norm, network_init=default_initialization(norm), **common, **own)
         norm = default_norm(dataset, self.ipc) if self.norm == "auto" else self.norm
         image_lr = 10.0 if self.ipc > 50 else 1.0
         mmd_weight = 0.02 if min(height, width) >= 64 else 0.01
@@ -380,8 +460,7 @@ class DistillConfig:
             mmd_weight=mmd_weight,
             image_lr=image_lr,
             image_average=norm == "batch",
-            depth=default_depth(height, width),
-            preprocessing="zca" if dataset in _WHITENED and can_whiten(image_shape) else "standard",
+            **common,
         )
 
     def resolve(self, image_shape: tuple[int, int, int], dataset: str, device: torch.device) -> DistillConfig:
@@ -395,12 +474,13 @@ class DistillConfig:
             device: where the distillation will run.
 
         Raises:
-            ValueError: the device cannot compute in ``precision`` or ``real_precision``, or the images are too large
-                for ``preprocessing``.
+            ValueError: the device cannot compute in ``precision`` or ``real_precision``, the images are too large for
+                ``preprocessing``, or a setting is not one of the method's (`check_method`).
         """
         from atom_fast._device import check_precision, has_tf32
         from atom_fast.data.whitening import check_whitening
 
+        check_method(self)
         resolved = self.for_data(image_shape, dataset)._derive(precision="tf32" if has_tf32(device) else "float32")
         check_precision(resolved.precision, device)
         check_precision(resolved.precision_of_real, device)
@@ -513,12 +593,34 @@ def preset(name: str = "paper", **overrides: Any) -> DistillConfig:
     - ``"best"``: the highest accuracy known to this project; not the paper's method. ATOM's loss with a partition, a
       pool of trained networks, their cross-entropy and characteristic functions.
 
+    Another ``method`` than matching takes its own published settings (`atom_fast.distillation.methods.METHODS`) in the
+    place of a preset's.
+
     Raises:
-        ValueError: an unknown preset or setting, or a value that is not accepted.
+        ValueError: an unknown preset or setting, a preset of another method, or a value that is not accepted.
     """
     if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {name!r}{suggestion(name, PRESETS)}")
-    return DistillConfig(**{**preset_settings(name, overrides.get("ipc", 1)), **overrides})
+    method = overrides.get("method", "matching")
+    if method in METHODS and name != "paper":
+        raise ValueError(f"the preset {name!r} is for the method 'matching'; method {method!r} has its own settings")
+    published = METHODS[method].settings if method in METHODS else {}
+    return DistillConfig(**{**preset_settings(name, overrides.get("ipc", 1)), **published, **overrides})
+
+
+def check_method(config: DistillConfig) -> None:
+    """Check that every setting that was changed is one that the method uses, and that its networks have a norm it can.
+
+    Raises:
+        ValueError: one is not; the message names it.
+    """
+    own = METHODS[config.method].settings if config.method in METHODS else {}
+    for name, setting in SETTINGS.items():
+        value, default = getattr(config, name), own.get(name, setting["default"])
+        if value != default and not is_used(config.method, name):
+            raise ValueError(f"method {config.method!r} has no {name}; got {value!r}: leave it at {default!r}")
+    if config.method in METHODS and config.norm == "batch":
+        raise ValueError(f"method {config.method!r} needs a norm of each sample; got 'batch': use instance")
 
 
 def preset_settings(name: str, ipc: object) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def _check_fit(config: DistillConfig, data: ImageData, preprocessing: Preprocess
     """Refuse what cannot work before anything is written."""
     largest = torch.finfo(torch.float32).max
     for name in ("image_lr", "loss_scale", "mmd_weight"):
-        if getattr(config, name) > largest:
+        if (getattr(config, name) or 0) > largest:
             raise ValueError(f"{name} must be at most {largest:.2g}, float32's limit; got {getattr(config, name):g}")
     check_partition(config.partition, *data.image_shape[1:])
     make_convnet(config, data)  # raises where the images are too small for its depth

@@ -28,9 +28,11 @@ from atom_fast.distillation.config import DistillConfig, affects_result, drop_re
 from atom_fast.distillation.logs import RunLog, append_environment, environment, log, peak_memory, versions
 from atom_fast.distillation.matching import FUSED, joint_refusal
 from atom_fast.distillation.memory import describe_memory
+from atom_fast.distillation.methods import make_run
 from atom_fast.distillation.pool import Pool, easiest
+from atom_fast.distillation.run import DivergenceError, Run
 from atom_fast.distillation.start import given_images, initial_images
-from atom_fast.distillation.step import Distillation, DivergenceError, make_convnet
+from atom_fast.distillation.step import Distillation, make_convnet
 from atom_fast.names import CONFIG_FILE, ENVIRONMENT_FILE, SYNTHETIC_FILE
 from atom_fast.pictures import save_image_grid
 from atom_fast.synthetic import SyntheticSet
@@ -38,6 +40,7 @@ from atom_fast.synthetic import SyntheticSet
 CHECKPOINT_FOLDER = "checkpoints"
 IMAGE_FOLDER = "images"
 LOCK_FILE = ".lock"
+_SHOWN = 3  # terms beside the progress bar
 
 
 class RunFolder:
@@ -106,7 +109,7 @@ class RunFolder:
 
     def start(
         self, data: ImageData, preprocessing: Preprocessing, start: SyntheticSet | None, pool: Pool | None
-    ) -> Distillation:
+    ) -> Run:
         """Prepare the run as it begins, or as its checkpoint left it, and write its settings and environment.
 
         Args:
@@ -142,14 +145,17 @@ class RunFolder:
         images = ranks.scatter(images, own, data.num_classes)
         assert images is not None  # the first rank has them, the others received theirs
         progress = self._progress and ranks.is_first()
-        run = Distillation(config, data, preprocessing, images, classes=classes, pool=pool, progress=progress)
+        if config.method == "matching":
+            run = Distillation(config, data, preprocessing, images, classes=classes, pool=pool, progress=progress)
+        else:
+            run = make_run(config, data, preprocessing, images, progress=progress)
         if checkpoint is not None:
             saved = checkpoint.tensors
             run.restore(
                 {name: ranks.scatter(saved.get(name), part, data.num_classes) for name, part in run.state().items()}
             )
         self._describe(run)
-        if config.cuda_graph and device.type == "cuda":
+        if config.cuda_graph and device.type == "cuda" and isinstance(run, Distillation):
             run.capture()
         self.iteration = checkpoint.iteration if checkpoint else 0
         self.saved_iteration = checkpoint.iteration if checkpoint else None
@@ -160,7 +166,7 @@ class RunFolder:
         self._open(device, start)
         return run
 
-    def _describe(self, run: Distillation) -> None:
+    def _describe(self, run: Run) -> None:
         """Log once what a user may not expect of the run."""
         if not ranks.is_first():
             return
@@ -169,9 +175,10 @@ class RunFolder:
         if run.data.host_images is not None:
             size, place = readable(run.data.host_images.nbytes), host_memory(run.images.device)
             log(f"the training images ({size}) stay in {place}: each step reads its images from there")
-        if run.fusion != FUSED:
+        if run.fusion not in ("", FUSED):
             log(f"the network runs {run.fusion}")
-        if memory := describe_memory(run.config, run.data, len(run.classes)):
+        memory = describe_memory(run.config, run.data, len(run.classes)) if run.config.method == "matching" else None
+        if memory:
             log(memory)
         if run.images.device.type == "cpu":
             log(f"CPU threads: {torch.get_num_threads()} ({_threads.reason()})")
@@ -194,7 +201,7 @@ class RunFolder:
         )  # fmt: skip
         self._bar = self._opened.enter_context(contextlib.closing(bar))
 
-    def remaining(self, run: Distillation) -> Iterator[int]:
+    def remaining(self, run: Run) -> Iterator[int]:
         """Yield the numbers of the iterations to run, up to ``config.iterations`` or a signal to stop.
 
         From here to the end of `finish` SIGTERM and Ctrl-C are deferred to the end of a step.
@@ -209,7 +216,7 @@ class RunFolder:
         while self.iteration < self._config.iterations and not self._sign.asked(self.iteration, self._received):
             yield self.iteration + 1
 
-    def record(self, run: Distillation, iteration: int) -> None:
+    def record(self, run: Run, iteration: int) -> None:
         """Note that a step was made, and write what is due: a record in the log, a checkpoint, a picture.
 
         Raises:
@@ -225,7 +232,7 @@ class RunFolder:
         if iteration % self._config.image_every == 0:
             self._draw(run)
 
-    def finish(self, run: Distillation) -> SyntheticSet:
+    def finish(self, run: Run) -> SyntheticSet:
         """Save the last step and the set, and return the set, on the CPU; every rank gets all of it.
 
         Raises:
@@ -265,7 +272,7 @@ class RunFolder:
         """Return the seconds spent on this run so far, in this process and before it."""
         return time.monotonic() - self._started
 
-    def _write_terms(self, run: Distillation) -> None:
+    def _write_terms(self, run: Run) -> None:
         """Read the loss terms back from the device and log them, unless that was done at this iteration."""
         before, then = self._last_reading
         if self.iteration == before:
@@ -284,13 +291,14 @@ class RunFolder:
         speed = (self.iteration - before) / max(now - then, 1e-9)
         record = {"iteration": self.iteration, **terms._asdict(), "steps_per_second": speed}
         self._log.write({**record, "peak_memory_bytes": memory, "seconds": self._seconds()})
+        shown = list(terms._asdict().items())[:_SHOWN]
         self._bar.set_postfix_str(
-            f"loss {terms.loss:.4g} attention {terms.attention_loss:.4g} mmd {terms.mmd_loss:.4g} "
-            f"peak {'GPU' if run.images.is_cuda else 'process'} memory {memory / 2**20:.0f} MiB",
+            "".join(f"{name.removesuffix('_loss')} {value:.4g} " for name, value in shown)
+            + f"peak {'GPU' if run.images.is_cuda else 'process'} memory {memory / 2**20:.0f} MiB",
             refresh=False,  # with the next step, unless the bar was drawn less than a tenth of a second before
         )
 
-    def _save(self, run: Distillation) -> None:
+    def _save(self, run: Run) -> None:
         """Write a checkpoint of images that are known to be finite."""
         self._check_not_removed()
         self._write_terms(run)
@@ -303,7 +311,7 @@ class RunFolder:
             self._saved = save_checkpoint(self.path / CHECKPOINT_FOLDER, checkpoint)
         self.saved_iteration = self.iteration
 
-    def _draw(self, run: Distillation) -> None:
+    def _draw(self, run: Run) -> None:
         """Write a picture of the images: one class per row, or ten classes per row at one image per class."""
         self._check_not_removed()
         images = ranks.gather(run.result, self._data.num_classes)
@@ -317,7 +325,7 @@ class RunFolder:
             class_names=self._data.class_names,
         )
 
-    def _synthetic_set(self, run: Distillation) -> SyntheticSet:
+    def _synthetic_set(self, run: Run) -> SyntheticSet:
         config, data = self._config, self._data
         metadata = {
             "config": config.to_dict(),
@@ -326,6 +334,7 @@ class RunFolder:
             "dataset": data.name,
             "dataset_fingerprint": data.fingerprint,
             "device": run.images.device.type,
+            **run.learnt,
             **({} if self._pool_digest is None else {"pool_digest": self._pool_digest}),
             "seconds": self._seconds(),
             "versions": versions(),
@@ -335,7 +344,8 @@ class RunFolder:
         images = images.detach().cpu().contiguous()
         labels = torch.arange(data.num_classes).repeat_interleave(config.ipc)
         space = self._preprocessing.to("cpu")
-        return SyntheticSet(images, labels, data.class_names, space, metadata, config.partition)
+        soft = None if run.soft_labels is None else run.soft_labels.detach().cpu().contiguous()
+        return SyntheticSet(images, labels, data.class_names, space, metadata, config.partition, soft)
 
     def _checkpoint_to_resume(self) -> Checkpoint | None:
         """Return the newest intact checkpoint, None without any; raise ValueError if it is of another run."""
@@ -406,6 +416,8 @@ class RunFolder:
 def _check_processes(config: DistillConfig, data: ImageData) -> None:
     """Raise ValueError if the processes cannot share the classes: too few of them, or coupled."""
     processes = ranks.count()
+    if processes > 1 and config.method != "matching":
+        raise ValueError(f"method {config.method!r} runs in one process; got {processes}: start it without torchrun")
     if processes > 1 and (reason := joint_refusal(make_convnet(config, data), config)):
         raise ValueError(f"the classes cannot be split among {processes} processes: {reason}")
     if processes > data.num_classes:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -34,16 +33,13 @@ from atom_fast.distillation.matching import (
 )
 from atom_fast.distillation.memory import WORTH_SAYING, step_memory
 from atom_fast.distillation.pool import Pool, easiest
+from atom_fast.distillation.run import Run
 from atom_fast.distillation.stages import stage
 from atom_fast.functional import class_groups
-from atom_fast.names import first_few
 from atom_fast.networks.convnet import ConvNet
 from atom_fast.ops.launching import KernelError
 from atom_fast.ops.matching import ClassGroups
 
-# An image this many times as large as the images were at the start is lost. Real images in model space reach a few
-# standard deviations, and distilled ones some times that.
-GROWTH = 1000
 _WARM_UP_STEPS = 3  # before a capture, so that libraries choose algorithms and allocate workspaces outside it
 # The gradient is computed times this power of two where it is stored in float16, whose smallest number is 6e-8, and
 # divided by it in float32. The largest stored ones then reach a thousand (`python -m benchmarks precision`).
@@ -71,10 +67,6 @@ class Terms(typing.NamedTuple):
     calibration_loss: float
 
 
-class DivergenceError(RuntimeError):
-    """A loss term or an image became NaN, infinite or far too large; the images are lost from that iteration on."""
-
-
 class _Chunk(typing.NamedTuple):
     """Classes that run through the network together."""
 
@@ -90,17 +82,13 @@ class _Chunk(typing.NamedTuple):
         return self.classes.stop - self.classes.start
 
 
-class Distillation:
-    """Synthetic images under distillation, their momentum, and all that a step needs, on one device.
+class Distillation(Run):
+    """Synthetic images that match real ones (DM, DAM, ATOM), their momentum, and all that a step needs, on one device.
 
     Attributes:
-        classes: the classes of these images.
-        images: float32 [len(classes)*ipc, C, H, W], model space, class-major; changed in place by every step. With a
-            partition these are the sheets.
         momentum: of the same shape, the buffer of SGD.
         average: of the same shape, the running mean of ``image_average``; None without it.
         labels: int64 [len(classes)*ipc], the class of each image.
-        config: resolved settings.
         class_chunk: classes that run at once. The gradient is exactly the sum over chunks: a norm of each sample leaves
             the classes independent, and BatchNorm's sums are joined (`JointPasses`).
         network: the ConvNet that every step draws again, at random or from ``pool``.
@@ -108,6 +96,9 @@ class Distillation:
         extract: what is matched of images, by that network (`make_extractor`).
         fusion: how the network runs, in words for the log; ``matching.FUSED`` where it is fused.
     """
+
+    Terms = Terms
+    _RATES = ("image_lr", "loss_scale")
 
     def __init__(
         self,
@@ -137,40 +128,27 @@ class Distillation:
                 network cannot join them (`joint_refusal`).
         """
         device, classes = data.train_images.device, range(data.num_classes) if classes is None else classes
-        expected = (len(classes) * config.ipc, *data.image_shape)
-        if tuple(images.shape) != expected:
-            raise ValueError(f"images must be [K*ipc, C, H, W] = {list(expected)}; got {list(images.shape)}")
-        layout = torch.channels_last  # what convolutions on a CPU and on tensor cores work on
-        self.config = config
-        self.data = data
+        network = make_convnet(config, data)
+        names, unscaled = zip(*weighted_terms(network, config), strict=True)
+        # pyrefly: ignore[unsupported-operation]  a number in resolved settings
+        weights = torch.tensor(unscaled) * config.loss_scale  # the loss is their product with the terms
+        super().__init__(config, data, images, classes, names, weights.tolist())
         self.pool = pool
         self._sampled = data if pool is None else easiest(data, pool.scores, config.easy_fraction)
-        self.classes = classes
-        self.images = images.detach().to(device, copy=True, memory_format=layout)
         self.momentum = torch.zeros_like(self.images)
         self.average = self.images.clone() if config.image_average else None
         self.labels = torch.arange(classes.start, classes.stop, device=device).repeat_interleave(config.ipc)
-        self.network = arrange(make_convnet(config, data), device)
+        self.network = arrange(network, device)
         self._draw_network = self.network.drawer() if pool is None else functools.partial(pool.draw, self.network)
         self.extract = make_extractor(self.network, config)
         self.fusion = describe_fusion(self.network, config, self.images)
         self._held = config.ipc * config.partition**2  # images of a class on its sheets
         self._drawn = self._held if config.synthetic_batch is None else min(config.synthetic_batch, self._held)
         self.gather_real = real_image_gatherer(
-            data, preprocessing, memory_format=layout, precision=config.precision, progress=progress
+            data, preprocessing, memory_format=torch.channels_last, precision=config.precision, progress=progress
         )
-        self.generator = torch.Generator(device)
-        self._iteration = torch.zeros((), dtype=torch.int64, device=device)
-        self._names, weights = zip(*weighted_terms(self.network, config), strict=True)
-        # pyrefly: ignore[unsupported-operation]  a number in resolved settings
-        self._weights = torch.tensor(weights) * config.loss_scale  # the loss is their product with the terms
         self._factor = FLOAT16_FACTOR if config.precision == "float16" else 1.0
-        self._factored = self._weights.to(device) * self._factor
-        self._sums = torch.zeros(len(self._weights), dtype=torch.float64, device=device)  # since the last reading
-        self._finite = torch.zeros(len(self._weights), dtype=torch.int64, device=device)  # steps that left sums finite
-        self._is_finite = torch.empty(len(self._weights), dtype=torch.bool, device=device)
-        self._steps = 0
-        self._initial_peak = self.images.abs().max().clamp(min=1.0).double()
+        self._factored = weights.to(device) * self._factor
         self._passes = JointPasses(data.num_classes)
         self.set_class_chunk(config.class_chunk or len(classes))
 
@@ -280,8 +258,8 @@ class Distillation:
                 momentum = self.momentum[rows]
                 torch.add(gradient, momentum, alpha=config.momentum, out=momentum)  # 7: SGD
                 self.images[rows].sub_(momentum, alpha=config.image_lr)
-                self._sums.add_(terms)
-            self._finite.add_(torch.lt(self._sums, math.inf, out=self._is_finite))
+                self._record(terms)
+            self._count()
             if self.average is not None:
                 self.average.lerp_(self.images, (_AVERAGE_POWER + 1) / (self._iteration + _AVERAGE_POWER))
 
@@ -349,66 +327,6 @@ class Distillation:
         log(f"out of memory with {self.class_chunk} classes at once{about}: continuing with {smaller}")
         self.set_class_chunk(smaller)
 
-    def read(self) -> list[float]:
-        """Wait for the device and return what `terms` needs of these classes, as plain numbers; reset the means.
-
-        The iteration, the number of steps, the sums of the terms, the number of steps that left each finite, and for
-        each class how many times as large as at the start its images are.
-        """
-        peaks = self.images.abs().amax(dim=(1, 2, 3)).view(len(self.classes), -1).amax(dim=1)
-        growth = peaks.double() / self._initial_peak
-        packed = (self._iteration.view(1), self._sums, self._finite, growth)
-        iteration, *others = torch.cat([part.double() for part in packed]).tolist()
-        steps, self._steps = self._steps, 0
-        self._sums.zero_()
-        self._finite.zero_()
-        return [iteration, steps, *others]
-
-    def terms(self, readings: Sequence[Sequence[float]]) -> Terms:
-        """Return the mean loss terms (NaN without a step), given `read` of every part of the classes in their order.
-
-        Raises:
-            DivergenceError: a loss term or an image is NaN, infinite or far too large; names term, iteration, classes
-                and the settings to lower.
-        """
-        iteration, steps, count = int(readings[0][0]), int(readings[0][1]), len(self._weights)
-        sums = [sum(column) for column in zip(*(reading[2 : 2 + count] for reading in readings), strict=True)]
-        columns = zip(*(reading[2 + count : 2 + 2 * count] for reading in readings), strict=True)
-        finite = [int(min(column)) for column in columns]
-        growth = [value for reading in readings for value in reading[2 + 2 * count :]]
-        if min(finite) < steps or not all(value <= GROWTH for value in growth):
-            first_bad = [iteration - steps + number + 1 if number < steps else 0 for number in finite]
-            raise DivergenceError(self._describe_divergence(iteration, first_bad, growth))
-        means = [total / steps if steps else math.nan for total in sums]
-        named = dict.fromkeys(Terms._fields, 0.0 if steps else math.nan)
-        for name, weight, mean in zip(self._names, self._weights.tolist(), means, strict=True):
-            named[name] += mean
-            named["loss"] += weight * mean
-        return Terms(**named)
-
-    def read_terms(self) -> Terms:
-        """Wait for the device; return the mean loss terms since the last reading.
-
-        Raises:
-            DivergenceError: as `terms`.
-        """
-        return self.terms([self.read()])
-
-    def _describe_divergence(self, iteration: int, first_bad: Sequence[int], growth: Sequence[float]) -> str:
-        names = self.data.class_names
-        found = sorted((bad, name) for name, bad in zip(self._names, first_bad, strict=True) if bad)
-        earliest = {name: bad for bad, name in reversed(found)}
-        bad_terms = [f"{name} at iteration {earliest[name]}" for name in Terms._fields if name in earliest]
-        lost = [name for name, value in zip(names, growth, strict=True) if not value <= GROWTH]
-        largest = max(growth)  # of finite ones: NaN compares as false
-        if bad_terms or not all(value < float("inf") for value in growth):
-            message = f"NaN or infinity in {', '.join(bad_terms) or f'the images after iteration {iteration}'}"
-        else:
-            message = f"images diverged: {largest:.1e} times as large after iteration {iteration} as at the start"
-        if lost:
-            message += f"; images lost in {len(lost)} of {len(names)} classes: {first_few(lost, 5)}"
-        return f"{message}; lower image_lr (it is {self.config.image_lr:g}) or loss_scale ({self.config.loss_scale:g})"
-
     @property
     def result(self) -> Tensor:
         """The images, or with ``image_average`` their running mean."""
@@ -418,19 +336,6 @@ class Distillation:
         """Return the tensors that the next steps depend on, by name; not copies. Randomness follows from the seed."""
         average = {} if self.average is None else {"average": self.average}
         return {"images": self.images, "momentum": self.momentum, **average}
-
-    def restore(self, state: Mapping[str, Tensor | None]) -> None:
-        """Continue from tensors as `state` returns them.
-
-        Raises:
-            ValueError: a tensor is missing or has another shape.
-        """
-        for name, part in self.state().items():
-            source = state.get(name)
-            if source is None or source.shape != part.shape:
-                found = "nothing" if source is None else list(source.shape)
-                raise ValueError(f"saved {name} must be {list(part.shape)}; got {found}")
-            part.copy_(source)
 
     def capture(self) -> None:
         """Capture a step as a CUDA graph that `step` replays from then on; images and momentum stay as they are.

@@ -107,7 +107,8 @@ class Trainer:
 
     def _reset_momentum(self) -> None:
         for state in self._optimizer.state.values():
-            state["momentum_buffer"].zero_()
+            if state["momentum_buffer"] is not None:  # with a momentum of 0 there is none
+                state["momentum_buffer"].zero_()
 
     def begin_epoch(self, epoch: int) -> Tensor:
         """Set the learning rate of an epoch, counted from 0, and return its random order, int64 [N]; no host sync.

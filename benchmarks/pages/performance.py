@@ -24,7 +24,6 @@ STEP = Configuration(10, 3, 32, 32, ipc=50, real_batch=128, network_width=128, d
 DEVICE = "H100"
 FACTORED = ("float16", "float16, without the factor")
 NORM_NAMES = {"instance": "InstanceNorm", "batch": "BatchNorm"}
-NUMBERS = {2: "Two", 4: "Four", 8: "Eight"}
 GROUPS = {
     "sampling, whitening, augmentation": ("sampling", "augmentation", "backward augmentation"),
     "first convolution and block": ("1 convolution + block",),
@@ -234,8 +233,6 @@ def evaluation(gpu: Path, cpu: Path) -> str:
 def ranks(path: Path) -> str:
     """Return weak and strong scaling over processes, and the estimate of BatchNorm's sums on GPUs."""
     record = json.loads(path.read_text())
-    if "norms" not in record["setting"]:
-        return _weak_scaling(record)
     lines = [
         [
             str(cell["processes"]),
@@ -279,17 +276,6 @@ def _split_among_gpus(estimate: list[dict]) -> tuple[str, str]:
 
 def _split_step(work: dict, link: str) -> str:
     return f"{1e3 * work['seconds'][link]:.2f} ms, {100 * work['share'][link]:.1f} %, {work['speed'][link]:.1f}×"
-
-
-def _weak_scaling(record: dict) -> str:
-    """Return the weak scaling of a file that was measured with InstanceNorm alone."""
-    one, two = record["cells"][0], record["cells"][-1]
-    speed = one["time"]["median"] / two["time"]["median"]
-    apart = one["apart"]["time"]["median"] / two["apart"]["time"]["median"]
-    return (
-        f"{NUMBERS[two['processes']]} processes run at {100 * speed:.0f} % of single-process speed each, a core each; "
-        f"without communication, {100 * apart:.0f} %."
-    )
 
 
 def class_chunks(path: Path) -> str:

@@ -185,14 +185,3 @@ def test_the_section_shows_both_norms_and_names_what_is_assumed(cells, tmp_path)
     for name, link in communication.LINKS.items():
         assert f"{1e6 * link.latency:.0f} µs by {name}" in " ".join(text.split()) and f"| {name} " in text
     assert max(map(len, text.splitlines())) <= 120
-
-
-def test_the_section_of_a_file_without_batch_norm_is_its_weak_scaling(tmp_path):
-    def cell(processes, split, apart):
-        return {"processes": processes, "time": {"median": split}, "apart": {"time": {"median": apart}}}
-
-    path = tmp_path / "ranks.json"
-    path.write_text(json.dumps({"setting": {"classes": 5}, "cells": [cell(1, 0.9, 0.8), cell(2, 1.0, 1.0)]}))
-    assert performance.ranks(path) == (
-        "Two processes run at 90 % of single-process speed each, a core each; without communication, 80 %."
-    )

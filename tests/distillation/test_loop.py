@@ -17,7 +17,8 @@ from atom_fast.distillation import logs
 from atom_fast.distillation.checkpoint import latest_checkpoint, save_checkpoint
 from atom_fast.distillation.config import preset, read_config
 from atom_fast.distillation.loop import distill
-from atom_fast.distillation.step import Distillation, DivergenceError
+from atom_fast.distillation.run import DivergenceError
+from atom_fast.distillation.step import Distillation
 from atom_fast.synthetic import SyntheticSet
 from tests.distillation.test_step import make_data
 

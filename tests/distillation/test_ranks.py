@@ -20,7 +20,8 @@ from atom_fast.distillation.checkpoint import latest_checkpoint
 from atom_fast.distillation.config import preset
 from atom_fast.distillation.loop import distill
 from atom_fast.distillation.ranks import RankError, StopSign, join, launched, own_device
-from atom_fast.distillation.step import Distillation, DivergenceError
+from atom_fast.distillation.run import DivergenceError
+from atom_fast.distillation.step import Distillation
 from atom_fast.evaluation.accuracy import evaluate
 from atom_fast.synthetic import SyntheticSet
 from atom_fast.training.protocols import get_protocol

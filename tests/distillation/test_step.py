@@ -23,8 +23,9 @@ from atom_fast.distillation.config import preset
 from atom_fast.distillation.loop import distill
 from atom_fast.distillation.matching import characteristic_loss, draw_frequencies
 from atom_fast.distillation.pool import Pool, easiest
+from atom_fast.distillation.run import DivergenceError
 from atom_fast.distillation.start import initial_images
-from atom_fast.distillation.step import Distillation, DivergenceError, make_convnet
+from atom_fast.distillation.step import Distillation, make_convnet
 from atom_fast.ops import native, operators
 from benchmarks.digits import plain_loop
 
