@@ -27,6 +27,8 @@ def export_public(synthetic: SyntheticSet, path: Path) -> Path:
     images, space = public_model_space(synthetic)
     images = images.float().cpu().contiguous()
     content = {"data": [[images, synthetic.labels.cpu()]], "accs_all_exps": {}, "preprocessing": space}
+    if synthetic.soft_labels is not None:
+        content["soft_labels"] = synthetic.targets.cpu()
     buffer = io.BytesIO()
     torch.save({**content, **decoded_note(synthetic)}, buffer)
     return write_atomically(path, buffer.getvalue())

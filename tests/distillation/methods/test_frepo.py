@@ -258,7 +258,8 @@ def test_learnt_labels_are_saved_and_trained_on(tmp_path):
     assert torch.equal(saved.soft_labels.argmax(1), saved.labels)
     protocol = get_protocol("dc", epochs=2)
     result = evaluate(saved, data, networks=1, protocol=protocol, progress=False)
-    assert result is not None
+    assert result.about["method"] == "frepo"
+    assert 0 <= result.mean <= 100
 
 
 def test_images_that_are_lost_name_the_last_good_checkpoint(tmp_path):
