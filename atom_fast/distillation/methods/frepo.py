@@ -21,6 +21,7 @@ from atom_fast.data.dataset import ImageData
 from atom_fast.data.sampling import sample_class_indices
 from atom_fast.data.whitening import Preprocessing, real_image_gatherer
 from atom_fast.distillation.config import DistillConfig
+from atom_fast.distillation.logs import log
 from atom_fast.distillation.run import Run
 from atom_fast.networks.convnet import ConvNet
 from atom_fast.training.trainer import empty_network, in_batches
@@ -78,6 +79,12 @@ class Learner(Run):
         self.image_moments = torch.zeros(2, *self.images.shape, device=device)
         self.label_moments = torch.zeros(2, *self.labels.shape, device=device)
         self.pool = OnlinePool(config, data, device)
+        if self.pool.embedding_size < len(self.images):
+            log(
+                f"method 'frepo' wants embeddings of more values than there are images: {self.pool.embedding_size} are "
+                f"fewer than {len(self.images)}, and the learnt labels may be bad to train on; use a larger width or a "
+                "smaller depth"
+            )
         self._targets = centred.repeat_interleave(config.real_batch, dim=0)
         self._flips = config.ipc <= _FLIPPED.get(data.name, 0)
         self._gather_real = real_image_gatherer(
@@ -152,12 +159,14 @@ class OnlinePool:
         weights: float32 [networks, P], the parameters of each, one after the other.
         moments: [2, networks, P], Adam's moving averages of the gradient and its square.
         ages: int64 [networks], steps since each was drawn.
+        embedding_size: values of an embedding.
     """
 
     def __init__(self, config: DistillConfig, data: ImageData, device: torch.device):
         """Draw all networks from the seed."""
         network: Any = empty_network("convnet", config.convnet_settings(), data, device)
         self._network: ConvNet = network.to(memory_format=torch.channels_last)
+        self.embedding_size = self._network.embedding_size
         generator = torch.Generator(device).manual_seed(derive_seed(config.seed, 0))  # steps count from 1
         self.weights = torch.stack([self._fresh(generator) for _ in range(NETWORKS)])
         self.moments = torch.zeros(2, *self.weights.shape, device=device)

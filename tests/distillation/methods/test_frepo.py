@@ -288,8 +288,14 @@ def test_one_class_is_refused(tmp_path):
         distill(make_data(classes=1), small(), tmp_path / "run", progress=False, device="cpu")
 
 
+def test_embeddings_of_fewer_values_than_images_are_named(capsys):
+    learner(width=1, depth=2, ipc=2)  # 1 channel of 2x2
+    assert "embeddings of more values than there are images: 4 are fewer than 6" in capsys.readouterr().err
+
+
 def test_published_settings():
     cifar = preset(method="frepo", ipc=10).for_data((3, 32, 32), "cifar10")
     assert (cifar.image_lr, cifar.preprocessing, cifar.norm) == (3e-4, "zca_standardized", "instance")
+    assert preset(method="frepo").for_data((1, 8, 8), "digits").depth == 2
     assert preset(method="frepo").for_data((3, 64, 64), "tiny").preprocessing == "standard"
     assert preset(method="frepo", preprocessing="zca").for_data((3, 32, 32), "cifar10").preprocessing == "zca"
