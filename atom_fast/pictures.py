@@ -112,13 +112,16 @@ def count_images(synthetic: SyntheticSet) -> str:
 
 
 def method_name(config: Mapping[str, object]) -> str:
-    """Name a configuration's method by what it matches, such as "atom+pool+ce"; "synthetic" if ``config`` is empty.
+    """Name a configuration's method, such as "dsa"; "synthetic" if ``config`` is empty.
 
-    The attention maps come first, then "pool" (trained networks), "cf" (characteristic functions), "ce" (cross-entropy)
-    and "easy" (only the easiest real images).
+    Matching is named by what it matches, such as "atom+pool+ce": the attention maps come first, then "pool" (trained
+    networks), "cf" (characteristic functions), "ce" (cross-entropy) and "easy" (only the easiest real images).
     """
     if not config:
         return "synthetic"
+    method = config.get("method", "matching")  # settings of before there were others lack it
+    if method != "matching":
+        return str(method)
     added = "".join(f"+{name}" for setting, name in _ADDITIONS.items() if config.get(setting))
     return _matched(config) + added + ("+easy" if config.get("easy_fraction", 1.0) != 1.0 else "")
 
