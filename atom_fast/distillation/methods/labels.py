@@ -32,8 +32,8 @@ from atom_fast.training.trainer import Trainer, empty_network
 NETWORK_RATE = 0.01  # of the network's SGD
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's defaults, for the labels
 WINDOW = 50  # steps: a network is replaced if its mean loss over a window is not below that over the one before
-# Pixels of real images that go through the network at once: on a CPU those of 64 images of 32x32.
-_PIXELS, _PIXELS_ELSEWHERE = 2**16, 2**21
+# Pixels of real images that go through the network at once: on a CPU those of 32 images of 32x32.
+_PIXELS, _PIXELS_ELSEWHERE = 2**15, 2**21
 
 
 def batch_size(images: int, classes: int) -> int:
