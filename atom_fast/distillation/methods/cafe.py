@@ -62,7 +62,7 @@ class Learner(ImageRun):
     """Images learnt by aligning features. A step is a new network, which learns until its accuracy settles.
 
     After every update of the images the network learns from them, an epoch at a time, until its accuracy has changed,
-    or for as many epochs as a window has accuracies. If the last window shows no change, the step ends.
+    or for as many epochs as a window has accuracies. The step ends when those of the last window of updates are alike.
     """
 
     Terms = Terms
@@ -89,18 +89,19 @@ class Learner(ImageRun):
         self.trainer.restart(derive_seed(config.seed, iteration))
         with convolution_precision(config.precision, self.images.device, config.deterministic):
             probed = self._gather_real(sample_class_indices(self.data, PROBED, self.generator))
-            accuracies = [self._accuracy(probed)]
-            terms = []
+            terms, accuracy, settled = [], self._accuracy(probed), []
             while len(terms) < ROUNDS:
                 terms.append(self._align(decay))
-                first = len(accuracies) - 1  # that of the network as the images have just seen it
+                settled.append(accuracy)
+                if len(settled) >= WINDOW and _range(settled) < SETTLED:
+                    break
+                learning = [accuracy]
                 for epoch in range(WINDOW):
                     self.trainer.train_epoch(epoch)
-                    accuracies.append(self._accuracy(probed))
-                    if _range(accuracies[first:]) > CHANGED:
+                    learning.append(self._accuracy(probed))
+                    if _range(learning) > CHANGED:
                         break
-                if len(accuracies) >= WINDOW and _range(accuracies) < SETTLED:
-                    break
+                accuracy = learning[-1]
         rounds = terms[0].new_tensor([len(terms)])
         self._record(torch.cat([torch.stack(terms).mean(0), rounds]))
         self._count()

@@ -68,9 +68,10 @@ def test_an_update_is_the_plain_loop_s_in_float64(pixels, pooling, monkeypatch):
 @pytest.mark.parametrize(
     ("accuracies", "rounds", "probes"),
     [
-        ([0.5] * 11, 1, 11),  # no change in a window: the network has settled
-        ([0.1, *[0.2] * 20], 2, 12),  # a change ends the training after an epoch; then none
-        ([number / 20 % 1 for number in range(99)], cafe.ROUNDS, cafe.ROUNDS + 1),  # it never settles
+        # No change: a window of updates, and a window of epochs after each but the last.
+        ([0.5] * 99, 10, 1 + 9 * 10),
+        ([0.1, *[0.2] * 99], 11, 2 + 9 * 10),  # a change ends the training after an epoch; then none
+        ([number % 2 / 2 for number in range(99)], cafe.ROUNDS, cafe.ROUNDS + 1),  # it never settles
     ],
 )
 def test_accuracy_decides_how_long_a_network_learns(accuracies, rounds, probes, monkeypatch):
@@ -101,6 +102,7 @@ def test_steps_lower_the_loss(method, monkeypatch):
 
 
 def test_the_learning_rate_is_halved(monkeypatch):
+    monkeypatch.setattr(cafe, "WINDOW", 1)
     run, decays = make_learner(), []
     monkeypatch.setattr(run, "_align", lambda decay: decays.append(decay) or torch.zeros(2))
     monkeypatch.setattr(run, "_accuracy", lambda images: 0.5)
