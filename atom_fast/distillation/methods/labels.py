@@ -12,6 +12,7 @@ second derivative, and every gradient comes from the fused network.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -181,5 +182,6 @@ def directional_derivative(
     def log_probabilities(values: dict[str, Tensor]) -> Tensor:
         return F.log_softmax(torch.func.functional_call(network, values, (images,)), dim=1)
 
-    with atom_fast.backend("reference"):  # fused blocks have no forward mode
+    with atom_fast.backend("reference"), warnings.catch_warnings():  # fused blocks have no forward mode
+        warnings.simplefilter("ignore", FutureWarning)  # PyTorch's forward mode uses a part of PyTorch that will go
         return torch.func.jvp(log_probabilities, (dict(parameters),), (dict(direction),))[1]
