@@ -34,9 +34,16 @@ class ConvBlock(nn.Module):
         """Return the pooled feature map; norm, ReLU and pooling run as one operation where `_trains_fused`."""
         if not self._trains_fused():
             return self.pool(self.feature_map(x))
+        c = self.convolution
+        return self.after_convolution(F.conv2d(x, c.weight, None, c.stride, c.padding, c.dilation, c.groups))
+
+    def after_convolution(self, x: Tensor) -> Tensor:
+        """Return the pooled feature map, given what the convolution returns without its bias."""
+        norm, offset = self.norm, self.convolution.bias
+        if not self._trains_fused():
+            x = x if offset is None else x + offset[:, None, None]
+            return self.pool(self.activation(norm(x)))
         # The norm subtracts the convolution's bias; BatchNorm's running mean needs it.
-        c, norm = self.convolution, self.norm
-        x = F.conv2d(x, c.weight, None, c.stride, c.padding, c.dilation, c.groups)
         pool = _is_2x2_average(self.pool) and x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
         if isinstance(norm, nn.GroupNorm):
             x = instance_norm(x, norm.weight, norm.bias, norm.eps, relu=True, pool=pool)
@@ -44,7 +51,7 @@ class ConvBlock(nn.Module):
             if norm.training and norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.add_(1)
             x = batch_norm(
-                x, norm.weight, norm.bias, norm.running_mean, norm.running_var, offset=c.bias,
+                x, norm.weight, norm.bias, norm.running_mean, norm.running_var, offset=offset,
                 training=norm.training, momentum=norm.momentum, eps=norm.eps, relu=True, pool=pool,
             )  # fmt: skip
         return x if pool else self.pool(x)

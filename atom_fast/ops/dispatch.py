@@ -79,6 +79,13 @@ def backend(name: str) -> Iterator[None]:
         choice.active = False
 
 
+@contextlib.contextmanager
+def twice_differentiable(device: torch.device) -> Iterator[None]:
+    """Run the enclosed calls by operations that can be differentiated twice: a network's in C, PyTorch's elsewhere."""
+    with contextlib.nullcontext() if device.type == "cpu" else backend("reference"):
+        yield
+
+
 def resolve_backend(x: Tensor) -> str:
     """Return the backend for work on ``x``: ``"triton"``, ``"torch"`` or ``"reference"``.
 

@@ -1,8 +1,9 @@
 """InstanceNorm, ReLU and 2x2 average pooling as one operator, for training: scale and shift get gradients too.
 
 `atom_fast.ops.norm_block` computes attention maps for a network whose parameters are constants; this operator trains
-the parameters and computes no maps. The backward pass keeps the input and two numbers per plane. A second derivative is
-not implemented and raises. Input that neither Triton nor C computes runs `atom_fast.reference.instance_norm`.
+the parameters and computes no maps. The backward pass keeps the input and two numbers per plane. In C it can be
+differentiated again; in Triton a second derivative is not implemented and raises. Input that neither Triton nor C
+computes runs `atom_fast.reference.instance_norm`.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def instance_norm(
         pool: apply 2x2 average pooling, after ReLU.
 
     Returns:
-        [B, C, H, W], with ``pool`` [B, C, H / 2, W / 2], in the dtype and memory format of ``x``. Differentiable once,
-        in ``x``, ``weight`` and ``bias``.
+        [B, C, H, W], with ``pool`` [B, C, H / 2, W / 2], in the dtype and memory format of ``x``. Differentiable in
+        ``x``, ``weight`` and ``bias``: twice in C, once in Triton.
 
     Raises:
         ValueError: a shape does not fit.
@@ -192,9 +193,40 @@ class _InstanceNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient):  # pyrefly: ignore[bad-override]
+        if torch.is_grad_enabled():  # create_graph: to be differentiated again
+            return *_InstanceNormBackward.apply(gradient, *ctx.saved_tensors, *ctx.options[:2]), None, None, None
         return *_gradients(gradient, *ctx.saved_tensors, *ctx.options), None, None, None
+
+
+class _InstanceNormBackward(torch.autograd.Function):
+    """The backward pass of `_InstanceNorm`, differentiable once."""
+
+    @staticmethod
+    def forward(ctx, gradient, x, weight, bias, mean, rstd, relu, pool):
+        ctx.save_for_backward(gradient, x, weight, bias, mean, rstd)
+        ctx.options = relu, pool
+        return _gradients(gradient, x, weight, bias, mean, rstd, relu, pool, "c")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, on_x, on_weight, on_bias):  # pyrefly: ignore[bad-override]
+        gradients = _second_gradients(on_x, on_weight, on_bias, *ctx.saved_tensors, *ctx.options)
+        return *gradients, None, None, None, None, None
+
+
+def _second_gradients(on_x, on_weight, on_bias, gradient, x, weight, bias, mean, rstd, relu, pool):
+    """Return what ``gradient``, ``x`` and ``weight`` get, the backward pass's results weighed by ``on_...``."""
+    grad_gradient, grad_x = torch.empty_like(gradient, memory_format=torch.channels_last), empty_gradient(x)
+    if x.numel() == 0:
+        return grad_gradient, grad_x, torch.zeros_like(weight)
+    grad_weight = torch.empty_like(mean)
+    weighed = on_x.contiguous(memory_format=torch.channels_last), on_weight.contiguous(), on_bias.contiguous()
+    gradient = gradient.contiguous(memory_format=torch.channels_last)
+    inputs = gradient, x, weight.contiguous(), bias.contiguous(), mean, rstd
+    outputs = grad_gradient, grad_x, grad_weight
+    native.run("instance_norm_second", len(x), *weighed, *inputs, *outputs, *x.shape, relu, pool)
+    return grad_gradient, grad_x, grad_weight.sum(0)
 
 
 # C: see kernels/instance_norm.c, for channels_last.

@@ -291,10 +291,11 @@ def test_the_words_that_help_shows_are_accepted(tmp_path):
         preset("paper", **from_yaml({"spatial_power": "auto"}))
     command = main.commands["distill"]
     options = ["--loss-scale", "auto", "--image-average", "--depth", "auto", "--channel-power", "none"]
-    values = command.make_context("distill", options).params
+    parent = click.Context(main, **main.context_settings)  # whose names of --help a command keeps
+    values = command.make_context("distill", options, parent).params
     assert values["loss_scale"] is None and values["depth"] is None and values["channel_power"] is None
     with pytest.raises(click.BadParameter, match="'auto' is not a valid float"):
-        command.make_context("distill", ["--spatial-power", "auto"])
+        command.make_context("distill", ["--spatial-power", "auto"], parent)
 
 
 def test_a_name_given_twice_is_refused(tmp_path):

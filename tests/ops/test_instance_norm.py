@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from atom_fast import reference
 from atom_fast.kernels import norm as successors
@@ -116,13 +118,41 @@ def test_operator_contract(backend, place):
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["triton", "successor"])
 def test_a_second_derivative_is_refused(backend, place):
     x, weight, bias = inputs(2, 4, 4, 4, device=place, dtype=dtype_of(backend))
     with entered(backend):
         (gradient,) = torch.autograd.grad(instance_norm(x, weight, bias).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(gradient.square().sum(), x)
+
+
+def second_derivatives(function, x, weight, bias, **options):
+    """Return the derivatives of a weighted sum of the gradients: in their direction, in ``x`` and in ``weight``."""
+    output = function(x, weight, bias, **options)
+    generator = torch.Generator().manual_seed(1)
+    direction = torch.randn(output.shape, generator=generator).to(output).requires_grad_()
+    gradients = torch.autograd.grad(output, (x, weight, bias), direction, create_graph=True)
+    weighing = [torch.randn(part.shape, generator=generator).to(part) for part in gradients]
+    return torch.autograd.grad(gradients, (direction, x, weight), weighing)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.integers(1, 3), channels=st.integers(1, 35), height=st.integers(1, 6), width=st.integers(1, 6),
+    relu=st.booleans(), pool=st.booleans(), scale=st.sampled_from([1e-3, 1.0, 1e3]),
+)  # fmt: skip
+def test_second_derivatives_in_c_equal_those_of_the_equations(batch, channels, height, width, relu, pool, scale):
+    height, width = (2 * height, 2 * width) if pool else (height + 1, width + 1)
+    x, weight, bias = inputs(batch, channels, height, width, dtype=torch.float32)
+    x = (x.detach() * scale).requires_grad_()
+    got = second_derivatives(instance_norm, x, weight, bias, relu=relu, pool=pool)
+    again = second_derivatives(instance_norm, x, weight, bias, relu=relu, pool=pool)
+    double = [tensor.detach().double().requires_grad_() for tensor in (x, weight, bias)]
+    expected = second_derivatives(reference.instance_norm, *double, eps=1e-5, relu=relu, pool=pool)
+    for a, b, exact in zip(got, again, expected, strict=True):
+        assert torch.equal(a, b)
+        assert (a.double() - exact).norm() <= 1e-4 * exact.norm() + 1e-6 * exact.numel() ** 0.5 / scale
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

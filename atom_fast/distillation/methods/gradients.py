@@ -21,7 +21,7 @@ from atom_fast.data.whitening import Preprocessing
 from atom_fast.distillation.config import DistillConfig
 from atom_fast.distillation.methods.images import ImageRun
 from atom_fast.networks.convnet import ConvNet
-from atom_fast.ops.norm_block import norm_block
+from atom_fast.ops.dispatch import twice_differentiable
 from atom_fast.training.protocols import Protocol
 from atom_fast.training.trainer import Trainer, empty_network
 
@@ -73,9 +73,10 @@ class Learner(ImageRun):
                 if together:
                     of_real = [gradient.mean(0, keepdim=True) for gradient in of_real]
                 groups = 1 if together else self.data.num_classes
-                of_synthetic = class_gradients(network, synthetic, self.labels, groups, create_graph=True)
-                loss = gradient_distance(of_real, of_synthetic)
-                (gradient,) = torch.autograd.grad(loss, images)
+                with twice_differentiable(self.images.device):
+                    of_synthetic = class_gradients(network, synthetic, self.labels, groups, create_graph=True)
+                    loss = gradient_distance(of_real, of_synthetic)
+                    (gradient,) = torch.autograd.grad(loss, images)
             self._update(gradient)
             self._record(loss.detach().view(1))
             if number < self._rounds - 1:
@@ -94,8 +95,8 @@ def class_gradients(
 ) -> list[Tensor]:
     """Compute the gradient of the mean cross-entropy of each group of images, for every weight with rows.
 
-    All groups go through the network at once. Biases and the scales of norms are left out: gradient matching ignores
-    them.
+    All groups go through the network at once: the weights' gradients follow from what enters each layer and from the
+    gradient of what leaves it. Biases and the scales of norms are left out: gradient matching ignores them.
 
     Args:
         network: in training mode, with a norm of each sample.
@@ -107,51 +108,25 @@ def class_gradients(
     Returns:
         [G, rows, columns] for each convolution and the classifier.
     """
-    weights, x = [], images
+    entering, leaving, x = [], [], images
     for block in network.blocks:
-        filters = block.convolution.weight.detach().expand(groups, *block.convolution.weight.shape).requires_grad_()
-        weights.append(filters)
-        x = _GroupedWeightConvolution.apply(x, filters)
-        if not create_graph and block.attention_refusal() is None:  # fused blocks are differentiable once
-            x, _ = norm_block(x, block.norm.weight.detach(), block.norm.bias.detach(), eps=block.norm.eps)
-        else:
-            x = x + block.convolution.bias.detach()[:, None, None]
-            x = block.pool(block.activation(_apply_constant(block.norm, x)))
-    classifier = network.classifier.weight.detach().expand(groups, *network.classifier.weight.shape).requires_grad_()
-    weights.append(classifier)
-    embedding = x.flatten(1).unflatten(0, (groups, -1))
-    logits = torch.baddbmm(network.classifier.bias.detach(), embedding, classifier.mT)
-    loss = F.cross_entropy(logits.flatten(0, 1), labels, reduction="sum") * (groups / len(images))
-    gradients = torch.autograd.grad(loss, weights, create_graph=create_graph)
-    return [gradient.flatten(2) for gradient in gradients]
-
-
-def _apply_constant(norm: torch.nn.Module, x: Tensor) -> Tensor:
-    """Apply a norm whose scale and shift are constants."""
-    constants = {name: parameter.detach() for name, parameter in norm.named_parameters()}
-    return torch.func.functional_call(norm, constants, (x,))
-
-
-class _GroupedWeightConvolution(torch.autograd.Function):
-    """3x3 convolution whose filters, the same for all groups of images, get a gradient from each; differentiable twice.
-
-    Images [G*B, C, H, W], filters [G, O, C, 3, 3] that are one tensor expanded.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, filters: Tensor) -> Tensor:
-        ctx.save_for_backward(x, filters)
-        return F.conv2d(x, filters[0], padding=1)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor]:  # pyrefly: ignore[bad-override]
-        x, filters = ctx.saved_tensors
-        of_x = None
-        if ctx.needs_input_grad[0]:
-            of_x = F.conv_transpose2d(gradient, filters[0], padding=1)
-        shape, groups = filters.shape[1:], len(filters)
-        parts = zip(x.chunk(groups), gradient.chunk(groups), strict=True)
-        return of_x, torch.stack([torch.nn.grad.conv2d_weight(a, shape, b, padding=1) for a, b in parts])
+        entering.append(x)
+        x = F.conv2d(x, block.convolution.weight.detach(), padding=1)
+        leaving.append(x if x.requires_grad else x.requires_grad_())
+        x = block.after_convolution(x)
+    embedding = x.flatten(1)
+    logits = F.linear(embedding, network.classifier.weight.detach(), network.classifier.bias.detach())
+    loss = F.cross_entropy(logits, labels, reduction="sum") * (groups / len(images))
+    *gradients, of_logits = torch.autograd.grad(loss, (*leaving, logits), create_graph=create_graph)
+    found = []
+    for block, inputs, gradient in zip(network.blocks, entering, gradients, strict=True):
+        shape = block.convolution.weight.shape
+        inputs = inputs if create_graph else inputs.detach()
+        parts = zip(inputs.chunk(groups), gradient.chunk(groups), strict=True)
+        own = [torch.nn.grad.conv2d_weight(a, shape, b, padding=1) for a, b in parts]
+        found.append(torch.stack(own).flatten(2))
+    embedding = embedding if create_graph else embedding.detach()
+    return [*found, of_logits.unflatten(0, (groups, -1)).mT @ embedding.unflatten(0, (groups, -1))]
 
 
 def gradient_distance(real: list[Tensor], synthetic: list[Tensor]) -> Tensor:
