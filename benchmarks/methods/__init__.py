@@ -1,7 +1,8 @@
 """The methods of the paper's tables: how they make sets, and the steps that are timed for Table 3.
 
-A timed method has a file in this folder with its published step in plain PyTorch. DM, DAM, ATOM† and ATOM also have
-this project's step (``fused.py``) and an optimised one in plain PyTorch (``batched.py``).
+A timed method has a file in this folder with its published step in plain PyTorch, MTT's with this project's step too.
+DM, DAM, ATOM† and ATOM also have this project's step (``fused.py``) and an optimised one in plain PyTorch
+(``batched.py``).
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ METHODS = {
     "dsa": Method("DSA", module="dsa", implementations=("eager",), real_batch=256),
     # As published, except for the norm, which is the tested networks'.
     "dm": Method("DM", "dm", {"norm": "auto"}, module="dm", implementations=ALL_IMPLEMENTATIONS, real_batch=256),
-    "mtt": Method("MTT", module="mtt", implementations=("eager",)),
+    "mtt": Method("MTT", module="mtt", implementations=("eager", "fused")),
     "dam": Method(
         "DAM", "paper", {"channel_power": None}, module="dam", implementations=ALL_IMPLEMENTATIONS, real_batch=128
     ),

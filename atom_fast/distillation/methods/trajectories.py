@@ -7,6 +7,7 @@ TESLA (Cui et al. 2023) cuts the gradient short; see `atom_fast.distillation.met
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -48,9 +49,21 @@ class Learner(Run):
     Terms = Terms
 
     def __init__(
-        self, config: DistillConfig, data: ImageData, preprocessing: Preprocessing, images: Tensor, *, progress: bool
+        self,
+        config: DistillConfig,
+        data: ImageData,
+        preprocessing: Preprocessing,
+        images: Tensor,
+        *,
+        progress: bool,
+        draw_expert: Callable[[torch.Generator], tuple[Tensor, Tensor]] | None = None,
     ):
-        """Prepare the steps, and train experts; see `atom_fast.distillation.methods.make_run` for the arguments."""
+        """Prepare the steps.
+
+        Args:
+            config, data, preprocessing, images, progress: see `atom_fast.distillation.methods.make_run`.
+            draw_expert: instead of `Experts.draw` of trained experts.
+        """
         super().__init__(config, data, images, range(data.num_classes), ("loss",), (1.0,))
         assert config.student_steps is not None and config.step_size is not None  # numbers in resolved settings
         self._student_steps = config.student_steps
@@ -61,12 +74,12 @@ class Learner(Run):
         self.labels = torch.arange(data.num_classes, device=device).repeat_interleave(config.ipc)
         network: Any = empty_network("convnet", config.convnet_settings(), data, device)
         self.network: ConvNet = network.to(memory_format=torch.channels_last)
-        self._experts = trained_experts(data, preprocessing, config, progress=progress)
+        self._draw_expert = draw_expert or trained_experts(data, preprocessing, config, progress=progress).draw
 
     def _step(self) -> None:
         config, device = self.config, self.images.device
         seed = derive_seed(derive_seed(config.seed, int(self._iteration)), 1)
-        drawn = self._experts.draw(torch.Generator().manual_seed(seed))
+        drawn = self._draw_expert(torch.Generator().manual_seed(seed))
         start, target = (weights.to(device) for weights in drawn)
         with convolution_precision(config.precision, device, config.deterministic):
             rates = self.step_size.expand(self._student_steps)
