@@ -172,7 +172,7 @@ def train(
     name: str,
     every_epoch: bool = False,
     progress: bool,
-) -> Iterator[tuple[int, Tensors, dict[int, Tensors]]]:
+) -> Iterator[tuple[int, Tensor, dict[int, Tensors]]]:
     """Train networks.
 
     Args:

@@ -229,7 +229,9 @@ def protocol_of(synthetic: SyntheticSet, dataset: str, **overrides) -> Protocol:
     learnt = synthetic.metadata.get("learnt", {})
     if "step_sizes" in learnt:
         if overrides:
-            raise ValueError(f"a set that is trained by its own steps has no {first_few(list(overrides))}: give a protocol")
+            raise ValueError(
+                f"a set that is trained by its own steps has no {first_few(list(overrides))}: give a protocol"
+            )
         return own_steps(learnt["step_sizes"], len(synthetic.class_names))
     own = {"learning_rate": learnt["step_size"]} if "step_size" in learnt else {}
     return get_protocol(default_protocol(dataset), **{**own, **overrides})

@@ -299,8 +299,8 @@ def instance_norm_tangent_backward(
         x, tangent, weight, bias, weight_tangent, statistics: as given and returned there.
 
     Returns:
-        [2B, C, H, W], tangents of the planes' gradients, then the gradients; and the tangents of the gradients of scale and
-        shift [C].
+        [2B, C, H, W], tangents of the planes' gradients, then the gradients; and the tangents of the gradients of scale
+        and shift [C].
     """
     count, channels, height, width = x.shape
     of_x = torch.empty((2 * count, channels, height, width), memory_format=torch.channels_last)

@@ -113,7 +113,8 @@ class Trainer:
     def begin_epoch(self, epoch: int) -> Tensor:
         """Set the learning rate of an epoch, counted from 0, and return its order, int64 [N]; no host sync.
 
-        The order is random, but for a protocol of a set's own steps. Epochs come in order: a protocol may reset the momentum at a decay.
+        The order is random except for a set's own steps. Epochs come in order: a protocol may reset the momentum at a
+        decay.
         """
         if not self.network.training:  # after a test; train() visits every module, as slow as some steps on a GPU
             self.network.train()

@@ -74,7 +74,9 @@ def test_a_pool_trained_from_host_memory_has_the_same_bits(preprocessing, data, 
     pool = {"pool_networks": 2, "pool_epochs": 1, "easy_fraction": 0.5, "calibration_weight": 0.1}
     # Two caches, so that the pool is also trained from host memory.
     names = {math.inf: "cache of device", data.train_images.nbytes / 2: "cache of host"}
-    monkeypatch.setattr(network_cache, "cache_folder", lambda: tmp_path / names[placement.device_memory(torch.device("cpu"))])
+    monkeypatch.setattr(
+        network_cache, "cache_folder", lambda: tmp_path / names[placement.device_memory(torch.device("cpu"))]
+    )
     check_same_bits(data, "cpu", monkeypatch, tmp_path, capsys, "paper", preprocessing=preprocessing, **pool)
     assert kept == [1], "the pool of images in host memory has no float32 copy of them all"
 

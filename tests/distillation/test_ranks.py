@@ -108,7 +108,9 @@ def distil_all(folder):
     """
     data, size = make_data(classes=10), ranks.count()
     options = {"progress": False, "device": "cpu"}
-    network_cache.cache_folder = lambda: folder / f"cache of {size}"  # each number of processes trains the networks anew
+    network_cache.cache_folder = lambda: (
+        folder / f"cache of {size}"
+    )  # each number of processes trains the networks anew
     images = {
         name: distill(data, small(**settings), folder / f"{size} {name}", **options).images
         for name, settings in CONFIGURATIONS.items()

@@ -6,8 +6,8 @@ import torch
 from atom_fast.data.partition import make_sheets
 from atom_fast.data.whitening import Preprocessing, fit_preprocessing
 from atom_fast.distillation import network_cache
-from atom_fast.distillation.pool import trained_pool
 from atom_fast.distillation.config import preset
+from atom_fast.distillation.pool import trained_pool
 from atom_fast.evaluation import herding_selection, random_selection
 from atom_fast.evaluation.accuracy import evaluate
 from atom_fast.evaluation.sets import random_sets, read_set, select

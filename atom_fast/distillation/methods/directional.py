@@ -88,11 +88,9 @@ def _is_fused(network: ConvNet, images: Tensor) -> bool:
     return all(block.attention_refusal() is None and is_instance_norm(block.norm) for block in blocks)
 
 
-def _fused(
-    network: ConvNet, images: Tensor, labels: Tensor, direction: Tensor, of_weights: bool
-) -> MixedDerivatives:
+def _fused(network: ConvNet, images: Tensor, labels: Tensor, direction: Tensor, of_weights: bool) -> MixedDerivatives:
     """Carry values and tangents through the network and back; tensors [2B, ...] hold both, one after the other."""
-    weights = list(network.parameters())
+    weights: list[Tensor] = list(network.parameters())
     shaped = zip(direction.split([weight.numel() for weight in weights]), weights, strict=True)
     tangents = {weight: _in_layout(part.view_as(weight), weight) for part, weight in shaped}
     count, passes, pair = len(images), [], images.contiguous(memory_format=torch.channels_last)
@@ -104,7 +102,9 @@ def _fused(
         matrix, along = classifier.weight, tangents[classifier.weight]
         embedding, embedding_tangent = pair.flatten(1).split(count)
         logits = torch.addmm(classifier.bias, embedding, matrix.mT)
-        logits_tangent = torch.addmm(tangents[classifier.bias], embedding, along.mT).addmm_(embedding_tangent, matrix.mT)
+        logits_tangent = torch.addmm(tangents[classifier.bias], embedding, along.mT).addmm_(
+            embedding_tangent, matrix.mT
+        )
         probabilities = logits.softmax(1)
         of_logits = (probabilities - F.one_hot(labels, logits.shape[1])).div_(count)
         value = (of_logits * logits_tangent).sum()
@@ -179,9 +179,7 @@ class _Pass:
 def _convolution_backward(gradient: Tensor, x: Tensor, filters: Tensor, of_x: bool, of_filters: bool):
     """Return the gradients of a 3x3 convolution's input and filters; None for one that is not wanted."""
     pair, mask = [1, 1], [of_x, of_filters, False]
-    return torch.ops.aten.convolution_backward(
-        gradient, x, filters, None, pair, pair, pair, False, [0, 0], 1, mask
-    )[:2]
+    return torch.ops.aten.convolution_backward(gradient, x, filters, None, pair, pair, pair, False, [0, 0], 1, mask)[:2]
 
 
 def _in_layout(part: Tensor, like: Tensor) -> Tensor:

@@ -111,9 +111,7 @@ class Learner(Run):
         return self.step_size
 
 
-def draw_batches(
-    labels: Tensor, steps: int, size: int | None, augmentation: str, generator: torch.Generator
-) -> Batch:
+def draw_batches(labels: Tensor, steps: int, size: int | None, augmentation: str, generator: torch.Generator) -> Batch:
     """Draw the images of each step and their augmentation: every image once before any comes again.
 
     Args:

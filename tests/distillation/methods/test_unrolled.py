@@ -43,7 +43,9 @@ def plainly(network, start, images, batch, rates, loss_of):
     flat = start.clone().requires_grad_()
     for number, rate in enumerate(rates.unbind()):
         chosen, labels = batch(number, images)
-        (gradient,) = torch.autograd.grad(F.cross_entropy(logits(network, flat, chosen), labels), flat, create_graph=True)
+        (gradient,) = torch.autograd.grad(
+            F.cross_entropy(logits(network, flat, chosen), labels), flat, create_graph=True
+        )
         flat = flat - rate * gradient
     loss = loss_of(flat)
     return loss, *torch.autograd.grad(loss, (images, rates))
@@ -109,7 +111,10 @@ def test_gradients_of_dd_are_those_of_autograd_through_all_steps():
 def test_second_derivatives_are_those_of_finite_differences():
     network, generator = make_network()
     images, labels = torch.randn(5, 3, 8, 8, generator=generator, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0])
-    at, direction = weights_of(network), torch.randn(weights_of(network).shape, generator=generator, dtype=torch.float64)
+    at, direction = (
+        weights_of(network),
+        torch.randn(weights_of(network).shape, generator=generator, dtype=torch.float64),
+    )
     found = directional.mixed_derivatives(network, images, labels, direction)
     h, sides = 1e-6, []
     for sign in (1, -1):
