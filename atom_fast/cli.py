@@ -469,6 +469,7 @@ def _facts(synthetic) -> dict[str, Any]:
         "ipc": synthetic.ipc,
         "class_names": list(synthetic.class_names),
         "class_sizes": list(synthetic.class_sizes),
+        **({} if synthetic.soft_labels is None else {"labels": "soft: probabilities of the classes"}),
         "preprocessing": kind,
         **statistics,
     }

@@ -57,8 +57,10 @@ def export(
     with new_folder(path / name) as folder:
         synthetic.save(folder / SYNTHETIC_FILE)
         pictures, labels = folder / "train", synthetic.labels.tolist()
+        soft = None if synthetic.soft_labels is None else synthetic.targets.tolist()
         rows = [
             {"file_name": file.relative_to(pictures).as_posix(), "label": labels[index], "index": index}
+            | ({} if soft is None else {"soft_label": soft[index]})
             for file, index in save_pictures(synthetic, pictures)
         ]
         # Not CSV: there the library takes the number of a label for the name of a class, such as a digit's.

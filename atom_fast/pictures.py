@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 CELL_SIZE = 64  # target side of an enlarged image in pixels, so that 8 x 8 digits and 64 x 64 photographs are visible
 MARGIN = 8  # pixels around the grid and beside the names
-LARGEST_SIDE = 6000  # pixels; a grid of thousands of images is enlarged less, so that viewers can open the file
+# Pixels; a grid of many images is enlarged less, or shrunk to no less than CELL_SIZE, so that viewers can open it.
+LARGEST_SIDE = 6000
 # Further terms and networks by setting, as the names of methods call them.
 _ADDITIONS = {"pool_networks": "pool", "characteristic_weight": "cf", "calibration_weight": "ce"}
 
@@ -34,7 +35,7 @@ def save_image_grid(
     class_names: Sequence[str] | None = None,
     title: str | None = None,
 ) -> Path:
-    """Write images to one PNG in row-major order, enlarged by an integer factor.
+    """Write images to one PNG in row-major order, small ones enlarged by an integer factor, many large ones shrunk.
 
     Args:
         pixels: float ``[N, C, H, W]`` in [0, 1] with 1 or 3 channels, on any device; other values are clamped.
@@ -111,13 +112,16 @@ def count_images(synthetic: SyntheticSet) -> str:
 
 
 def method_name(config: Mapping[str, object]) -> str:
-    """Name a configuration's method by what it matches, such as "atom+pool+ce"; "synthetic" if ``config`` is empty.
+    """Name a configuration's method, such as "dsa"; "synthetic" if ``config`` is empty.
 
-    The attention maps come first, then "pool" (trained networks), "cf" (characteristic functions), "ce" (cross-entropy)
-    and "easy" (only the easiest real images).
+    Matching is named by what it matches, such as "atom+pool+ce": the attention maps come first, then "pool" (trained
+    networks), "cf" (characteristic functions), "ce" (cross-entropy) and "easy" (only the easiest real images).
     """
     if not config:
         return "synthetic"
+    method = config.get("method", "matching")  # settings of before there were others lack it
+    if method != "matching":
+        return str(method)
     added = "".join(f"+{name}" for setting, name in _ADDITIONS.items() if config.get(setting))
     return _matched(config) + added + ("+easy" if config.get("easy_fraction", 1.0) != 1.0 else "")
 
@@ -134,8 +138,8 @@ def _draw_grid(pixels, rows: int, columns: int, class_names: Sequence[str] | Non
     from PIL import Image, ImageDraw, ImageFont
 
     height, width = pixels.shape[2:]
-    scale = _scale(rows, columns, height, width)
-    cell_height, cell_width = scale * height, scale * width
+    cell_height, cell_width = _cell(rows, columns, height, width)
+    resampling = Image.Resampling.NEAREST if cell_height >= height else Image.Resampling.BOX
     by_row = class_names is not None and len(class_names) == rows
     font, heading = ImageFont.load_default(size=13 if by_row else 11), ImageFont.load_default(size=14)
     names = [_fit(name, font, 160 if by_row else cell_width) for name in class_names or ()]
@@ -152,7 +156,7 @@ def _draw_grid(pixels, rows: int, columns: int, class_names: Sequence[str] | Non
         draw.text((left - MARGIN, top + row * row_height + cell_height / 2), names[row], "black", font, anchor="rm")
     for index, array in enumerate(_rgb_bytes(pixels)):
         x, y = left + index % columns * column_width, top + index // columns * row_height
-        canvas.paste(Image.fromarray(array).resize((cell_width, cell_height), Image.Resampling.NEAREST), (x, y))
+        canvas.paste(Image.fromarray(array).resize((cell_width, cell_height), resampling), (x, y))
         if names and not by_row:
             draw.text((x + cell_width / 2, y + cell_height + 2), names[index], "black", font, anchor="ma")
     return canvas
@@ -163,10 +167,13 @@ def _rgb_bytes(pixels: torch.Tensor):
     return (rgb.clamp(0, 1) * 255).round().to(torch.uint8).contiguous().cpu().numpy()
 
 
-def _scale(rows: int, columns: int, height: int, width: int) -> int:
+def _cell(rows: int, columns: int, height: int, width: int) -> tuple[int, int]:
+    """Return height and width in pixels at which each image is drawn."""
+    side = max(rows * height, columns * width)
     wanted = math.ceil(CELL_SIZE / max(height, width))
-    allowed = LARGEST_SIDE // max(rows * height, columns * width)
-    return max(1, min(wanted, allowed))
+    scale = max(1, min(wanted, LARGEST_SIDE // side))
+    shrunk = max(1, min(math.ceil(side / LARGEST_SIDE), min(height, width) // CELL_SIZE))
+    return scale * height // shrunk, scale * width // shrunk
 
 
 def _fit(name: str, font, width: float) -> str:

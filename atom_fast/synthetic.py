@@ -290,14 +290,15 @@ class SyntheticSet(torch.utils.data.Dataset):
             format: None: ``"pt"`` if the path ends in ``.pt``, otherwise ``"folder"``.
                 ``"folder"`` writes ``train/<class>/0000.png`` for torchvision's ``ImageFolder``, in 8-bit pixels
                 (values outside [0, 1] are clamped), and ``metadata.json`` with the class names, the metadata, and the
-                preprocessing's kind, mean and standard deviation. Folders have the class names if these are safe as
-                file names and sort in the order of the labels; otherwise the label is put in front, so that
-                ``ImageFolder`` always numbers the classes as this set does.
+                preprocessing's kind, mean and standard deviation; soft labels are there by file. Folders have the class
+                names if these are safe as file names and sort in the order of the labels; otherwise the label is put in
+                front, so that ``ImageFolder`` always numbers the classes as this set does.
                 ``"pt"`` writes the format of the public DC, DM and DataDAM programs, ``{"data": [[images, labels]],
                 "accs_all_exps": {}}``, float32 on the CPU, and an entry that these programs ignore,
                 ``"preprocessing"``: kind, mean and standard deviation of the saved images' space. Images are normalised
                 as these programs do it (CIFAR-10, CIFAR-100 and Tiny ImageNet with the constants in their code, other
-                data sets with this set's mean and standard deviation); a whitened set stays whitened.
+                data sets with this set's mean and standard deviation); a whitened set stays whitened. Soft labels,
+                float32 ``[N, K]``, are another such entry, ``"soft_labels"``.
                 ``"ddranking"`` writes what DD-Ranking 0.2.0 tests:
                 :func:`atom_fast.exports.ddranking.export_ddranking`. ``"eccv24"`` writes the tensor of the contest at
                 ECCV 2024: :func:`atom_fast.exports.eccv24.eccv24_tensor`.

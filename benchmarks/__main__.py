@@ -86,6 +86,13 @@ _accuracy_options = _options(
     click.option("--seeds", type=click.IntRange(max=1000), help="distilled sets per cell  [default: 5, 3 for digits]"),
     click.option("--networks", type=int, help="networks trained on each set  [default: 20 networks, 2 for digits]"),
     click.option("--iterations", type=int, help="steps of every distillation  [default: the method's, 200 for digits]"),
+    click.option(
+        "--iterations-of",
+        "iterations_of",
+        multiple=True,
+        metavar="METHOD=N",
+        help="steps of a method other than ATOM and its relatives  [default: the published number, fewer for digits]",
+    ),
     click.option("--width", type=int, help="channels of the ConvNets  [default: 128 channels, 32 for digits]"),
     click.option("--real-batch", type=int, help="real images per class per step  [default: the method's]"),
     click.option(
@@ -118,8 +125,8 @@ def _add_target(name: str, target: Target) -> None:
     @_accuracy_options
     @in_group
     def command(
-        cells, given, iterations, width, real_batch, only, listed, data_dir, download, out, device, quiet,
-        methods=None, factors=None, **size,
+        cells, given, iterations, iterations_of, width, real_batch, only, listed, data_dir, download, out, device,
+        quiet, methods=None, factors=None, **size,
     ):  # fmt: skip
         from atom_fast._malloc import keep_freed_memory
         from atom_fast.distillation.ranks import is_first
@@ -130,7 +137,8 @@ def _add_target(name: str, target: Target) -> None:
         keep_freed_memory()
         named = {"iterations": iterations, "width": width, "real_batch": real_batch}
         settings = {name: value for name, value in named.items() if value is not None} | parse_settings(given)
-        plan = accuracy.plan(name, cells, methods, factors, settings=settings, **size)
+        shortened = parse_iterations(iterations_of)
+        plan = accuracy.plan(name, cells, methods, factors, settings=settings, iterations=shortened, **size)
         if listed:
             if is_first():
                 click.echo("\n".join(list_units(plan, out, only)))
@@ -156,6 +164,19 @@ def _add_target(name: str, target: Target) -> None:
     command in one folder; `torchrun --nproc-per-node N -m benchmarks {name} ...` starts N of them, one per GPU.
     """
     main.command(name, short_help=target.title)(command)
+
+
+def parse_iterations(given: tuple[str, ...]) -> dict[str, int]:
+    """Return ``METHOD=N`` pairs as numbers by method.
+
+    Raises:
+        ValueError: a pair does not have that form.
+    """
+    pairs = [pair.partition("=") for pair in given]
+    for pair, (_, _, number) in zip(given, pairs, strict=True):
+        if not number.isdecimal():
+            raise ValueError(f"--iterations-of takes METHOD=N, such as dsa=100; got {pair!r}")
+    return {method.strip(): int(number) for method, _, number in pairs}
 
 
 def parse_settings(given: tuple[str, ...]) -> dict[str, object]:

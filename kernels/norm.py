@@ -61,10 +61,13 @@ def rows_launch(rows: int) -> dict[str, int]:
 
 
 def maps_launch(channels: int, height: int, width: int, launch: dict[str, int]) -> dict[str, int]:
-    """Return the launch table of `maps_kernel` for that of `apply_kernel`: its rows, with 32 values per thread."""
+    """Return the launch table of `maps_kernel` for that of `apply_kernel`: its rows, with 32 values per thread.
+
+    With 16 for planes above 64x64, where ptxas 12.9 spills for sm_90.
+    """
     block_q = min(launch["BLOCK_Q"], 16)
     tiles = launch["TILES"] * launch["BLOCK_Q"] // block_q
-    num_warps = max(block_q * launch["BLOCK_C"] // 256, 1)
+    num_warps = max(block_q * launch["BLOCK_C"] // (256 if tiles <= 64 else 128), 1)
     block = weights_launch(channels, height, width)["BLOCK"]
     return {**launch, "TILES": tiles, "BLOCK_Q": block_q, "BLOCK": block, "num_warps": num_warps}
 

@@ -41,6 +41,25 @@ def test_folder_export_is_read_by_torchvision(tmp_path):
     assert described["preprocessing"]["std"] == pytest.approx(synthetic.preprocessing.std.tolist(), abs=1e-6)
 
 
+def test_soft_labels_are_exported_beside_hard_ones(tmp_path):
+    synthetic = make_set()
+    soft = torch.rand(len(synthetic), len(synthetic.class_names))
+    synthetic.soft_labels = soft / soft.sum(1, keepdim=True)
+    content = torch.load(synthetic.export(tmp_path / "set.pt"), weights_only=True)
+    assert torch.equal(content["soft_labels"], synthetic.soft_labels)
+    described = json.loads((synthetic.export(tmp_path / "images") / "metadata.json").read_text("utf-8"))
+    folder = tmp_path / "images" / "train"
+    pictures = sorted(path.relative_to(folder) for path in folder.glob("*/*.png"))  # by class, as this set is
+    rows = torch.tensor([described["soft_labels"][path.as_posix()] for path in pictures])
+    assert torch.equal(rows, synthetic.soft_labels)
+    hub.export(synthetic, tmp_path / "hub")
+    [table] = tmp_path.glob("hub/*/train/metadata.jsonl")
+    rows = sorted((json.loads(line) for line in table.read_text("utf-8").splitlines()), key=lambda row: row["index"])
+    assert torch.equal(torch.tensor([row["soft_label"] for row in rows]), synthetic.soft_labels)
+    described = CliRunner().invoke(main, ["info", str(synthetic.save(tmp_path / "set.safetensors"))])
+    assert "labels: soft: probabilities of the classes" in described.output
+
+
 def test_a_partitioned_set_is_exported_as_the_images_that_it_trains_as(tmp_path):
     """Programs that know no partition train on what this one does."""
     datasets = pytest.importorskip("torchvision.datasets")

@@ -36,6 +36,10 @@ RUN, TEST, NEEDS = "run", "test", "needs"
 MINUTES = "minutes on a machine that does nothing else: it is a measurement"
 # The first pattern that is found in a command says how the command is covered.
 COVERED = {
+    r"--resolution|--together": (
+        TEST,
+        "test_large_images.py::test_a_folder_is_distilled_stopped_killed_resumed_and_evaluated",
+    ),
     r"--download|cifar|--data-dir|table5 --only|fig3 --seeds 1 --networks": (NEEDS, "a download"),
     r"benchmarks (gpu|kernels)|--edition gpu": (NEEDS, "a GPU"),
     r"benchmarks profile --shape 10 3 32 32 --ipc 50": (NEEDS, "a GPU, or minutes without one"),

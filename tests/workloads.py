@@ -25,7 +25,7 @@ MODULES = (
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Channels and side in pixels: digits, MNIST, CIFAR (in colour, grey, with alpha), Tiny ImageNet, subsets of ImageNet.
-IMAGES = ((1, 8), (1, 28), (3, 32), (1, 32), (4, 32), (3, 64), (3, 96), (3, 128))
+IMAGES = ((1, 8), (1, 28), (3, 32), (1, 32), (4, 32), (3, 64), (3, 96), (3, 128), (3, 224))
 PRESETS = ((1, 8), (3, 32), (3, 64))  # the sizes of the data sets that have presets
 
 

@@ -441,7 +441,7 @@ class DistillConfig:
         if self.method != "matching":
             norm = "instance" if self.norm == "auto" else self.norm
             own = METHODS[self.method].by_size(self.ipc, dataset)
-            return self._derive(norm=norm, network_init=default_initialization(norm), **common, **own)
+            return self._derive(norm=norm, network_init=default_initialization(norm), **(common | own))
         norm = default_norm(dataset, self.ipc) if self.norm == "auto" else self.norm
         image_lr = 10.0 if self.ipc > 50 else 1.0
         mmd_weight = 0.02 if min(height, width) >= 64 else 0.01

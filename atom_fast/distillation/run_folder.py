@@ -27,6 +27,7 @@ from atom_fast.distillation.checkpoint import Checkpoint, latest_checkpoint, rem
 from atom_fast.distillation.config import DistillConfig, affects_result, drop_removed_settings, write_config
 from atom_fast.distillation.logs import RunLog, append_environment, environment, log, peak_memory, versions
 from atom_fast.distillation.matching import FUSED, joint_refusal
+from atom_fast.distillation.memory import describe_memory
 from atom_fast.distillation.methods import is_used, make_run
 from atom_fast.distillation.pool import Pool, easiest
 from atom_fast.distillation.run import DivergenceError, Run
@@ -177,6 +178,9 @@ class RunFolder:
             log(f"the training images ({size}) stay in {place}: each step reads its images from there")
         if run.fusion not in ("", FUSED):
             log(f"the network runs {run.fusion}")
+        memory = describe_memory(run.config, run.data, len(run.classes)) if run.config.method == "matching" else None
+        if memory:
+            log(memory)
         if run.images.device.type == "cpu":
             log(f"CPU threads: {torch.get_num_threads()} ({_threads.reason()})")
 

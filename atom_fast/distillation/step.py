@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from atom_fast._device import convolution_precision, is_out_of_memory, refuse_tr
 from atom_fast._seeds import derive_seed
 from atom_fast.data.augmentation import AugmentationParameters, augment, decode_and_augment, draw_stages, unchanged
 from atom_fast.data.dataset import ImageData
+from atom_fast.data.placement import readable
 from atom_fast.data.sampling import sample_class_indices
 from atom_fast.data.whitening import Preprocessing, real_image_gatherer
 from atom_fast.distillation.config import DistillConfig
@@ -29,6 +31,7 @@ from atom_fast.distillation.matching import (
     matching_terms,
     weighted_terms,
 )
+from atom_fast.distillation.memory import WORTH_SAYING, step_memory
 from atom_fast.distillation.pool import Pool, easiest
 from atom_fast.distillation.run import Run
 from atom_fast.distillation.stages import stage
@@ -213,6 +216,7 @@ class Distillation(Run):
                 frequencies = draw_frequencies(self.network.embedding_size, generator)
         matched, reals = [], {}
         for chunk in self._passes.over(self._chunks):  # one of all classes, unless memory is short
+            synthetic = terms = None  # what is left of a chunk that had to wait: its graph, as large as the next one's
             with self._passes.part(chunk.size):
                 own = [parameters.of_groups(chunk.classes) for parameters in drawn]
                 self._passes.begin("real")
@@ -317,7 +321,10 @@ class Distillation(Run):
         if self.images.is_cuda:
             torch.cuda.empty_cache()
         smaller = (self.class_chunk + 1) // 2
-        log(f"out of memory with {self.class_chunk} classes at once: continuing with {smaller}")
+        config = dataclasses.replace(self.config, class_chunk=self.class_chunk)
+        needed = step_memory(config, self.data, len(self.classes))
+        about = f" ({readable(needed)})" if needed and needed >= WORTH_SAYING else ""
+        log(f"out of memory with {self.class_chunk} classes at once{about}: continuing with {smaller}")
         self.set_class_chunk(smaller)
 
     @property

@@ -20,14 +20,17 @@ def export_folder(synthetic: SyntheticSet, path: Path) -> Path:
     """Write ``train/<class>/0000.png`` and ``metadata.json``; see :meth:`SyntheticSet.export`."""
     check_channels(synthetic)
     with new_folder(path) as folder:
-        for _ in save_pictures(synthetic, folder / "train"):
-            pass
+        pictures, targets = list(save_pictures(synthetic, folder / "train")), synthetic.targets.tolist()
         description = {
             "class_names": synthetic.class_names,
             "metadata": synthetic.metadata,
             "preprocessing": synthetic.preprocessing.describe(),
             **decoded_note(synthetic),
         }
+        if synthetic.soft_labels is not None:
+            description["soft_labels"] = {
+                file.relative_to(folder / "train").as_posix(): targets[index] for file, index in pictures
+            }
         (folder / "metadata.json").write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", "utf-8")
     return path
 

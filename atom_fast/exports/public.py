@@ -26,7 +26,10 @@ def export_public(synthetic: SyntheticSet, path: Path) -> Path:
     """Write ``{"data": [[images, labels]], ...}``; see :meth:`SyntheticSet.export`."""
     images, space = public_model_space(synthetic)
     images = images.float().cpu().contiguous()
-    content = {"data": [[images, synthetic.labels.cpu()]], "accs_all_exps": {}, "preprocessing": space}
+    data = [[images, synthetic.labels.cpu()]]
+    content: dict[str, object] = {"data": data, "accs_all_exps": {}, "preprocessing": space}
+    if synthetic.soft_labels is not None:
+        content["soft_labels"] = synthetic.targets.cpu()
     buffer = io.BytesIO()
     torch.save({**content, **decoded_note(synthetic)}, buffer)
     return write_atomically(path, buffer.getvalue())

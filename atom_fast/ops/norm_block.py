@@ -375,6 +375,22 @@ def chunk_sums(
     return spatial, channel, maps.new_empty((shape[0], chunks))
 
 
+def is_tiled(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Return True if Triton's kernels walk planes of [C, H, W] in tiles: registers do not hold them."""
+    from ..kernels import norm_block as kernels
+
+    return kernels.norm_block_launch(*shape, dtype.itemsize, True) is None
+
+
+def spatial_sums(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Return the most values that tiled kernels and `join_chunks` sum at once for the spatial map of [C, H, W]."""
+    from ..kernels import norm_block as kernels
+
+    channels, height, width = shape
+    chunks = -(-channels // kernels.tiled_launch(*shape, dtype.itemsize, True)["BLOCK_C"])
+    return height * width * (1 if chunks == 1 else 2 * chunks + 1)
+
+
 def _batch_statistics(x: Tensor, eps: float, mean: Tensor, rstd: Tensor) -> None:
     """Write each channel's mean and 1 / sqrt(variance + eps) over the batch into every row of [B, C]."""
     if is_joint():

@@ -289,6 +289,7 @@ def _add_facts(run: Run, place: Place, synthetic: SyntheticSet, data: ImageData 
         ("images", f"{count_images(synthetic)} of {len(synthetic.class_names)} classes, {shape}, {colours}"),
         ("method", run.method),
         ("model space", synthetic.preprocessing.kind),
+        *([("labels", "soft: probabilities of the classes")] if synthetic.soft_labels is not None else []),
         *([("distillation", f"{run.seconds} s")] if run.seconds else []),
     ]
     for name in ("selection", "recognised", "source"):

@@ -121,10 +121,13 @@ class Evaluation:
 def architecture(cell: Cell, network: str, norm: str | None = None) -> dict[str, object]:
     """Return the settings of the ConvNets that test a cell's set: for all methods, ATOM's at the cell's settings.
 
-    Testing DM's sets on networks of another initialisation than ATOM's would compare networks, not sets.
+    Testing DM's sets on networks of another initialisation than ATOM's would compare networks, not sets. Methods that
+    match neither attention nor embeddings learn from InstanceNorm, and their sets are tested on it.
     """
     if network != "convnet":
         return {}
+    if norm is None and get_method(cell.method).loss != "matching":
+        norm = "instance"
     config = configuration("atom", cell.ipc, cell.seed, dict(cell.settings))
     config = config.for_data(DATASETS[cell.dataset][2], cell.dataset)
     found = config.convnet_settings()

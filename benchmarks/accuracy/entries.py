@@ -78,7 +78,7 @@ def make_cell(
         ipc,
         method,
         seed,
-        tuple({**size.settings, **(changes or {})}.items()),
+        tuple({**size.settings_of(method), **(changes or {})}.items()),
         size.selection_epochs if watched else 0,
         size.protocol if watched else "",
         milestones,

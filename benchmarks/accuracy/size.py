@@ -6,12 +6,15 @@ import dataclasses
 from collections.abc import Mapping
 
 from atom_fast.distillation.config import affects_result, preset
+from atom_fast.distillation.methods import is_used
 from atom_fast.names import WATCHED_EPOCHS
 from atom_fast.training.protocols import Protocol, default_protocol, get_protocol
+from benchmarks.methods import get_method, published_iterations
 from benchmarks.paper import NETWORKS, SETS
 
 _OF_DM = ("iterations", "real_batch")  # settings for which DM has its own values
 _OF_THE_CELL = {"seed": "--seeds", "ipc": "--cells"}  # settings that the cell defines, and the option that chooses them
+ITERATIONS_NAME = "iterations of"
 SETS_NAME, NETWORKS_NAME = "sets per cell", "networks per set"
 
 # Digits stand in for the paper's data where there is neither a GPU nor a download: small enough for minutes on a CPU.
@@ -22,6 +25,11 @@ _DIGITS = {
     "width": 32,
     "augmentation": "color_crop_cutout_scale_rotate",
 }
+# Minutes at 10 images per class.
+_DIGITS_ITERATIONS = {
+    "dc": 20, "dsa": 20, "dcc": 20, "dsac": 20, "cafe": 40, "cafe-dsa": 40, "dd": 300, "ld": 600, "mtt": 200,
+    "tesla": 200, "frepo": 1000,
+}  # fmt: skip
 _DIGITS_SIZES = {"digits": (3, 2), "digits32": (1, 1)}  # sets and networks
 _DIGITS32 = {**_DIGITS, "iterations": 100, "real_batch": 32}
 _DIGITS32_EPOCHS = 100
@@ -38,6 +46,7 @@ class RunSize:
         protocol: key of ``PROTOCOLS``: how the networks are trained.
         epochs: epochs of that protocol; other protocols change in proportion. None leaves them unchanged.
         selection_epochs: training epochs of the network that herding, k-center and forgetting use.
+        iterations: by method, steps that replace its published ones, for methods other than ATOM and its relatives.
     """
 
     seeds: int = SETS
@@ -46,6 +55,7 @@ class RunSize:
     protocol: str = "paper"
     epochs: int | None = None
     selection_epochs: int = WATCHED_EPOCHS
+    iterations: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("seeds", "networks", "epochs", "selection_epochs"):
@@ -56,6 +66,19 @@ class RunSize:
             if name in self.settings:
                 raise ValueError(f"{name} is chosen by the cell; give {option} instead of --set {name}=")
         preset("paper", **self.settings)  # refuses unknown settings and values
+        for method, steps in self.iterations.items():
+            if get_method(method).loss == "matching":
+                raise ValueError(f"the iterations of {method} are those of the table; give --iterations {steps}")
+            if steps < 1:
+                raise ValueError(f"iterations of {method} must be at least 1; got {steps}")
+
+    def settings_of(self, method: str) -> dict[str, object]:
+        """Return the settings that a method uses; methods of another loss have iterations and a norm of their own."""
+        loss = get_method(method).loss
+        own = {name: value for name, value in self.settings.items() if is_used(loss, name)}
+        if loss != "matching":
+            own = {name: value for name, value in own.items() if name not in ("iterations", "norm")}
+        return own | ({"iterations": self.iterations[method]} if method in self.iterations else {})
 
     def training(self, protocol: str | None = None) -> Protocol:
         """Return the named protocol, by default this size's, with its epochs scaled."""
@@ -75,7 +98,7 @@ class RunSize:
             Dicts with ``name``, ``value``, ``usual`` (the paper's; None if it follows from the data) and, for settings
             of which DM has its own value, ``dm``.
         """
-        found = self._settings_changed()
+        found = [*self._settings_changed(), *self._shortened()]
         return [*self._fewer(), *found, *self._evaluation_changed()] if evaluated else found
 
     def _fewer(self) -> list[dict]:
@@ -88,6 +111,14 @@ class RunSize:
             if affects_result(name) and any(value != usual for usual in (paper[name], *own.values())):
                 found.append({"name": name, "value": value, "usual": paper[name], **own})
         return found
+
+    def _shortened(self) -> list[dict]:
+        return _differing(
+            *(
+                (f"{ITERATIONS_NAME} {get_method(method).title}", steps, published_iterations(method))
+                for method, steps in self.iterations.items()
+            )
+        )
 
     def _evaluation_changed(self) -> list[dict]:
         usual = get_protocol(self.protocol).epochs
@@ -111,6 +142,7 @@ def size_for(
     protocol: str | None = None,
     epochs: int | None = None,
     selection_epochs: int | None = None,
+    iterations: Mapping[str, int] | None = None,
 ) -> RunSize:
     """Return the paper's size, for digits a small one, with the given values replaced.
 
@@ -126,4 +158,5 @@ def size_for(
         protocol=protocol or ("digits" if reduced else default_protocol(dataset)),
         epochs=_DIGITS32_EPOCHS if epochs is None and dataset == "digits32" else epochs,
         selection_epochs=WATCHED_EPOCHS if selection_epochs is None else selection_epochs,
+        iterations={**(_DIGITS_ITERATIONS if reduced else {}), **(iterations or {})},
     )

@@ -13,8 +13,11 @@ from benchmarks.accuracy.entries import Entry, Job, Row, Section, jobs_for, make
 from benchmarks.accuracy.size import RunSize, size_for
 from benchmarks.methods import METHODS, get_method
 
-_TABLE1_METHODS = ("random", "herding", "k-center", "forgetting", "dm", "dam", "atom-channel", "atom")
-_TABLE2_METHODS = ("dm", "dam", "atom")
+_TABLE1_METHODS = (
+    "random", "herding", "k-center", "forgetting", "dd", "ld", "dc", "dcc", "dsa", "dsac", "dm", "cafe", "cafe-dsa",
+    "mtt", "tesla", "frepo", "dam", "atom-channel", "atom",
+)  # fmt: skip
+_TABLE2_METHODS = ("dc", "cafe", "dsa", "dm", "dam", "atom")
 _TABLE4_ROWS = {
     "random": METHODS["random"].title,
     "mmd": "MMD",
@@ -145,8 +148,9 @@ def _table1(request: Request) -> Iterable[Section]:
     columns = {f"{dataset}:{ipc}": (dataset, ipc) for dataset, ipc in request.cells}
     by_title = {METHODS[method].title: method for method in _TABLE1_METHODS}
     titles = list(dict.fromkeys([*paper.TABLE1, *by_title]))
-    titles.insert(titles.index("ATOM"), titles.pop(titles.index("ATOM†")))
-    rows = []
+    for last in ("DAM", "ATOM†", "ATOM"):
+        titles.append(titles.pop(titles.index(last)))
+    hard, learnt = [], []
     for title in titles:
         method, entries = by_title.get(title), {}
         run = method is not None and request.runs(method)
@@ -156,13 +160,16 @@ def _table1(request: Request) -> Iterable[Section]:
             if figure is not None or jobs:
                 entries[column] = Entry(figure, jobs)
         if entries:
-            rows.append(Row(title, entries))
+            learns_labels = METHODS[method].learns_labels if method else title in paper.LEARNT_LABELS
+            (learnt if learns_labels else hard).append(Row(title, entries))
     entries = {}
     for column, (dataset, _) in columns.items():
         jobs = jobs_for(request.sizes[dataset], dataset, 0, "full") if request.runs("full") else ()
         entries[column] = Entry(paper.FULL_DATA.get(dataset), jobs)
-    rows.append(Row(METHODS["full"].title, entries))
-    yield Section("", "method", tuple(columns), tuple(rows))
+    hard.append(Row(METHODS["full"].title, entries))
+    yield Section("", "method", tuple(columns), tuple(hard))
+    if learnt:
+        yield Section("", "method, labels learnt", tuple(columns), tuple(learnt))
 
 
 def _table2(request: Request) -> Iterable[Section]:

@@ -1,6 +1,6 @@
 """The methods of the paper's tables: how they make sets, and the steps that are timed for Table 3.
 
-A timed method has a file in this folder with its published step in plain PyTorch, MTT's with this project's step too.
+A timed method has a file in this folder with its published step in plain PyTorch, and DC, DSA and MTT this project's step.
 DM, DAM, ATOM† and ATOM also have this project's step (``fused.py``) and an optimised one in plain PyTorch
 (``batched.py``).
 """
@@ -12,10 +12,12 @@ import importlib
 from collections.abc import Callable, Mapping
 
 from atom_fast.distillation.config import PRESETS, DistillConfig, preset
+from atom_fast.distillation.methods import METHODS as LOSSES
 
 from .workload import Workload
 
 ALL_IMPLEMENTATIONS = ("eager", "eager-batched", "compile", "compile-graph", "fused", "fused-graph")
+BI_LEVEL = ("eager", "fused")
 AUTOTUNED = "compile-max-autotune"  # minutes of compilation: for ATOM alone
 NEED_GPU = ("compile-graph", AUTOTUNED, "fused-graph")
 # Settings that define a method's loss: no override replaces them where a method sets them.
@@ -47,8 +49,18 @@ class Method:
 
     @property
     def distils(self) -> bool:
-        """True if images are learnt, False if they are chosen."""
+        """True if images or labels are learnt, False if images are chosen."""
         return self.preset is not None
+
+    @property
+    def loss(self) -> str:
+        """What its sets are learnt by: ``DistillConfig.method``."""
+        return str(self.settings.get("method", "matching"))
+
+    @property
+    def learns_labels(self) -> bool:
+        """True if labels are learnt: such sets are ranked apart."""
+        return self.loss != "matching" and LOSSES[self.loss].learns_labels
 
 
 METHODS = {
@@ -56,11 +68,19 @@ METHODS = {
     "herding": Method("Herding", selects=True),
     "k-center": Method("K-Center", selects=True),
     "forgetting": Method("Forgetting", selects=True),
-    "dc": Method("DC", module="dc", implementations=("eager",), real_batch=256),
-    "dsa": Method("DSA", module="dsa", implementations=("eager",), real_batch=256),
+    "dd": Method("DD", "paper", {"method": "dd"}),
+    "ld": Method("LD", "paper", {"method": "ld"}),
+    "dc": Method("DC", "paper", {"method": "dc"}, module="dc", implementations=BI_LEVEL, real_batch=256),
+    "dcc": Method("DCC", "paper", {"method": "dcc"}),
+    "dsa": Method("DSA", "paper", {"method": "dsa"}, module="dsa", implementations=BI_LEVEL, real_batch=256),
+    "dsac": Method("DSAC", "paper", {"method": "dsac"}),
     # As published, except for the norm, which is the tested networks'.
     "dm": Method("DM", "dm", {"norm": "auto"}, module="dm", implementations=ALL_IMPLEMENTATIONS, real_batch=256),
-    "mtt": Method("MTT", module="mtt", implementations=("eager", "fused")),
+    "cafe": Method("CAFE", "paper", {"method": "cafe"}),
+    "cafe-dsa": Method("CAFE+DSA", "paper", {"method": "cafe-dsa"}),
+    "mtt": Method("MTT", "paper", {"method": "mtt"}, module="mtt", implementations=BI_LEVEL),
+    "tesla": Method("TESLA", "paper", {"method": "tesla"}),
+    "frepo": Method("FRePo", "paper", {"method": "frepo"}),
     "dam": Method(
         "DAM", "paper", {"channel_power": None}, module="dam", implementations=ALL_IMPLEMENTATIONS, real_batch=128
     ),
@@ -103,6 +123,11 @@ def get_method(name: str) -> Method:
     if name not in MAKES_SETS:
         raise ValueError(f"method must be one of {', '.join(MAKES_SETS)}; got {name!r}")
     return MAKES_SETS[name]
+
+
+def published_iterations(name: str) -> int:
+    """Return the iterations of a method as it was published."""
+    return configuration(name, 1, 0, {}).iterations
 
 
 def configuration(name: str, ipc: int, seed: int, overrides: Mapping[str, object]) -> DistillConfig:

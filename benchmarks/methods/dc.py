@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from . import published
+from . import fused, published
 from .workload import Workload
 
 # (outer, inner) by images per class, from the public code.
@@ -35,8 +35,11 @@ def loops(ipc: int) -> tuple[int, int]:
     return LOOPS[ipc]
 
 
-def build(workload: Workload) -> Callable[[], Tensor]:
+def build(workload: Workload) -> Callable[[], object]:
     """Return a function that runs one step and returns its last matching loss."""
+    if workload.implementation == "fused":
+        outer, inner = loops(workload.ipc)
+        return fused.build_method(workload, rounds=outer, network_epochs=max(inner // workload.inner_divisor, 1))
     data = published.RealData(workload)
     shape = (workload.classes * workload.ipc, workload.channels, workload.resolution, workload.resolution)
     generator = torch.Generator(workload.device).manual_seed(workload.seed)

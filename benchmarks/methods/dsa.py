@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
-
-from . import published
-from .dc import outer_iteration
+from . import dc, published
 from .workload import Workload
 
 
-def build(workload: Workload) -> Callable[[], Tensor]:
+def build(workload: Workload) -> Callable[[], object]:
     """Return a function that runs one step and returns its last matching loss."""
+    if workload.implementation == "fused":
+        return dc.build(workload)
     data = published.RealData(workload)
-    return outer_iteration(workload, data, published.synthetic_from_real(workload, data), augmented=True)
+    return dc.outer_iteration(workload, data, published.synthetic_from_real(workload, data), augmented=True)

@@ -1,4 +1,4 @@
-"""This project's step of DM, DAM, ATOM† and ATOM, plain or captured as a CUDA graph.
+"""This project's step of every method; DM's, DAM's, ATOM†'s and ATOM's plain or captured as a CUDA graph.
 
 The same step as ``eager``: a new network, real images of all classes, augmentation, loss, update. The data set is
 uint8; on a GPU each batch is whitened when it is fetched, whereas the public code whitens all images once and keeps
@@ -15,7 +15,8 @@ import torch
 
 from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing
-from atom_fast.distillation.config import DistillConfig
+from atom_fast.distillation.config import DistillConfig, preset
+from atom_fast.distillation.methods import make_run
 from atom_fast.distillation.start import initial_images
 from atom_fast.distillation.step import Distillation
 
@@ -51,6 +52,31 @@ def build(workload: Workload, *, spatial: bool, channel: bool, mmd_weight: float
     run = Distillation(config, data, preprocessing, images)
     if workload.implementation == "fused-graph":
         run.capture()
+    iterations = itertools.count(1)
+
+    def step() -> Callable[[], float]:
+        run.step(next(iterations))
+        return lambda: run.read_terms().loss
+
+    return step
+
+
+def build_method(workload: Workload, **settings) -> Callable[[], Callable[[], float]]:
+    """Return one iteration of a method of `atom_fast.distillation.methods`, which reads its loss as `build`'s does.
+
+    Args:
+        workload: ``method`` names it.
+        settings: of the method, beside those of the workload.
+    """
+    data = image_data(workload)
+    sizes = {"ipc": workload.ipc, "width": workload.width, "depth": workload.depth, "seed": workload.seed}
+    settings = {**sizes, "precision": workload.precision, "preprocessing": "standard", **settings}
+    if workload.real_batch:
+        settings["real_batch"] = workload.real_batch
+    config = preset(method=workload.method, **settings)
+    config = config.resolve(data.image_shape, data.name, data.train_images.device)
+    space = standardization(data)
+    run = make_run(config, data, space, initial_images(config, data, space), progress=False)
     iterations = itertools.count(1)
 
     def step() -> Callable[[], float]:

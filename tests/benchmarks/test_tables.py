@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 from PIL import Image
 
 from atom_fast.training.protocols import PROTOCOLS, get_protocol
@@ -13,7 +14,7 @@ from benchmarks.accuracy.datasets import load_named
 from benchmarks.accuracy.size import size_for
 from benchmarks.accuracy.study import FACTORS
 from benchmarks.accuracy.tables import parse_cell
-from benchmarks.methods import configuration
+from benchmarks.methods import configuration, get_method
 from tests.benchmarks.tiny import CELLS
 
 
@@ -38,9 +39,14 @@ def test_every_target_has_the_paper_s_cells(target):
 
 
 def test_the_paper_s_figures_stand_where_they_belong():
-    entries = {row.title: row.entries for row in plan("table1").sections[0].rows}
+    hard, learnt = plan("table1").sections
+    entries = {row.title: row.entries for row in hard.rows}
     assert entries["ATOM"]["cifar10:10"].paper == (57.9, 0.7) and entries["ATOM"]["cifar10:10"].jobs
-    assert entries["DSA"]["cifar100:50"].paper == (42.8, 0.4) and not entries["DSA"]["cifar100:50"].jobs
+    assert entries["DSA"]["cifar100:50"].paper == (42.8, 0.4) and entries["DSA"]["cifar100:50"].jobs
+    assert entries["KIP"]["cifar100:10"].paper == (29.0, 0.3) and not entries["KIP"]["cifar100:10"].jobs
+    assert entries["MTT"]["cifar10:1"].paper is None and entries["MTT"]["cifar10:1"].jobs
+    assert {row.title: row.entries["cifar10:1"].paper for row in learnt.rows} == {"LD": (25.7, 0.7), "FRePo": None}
+    assert [row.title for row in hard.rows][-4:] == ["DAM", "ATOM†", "ATOM", "Full data set"]
     assert entries["Full data set"]["tiny:1"].paper == (37.6, 0.4)
     assert "tiny:1" not in entries["K-Center"] or entries["K-Center"]["tiny:1"].paper is None
     [section] = plan("table5").sections
@@ -83,7 +89,10 @@ def test_settings_that_are_what_the_data_set_implies_are_the_same_cell():
 def test_all_methods_are_tested_on_the_same_networks():
     for settings in ({}, {"norm": "batch", "width": 16}):
         units = plan("table1", CELLS, settings=settings).units
-        assert len({str(architecture(cell, "convnet")) for cell, _ in units}) == 1
+        matched = [cell for cell, _ in units if get_method(cell.method).loss == "matching"]
+        others = [cell for cell, _ in units if cell not in matched]
+        assert len({str(architecture(cell, "convnet")) for cell in matched}) == 1
+        assert all(architecture(cell, "convnet")["norm"] == "instance" for cell in others) and len(others) > 10
     assert architecture(units[0][0], "convnet")["norm"] == "batch"
     assert architecture(units[0][0], "convnet", "group")["norm"] == "group" and architecture(units[0][0], "vit") == {}
 
@@ -102,6 +111,24 @@ def test_the_study_changes_one_setting_at_a_time():
         seen |= changed
     assert seen == set(FACTORS)
     assert len(section.rows) == 1 + sum(len(values) - 1 for values in FACTORS.values())
+
+
+def test_methods_of_another_loss_have_iterations_of_their_own():
+    given = {"iterations": 10, "width": 16, "real_batch": 32, "partition": 1, "experts": 3}
+    size = size_for("cifar10", settings=given, iterations={"dsa": 100})
+    assert size.settings_of("dsa") == {"iterations": 100, "width": 16, "real_batch": 32}
+    assert size.settings_of("mtt") == {"width": 16, "experts": 3}
+    assert size.settings_of("atom") == {name: given[name] for name in given if name != "experts"}
+    assert {"name": "iterations of DSA", "value": 100, "usual": 1000} in size.reductions()
+    with pytest.raises(ValueError, match="the iterations of atom are those of the table; give --iterations 5"):
+        size_for("cifar10", iterations={"atom": 5})
+    with pytest.raises(ValueError, match="iterations of dsa must be at least 1; got 0"):
+        size_for("cifar10", iterations={"dsa": 0})
+    with pytest.raises(ValueError, match="method must be one of .*; got 'dsb'"):
+        size_for("cifar10", iterations={"dsb": 5})
+    for method in ("dc", "dcc", "dsac", "cafe", "cafe-dsa", "dd", "ld", "mtt", "tesla", "frepo"):
+        [(cell, _)] = plan("table1", [("digits", 1)], [method], seeds=1).units
+        cell.config.resolve((1, 8, 8), "digits", torch.device("cpu"))  # no setting of it is refused
 
 
 def test_protocols_are_shortened_in_proportion():

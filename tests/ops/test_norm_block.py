@@ -411,7 +411,12 @@ def test_kernels_of_batch_norm_fit_registers_and_read_128_bits(dtype, capability
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is launched is recorded through the interpreter")
 @pytest.mark.parametrize(
     ("shape", "channels_last", "norm"),
-    [((1, 64, 31, 33), False, "instance"), ((1, 128, 128, 128), True, "batch")],
+    [
+        ((1, 64, 31, 33), False, "instance"),
+        ((1, 128, 128, 128), True, "batch"),
+        ((1, 128, 224, 224), True, "instance"),
+        ((1, 128, 7, 7), True, "instance"),  # the last block of 224x224
+    ],
 )
 def test_tiled_and_odd_planes_do_not_spill(shape, channels_last, norm):
     for launch in launches_of(shape, channels_last=channels_last, norm=norm):
@@ -426,6 +431,7 @@ SUCCESSORS = [  # shape, dtype, norm, chip, and the most instructions per value 
     ((1, 128, 16, 16), torch.float16, "batch", 90, None, None),
     ((1, 64, 31, 33), torch.float32, "instance", 75, None, None),
     ((1, 128, 128, 128), torch.float32, "batch", 120, None, None),
+    ((1, 128, 128, 128), torch.float32, "instance", 90, None, None),
 ]
 
 

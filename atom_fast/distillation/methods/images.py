@@ -53,11 +53,11 @@ class ImageRun(Run):
         drawn = draw_stages(self.data.num_classes, self.generator, strategy=self.config.augmentation)
         return augment_stages(real, drawn, self._real_labels), augment_stages(synthetic, drawn, self.labels)
 
-    def _update(self, gradient: Tensor) -> None:
-        """Take a step of SGD with momentum."""
+    def _update(self, gradient: Tensor, decay: float = 1.0) -> None:
+        """Take a step of SGD with momentum, at ``decay`` times the learning rate."""
         torch.add(gradient, self.momentum, alpha=self.config.momentum, out=self.momentum)
         assert self.config.image_lr is not None  # a number in resolved settings
-        self.images.sub_(self.momentum, alpha=self.config.image_lr)
+        self.images.sub_(self.momentum, alpha=self.config.image_lr * decay)
 
     def state(self) -> dict[str, Tensor]:
         """Return images and momentum."""
