@@ -1,8 +1,7 @@
 """The methods of the paper's tables: how they make sets, and the steps that are timed for Table 3.
 
-A timed method has a file in this folder with its published step in plain PyTorch, and DC, DSA and MTT this project's step.
-DM, DAM, ATOM† and ATOM also have this project's step (``fused.py``) and an optimised one in plain PyTorch
-(``batched.py``).
+A timed method has a file in this folder with its published step in plain PyTorch. All have this project's step
+too, and DM, DAM, ATOM† and ATOM an optimised one in plain PyTorch (``batched.py``).
 """
 
 from __future__ import annotations
