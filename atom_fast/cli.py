@@ -188,7 +188,7 @@ def evaluate(
     `torchrun --nproc-per-node N -m atom_fast evaluate ...` shares the networks among N processes.
     """
     from atom_fast.distillation import ranks
-    from atom_fast.evaluation.accuracy import architecture_of
+    from atom_fast.evaluation.accuracy import architecture_of, protocol_of
     from atom_fast.evaluation.accuracy import evaluate as run
     from atom_fast.evaluation.results import read_records, summary
     from atom_fast.evaluation.scores import check_whole, measure_scores, score_line
@@ -211,13 +211,17 @@ def evaluate(
     if ranks.is_first():
         _say_what_was_recognised(synthetic)
     baseline = random_sets(data, synthetic, seed=settings["seed"]) if random else None
-    protocol = get_protocol(protocol or default_protocol(data.name), **({} if epochs is None else {"epochs": epochs}))
-    settings |= {"protocol": protocol, "device": device_name(device), "progress": progress, "record": json_path}
+    changed = {} if epochs is None else {"epochs": epochs}
+    usual = get_protocol(protocol or default_protocol(data.name), **changed)
+    own = usual if protocol else protocol_of(synthetic, data.name, **changed)
+    if ranks.is_first() and own != usual:
+        click.echo(f"networks are trained on the set by the protocol that it was learnt with: {own.name}", err=True)
+    settings |= {"device": device_name(device), "progress": progress, "record": json_path}
     for position, network in enumerate(arch):
         architecture = architecture_of(synthetic, data.name) if network == "convnet" else {}
         settings |= {"network": network, "architecture": architecture}
-        result = run(synthetic, data, **settings)
-        beside = run(baseline, data, **settings) if baseline else None
+        result = run(synthetic, data, protocol=own, **settings)
+        beside = run(baseline, data, protocol=usual, **settings) if baseline else None
         which = f"{network}: " if len(arch) > 1 else ""
         if ranks.is_first():
             if result.about["same_data"] is False and position == 0:

@@ -106,3 +106,128 @@ void instance_norm_second(const float *on_x, const float *on_weight, const float
         }
     }
 }
+
+/* Directional derivatives of the norm, ReLU and 2x2 average pooling and of their gradient: `t` is the tangent of `x`,
+ * `weight_t` and `bias_t` those of scale and shift. Positions beyond the last whole square are pooled away. */
+
+/* What the passes over a vector of a sample's channels have in common. */
+typedef struct {
+    Affine norm;
+    vector weight, weight_t, mean_t, slope; /* slope: mean of the normalised values times `t` */
+} Tangent;
+
+INLINE Tangent tangent_of(const Norm *norm, const float *weight_t, const float *mean_t, const float *slope, int64_t c,
+                          int64_t n) {
+    return (Tangent){affine(norm, c, n), load(norm->weight + c, n), load(weight_t + c, n), load(mean_t + c, n),
+                     load(slope + c, n)};
+}
+
+/* `mean`, `rstd`, `mean_t` and `slope` are [B, C]; `out` and `out_t` are pooled. */
+void instance_norm_tangent_forward(const float *x, const float *t, const float *weight, const float *bias,
+                                   const float *weight_t, const float *bias_t, float *out, float *out_t, float *mean,
+                                   float *rstd, float *mean_t, float *slope, int64_t samples, int64_t channels,
+                                   int64_t height, int64_t width, double eps, int64_t threads) {
+    Shape s = channels_last(channels, height, width);
+    vector places = splat(height * width);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t i = 0; i < samples; i++) {
+        const float *own = x + i * height * s.row, *own_t = t + i * height * s.row;
+        float *to = out + i * output_values(s, 1), *to_t = out_t + i * output_values(s, 1);
+        Norm norm = norm_of_sample(mean, rstd, weight, bias, i, channels);
+        normalizing_statistics(own, s, eps, mean + i * channels, rstd + i * channels);
+        for (int64_t c = 0; c < channels; c += LANES) {
+            int64_t n = at_most(channels - c, LANES);
+            vector middle = mean_over_places(own_t + c, s, n, NULL), sums[2] = {{0}, {0}};
+            vector centre = load(mean + i * channels + c, n), inverse = load(rstd + i * channels + c, n);
+            for (int64_t y = 0; y < height; y++)
+                for (int64_t column = 0; column < width; column++) {
+                    int64_t at = y * s.row + column * s.pitch + c;
+                    sums[column % 2] += (load(own + at, n) - centre) * (load(own_t + at, n) - middle);
+                }
+            store(mean_t + i * channels + c, middle, n);
+            store(slope + i * channels + c, (sums[0] + sums[1]) / places * inverse, n);
+            Tangent d = tangent_of(&norm, weight_t, mean_t + i * channels, slope + i * channels, c, n);
+            /* scale' (x - mean) + scale (t - mean_t) + bias_t */
+            vector of_x = (d.weight_t - d.norm.scale * d.slope) * inverse, constant = load(bias_t + c, n);
+            for (int64_t y = 0; y + 1 < height; y += 2)
+                for (int64_t column = 0; column + 1 < width; column += 2) {
+                    vector total = {0}, total_t = {0};
+                    for (int j = 0; j < 4; j++) {
+                        int64_t at = (y + j / 2) * s.row + (column + j % 2) * s.pitch + c;
+                        vector centred = load(own + at, n) - centre;
+                        vector value = centred * d.norm.scale + d.norm.shift;
+                        vector value_t = centred * of_x + (load(own_t + at, n) - middle) * d.norm.scale + constant;
+                        total += vector_relu(value);
+                        total_t += choose(value > splat(0), value_t, splat(0));
+                    }
+                    int64_t at = ((y / 2) * (width / 2) + column / 2) * channels + c;
+                    store(to + at, total * splat(0.25f), n);
+                    store(to_t + at, total_t * splat(0.25f), n);
+                }
+        }
+    }
+}
+
+/* `gradient` and `gradient_t` are of the pooled output; `grad_weight_t` and `grad_bias_t` are [B, C]. */
+void instance_norm_tangent_backward(const float *gradient, const float *gradient_t, const float *x, const float *t,
+                                    const float *weight, const float *bias, const float *weight_t, const float *mean,
+                                    const float *rstd, const float *mean_t, const float *slope, float *grad_x,
+                                    float *grad_x_t, float *grad_weight_t, float *grad_bias_t, int64_t samples,
+                                    int64_t channels, int64_t height, int64_t width, int64_t threads) {
+    Shape s = channels_last(channels, height, width);
+    vector places = splat(height * width), quarter = splat(0.25f), zero = splat(0);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t i = 0; i < samples; i++) {
+        int64_t first = i * height * s.row, row = i * channels;
+        const float *above = gradient + i * output_values(s, 1), *above_t = gradient_t + i * output_values(s, 1);
+        Norm norm = norm_of_sample(mean, rstd, weight, bias, i, channels);
+        for (int64_t c = 0; c < channels; c += LANES) {
+            int64_t n = at_most(channels - c, LANES);
+            Tangent d = tangent_of(&norm, weight_t, mean_t + row, slope + row, c, n);
+            vector r = d.norm.rstd;
+            vector sum = {0}, by_x = {0}, by_t = {0}, sum_t = {0}, by_x_t = {0}; /* of the gradients after ReLU */
+            for (int64_t y = 0; y + 1 < height; y += 2)
+                for (int64_t column = 0; column + 1 < width; column += 2) {
+                    int64_t from = ((y / 2) * (width / 2) + column / 2) * channels + c;
+                    vector g = load(above + from, n) * quarter, g_t = load(above_t + from, n) * quarter;
+                    for (int j = 0; j < 4; j++) {
+                        int64_t at = first + (y + j / 2) * s.row + (column + j % 2) * s.pitch + c;
+                        vector centred = load(x + at, n) - d.norm.mean;
+                        mask on = centred * d.norm.scale + d.norm.shift > zero;
+                        vector own = choose(on, g, zero), own_t = choose(on, g_t, zero);
+                        sum += own;
+                        by_x += own * centred;
+                        by_t += own * (load(t + at, n) - d.mean_t);
+                        sum_t += own_t;
+                        by_x_t += own_t * centred;
+                    }
+                }
+            by_x *= r; /* with the normalised values and their tangents */
+            by_t = r * (by_t - d.slope * by_x);
+            by_x_t *= r;
+            store(grad_weight_t + row + c, by_x_t + by_t, n);
+            store(grad_bias_t + row + c, sum_t, n);
+            vector mean_g = sum / places, along = by_x / places;
+            vector mean_g_t = (d.weight_t * sum + d.weight * sum_t) / places;
+            vector along_t = (d.weight_t * by_x + d.weight * (by_x_t + by_t)) / places;
+            for (int64_t y = 0; y < height; y++)
+                for (int64_t column = 0; column < width; column++) {
+                    int64_t at = first + y * s.row + column * s.pitch + c;
+                    int64_t from = ((y / 2) * (width / 2) + column / 2) * channels + c;
+                    vector centred = load(x + at, n) - d.norm.mean, g = zero, g_t = zero;
+                    if (y / 2 < height / 2 && column / 2 < width / 2) {
+                        mask on = centred * d.norm.scale + d.norm.shift > zero;
+                        g = choose(on, load(above + from, n) * quarter, zero);
+                        g_t = choose(on, load(above_t + from, n) * quarter, zero);
+                    }
+                    vector normalised = centred * r;
+                    vector normalised_t = r * (load(t + at, n) - d.mean_t - d.slope * normalised);
+                    vector of_x = d.norm.scale * (g - mean_g - normalised * along);
+                    vector of_t = d.weight_t * g + d.weight * g_t - mean_g_t - normalised_t * d.weight * along -
+                                  normalised * along_t;
+                    store(grad_x + at, of_x, n);
+                    store(grad_x_t + at, r * (of_t - d.slope * of_x), n);
+                }
+        }
+    }
+}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import pydantic
 
 from atom_fast._files import write_atomically
-from atom_fast.distillation.methods import METHODS, OF_OTHERS, is_used
+from atom_fast.distillation.methods import METHODS, OF_OTHERS, check_steps, is_used
 from atom_fast.names import (
     CONFIG_FILE,
     STRATEGY,
@@ -254,7 +254,7 @@ class DistillConfig:
         None,
         "mtt, tesla, dd: steps of a network on the synthetic images in an iteration; auto: by data set and ipc",
         unit="steps",
-        source="MTT's author: CIFAR-10 50, 30 and 30 with 1, 10 and 50 images per class; DD 30",
+        source="MTT's author: CIFAR-10 50, 30 and 30 with 1, 10 and 50 images per class; DD 30, at least 3 x ipc",
         **_SIZE,
     )
     student_batch: int | None = _setting(
@@ -280,9 +280,6 @@ class DistillConfig:
     )
     experts: int = _setting(
         100, "mtt, tesla: networks trained on the real images", unit="networks", source="MTT", **_SIZE
-    )
-    expert_epochs: int = _setting(
-        50, "mtt, tesla: passes of these networks over the real images", unit="epochs", source="MTT", **_SIZE
     )
     step_size: float | None = _setting(
         None,
@@ -482,6 +479,7 @@ class DistillConfig:
 
         check_method(self)
         resolved = self.for_data(image_shape, dataset)._derive(precision="tf32" if has_tf32(device) else "float32")
+        check_steps(resolved)
         check_precision(resolved.precision, device)
         check_precision(resolved.precision_of_real, device)
         check_whitening(resolved.preprocessing, image_shape)

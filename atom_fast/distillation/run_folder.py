@@ -28,7 +28,7 @@ from atom_fast.distillation.config import DistillConfig, affects_result, drop_re
 from atom_fast.distillation.logs import RunLog, append_environment, environment, log, peak_memory, versions
 from atom_fast.distillation.matching import FUSED, joint_refusal
 from atom_fast.distillation.memory import describe_memory
-from atom_fast.distillation.methods import make_run
+from atom_fast.distillation.methods import is_used, make_run
 from atom_fast.distillation.pool import Pool, easiest
 from atom_fast.distillation.run import DivergenceError, Run
 from atom_fast.distillation.start import given_images, initial_images
@@ -170,7 +170,8 @@ class RunFolder:
         """Log once what a user may not expect of the run."""
         if not ranks.is_first():
             return
-        if small := describe_small_classes(run.data, run.config.real_batch):
+        draws = is_used(run.config.method, "real_batch")
+        if draws and (small := describe_small_classes(run.data, run.config.real_batch)):
             log(f"{small}: each step draws some of their images more than once (real_batch {run.config.real_batch})")
         if run.data.host_images is not None:
             size, place = readable(run.data.host_images.nbytes), host_memory(run.images.device)

@@ -38,7 +38,7 @@ from atom_fast.networks.layers import memory_format
 from atom_fast.pictures import method_name
 from atom_fast.synthetic import SyntheticSet
 from atom_fast.training.ensemble import train_networks
-from atom_fast.training.protocols import Protocol, check_count, default_protocol, get_protocol
+from atom_fast.training.protocols import Protocol, check_count, default_protocol, get_protocol, own_steps
 from atom_fast.training.trainer import (
     Trainer,
     accuracy,
@@ -84,7 +84,7 @@ def evaluate(
         architecture: settings of :class:`~atom_fast.networks.ConvNet` other than the image's; None is
             `architecture_of` the set. The depth, where it is not given, is the usual one for the image size.
         networks: number of networks.
-        protocol: how to train, or its name in ``PROTOCOLS``; None is ``default_protocol(data.name)``.
+        protocol: how to train, or its name in ``PROTOCOLS``; None is `protocol_of` the set.
         seed: of the networks.
         precision: "float32" (on a GPU convolutions may use TF32), or "bfloat16" to train under autocast; networks are
             always tested in float32.
@@ -106,8 +106,10 @@ def evaluate(
         check_bfloat16(device)
     own_sets, shared = (synthetic, synthetic(0)) if callable(synthetic) else (None, synthetic)
     data = _own_data(shared) if data is None and isinstance(shared, SyntheticSet) else data
-    if isinstance(data, ImageData) and (protocol is None or isinstance(protocol, str)):
-        protocol = get_protocol(default_protocol(data.name) if protocol is None else protocol)
+    if protocol is None and isinstance(data, ImageData) and isinstance(shared, SyntheticSet):
+        protocol = protocol_of(shared, data.name)
+    elif isinstance(protocol, str):
+        protocol = get_protocol(protocol)
     _check_kinds(shared, data, protocol)
     assert isinstance(data, ImageData) and isinstance(protocol, Protocol)  # for the type checker
     _check_fit(shared, data)
@@ -209,6 +211,30 @@ def architecture_of(synthetic: SyntheticSet, dataset: str) -> dict[str, Any]:
     per_class = max(1, len(synthetic.sheets) // len(synthetic.class_names))  # the mean, where classes differ in size
     _, channels, height, width = synthetic.sheets.shape
     return preset("paper", ipc=per_class, **recorded).for_data((channels, height, width), dataset).convnet_settings()
+
+
+def protocol_of(synthetic: SyntheticSet, dataset: str, **overrides) -> Protocol:
+    """Return how networks are trained on a set by default: the data set's protocol, with what the set has learnt.
+
+    A set of MTT or TESLA is trained at the learning rate that was learnt with it, one of DD by its own steps.
+
+    Args:
+        synthetic: the set.
+        dataset: name of the data it is tested on, as in ``ImageData.name``.
+        **overrides: settings of the protocol, see `get_protocol`; for a set's own steps there is none.
+
+    Raises:
+        ValueError: an unknown setting, or a value that is not accepted.
+    """
+    learnt = synthetic.metadata.get("learnt", {})
+    if "step_sizes" in learnt:
+        if overrides:
+            raise ValueError(
+                f"a set that is trained by its own steps has no {first_few(list(overrides))}: give a protocol"
+            )
+        return own_steps(learnt["step_sizes"], len(synthetic.class_names))
+    own = {"learning_rate": learnt["step_size"]} if "step_size" in learnt else {}
+    return get_protocol(default_protocol(dataset), **{**own, **overrides})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,8 @@ computes runs `atom_fast.reference.instance_norm`.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -15,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from .. import reference
 from . import native, norm_block
 from .dispatch import dispatch, register
-from .launching import KERNELS, accumulation_dtype, device_of, int32_indexable, is_traced
+from .launching import KERNELS, accumulation_dtype, contiguous, device_of, int32_indexable, is_traced
 from .operators import differentiate, fake, operator
 
 
@@ -239,6 +241,76 @@ def _backward_c(gradient, x, weight, bias, mean, rstd, relu, pool, grad_x, grad_
     gradient = gradient.contiguous(memory_format=torch.channels_last)
     arguments = gradient, x, weight.contiguous(), bias.contiguous(), mean, rstd, grad_x, grad_weight, grad_bias
     native.run("instance_norm_backward", len(x), *arguments, *x.shape, relu, pool)
+
+
+class TangentStatistics(NamedTuple):
+    """Statistics of each plane [B, C]: mean, 1 / standard deviation; mean of the tangent, and its mean product with the
+    normalised plane."""
+
+    mean: Tensor
+    rstd: Tensor
+    mean_tangent: Tensor
+    slope: Tensor
+
+
+def instance_norm_tangent(
+    x: Tensor,
+    tangent: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    weight_tangent: Tensor,
+    bias_tangent: Tensor,
+    eps: float,
+) -> tuple[Tensor, TangentStatistics]:
+    """Apply InstanceNorm, ReLU and 2x2 average pooling, and take their derivative along a direction, in C.
+
+    Args:
+        x, tangent: float32 [B, C, H, W] in channels_last on a CPU: planes and their tangents.
+        weight, bias, weight_tangent, bias_tangent: [C] scale and shift, and their tangents.
+        eps: added to the variance.
+
+    Returns:
+        [2B, C, H // 2, W // 2], results and then their tangents; and what `instance_norm_tangent_backward` needs.
+    """
+    count, channels, height, width = x.shape
+    pooled = torch.empty((2 * count, channels, height // 2, width // 2), memory_format=torch.channels_last)
+    statistics = TangentStatistics(*torch.empty((4, count, channels)))
+    affine = weight, bias, weight_tangent, bias_tangent
+    native.run(
+        "instance_norm_tangent_forward", count, x, tangent, *map(contiguous, affine), pooled[:count], pooled[count:],
+        *statistics, *x.shape, eps,
+    )  # fmt: skip
+    return pooled, statistics
+
+
+def instance_norm_tangent_backward(
+    gradient: Tensor,
+    x: Tensor,
+    tangent: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    weight_tangent: Tensor,
+    statistics: TangentStatistics,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients that belong to `instance_norm_tangent`, and their derivatives along the direction.
+
+    Args:
+        gradient: [2B, C, H // 2, W // 2] in channels_last: tangents of the results' gradients, then the gradients.
+        x, tangent, weight, bias, weight_tangent, statistics: as given and returned there.
+
+    Returns:
+        [2B, C, H, W], tangents of the planes' gradients, then the gradients; and the tangents of the gradients of scale
+        and shift [C].
+    """
+    count, channels, height, width = x.shape
+    of_x = torch.empty((2 * count, channels, height, width), memory_format=torch.channels_last)
+    of_affine = torch.empty((2, count, channels))
+    native.run(
+        "instance_norm_tangent_backward", count, gradient[count:], gradient[:count], x, tangent,
+        *map(contiguous, (weight, bias, weight_tangent)), *statistics, of_x[count:], of_x[:count], *of_affine, *x.shape,
+    )  # fmt: skip
+    weight_part, bias_part = of_affine.sum(1)
+    return of_x, weight_part, bias_part
 
 
 # Triton: see kernels/instance_norm.py.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from atom_fast.names import STRATEGY, split_strategy, suggestion
 
@@ -26,7 +27,7 @@ def _is_number(value: object) -> bool:
 
 
 # Settings of Protocol that the first records of evaluations do not have.
-_YOUNGER = ("decay_at", "cutmix", "restart_momentum")
+_YOUNGER = ("decay_at", "cutmix", "restart_momentum", "step_sizes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Protocol:
         cutmix: probability of :mod:`CutMix <atom_fast.training.cutmix>` in a mini-batch, after the augmentation.
         restart_momentum: start SGD's momentum again at 0 whenever the learning rate decays, as in code that then makes
             a new optimizer.
+        step_sizes: learning rate of each epoch of a set that was made for these steps (DD). An epoch is then a single
+            step on one image of each class, in turn: ``batch_size`` is the number of classes.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Protocol:
     decay_at: tuple[float, ...] = (0.5,)
     cutmix: float = 0.0
     restart_momentum: bool = False
+    step_sizes: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "decay_every"):
@@ -88,6 +92,10 @@ class Protocol:
             _is_number(share) and 0 < share < 1 for share in self.decay_at
         ):
             raise ValueError(f"decay_at must be a tuple of numbers between 0 and 1; got {self.decay_at!r}")
+        if not isinstance(self.step_sizes, tuple) or not all(_is_number(rate) and rate > 0 for rate in self.step_sizes):
+            raise ValueError(f"step_sizes must be a tuple of numbers above 0; got {self.step_sizes!r}")
+        if self.step_sizes and len(self.step_sizes) != self.epochs:
+            raise ValueError(f"epochs must be the number of step_sizes ({len(self.step_sizes)}); got {self.epochs}")
         if not _is_number(self.cutmix) or not 0 <= self.cutmix <= 1:
             raise ValueError(f"cutmix must be a number in [0, 1]; got {self.cutmix!r}")
 
@@ -105,6 +113,8 @@ class Protocol:
 
     def learning_rate_at(self, epoch: int) -> float:
         """Return the learning rate of ``epoch``, counted from 0."""
+        if self.step_sizes:
+            return self.step_sizes[epoch]
         if self.decay_every is None:
             decays = sum(epoch / self.epochs >= share for share in self.decay_at)
         else:
@@ -191,6 +201,24 @@ def get_protocol(name: str, **overrides) -> Protocol:
         return preset
     changes = ", ".join(f"{setting}={value}" for setting, value in changed.items())
     return dataclasses.replace(preset, name=f"{name} ({changes})", **changed)
+
+
+def own_steps(step_sizes: Sequence[float], classes: int) -> Protocol:
+    """Return the protocol of a set that was made for the steps of its own training (DD).
+
+    Args:
+        step_sizes: learning rate of each step.
+        classes: their number, the images of a step.
+
+    Raises:
+        ValueError: a rate is not a number above 0.
+    """
+    rates = tuple(step_sizes)
+    return Protocol(
+        name=f"its own {len(rates)} steps", epochs=len(rates), batch_size=classes, learning_rate=rates[0], momentum=0.0,
+        weight_decay=0.0, decay_factor=1.0, decay_every=None, augmentation="none", unit_variance=False,
+        step_sizes=rates,
+    )  # fmt: skip
 
 
 def default_protocol(dataset: str) -> str:

@@ -111,9 +111,10 @@ class Trainer:
                 state["momentum_buffer"].zero_()
 
     def begin_epoch(self, epoch: int) -> Tensor:
-        """Set the learning rate of an epoch, counted from 0, and return its random order, int64 [N]; no host sync.
+        """Set the learning rate of an epoch, counted from 0, and return its order, int64 [N]; no host sync.
 
-        Epochs come in order: a protocol may reset the momentum at a decay.
+        The order is random except for a set's own steps. Epochs come in order: a protocol may reset the momentum at a
+        decay.
         """
         if not self.network.training:  # after a test; train() visits every module, as slow as some steps on a GPU
             self.network.train()
@@ -122,6 +123,9 @@ class Trainer:
         self._learning_rate.fill_(rate)
         if self.protocol.restart_momentum and epoch > 0 and rate != self.protocol.learning_rate_at(epoch - 1):
             self._reset_momentum()
+        if self.protocol.step_sizes:  # one image of each class, in turn
+            ipc = len(self.images) // self.protocol.batch_size
+            return torch.arange(epoch % ipc, len(self.images), ipc, device=self.images.device)
         return torch.randperm(len(self.images), generator=self.generator, device=self.images.device)
 
     def train_epoch(self, epoch: int) -> None:

@@ -1,7 +1,7 @@
 """The methods of the paper's tables: how they make sets, and the steps that are timed for Table 3.
 
-A timed method has a file in this folder with its published step in plain PyTorch. DM, DAM, ATOM† and ATOM also have
-this project's step (``fused.py``) and an optimised one in plain PyTorch (``batched.py``).
+A timed method has a file in this folder with its published step in plain PyTorch. All have this project's step
+too, and DM, DAM, ATOM† and ATOM an optimised one in plain PyTorch (``batched.py``).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ METHODS = {
     "dm": Method("DM", "dm", {"norm": "auto"}, module="dm", implementations=ALL_IMPLEMENTATIONS, real_batch=256),
     "cafe": Method("CAFE", "paper", {"method": "cafe"}),
     "cafe-dsa": Method("CAFE+DSA", "paper", {"method": "cafe-dsa"}),
-    "mtt": Method("MTT", "paper", {"method": "mtt"}, module="mtt", implementations=("eager",)),
+    "mtt": Method("MTT", "paper", {"method": "mtt"}, module="mtt", implementations=BI_LEVEL),
     "tesla": Method("TESLA", "paper", {"method": "tesla"}),
     "frepo": Method("FRePo", "paper", {"method": "frepo"}),
     "dam": Method(

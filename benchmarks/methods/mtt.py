@@ -6,10 +6,13 @@ the learned step size. Settings: 3 expert epochs, start epoch at most 25, image 
 learning rate 1e-5, DSA on. The expert is synthetic: a random network and 28 random updates of it, kept on
 the host like the experts of the public code. Training real experts, 100 x 50 epochs, is not part of the step, here as
 in the paper's table. The step uses no real images.
+
+``fused`` is this project's step with the same expert: the same gradient, of which it keeps one step's graph at a time.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -18,15 +21,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from . import published
+from atom_fast.distillation.config import preset
+from atom_fast.distillation.methods.trajectories import Learner
+
+from . import fused, published
 from .workload import Workload
 
 STUDENT_STEPS, EXPERT_EPOCHS, LAST_START = 20, 3, 25
 IMAGE_RATE, STEP_SIZE, STEP_SIZE_RATE = 1000.0, 0.01, 1e-5
 
 
-def build(workload: Workload) -> Callable[[], Tensor]:
+def build(workload: Workload) -> Callable[[], object]:
     """Return a function that runs one step and returns its loss."""
+    return _build_fused(workload) if workload.implementation == "fused" else _build_published(workload)
+
+
+def _build_published(workload: Workload) -> Callable[[], Tensor]:
     random = np.random.RandomState(workload.seed)
     network = published.fresh_network(workload)
     expert = synthesised_expert(network, workload.seed)
@@ -49,6 +59,30 @@ def build(workload: Workload) -> Callable[[], Tensor]:
         optimizer.step()
         step_size_optimizer.step()
         return loss.detach()
+
+    return step
+
+
+def _build_fused(workload: Workload) -> Callable[[], Callable[[], float]]:
+    data = fused.image_data(workload)
+    config = preset(
+        method="mtt", ipc=workload.ipc, width=workload.width, depth=workload.depth, preprocessing="standard",
+        precision=workload.precision, seed=workload.seed, student_steps=STUDENT_STEPS, image_lr=IMAGE_RATE,
+        step_size=STEP_SIZE, step_size_lr=STEP_SIZE_RATE,
+    ).resolve(data.image_shape, data.name, data.train_images.device)  # fmt: skip
+    expert = synthesised_expert(published.fresh_network(workload), workload.seed)
+
+    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        epoch = int(torch.randint(LAST_START + 1, (), generator=generator))
+        return expert[epoch], expert[epoch + EXPERT_EPOCHS]
+
+    images = published.normalize(data.train_images[: workload.classes * workload.ipc])
+    run = Learner(config, data, fused.standardization(data), images, progress=False, draw_expert=draw)
+    iterations = itertools.count(1)
+
+    def step() -> Callable[[], float]:
+        run.step(next(iterations))
+        return lambda: run.read_terms().loss
 
     return step
 

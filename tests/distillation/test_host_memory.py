@@ -12,7 +12,7 @@ import torch
 
 from atom_fast.data import placement
 from atom_fast.data.whitening import fit_preprocessing
-from atom_fast.distillation import pool as pools
+from atom_fast.distillation import network_cache
 from atom_fast.distillation.config import preset
 from atom_fast.distillation.loop import distill
 from atom_fast.evaluation.coresets import watch_training
@@ -74,7 +74,9 @@ def test_a_pool_trained_from_host_memory_has_the_same_bits(preprocessing, data, 
     pool = {"pool_networks": 2, "pool_epochs": 1, "easy_fraction": 0.5, "calibration_weight": 0.1}
     # Two caches, so that the pool is also trained from host memory.
     names = {math.inf: "cache of device", data.train_images.nbytes / 2: "cache of host"}
-    monkeypatch.setattr(pools, "cache_folder", lambda: tmp_path / names[placement.device_memory(torch.device("cpu"))])
+    monkeypatch.setattr(
+        network_cache, "cache_folder", lambda: tmp_path / names[placement.device_memory(torch.device("cpu"))]
+    )
     check_same_bits(data, "cpu", monkeypatch, tmp_path, capsys, "paper", preprocessing=preprocessing, **pool)
     assert kept == [1], "the pool of images in host memory has no float32 copy of them all"
 
@@ -102,14 +104,14 @@ def test_a_network_that_is_watched_gives_the_same_features_without_a_float32_cop
 def test_a_gpu_distils_the_same_bits_from_pinned_memory(name, settings, device, monkeypatch, tmp_path, capsys):
     data = make_data(per_class=40)
     if "pool_networks" in settings:  # train it once: its bits are not promised on a GPU
-        monkeypatch.setattr(pools, "cache_folder", lambda: tmp_path / "cache")
+        monkeypatch.setattr(network_cache, "cache_folder", lambda: tmp_path / "cache")
     check_same_bits(data, device, monkeypatch, tmp_path, capsys, name, **settings)
 
 
 @pytest.mark.gpu
 def test_a_pool_is_trained_from_pinned_memory(device, monkeypatch, tmp_path):
     data = make_data(per_class=40)
-    monkeypatch.setattr(pools, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(network_cache, "cache_folder", lambda: tmp_path / "cache")
     with little_memory(data, monkeypatch):
         config = preset("paper", **SMALL, pool_networks=2, pool_epochs=2)
         assert distill(data, config, tmp_path / "run", progress=False, device=device).images.isfinite().all()

@@ -9,6 +9,7 @@ import torch
 
 from atom_fast.data.sampling import sample_class_indices
 from atom_fast.data.whitening import fit_preprocessing
+from atom_fast.distillation import network_cache
 from atom_fast.distillation import pool as pools
 from atom_fast.distillation.config import preset
 from atom_fast.distillation.loop import distill
@@ -22,7 +23,7 @@ SETTINGS = {"ipc": 2, "real_batch": 4, "width": 8, "depth": 2, "pool_networks": 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(pools, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(network_cache, "cache_folder", lambda: tmp_path / "cache")
     return tmp_path / "cache" / "pools"
 
 
@@ -35,11 +36,11 @@ def make_pool(data=None, **settings):
 
 
 def forbid_training(monkeypatch):
-    def refuse(jobs, *rest):
+    def refuse(jobs, *rest, **options):
         assert not jobs, f"networks {jobs} were trained"
         return iter(())
 
-    monkeypatch.setattr(pools, "_train", refuse)
+    monkeypatch.setattr(network_cache, "train", refuse)
 
 
 def test_networks_are_trained_as_the_recipe_says_and_scores_are_their_errors():
@@ -123,13 +124,13 @@ def test_a_network_of_another_pool_is_not_used(cache, capsys):
 
 
 def test_two_that_need_a_pool_at_once_share_one(monkeypatch):
-    trained, train, both = [], pools._train, threading.Barrier(2)
+    trained, train, both = [], network_cache.train, threading.Barrier(2)
 
-    def counted(jobs, *rest):
+    def counted(jobs, *rest, **options):
         trained.extend(jobs)
-        yield from train(jobs, *rest)
+        yield from train(jobs, *rest, **options)
 
-    monkeypatch.setattr(pools, "_train", counted)
+    monkeypatch.setattr(network_cache, "train", counted)
     found = []
 
     def need():
@@ -146,19 +147,19 @@ def test_two_that_need_a_pool_at_once_share_one(monkeypatch):
 
 
 def test_a_kill_in_training_costs_only_the_network_in_training(cache, monkeypatch, capsys):
-    train = pools._train
+    train = network_cache.train
 
-    def killed(jobs, *rest):
-        for number, result in enumerate(train(jobs, *rest)):
+    def killed(jobs, *rest, **options):
+        for number, result in enumerate(train(jobs, *rest, **options)):
             if number == 1:
                 raise KeyboardInterrupt
             yield result
 
-    monkeypatch.setattr(pools, "_train", killed)
+    monkeypatch.setattr(network_cache, "train", killed)
     with pytest.raises(KeyboardInterrupt):
         make_pool()
     assert len(list(cache.glob("*/*.safetensors"))) == 1
-    monkeypatch.setattr(pools, "_train", train)
+    monkeypatch.setattr(network_cache, "train", train)
     capsys.readouterr()
     make_pool()
     assert "training 1 networks" in capsys.readouterr().err
@@ -241,7 +242,7 @@ def test_a_run_is_not_resumed_with_another_pool(tmp_path, monkeypatch):
     distill(data, dataclasses.replace(config, iterations=2), tmp_path / "run", progress=False, device="cpu")
     before = {path.name: path.read_bytes() for path in tmp_path.glob("run/checkpoints/*")}
     monkeypatch.setattr(pools, "_SEED", 1)
-    monkeypatch.setattr(pools, "cache_folder", lambda: tmp_path / "other")
+    monkeypatch.setattr(network_cache, "cache_folder", lambda: tmp_path / "other")
     with pytest.raises(ValueError, match="began with other trained networks"):
         distill(data, config, tmp_path / "run", resume=True, progress=False, device="cpu")
     assert before == {path.name: path.read_bytes() for path in tmp_path.glob("run/checkpoints/*")}

@@ -15,7 +15,7 @@ import torch
 
 from atom_fast.data.sources import load_data
 from atom_fast.data.whitening import fit_preprocessing
-from atom_fast.distillation import pool, ranks, run_folder
+from atom_fast.distillation import network_cache, ranks, run_folder
 from atom_fast.distillation.checkpoint import latest_checkpoint
 from atom_fast.distillation.config import preset
 from atom_fast.distillation.loop import distill
@@ -108,7 +108,9 @@ def distil_all(folder):
     """
     data, size = make_data(classes=10), ranks.count()
     options = {"progress": False, "device": "cpu"}
-    pool.cache_folder = lambda: folder / f"cache of {size}"  # each number of processes trains the networks anew
+    network_cache.cache_folder = lambda: (
+        folder / f"cache of {size}"
+    )  # each number of processes trains the networks anew
     images = {
         name: distill(data, small(**settings), folder / f"{size} {name}", **options).images
         for name, settings in CONFIGURATIONS.items()

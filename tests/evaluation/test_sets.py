@@ -5,8 +5,9 @@ import torch
 
 from atom_fast.data.partition import make_sheets
 from atom_fast.data.whitening import Preprocessing, fit_preprocessing
-from atom_fast.distillation import pool as pools
+from atom_fast.distillation import network_cache
 from atom_fast.distillation.config import preset
+from atom_fast.distillation.pool import trained_pool
 from atom_fast.evaluation import herding_selection, random_selection
 from atom_fast.evaluation.accuracy import evaluate
 from atom_fast.evaluation.sets import random_sets, read_set, select
@@ -26,7 +27,7 @@ def data(device):
 def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
-        patch.setattr(pools, "cache_folder", lambda: folder)
+        patch.setattr(network_cache, "cache_folder", lambda: folder)
         yield
 
 
@@ -59,7 +60,7 @@ def test_a_partition_puts_shrunk_real_images_of_a_class_on_each_sheet(method, da
 def test_easy_images_are_random_ones_of_the_easiest_half(data, capsys):
     config = preset("best", pool_epochs=1).for_data(data.image_shape, data.name)
     space = fit_preprocessing(data.train_images, "standard", progress=False)
-    scores = pools.trained_pool(data, space, config, progress=False).scores
+    scores = trained_pool(data, space, config, progress=False).scores
     capsys.readouterr()
     seen = set()
     for seed in range(8):

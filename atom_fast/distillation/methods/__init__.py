@@ -101,7 +101,7 @@ class Method:
 
 _PUBLIC = {"preprocessing": "standard", "norm": "instance", "network_init": "default"}
 _GRADIENTS = ("image_lr", "momentum", "image_init", "real_batch", "rounds", "network_epochs")
-_TRAJECTORY = ("image_lr", "momentum", "image_init", "augmentation", "experts", "expert_epochs", *_TRAJECTORY_SETTINGS)
+_TRAJECTORY = ("image_lr", "momentum", "image_init", "augmentation", "experts", *_TRAJECTORY_SETTINGS)
 _FEATURES = ("image_lr", "momentum", "image_init", "real_batch")
 
 # Names differ from modules where one file serves several methods.
@@ -134,7 +134,9 @@ METHODS: dict[str, Method] = {
     "dd": Method(
         "DD", "dd", ("image_lr", "image_init", "student_steps", "step_size", "step_size_lr", "real_batch"),
         {**_PUBLIC, "iterations": 20_000, "real_batch": 102, "image_init": "noise", "augmentation": "none"},
-        lambda ipc, dataset: {"image_lr": 0.01, "student_steps": 30, "step_size": 0.001, "step_size_lr": 0.01},
+        lambda ipc, dataset: {
+            "image_lr": 0.01, "student_steps": max(30, 3 * ipc), "step_size": 0.001, "step_size_lr": 0.01,
+        },
     ),
     "ld": Method(
         "LD", "labels", ("label_lr", "real_batch"),
@@ -162,7 +164,7 @@ METHODS: dict[str, Method] = {
 # Settings that only methods of this folder use.
 OF_OTHERS = frozenset((
     "rounds", "network_epochs", "student_steps", "student_batch", "target_epochs", "last_start", "step_size",
-    "step_size_lr", "experts", "expert_epochs", "label_lr",
+    "step_size_lr", "experts", "label_lr",
 ))  # fmt: skip
 
 
@@ -171,6 +173,19 @@ def is_used(method: str, setting: str) -> bool:
     if method == "matching":
         return setting not in OF_OTHERS
     return setting in COMMON or setting in METHODS[method].uses
+
+
+def check_steps(config: DistillConfig) -> None:
+    """Check resolved settings against one another.
+
+    Raises:
+        ValueError: DD has fewer steps than images per class, so that some images would never be used.
+    """
+    if config.method == "dd" and config.student_steps is not None and config.student_steps < config.ipc:
+        raise ValueError(
+            f"student_steps must be at least ipc ({config.ipc}), as dd uses one image per class in a step; got "
+            f"{config.student_steps}"
+        )
 
 
 def make_run(

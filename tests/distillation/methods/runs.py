@@ -9,10 +9,15 @@ from atom_fast.data.sources import load_data
 from atom_fast.data.whitening import fit_preprocessing
 from atom_fast.distillation.config import preset
 from atom_fast.distillation.loop import distill
-from atom_fast.distillation.methods import make_run
+from atom_fast.distillation.methods import is_used, make_run
 from atom_fast.distillation.start import initial_images
 
 TINY = {"ipc": 1, "width": 8, "depth": 2, "real_batch": 8}
+
+
+def tiny(method):
+    """Return those of the small settings that a method uses."""
+    return {name: value for name, value in TINY.items() if is_used(method, name)}
 
 
 def digits():
@@ -22,7 +27,7 @@ def digits():
 
 def run_of(method, data, **settings):
     """Return a run of a method with small settings on a CPU."""
-    config = preset(method=method, **{**TINY, **settings})
+    config = preset(method=method, **{**tiny(method), **settings})
     config = config.resolve(data.image_shape, data.name, torch.device("cpu"))
     preprocessing = fit_preprocessing(data.train_images, config.preprocessing, progress=False)
     images = initial_images(config, data, preprocessing)
@@ -41,7 +46,7 @@ def losses(run, steps):
 
 def assert_resumes(method, folder, data, **settings):
     """Check that 2 iterations and then 2 more give the bits of 4; return the set."""
-    config = preset(method=method, iterations=4, **{**TINY, "log_every": 1, "checkpoint_every": 2, **settings})
+    config = preset(method=method, iterations=4, **{**tiny(method), "log_every": 1, "checkpoint_every": 2, **settings})
     options = {"progress": False, "device": "cpu"}
     whole = distill(data, config, folder / "whole", **options)
     distill(data, dataclasses.replace(config, iterations=2), folder / "parts", **options)
