@@ -86,17 +86,15 @@ _accuracy_options = _options(
     click.option("--seeds", type=click.IntRange(max=1000), help="distilled sets per cell  [default: 5, 3 for digits]"),
     click.option("--networks", type=int, help="networks trained on each set  [default: 20 networks, 2 for digits]"),
     click.option("--iterations", type=int, help="steps of every distillation  [default: the method's, 200 for digits]"),
-    click.option(
-        "--iterations-of",
-        "iterations_of",
-        multiple=True,
-        metavar="METHOD=N",
-        help="steps of a method other than ATOM and its relatives  [default: the published number, fewer for digits]",
-    ),
     click.option("--width", type=int, help="channels of the ConvNets  [default: 128 channels, 32 for digits]"),
     click.option("--real-batch", type=int, help="real images per class per step  [default: the method's]"),
     click.option(
-        "--set", "given", multiple=True, metavar="NAME=VALUE", help="a setting of distill  [default: the method's]"
+        "--set",
+        "given",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="a setting of distill; METHOD.NAME=VALUE for one method with a loss of its own, as in "
+        "dsa.iterations=100  [default: the method's]",
     ),
     click.option(
         "--protocol",
@@ -125,7 +123,7 @@ def _add_target(name: str, target: Target) -> None:
     @_accuracy_options
     @in_group
     def command(
-        cells, given, iterations, iterations_of, width, real_batch, only, listed, data_dir, download, out, device,
+        cells, given, iterations, width, real_batch, only, listed, data_dir, download, out, device,
         quiet, methods=None, factors=None, **size,
     ):  # fmt: skip
         from atom_fast._malloc import keep_freed_memory
@@ -136,9 +134,9 @@ def _add_target(name: str, target: Target) -> None:
 
         keep_freed_memory()
         named = {"iterations": iterations, "width": width, "real_batch": real_batch}
-        settings = {name: value for name, value in named.items() if value is not None} | parse_settings(given)
-        shortened = parse_iterations(iterations_of)
-        plan = accuracy.plan(name, cells, methods, factors, settings=settings, iterations=shortened, **size)
+        common, of_methods = split_settings(given)
+        settings = {name: value for name, value in named.items() if value is not None} | common
+        plan = accuracy.plan(name, cells, methods, factors, settings=settings, of_methods=of_methods, **size)
         if listed:
             if is_first():
                 click.echo("\n".join(list_units(plan, out, only)))
@@ -166,17 +164,20 @@ def _add_target(name: str, target: Target) -> None:
     main.command(name, short_help=target.title)(command)
 
 
-def parse_iterations(given: tuple[str, ...]) -> dict[str, int]:
-    """Return ``METHOD=N`` pairs as numbers by method.
+def split_settings(given: tuple[str, ...]) -> tuple[dict[str, object], dict[str, dict[str, object]]]:
+    """Return the settings of all methods, and by method those given as ``METHOD.NAME=VALUE``.
 
     Raises:
-        ValueError: a pair does not have that form.
+        ValueError: as `parse_settings`.
     """
-    pairs = [pair.partition("=") for pair in given]
-    for pair, (_, _, number) in zip(given, pairs, strict=True):
-        if not number.isdecimal():
-            raise ValueError(f"--iterations-of takes METHOD=N, such as dsa=100; got {pair!r}")
-    return {method.strip(): int(number) for method, _, number in pairs}
+    common, of_methods = [], {}
+    for pair in given:
+        method, dot, rest = pair.partition("=")[0].partition(".")
+        if dot:
+            of_methods.setdefault(method.strip(), []).append(rest + pair[len(method) + 1 + len(rest) :])
+        else:
+            common.append(pair)
+    return parse_settings(tuple(common)), {name: parse_settings(tuple(own)) for name, own in of_methods.items()}
 
 
 def parse_settings(given: tuple[str, ...]) -> dict[str, object]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from atom_fast.distillation.config import default_norm
 from benchmarks import markdown
 from benchmarks.accuracy.record import FORMAT
-from benchmarks.accuracy.size import ITERATIONS_NAME
+from benchmarks.accuracy.size import OF_METHOD
 
 NOTHING = "–"
 # Names in "reduced" that are written as a number of something; others are written as a setting.
@@ -231,8 +231,8 @@ def _reduction(name: str, value: object, usual: object, dm: object = None) -> st
     """Return a difference from the paper, such as "5 networks per set (paper: 20)"."""
     if name == "evaluation protocol":
         return f"evaluation schedule {value}"
-    if name.startswith(ITERATIONS_NAME):
-        return f"{value:,} {name} (published: {usual:,})"
+    if OF_METHOD in name:
+        return f"{name.replace('_', ' ')} {value:,} ({'by size' if usual is None else f'published: {usual:,}'})"
     if name in _COUNTED:
         named = _SINGULAR.get(name, _COUNTED[name]) if value == 1 else _COUNTED[name]
         also = "" if dm is None else f"; DM {dm:,}"

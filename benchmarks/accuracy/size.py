@@ -9,12 +9,12 @@ from atom_fast.distillation.config import affects_result, preset
 from atom_fast.distillation.methods import is_used
 from atom_fast.names import WATCHED_EPOCHS
 from atom_fast.training.protocols import Protocol, default_protocol, get_protocol
-from benchmarks.methods import get_method, published_iterations
+from benchmarks.methods import configuration, get_method
 from benchmarks.paper import NETWORKS, SETS
 
 _OF_DM = ("iterations", "real_batch")  # settings for which DM has its own values
 _OF_THE_CELL = {"seed": "--seeds", "ipc": "--cells"}  # settings that the cell defines, and the option that chooses them
-ITERATIONS_NAME = "iterations of"
+OF_METHOD = " of "  # between a setting and the method that it is of
 SETS_NAME, NETWORKS_NAME = "sets per cell", "networks per set"
 
 # Digits stand in for the paper's data where there is neither a GPU nor a download: small enough for minutes on a CPU.
@@ -25,11 +25,11 @@ _DIGITS = {
     "width": 32,
     "augmentation": "color_crop_cutout_scale_rotate",
 }
-# Minutes at 10 images per class.
-_DIGITS_ITERATIONS = {
-    "dc": 20, "dsa": 20, "dcc": 20, "dsac": 20, "cafe": 40, "cafe-dsa": 40, "dd": 300, "ld": 600, "mtt": 200,
-    "tesla": 200, "frepo": 1000,
-}  # fmt: skip
+# What methods of another loss change for digits: fewer steps, which take minutes at 10 images per class, and smaller
+# learning rates of the images, whose gradient is larger where an image has fewer pixels.
+_OF_METHODS = {
+    "dc": {"iterations": 20},
+}
 _DIGITS_SIZES = {"digits": (3, 2), "digits32": (1, 1)}  # sets and networks
 _DIGITS32 = {**_DIGITS, "iterations": 100, "real_batch": 32}
 _DIGITS32_EPOCHS = 100
@@ -46,7 +46,7 @@ class RunSize:
         protocol: key of ``PROTOCOLS``: how the networks are trained.
         epochs: epochs of that protocol; other protocols change in proportion. None leaves them unchanged.
         selection_epochs: training epochs of the network that herding, k-center and forgetting use.
-        iterations: by method, steps that replace its published ones, for methods other than ATOM and its relatives.
+        of_methods: by method, settings that replace its published ones, for methods other than ATOM and its relatives.
     """
 
     seeds: int = SETS
@@ -55,7 +55,7 @@ class RunSize:
     protocol: str = "paper"
     epochs: int | None = None
     selection_epochs: int = WATCHED_EPOCHS
-    iterations: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    of_methods: Mapping[str, Mapping[str, object]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("seeds", "networks", "epochs", "selection_epochs"):
@@ -66,11 +66,10 @@ class RunSize:
             if name in self.settings:
                 raise ValueError(f"{name} is chosen by the cell; give {option} instead of --set {name}=")
         preset("paper", **self.settings)  # refuses unknown settings and values
-        for method, steps in self.iterations.items():
+        for method, own in self.of_methods.items():
             if get_method(method).loss == "matching":
-                raise ValueError(f"the iterations of {method} are those of the table; give --iterations {steps}")
-            if steps < 1:
-                raise ValueError(f"iterations of {method} must be at least 1; got {steps}")
+                raise ValueError(f"{method} has the settings of the table; got {', '.join(own)} of its own")
+            preset(method=get_method(method).loss, **own)
 
     def settings_of(self, method: str) -> dict[str, object]:
         """Return the settings that a method uses; methods of another loss have iterations and a norm of their own."""
@@ -78,7 +77,7 @@ class RunSize:
         own = {name: value for name, value in self.settings.items() if is_used(loss, name)}
         if loss != "matching":
             own = {name: value for name, value in own.items() if name not in ("iterations", "norm")}
-        return own | ({"iterations": self.iterations[method]} if method in self.iterations else {})
+        return own | dict(self.of_methods.get(method, {}))
 
     def training(self, protocol: str | None = None) -> Protocol:
         """Return the named protocol, by default this size's, with its epochs scaled."""
@@ -98,7 +97,7 @@ class RunSize:
             Dicts with ``name``, ``value``, ``usual`` (the paper's; None if it follows from the data) and, for settings
             of which DM has its own value, ``dm``.
         """
-        found = [*self._settings_changed(), *self._shortened()]
+        found = [*self._settings_changed(), *self._changed_of_methods()]
         return [*self._fewer(), *found, *self._evaluation_changed()] if evaluated else found
 
     def _fewer(self) -> list[dict]:
@@ -112,13 +111,12 @@ class RunSize:
                 found.append({"name": name, "value": value, "usual": paper[name], **own})
         return found
 
-    def _shortened(self) -> list[dict]:
-        return _differing(
-            *(
-                (f"{ITERATIONS_NAME} {get_method(method).title}", steps, published_iterations(method))
-                for method, steps in self.iterations.items()
-            )
-        )
+    def _changed_of_methods(self) -> list[dict]:
+        found = []
+        for method, own in self.of_methods.items():
+            title, published = get_method(method).title, configuration(method, 1, 0, {}).to_dict()
+            found += _differing(*((f"{name}{OF_METHOD}{title}", value, published[name]) for name, value in own.items()))
+        return found
 
     def _evaluation_changed(self) -> list[dict]:
         usual = get_protocol(self.protocol).epochs
@@ -142,7 +140,7 @@ def size_for(
     protocol: str | None = None,
     epochs: int | None = None,
     selection_epochs: int | None = None,
-    iterations: Mapping[str, int] | None = None,
+    of_methods: Mapping[str, Mapping[str, object]] | None = None,
 ) -> RunSize:
     """Return the paper's size, for digits a small one, with the given values replaced.
 
@@ -158,5 +156,12 @@ def size_for(
         protocol=protocol or ("digits" if reduced else default_protocol(dataset)),
         epochs=_DIGITS32_EPOCHS if epochs is None and dataset == "digits32" else epochs,
         selection_epochs=WATCHED_EPOCHS if selection_epochs is None else selection_epochs,
-        iterations={**(_DIGITS_ITERATIONS if reduced else {}), **(iterations or {})},
+        of_methods=_merged(_OF_METHODS if reduced else {}, of_methods or {}),
     )
+
+
+def _merged(
+    first: Mapping[str, Mapping[str, object]], second: Mapping[str, Mapping[str, object]]
+) -> dict[str, dict[str, object]]:
+    """Return the settings by method of both; those of the second replace those of the first."""
+    return {method: {**first.get(method, {}), **second.get(method, {})} for method in dict.fromkeys([*first, *second])}

@@ -124,11 +124,6 @@ def get_method(name: str) -> Method:
     return MAKES_SETS[name]
 
 
-def published_iterations(name: str) -> int:
-    """Return the iterations of a method as it was published."""
-    return configuration(name, 1, 0, {}).iterations
-
-
 def configuration(name: str, ipc: int, seed: int, overrides: Mapping[str, object]) -> DistillConfig:
     """Return the settings that a method distils with; for chosen images, the settings of the tested networks.
 

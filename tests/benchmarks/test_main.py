@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 import pytest
 
-from benchmarks.__main__ import main, parse_settings
+from benchmarks.__main__ import main, parse_settings, split_settings
 from benchmarks.accuracy import TARGETS, plan
 from tests.benchmarks.tiny import command
 
@@ -94,3 +94,12 @@ def test_commands_on_the_pages_exist(page):
 def test_more_sets_than_memory_could_list_are_refused():
     with pytest.raises(click.BadParameter, match="not in the range x<=1000"):
         main.commands["table1"].make_context("table1", ["--list", "--seeds", "99999999999"])
+
+
+def test_settings_of_one_method_are_named_with_it():
+    given = ("width=16", "dsa.iterations=100", "dsa.image_lr = 1e-2", "mtt.experts=3")
+    common, of_methods = split_settings(given)
+    assert common == {"width": 16}
+    assert of_methods == {"dsa": {"iterations": 100, "image_lr": 0.01}, "mtt": {"experts": 3}}
+    with pytest.raises(ValueError, match="unknown setting 'steps'"):
+        split_settings(("dsa.steps=1",))

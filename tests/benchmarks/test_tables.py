@@ -113,19 +113,19 @@ def test_the_study_changes_one_setting_at_a_time():
     assert len(section.rows) == 1 + sum(len(values) - 1 for values in FACTORS.values())
 
 
-def test_methods_of_another_loss_have_iterations_of_their_own():
+def test_methods_of_another_loss_have_settings_of_their_own():
     given = {"iterations": 10, "width": 16, "real_batch": 32, "partition": 1, "experts": 3}
-    size = size_for("cifar10", settings=given, iterations={"dsa": 100})
+    size = size_for("cifar10", settings=given, of_methods={"dsa": {"iterations": 100}})
     assert size.settings_of("dsa") == {"iterations": 100, "width": 16, "real_batch": 32}
     assert size.settings_of("mtt") == {"width": 16, "experts": 3}
     assert size.settings_of("atom") == {name: given[name] for name in given if name != "experts"}
     assert {"name": "iterations of DSA", "value": 100, "usual": 1000} in size.reductions()
-    with pytest.raises(ValueError, match="the iterations of atom are those of the table; give --iterations 5"):
-        size_for("cifar10", iterations={"atom": 5})
-    with pytest.raises(ValueError, match="iterations of dsa must be at least 1; got 0"):
-        size_for("cifar10", iterations={"dsa": 0})
+    with pytest.raises(ValueError, match="atom has the settings of the table; got iterations of its own"):
+        size_for("cifar10", of_methods={"atom": {"iterations": 5}})
+    with pytest.raises(ValueError, match="iterations must be .* at least 1; got 0"):
+        size_for("cifar10", of_methods={"dsa": {"iterations": 0}})
     with pytest.raises(ValueError, match="method must be one of .*; got 'dsb'"):
-        size_for("cifar10", iterations={"dsb": 5})
+        size_for("cifar10", of_methods={"dsb": {"iterations": 5}})
     for method in ("dc", "dcc", "dsac", "cafe", "cafe-dsa", "dd", "ld", "mtt", "tesla", "frepo"):
         [(cell, _)] = plan("table1", [("digits", 1)], [method], seeds=1).units
         cell.config.resolve((1, 8, 8), "digits", torch.device("cpu"))  # no setting of it is refused
