@@ -579,6 +579,22 @@ def _digits(steps, out):
     run(steps, out)
 
 
+@main.command("candidates")
+@click.option("--sample", default=40, show_default=True, help="number of candidates, chosen at random")
+@click.option("--epochs", type=click.IntRange(1), default=60, show_default=True, help="epochs of every training")
+@click.option("--ipc", type=click.IntRange(1), default=10, show_default=True, help="random digits per class")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="turns of each side")
+@click.option("--out", type=click.Path(path_type=Path), help="JSON file of the record  [default: not written]")
+@alone
+def _candidates(**options):
+    """Time the training of table6's candidates beside one after the other, on a CPU."""
+    from atom_fast._malloc import keep_freed_memory
+    from benchmarks.search.speed import measure
+
+    keep_freed_memory()
+    measure(**options)
+
+
 @main.command("ranks")
 @click.option(
     "--processes", type=CommaList(click.IntRange(2)), help="numbers of processes  [default: 2,4 ... as many as cores]"

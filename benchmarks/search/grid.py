@@ -62,7 +62,7 @@ def candidates(widths: Sequence[int] = WIDTHS, sample: int | None = None) -> lis
         raise ValueError(f"widths must be multiples of {GROUPS}, for norm 'group'; got {bad[0]}")
     if not widths or len(set(widths)) < len(widths):
         raise ValueError(f"widths must be different numbers, at least one; got {list(widths)}")
-    grid = [Candidate(**settings) for settings in convnet_search_space(widths)]  # pyrefly: ignore[bad-argument-type]
+    grid = [Candidate(**settings) for settings in convnet_search_space(widths)]
     if sample is None:
         return grid
     if not 2 <= sample <= len(grid):

@@ -14,16 +14,26 @@ _SEED = 0
 
 def ranks(values: np.ndarray) -> np.ndarray:
     """Return ranks of values [N] from 1, smallest first; equal values share the mean of their ranks."""
-    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[group]
+    return _ranks(_codes(values))
+
+
+def _codes(values: np.ndarray) -> np.ndarray:
+    """Return int64 [N] that rise with the values and are equal where these are."""
+    return np.unique(values, return_inverse=True)[1]
+
+
+def _ranks(codes: np.ndarray) -> np.ndarray:
+    counts = np.bincount(codes)
+    return (np.cumsum(counts) - (counts - 1) / 2)[codes]
 
 
 def spearman(one: np.ndarray, other: np.ndarray) -> float | None:
     """Return Spearman's rank correlation of two series [N]; None if one is constant or they are shorter than 2."""
-    if len(one) < 2:
-        return None
-    first, second = (ranks(series) - (len(series) + 1) / 2 for series in (one, other))
+    return _spearman(_codes(one), _codes(other))
+
+
+def _spearman(one: np.ndarray, other: np.ndarray) -> float | None:
+    first, second = (_ranks(codes) - (len(codes) + 1) / 2 for codes in (one, other))
     scale = np.sqrt((first**2).sum() * (second**2).sum())
     return float((first * second).sum() / scale) if scale else None
 
@@ -39,9 +49,9 @@ def interval(series: Sequence[np.ndarray], reference: np.ndarray) -> tuple[float
         Lower and upper end; None where no correlation has a value.
     """
     generator = np.random.default_rng(_SEED)
-    found = []
-    for rows in generator.integers(0, len(reference), (RESAMPLES, len(reference))):
-        known = [rho for one in series if (rho := spearman(one[rows], reference[rows])) is not None]
+    coded, whole, found = [_codes(one) for one in series], _codes(reference), []
+    for rows in generator.integers(0, len(whole), (RESAMPLES, len(whole))):
+        known = [rho for one in coded if (rho := _spearman(one[rows], whole[rows])) is not None]
         if known:
             found.append(sum(known) / len(known))
     if not found:

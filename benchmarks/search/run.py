@@ -162,9 +162,8 @@ def run(
     costs = {candidate: candidate.cost(data.image_shape) for candidate in fit}
     folder = output / "candidates"
     report(f"{len(fit)} candidates, {len(proxies)} trainings of each, in {folder}")
-    in_order = sorted(fit, key=lambda candidate: -costs[candidate])  # the longest first, so that all cores end together
     with _bar(costs, progress) as advance:
-        train_all(in_order, proxies, folder, advance)
+        train_all(longest_first(fit, data.image_shape), proxies, folder, advance)
     record = _record(search, title, data.fingerprint, proxies, reasons, folder, place)
     write_atomically(output / f"{NAME}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     write_atomically(output / f"{NAME}.md", render(record) + "\n")
@@ -174,6 +173,11 @@ def run(
         written.append(f"{NAME}.png")
     report(f"written: {', '.join(str(output / name) for name in written)}")
     return record
+
+
+def longest_first(grid: Sequence[Candidate], image_shape: tuple[int, int, int]) -> list[Candidate]:
+    """Return candidates in the order of their cost, so that all cores end together."""
+    return sorted(grid, key=lambda candidate: -candidate.cost(image_shape))
 
 
 @contextlib.contextmanager
@@ -205,7 +209,8 @@ def train_all(
     if workers == 1:
         _pass_over(grid, proxies, folder, advance)
         return
-    context = torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context("forkserver")  # which imports PyTorch once for all
+    context.set_forkserver_preload([__name__])
     reports = context.Queue()
     processes = [
         context.Process(target=_work, args=(grid, proxies, folder, reports), daemon=True) for _ in range(workers)

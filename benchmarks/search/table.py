@@ -147,11 +147,11 @@ def _about(record: Mapping[str, Any]) -> Iterator[str]:
     seeds = max(len(entry["seeds"]) for entry in record["proxies"].values())
     grid = f"{record['grid']} candidates" + (", a random sample of the grid" if record["sample"] else "")
     images = f"{record['ipc']} image{'' if record['ipc'] == 1 else 's'} per class"
-    whole = record["reference_epochs"]
+    whole, epochs = record["reference_epochs"], record["protocol"]["epochs"]
     yield f"# Table 6, architecture search: {record['data']}, {images}"
     yield ""
     yield markdown.paragraph(
-        f"{grid} with widths {', '.join(map(str, record['widths']))}; {record['protocol']['epochs']} epochs on a proxy, "
+        f"{grid} with widths {', '.join(map(str, record['widths']))}; {epochs} epochs on a proxy, "
         + (f"{whole} on the whole data" if whole else "no training on the whole data")
         + f"; {seeds} seed{'' if seeds == 1 else 's'} (one on the whole data). Candidates are ranked by test accuracy. "
         "Minutes are the sum over all candidates, of one core on a CPU. ± is the deviation over seeds; intervals "
