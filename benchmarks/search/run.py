@@ -21,6 +21,7 @@ from atom_fast.distillation import ranks
 from atom_fast.distillation.logs import log
 from atom_fast.training.protocols import Protocol, check_count, default_protocol, get_protocol
 from benchmarks.accuracy.datasets import DATASETS
+from benchmarks.accuracy.run import sigterm_exits
 from benchmarks.accuracy.size import size_for
 from benchmarks.accuracy.work import DataCache
 from benchmarks.harness import environment
@@ -162,17 +163,28 @@ def run(
     costs = {candidate: candidate.cost(data.image_shape) for candidate in fit}
     folder = output / "candidates"
     report(f"{len(fit)} candidates, {len(proxies)} trainings of each, in {folder}")
-    with _bar(costs, progress) as advance:
-        train_all(longest_first(fit, data.image_shape), proxies, folder, advance)
-    record = _record(search, title, data.fingerprint, proxies, reasons, folder, place)
-    write_atomically(output / f"{NAME}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    write_atomically(output / f"{NAME}.md", render(record) + "\n")
-    written = [f"{NAME}.json", f"{NAME}.md"]
-    if search.reference is not None:
-        draw(record, output / f"{NAME}.png")
-        written.append(f"{NAME}.png")
-    report(f"written: {', '.join(str(output / name) for name in written)}")
-    return record
+
+    def write() -> dict[str, Any]:
+        record = _record(search, title, data.fingerprint, proxies, reasons, folder, place)
+        if len(record["candidates"]) < 2:
+            return record
+        write_atomically(output / f"{NAME}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(output / f"{NAME}.md", render(record) + "\n")
+        written = [f"{NAME}.json", f"{NAME}.md"]
+        if record["reference"]:
+            draw(record, output / f"{NAME}.png")
+            written.append(f"{NAME}.png")
+        report(f"written: {', '.join(str(output / name) for name in written)}")
+        return record
+
+    try:
+        with sigterm_exits(), _bar(costs, progress) as advance:
+            train_all(longest_first(fit, data.image_shape), proxies, folder, advance)
+    except (SystemExit, KeyboardInterrupt):
+        report("stopped; finished candidates are kept, and the same command continues")
+        write()
+        raise
+    return write()
 
 
 def longest_first(grid: Sequence[Candidate], image_shape: tuple[int, int, int]) -> list[Candidate]:
@@ -289,9 +301,10 @@ def _record(
     folder: Path,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Gather the finished trainings: all that the table and its picture are made of."""
+    """Gather the candidates that are finished: all that the table and its picture are made of."""
     trained: dict[str, dict[str, Any]] = {}
-    results = {candidate: read_results(folder, candidate) for candidate, reason in reasons.items() if reason is None}
+    fit = {candidate: read_results(folder, candidate) for candidate, reason in reasons.items() if reason is None}
+    results = {candidate: own for candidate, own in fit.items() if all(proxy.key in own for proxy in proxies)}
     for proxy in proxies:
         entry = trained.setdefault(proxy.name, {"stored": proxy.stored, "count": proxy.count, "seeds": []})
         found = [own[proxy.key] for own in results.values()]
@@ -320,6 +333,7 @@ def _record(
         "settings": dict(search.settings),
         "files": {name: path.name for name, path in search.proxies.items() if path is not None},
         "candidates": [candidate.name for candidate in results],
+        "unfinished": len(fit) - len(results),
         "unfit": {candidate.name: reason for candidate, reason in reasons.items() if reason is not None},
         "proxies": {name: entry for name, entry in trained.items() if name != REFERENCE},
         "reference": trained.get(REFERENCE),

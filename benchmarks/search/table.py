@@ -167,6 +167,8 @@ def _chosen(record: Mapping[str, Any]) -> Iterator[str]:
 def _failures(record: Mapping[str, Any]) -> Iterator[str]:
     """Name candidates that failed, by reason."""
     unfit = record["unfit"]
+    if record["unfinished"]:
+        yield f"- {record['unfinished']} candidates are not finished and are left out: the same command trains them"
     if unfit:
         yield markdown.paragraph(
             f"{len(unfit)} of {record['grid']} candidates cannot be built for these images and rank last everywhere; "
