@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ipc", type=int, help="images per class in the memory; 20, for digits 2")
     parser.add_argument("--orders", type=int, default=1, help="orders of the classes; the papers take 5")
     parser.add_argument("--networks", type=int, default=3, help="networks trained after each step")
-    parser.add_argument("--epochs", type=int, help="of each network; 1000, for digits 100")
+    parser.add_argument("--epochs", type=int, help="of each network; 1000, for digits 60")
     parser.add_argument("--iterations", type=int, help="steps of each distillation; the preset's, for digits 100")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=FILE", help="also use sets of all classes")
     parser.add_argument("--output", type=Path, default=Path("runs/continual"), help="folder of sets and results")
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings: dict[str, Any] = dict(DIGITS) if small else {}
     if options.iterations:
         settings["iterations"] = options.iterations
-    protocol = get_protocol("digits" if small else "paper", epochs=options.epochs or (100 if small else 1000))
+    protocol = get_protocol("digits" if small else "paper", epochs=options.epochs or (60 if small else 1000))
     given = {name: read(Path(file), data) for name, _, file in (text.partition("=") for text in options.set)}
     accuracies: dict[tuple[str, int], list[float]] = {}  # of a method after so many classes, one per order
     for order in range(options.orders):

@@ -168,7 +168,8 @@ def _failures(record: Mapping[str, Any]) -> Iterator[str]:
     """Name candidates that failed, by reason."""
     unfit = record["unfit"]
     if record["unfinished"]:
-        yield f"- {record['unfinished']} candidates are not finished and are left out: the same command trains them"
+        total = record["unfinished"] + len(record["candidates"])
+        yield f"- {record['unfinished']} of {total} candidates are not finished and left out: the same command goes on"
     if unfit:
         yield markdown.paragraph(
             f"{len(unfit)} of {record['grid']} candidates cannot be built for these images and rank last everywhere; "
