@@ -284,13 +284,13 @@ def _table6(dataset, data_dir, download, out, device, quiet, **options):
     folder; on a CPU one command starts a process for every core.
     """
     from atom_fast._malloc import keep_freed_memory
-    from benchmarks.search import run as search
+    from benchmarks.search.plan import plan
+    from benchmarks.search.run import run
     from benchmarks.search.table import render
 
     keep_freed_memory()
-    plan = search.plan(dataset, **options)
     where = {"data_dir": data_dir, "download": download, "device": device_name(device), "progress": not quiet}
-    click.echo(render(search.run(plan, out, **where)))
+    click.echo(render(run(plan(dataset, **options), out, **where)))
 
 
 for _name, _target in TARGETS.items():  # in the paper's order

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,18 +17,14 @@ from atom_fast.data.whitening import Preprocessing
 from atom_fast.distillation.logs import log
 from atom_fast.evaluation.sets import read_set
 from atom_fast.foreign.files import is_foreign
-from atom_fast.names import first_few, suggestion
+from atom_fast.names import SYNTHETIC_FILE, first_few
 from atom_fast.synthetic import SyntheticSet
 from atom_fast.training.protocols import Protocol
 from atom_fast.training.trainer import in_model_space
 from benchmarks.accuracy.cells import Cell, cell_folder
-from benchmarks.accuracy.size import RunSize
 from benchmarks.accuracy.work import DataCache, load_set, work
-from benchmarks.methods import MAKES_SETS, METHODS
+from benchmarks.search.plan import EARLY, REFERENCE, Search
 
-EARLY, REFERENCE = "early", "reference"
-TITLES = {EARLY: "early stopping", REFERENCE: "whole data"}
-MADE = ("random", "herding", "k-center", "forgetting", "dm", "dam", "atom-channel", "atom")  # made here, if asked for
 _SECONDS_TO_WAIT = 2  # for a set that another process makes
 
 
@@ -37,7 +33,7 @@ class Proxy:
     """Images that candidates are trained on, and those that they are tested on, on the device that trains.
 
     Attributes:
-        name: of `MADE`, ``"early"``, ``"reference"``, or the name of a given file.
+        name: of `benchmarks.search.plan.MADE`, ``"early"``, ``"reference"``, or the name of a given file.
         seed: of the set and of the networks.
         images: float32 [N, C, H, W], contiguous, in model space.
         labels: int64 [N], or probabilities, float32 [N, K].
@@ -67,61 +63,13 @@ class Proxy:
         return f"{self.name}-seed{self.seed}-{self.digest}"
 
 
-def check_names(names: Sequence[str]) -> dict[str, Path | None]:
-    """Return proxies by name, with the file of each that is given as ``NAME=FILE``; None for one that is made here.
+def make_proxies(search: Search, output: Path, cache: DataCache) -> Iterator[Proxy]:
+    """Make or read every set, and yield the proxies of a search, those of the first seed first.
 
-    Raises:
-        ValueError: an unknown name, or one given twice.
-        FileNotFoundError: there is no such file or folder.
-    """
-    found: dict[str, Path | None] = {}
-    for text in names:
-        name, given, file = text.partition("=")
-        name = name.strip()
-        if name in found:
-            raise ValueError(f"proxy {name!r} is given twice")
-        if given:
-            if name in (*MADE, EARLY, REFERENCE) or not name.replace("-", "").isalnum():
-                raise ValueError(
-                    f"the name of a file's proxy must be of letters, digits and hyphens, and none of "
-                    f"{', '.join((*MADE, EARLY, REFERENCE))}; got {name!r}"
-                )
-            if not Path(file).exists():
-                raise FileNotFoundError(f"no set at {file} for the proxy {name!r}")
-        elif name not in (*MADE, EARLY):
-            raise ValueError(
-                f"a proxy must be one of {', '.join((*MADE, EARLY))}, or NAME=FILE; got {name!r}"
-                f"{suggestion(name, (*MADE, EARLY))}"
-            )
-        found[name] = Path(file) if given else None
-    return found
-
-
-def title(name: str) -> str:
-    """Return the name of a proxy in tables."""
-    return METHODS[name].title if name in METHODS else TITLES.get(name, name)
-
-
-def make_proxies(
-    names: dict[str, Path | None],
-    dataset: str,
-    ipc: int,
-    seeds: int,
-    size: RunSize,
-    protocol: Protocol,
-    reference: Protocol | None,
-    output: Path,
-    cache: DataCache,
-) -> Iterator[Proxy]:
-    """Make or read every set, and yield the proxies, those of the first seed first.
+    The whole data is trained on for the first seed alone.
 
     Args:
-        names: from `check_names`.
-        dataset, ipc: the data, and the stored images per class of sets that are made here and of early stopping.
-        seeds: number of seeds: of sets that are made here, and of networks.
-        size: settings of sets that are made here.
-        protocol: training on a proxy.
-        reference: training on the whole data; None leaves it out. It is done for the first seed alone.
+        search: what to search.
         output: folder of the cells of sets.
         cache: the data on the device that trains.
 
@@ -129,20 +77,19 @@ def make_proxies(
         ValueError: a set does not fit the data, or a setting is not accepted.
         OSError, RuntimeError: as `distill`.
     """
-    data, _ = cache.data(dataset)
+    data, _ = cache.data(search.dataset)
     spaces = _Spaces(data, cache)
-    given = {name: _read(file, data, cache) for name, file in names.items() if file is not None}
-    usual = _cell("random", dataset, ipc, 0, size).resolved_config.preprocessing
-    for seed in range(seeds):
-        if seed == 0 and reference is not None:
-            yield spaces.real(REFERENCE, seed, usual, reference, len(data.train_images))
-        for name in names:
+    given = {name: _read(file, data, cache) for name, file in search.proxies.items() if file is not None}
+    usual = _cell("random", 0, search).resolved_config.preprocessing
+    for seed in range(search.seeds):
+        if seed == 0 and search.reference is not None:
+            yield spaces.real(REFERENCE, seed, usual, search.reference, len(data.train_images))
+        for name in search.proxies:
             if name == EARLY:
-                yield spaces.real(EARLY, seed, usual, protocol, ipc * data.num_classes)
+                yield spaces.real(EARLY, seed, usual, search.protocol, search.ipc * data.num_classes)
             else:
-                yield spaces.of_set(
-                    name, seed, given.get(name) or _made(name, dataset, ipc, seed, size, output, cache), protocol
-                )
+                synthetic = given.get(name) or _made(name, seed, search, output, cache)
+                yield spaces.of_set(name, seed, synthetic, search.protocol)
 
 
 class _Spaces:
@@ -191,16 +138,16 @@ def _scale(space: Preprocessing, protocol: Protocol) -> float:
     return 1 / space.deviation if protocol.unit_variance else 1.0
 
 
-def _cell(name: str, dataset: str, ipc: int, seed: int, size: RunSize) -> Cell:
+def _cell(name: str, seed: int, search: Search) -> Cell:
+    size = search.size
     watches = {"selection_epochs": size.selection_epochs, "selection_protocol": size.protocol}
     own = watches if name in ("herding", "k-center", "forgetting") else {}
-    return Cell(dataset, ipc, name, seed, tuple(sorted(size.settings.items())), **own)
+    return Cell(search.dataset, search.ipc, name, seed, tuple(sorted(size.settings.items())), **own)
 
 
-def _made(name: str, dataset: str, ipc: int, seed: int, size: RunSize, output: Path, cache: DataCache) -> SyntheticSet:
+def _made(name: str, seed: int, search: Search, output: Path, cache: DataCache) -> SyntheticSet:
     """Make a set, or take the one that was made before."""
-    assert name in MAKES_SETS
-    cell = _cell(name, dataset, ipc, seed, size)
+    cell = _cell(name, seed, search)
     while not work(output, cell, (), cache):
         log(f"another process makes the set {cell.folder_name}; waiting for it")
         time.sleep(_SECONDS_TO_WAIT)
@@ -213,10 +160,12 @@ def _read(file: Path, data: ImageData, cache: DataCache) -> SyntheticSet:
     Raises:
         ValueError: it is not.
     """
-    if file.is_dir() and not (file / "synthetic.safetensors").is_file() or file.is_file() and is_foreign(file):
+    if file.is_dir() and (file / SYNTHETIC_FILE).is_file():
+        file = file / SYNTHETIC_FILE
+    if file.is_dir() or is_foreign(file):
         found = read_set(file, data, device=cache.device, progress=cache.progress)
     else:
-        found = SyntheticSet.load(file / "synthetic.safetensors" if file.is_dir() else file)
+        found = SyntheticSet.load(file)
     if found.class_names != data.class_names or tuple(found.sheets.shape[1:]) != data.image_shape:
         raise ValueError(
             f"{file} holds images {list(found.sheets.shape[1:])} of the classes {first_few(found.class_names)}; "

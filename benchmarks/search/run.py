@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import queue
@@ -19,100 +18,18 @@ from atom_fast._files import write_atomically
 from atom_fast._malloc import keep_freed_memory
 from atom_fast.distillation import ranks
 from atom_fast.distillation.logs import log
-from atom_fast.training.protocols import Protocol, check_count, default_protocol, get_protocol
-from benchmarks.accuracy.datasets import DATASETS
 from benchmarks.accuracy.run import sigterm_exits
-from benchmarks.accuracy.size import size_for
 from benchmarks.accuracy.work import DataCache
 from benchmarks.harness import environment
-from benchmarks.search.grid import WIDTHS, Candidate, candidates
-from benchmarks.search.proxies import REFERENCE, Proxy, check_names, make_proxies
+from benchmarks.search.grid import Candidate
+from benchmarks.search.plan import REFERENCE, Search
+from benchmarks.search.proxies import Proxy, make_proxies
 from benchmarks.search.table import draw, render
 from benchmarks.search.training import read_results, train_candidate, unfit_reason
 
 FORMAT = "benchmarks.search"
 NAME = "table6"
-PROXIES = ("random", "dm", "dam", "atom", "early")
-# Images per class, epochs on a proxy, epochs on the whole data. DM's supplement trains for 200 and 100; on digits both
-# are what leaves 720 candidates, three seeds and the whole data half an hour on two cores.
-USUAL = {"digits": (10, 60, 10)}
-_USUAL = (50, 200, 100)
 _SECONDS_BETWEEN_LOOKS = 1.0  # at the workers
-
-
-@dataclasses.dataclass(frozen=True)
-class Search:
-    """What to search, and how candidates are trained.
-
-    Attributes:
-        dataset: key of `benchmarks.accuracy.datasets.DATASETS`.
-        proxies: from `check_names`.
-        ipc: images per class of sets that are made here.
-        seeds: number of seeds, of sets and of networks.
-        grid: the candidates.
-        widths, sample: how the grid was chosen.
-        protocol, reference: training on a proxy, and on the whole data; None leaves that out.
-        settings: of distillations, that replace the methods' own.
-    """
-
-    dataset: str
-    proxies: Mapping[str, Path | None]
-    ipc: int
-    seeds: int
-    grid: tuple[Candidate, ...]
-    widths: tuple[int, ...]
-    sample: int | None
-    protocol: Protocol
-    reference: Protocol | None
-    settings: Mapping[str, object]
-
-
-def plan(
-    dataset: str = "digits",
-    *,
-    proxies: Sequence[str] | None = None,
-    ipc: int | None = None,
-    seeds: int = 1,
-    widths: Sequence[int] | None = None,
-    sample: int | None = None,
-    epochs: int | None = None,
-    reference_epochs: int | None = None,
-    iterations: int | None = None,
-) -> Search:
-    """Return a search; what is None has the data set's usual value.
-
-    Args:
-        dataset: "digits", or one of the paper's data sets.
-        proxies: names of `benchmarks.search.proxies.MADE`, "early", and ``NAME=FILE`` for a set of any kind.
-        ipc: stored images per class.
-        seeds: number of seeds.
-        widths, sample: of the grid, as in `benchmarks.search.grid.candidates`.
-        epochs: passes over a proxy.
-        reference_epochs: passes over the whole data; 0 leaves that out.
-        iterations: of the distillations.
-
-    Raises:
-        ValueError: a value that is not accepted.
-        FileNotFoundError: a file of a proxy is missing.
-    """
-    if dataset not in DATASETS:
-        raise ValueError(f"data set must be one of {', '.join(DATASETS)}; got {dataset!r}")
-    usual_ipc, usual_epochs, usual_reference = USUAL.get(dataset, _USUAL)
-    ipc = usual_ipc if ipc is None else ipc
-    epochs = usual_epochs if epochs is None else epochs
-    reference_epochs = usual_reference if reference_epochs is None else reference_epochs
-    for name, value, least in (("ipc", ipc, 1), ("seeds", seeds, 1), ("reference_epochs", reference_epochs, 0)):
-        check_count(name, value, least)
-    widths = tuple((8, 16, 32, 64) if dataset == "digits" else WIDTHS) if widths is None else tuple(widths)
-    protocol = "digits" if dataset.startswith("digits") else default_protocol(dataset)
-    settings = size_for(dataset, settings={} if iterations is None else {"iterations": iterations}).settings
-    return Search(
-        dataset, check_names(PROXIES if proxies is None else proxies), ipc, seeds,
-        tuple(candidates(widths, sample)), widths, sample,
-        get_protocol(protocol, epochs=epochs),
-        get_protocol(protocol, epochs=reference_epochs) if reference_epochs else None,
-        settings,
-    )  # fmt: skip
 
 
 def run(
@@ -131,7 +48,7 @@ def run(
     may run it in one folder, and each ends with the whole table.
 
     Args:
-        search: from `plan`.
+        search: from `benchmarks.search.plan.plan`.
         output: folder of the sets, the candidates' results and the table.
         data_dir, download: location of the data, see `load_named`.
         device: where to train; None: the GPU, if there is one. On a CPU there is a process for every thread of PyTorch.
@@ -149,13 +66,7 @@ def run(
     output, place = Path(output), ranks.own_device(device)
     cache = DataCache(data_dir, download=download, device=place, progress=progress)
     data, title = cache.data(search.dataset)
-    size = size_for(search.dataset, settings=search.settings)
-    proxies = list(
-        make_proxies(
-            search.proxies, search.dataset, search.ipc, search.seeds, size, search.protocol, search.reference, output,
-            cache,
-        )
-    )  # fmt: skip
+    proxies = list(make_proxies(search, output, cache))
     reasons = {candidate: unfit_reason(candidate, data.image_shape, data.num_classes) for candidate in search.grid}
     fit = [candidate for candidate, reason in reasons.items() if reason is None]
     if not fit:

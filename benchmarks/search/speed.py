@@ -16,11 +16,11 @@ import torch
 
 from atom_fast.evaluation.accuracy import evaluate
 from atom_fast.evaluation.sets import select
-from benchmarks.accuracy.size import size_for
 from benchmarks.accuracy.work import DataCache
 from benchmarks.harness import environment, save_results
+from benchmarks.search.plan import plan
 from benchmarks.search.proxies import make_proxies
-from benchmarks.search.run import longest_first, plan, train_all
+from benchmarks.search.run import longest_first, train_all
 from benchmarks.search.training import unfit_reason
 
 
@@ -39,7 +39,6 @@ def measure(sample: int = 40, epochs: int = 60, rounds: int = 3, ipc: int = 10, 
     chosen = select(data, "random", ipc, preprocessing=cache.preprocessing("digits", "standard"), progress=False)
     fit = [one for one in search.grid if unfit_reason(one, data.image_shape, data.num_classes) is None]
     grid = longest_first(fit, data.image_shape)
-    size = size_for("digits", settings=search.settings)
     record = {"environment": environment("cpu"), "candidates": len(grid), "epochs": epochs, "ipc": ipc, "rounds": []}
 
     def one_after_the_other() -> None:
@@ -51,9 +50,7 @@ def measure(sample: int = 40, epochs: int = 60, rounds: int = 3, ipc: int = 10, 
 
     def together() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            proxies = list(
-                make_proxies(search.proxies, "digits", ipc, 1, size, search.protocol, None, Path(folder), cache)
-            )
+            proxies = list(make_proxies(search, Path(folder), cache))
             train_all(grid, proxies, Path(folder), lambda candidate: None)
 
     for number in range(rounds):

@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks import markdown, paper, plots
 from benchmarks.search import ranking
-from benchmarks.search.proxies import REFERENCE, title
+from benchmarks.search.plan import REFERENCE, title
 
 TENTH = 0.1
 _NAMED = 3  # failures that are named for each reason

@@ -25,7 +25,8 @@ from atom_fast.training.ensemble import train_networks
 from atom_fast.training.trainer import Trainer, accuracy, repeatable_convolutions
 from benchmarks.accuracy.cells import read_json
 from benchmarks.search.grid import Candidate
-from benchmarks.search.proxies import EARLY, REFERENCE, Proxy
+from benchmarks.search.plan import EARLY, REFERENCE
+from benchmarks.search.proxies import Proxy
 
 FORMAT = "benchmarks.search.candidate"
 DIVERGED, NO_MEMORY = "diverged", "out of memory"

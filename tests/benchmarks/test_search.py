@@ -16,9 +16,11 @@ from atom_fast.evaluation.sets import select
 from atom_fast.networks import convnet_search_space
 from benchmarks import paper
 from benchmarks.accuracy.work import DataCache
-from benchmarks.search import proxies as proxies_of
-from benchmarks.search import ranking, run, table, training
+from benchmarks.search import ranking, table, training
 from benchmarks.search.grid import Candidate, candidates
+from benchmarks.search.plan import check_names, plan
+from benchmarks.search.proxies import make_proxies
+from benchmarks.search.run import run
 from tests.benchmarks.tiny import command
 
 SMALL = {"ipc": 1, "widths": [4], "sample": 4, "epochs": 1, "reference_epochs": 1, "iterations": 2}
@@ -26,8 +28,8 @@ SMALL = {"ipc": 1, "widths": [4], "sample": 4, "epochs": 1, "reference_epochs": 
 
 def search(output, **changes):
     """The record of a small search without what differs from run to run."""
-    plan = run.plan("digits", **{**SMALL, "proxies": ["random", "early"], **changes})
-    record = run.run(plan, output, device="cpu", progress=False, report=lambda text: None)
+    chosen = plan("digits", **{**SMALL, "proxies": ["random", "early"], **changes})
+    record = run(chosen, output, device="cpu", progress=False, report=lambda text: None)
     return without_times(record)
 
 
@@ -41,11 +43,10 @@ def without_times(record):
 
 def made(output, *names, seeds=1, **protocol):
     """Proxies of digits."""
-    plan = run.plan("digits", **{**SMALL, "proxies": names, "seeds": seeds})
+    chosen = plan("digits", **{**SMALL, "proxies": names, "seeds": seeds, "reference_epochs": 0})
+    chosen = dataclasses.replace(chosen, protocol=dataclasses.replace(chosen.protocol, **protocol))
     cache = DataCache(None, download=False, device=torch.device("cpu"), progress=False)
-    trained = dataclasses.replace(plan.protocol, **protocol)
-    size = run.size_for("digits", settings=plan.settings)
-    return list(proxies_of.make_proxies(plan.proxies, "digits", 1, seeds, size, trained, None, output, cache))
+    return list(make_proxies(chosen, output, cache))
 
 
 @pytest.fixture
@@ -223,8 +224,8 @@ def test_a_candidate_that_diverges_or_needs_too_much_memory_is_named_and_ranks_l
 
 
 def test_a_stopped_search_goes_on_and_ends_with_the_same_table(tmp_path, monkeypatch):
-    whole = search(tmp_path / "whole")
-    write, left = training.write_atomically, [7]  # of 9 results: two candidates and one result of the third
+    whole = search(tmp_path / "whole", reference_epochs=0)
+    write, left = training.write_atomically, [5]  # of 6 results: two candidates and one result of the third
 
     def until(*arguments):
         write(*arguments)
@@ -234,13 +235,13 @@ def test_a_stopped_search_goes_on_and_ends_with_the_same_table(tmp_path, monkeyp
 
     monkeypatch.setattr(training, "write_atomically", until)
     with pytest.raises(KeyboardInterrupt):
-        search(tmp_path / "stopped")
+        search(tmp_path / "stopped", reference_epochs=0)
     finished = {path.name: path.read_text() for path in (tmp_path / "stopped" / "candidates").glob("*.json")}
     assert "1 of 3 candidates are not finished" in (tmp_path / "stopped" / "table6.md").read_text()
     monkeypatch.undo()
     torch.set_num_threads(1)
-    assert search(tmp_path / "stopped") == whole
-    complete = [text for name, text in finished.items() if len(json.loads(text)["trained"]) == 3]
+    assert search(tmp_path / "stopped", reference_epochs=0) == whole
+    complete = [text for name, text in finished.items() if len(json.loads(text)["trained"]) == 2]
     now = [path.read_text() for path in (tmp_path / "stopped" / "candidates").glob("*.json")]
     assert set(complete) <= set(now)  # nothing is trained twice
 
@@ -252,10 +253,8 @@ def test_processes_share_the_candidates_and_find_what_one_finds(tmp_path):
 
 
 def test_candidates_that_do_not_fit_are_named_and_count_nowhere(tmp_path):
-    record = search(tmp_path, sample=12)
-    unfit = [
-        candidate.name for candidate in candidates([4], 8) if candidate.depth == 4 and candidate.pooling != "none"
-    ]
+    record = search(tmp_path, sample=8, proxies=["random"], reference_epochs=0)
+    unfit = [candidate.name for candidate in candidates([4], 8) if candidate.depth == 4 and candidate.pooling != "none"]
     assert unfit and list(record["unfit"]) == unfit and not set(unfit) & set(record["candidates"])
     assert f"{len(unfit)} of 8 candidates cannot be built" in (tmp_path / "table6.md").read_text()
 
@@ -290,7 +289,7 @@ def test_sets_of_any_kind_are_proxies(tmp_path):
 )
 def test_a_proxy_that_is_none_is_refused(names, named):
     with pytest.raises((ValueError, FileNotFoundError), match=named):
-        proxies_of.check_names(names)
+        check_names(names)
 
 
 def test_a_set_of_other_classes_is_refused(tmp_path):
@@ -348,10 +347,10 @@ def test_the_picture_is_drawn(tmp_path):
 
 
 def test_the_command_prints_the_table(tmp_path):
-    options = "--proxies random --ipc 1 --widths 4 --sample 4 --epochs 1 --reference-epochs 0 --device cpu --quiet"
+    options = "--proxies random --ipc 1 --widths 4 --sample 4 --epochs 1 --reference-epochs 1 --device cpu --quiet"
     printed, _ = command("table6", *options.split(), "--out", tmp_path)
-    assert "| Random" in printed and "no training on the whole data" in printed
-    assert not (tmp_path / "table6.png").exists()
+    assert "| Random" in printed and "1 on the whole data; 1 seed" in " ".join(printed.split())
+    assert (tmp_path / "table6.png").stat().st_size > 10_000
 
 
 def test_bad_options_are_refused_in_one_line(tmp_path):
