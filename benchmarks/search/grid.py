@@ -33,7 +33,7 @@ class Candidate:
         return f"depth{self.depth}-width{self.width}-{self.activation}-{self.norm}-{self.pooling}"
 
     def seed(self, seed: int) -> int:
-        """Return the seed of its initial weights, batches and augmentation: of ``seed`` and the name alone."""
+        """Return the seed of its initial weights, of ``seed`` and the name alone."""
         return derive_seed(seed, int.from_bytes(_digest(self.name)[:8], "little"))
 
     def cost(self, image_shape: tuple[int, int, int]) -> float:

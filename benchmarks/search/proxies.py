@@ -28,7 +28,7 @@ from benchmarks.search.plan import EARLY, REFERENCE, Search
 _SECONDS_TO_WAIT = 2  # for a set that another process makes
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Proxy:
     """Images that candidates are trained on, and those that they are tested on, on the device that trains.
 

@@ -24,7 +24,7 @@ from benchmarks.search.run import longest_first, train_all
 from benchmarks.search.training import unfit_reason
 
 
-def measure(sample: int = 40, epochs: int = 60, rounds: int = 3, ipc: int = 10, out: Path | None = None) -> dict:
+def measure(sample: int = 40, epochs: int = 60, rounds: int = 3, ipc: int = 1, out: Path | None = None) -> dict:
     """Time both sides in turns, print a line for each turn, and return the record.
 
     Args:

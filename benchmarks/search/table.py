@@ -140,7 +140,8 @@ def _correlation(value: float | None, interval: tuple[float, float] | None, devi
     if value is None:
         return "none"
     spread = "" if deviation is None else f" ± {deviation:.2f}"
-    return f"{value:.2f}{spread}" + ("" if interval is None else f" ({interval[0]:.2f} to {interval[1]:.2f})")
+    text = f"{value:.2f}{spread}" + ("" if interval is None else f" ({interval[0]:.2f} to {interval[1]:.2f})")
+    return text.replace("-", "−")
 
 
 def _about(record: Mapping[str, Any]) -> Iterator[str]:

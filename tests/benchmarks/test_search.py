@@ -166,6 +166,26 @@ def test_a_result_depends_on_name_seed_and_proxy_alone(tmp_path, monkeypatch):
         assert training.read_results(folder, CANDIDATE)[proxy.key]["accuracy"] == together[proxy.key]["accuracy"]
 
 
+def test_all_candidates_see_the_same_batches_kept_or_drawn_again(tmp_path, monkeypatch):
+    trained_weights(monkeypatch)
+    proxies = made(tmp_path, "random", "early")
+    for kept in (2**25, 0):
+        monkeypatch.setattr(training, "_KEPT_BYTES", kept)
+        for candidate in (OTHER, CANDIDATE):
+            training.train_candidate(candidate, proxies, tmp_path / str(kept), wait=False)
+    for candidate in (OTHER, CANDIDATE):
+        kept, drawn = (training.read_results(tmp_path / folder, candidate) for folder in (str(2**25), "0"))
+        assert [result["accuracy"] for result in kept.values()] == [result["accuracy"] for result in drawn.values()]
+
+
+def test_networks_of_one_shape_trained_at_once_are_what_each_is_alone(tmp_path, monkeypatch):
+    trained_weights(monkeypatch)
+    proxies = made(tmp_path, "random", seeds=3)
+    together = [result["accuracy"] for result in training._at_once(CANDIDATE, proxies)]
+    alone = [result["accuracy"] for proxy in proxies for result in training._at_once(CANDIDATE, [proxy])]
+    assert together == alone and len(set(alone)) == 3
+
+
 def test_early_stopping_takes_as_many_steps_and_every_image_before_one_comes_again(tmp_path, monkeypatch):
     proxies = {proxy.name: proxy for proxy in made(tmp_path, "random", "early", epochs=150)}
     seen = {name: [] for name in proxies}
