@@ -257,7 +257,7 @@ def _table3(edition, out, methods, implementations, ipcs, iterations, seconds):
     help="sets to train candidates on: random, herding, k-center, forgetting, dm, dam, atom-channel, atom, early (real "
     "images, as many steps), or NAME=FILE for any set  [default: random,dm,dam,atom,early]",
 )
-@click.option("--ipc", type=click.IntRange(1), help="stored images per class  [default: 50 images, 1 for digits]")
+@click.option("--ipc", type=click.IntRange(1), help="stored images per class  [default: 50 images, 10 for digits]")
 @click.option("--iterations", type=int, help="steps of every distillation  [default: the method's, 200 for digits]")
 @click.option("--seeds", type=click.IntRange(1, 1000), default=1, show_default=True, help="seeds of sets and networks")
 @click.option(
@@ -266,7 +266,7 @@ def _table3(edition, out, methods, implementations, ipcs, iterations, seconds):
     help="channels to choose from  [default: 32,64,128,256; 8,16,32,64 for digits]",
 )
 @click.option("--sample", type=int, help="number of candidates, chosen at random  [default: all, 720]")
-@click.option("--epochs", type=click.IntRange(1), help="epochs on a proxy  [default: 200 epochs, 60 for digits]")
+@click.option("--epochs", type=click.IntRange(1), help="epochs on a proxy  [default: 200 epochs, 30 for digits]")
 @click.option(
     "--reference-epochs",
     type=click.IntRange(0),
@@ -581,8 +581,8 @@ def _digits(steps, out):
 
 @main.command("candidates")
 @click.option("--sample", default=40, show_default=True, help="number of candidates, chosen at random")
-@click.option("--epochs", type=click.IntRange(1), default=60, show_default=True, help="epochs of every training")
-@click.option("--ipc", type=click.IntRange(1), default=1, show_default=True, help="random digits per class")
+@click.option("--epochs", type=click.IntRange(1), default=30, show_default=True, help="epochs of every training")
+@click.option("--ipc", type=click.IntRange(1), default=10, show_default=True, help="random digits per class")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="turns of each side")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file of the record  [default: not written]")
 @alone

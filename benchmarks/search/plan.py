@@ -19,7 +19,7 @@ MADE = ("random", "herding", "k-center", "forgetting", "dm", "dam", "atom-channe
 PROXIES = ("random", "dm", "dam", "atom", "early")
 # Images per class, epochs on a proxy, epochs on the whole data. DM's supplement trains for 200 and 100; on digits both
 # are what leaves 720 candidates, three seeds and the whole data half an hour on two cores.
-USUAL = {"digits": (1, 60, 10)}
+USUAL = {"digits": (10, 30, 10)}
 _USUAL = (50, 200, 100)
 
 

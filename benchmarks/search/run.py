@@ -132,8 +132,8 @@ def train_all(
     if workers == 1:
         _pass_over(grid, proxies, folder, advance)
         return
-    context = torch.multiprocessing.get_context("forkserver")  # which imports PyTorch once for all
-    context.set_forkserver_preload([__name__])
+    context = torch.multiprocessing.get_context("forkserver")  # which imports once for all what takes seconds
+    context.set_forkserver_preload([__name__, "torch._dynamo"])  # the latter is for the optimizer's first step
     reports = context.Queue()
     processes = [
         context.Process(target=_work, args=(grid, proxies, folder, reports), daemon=True) for _ in range(workers)
