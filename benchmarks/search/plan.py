@@ -17,8 +17,8 @@ EARLY, REFERENCE = "early", "reference"
 TITLES = {EARLY: "early stopping", REFERENCE: "whole data"}
 MADE = ("random", "herding", "k-center", "forgetting", "dm", "dam", "atom-channel", "atom")  # made here, if asked for
 PROXIES = ("random", "dm", "dam", "atom", "early")
-# Images per class, epochs on a proxy, epochs on the whole data. DM's supplement trains for 200 and 100; on digits both
-# are what leaves 720 candidates, three seeds and the whole data half an hour on two cores.
+# Images per class, epochs on a proxy, epochs on the whole data. DM's supplement trains for 200 and 100. On digits
+# 720 candidates with three seeds of two proxies and the whole data are to take half an hour on two cores.
 USUAL = {"digits": (10, 30, 10)}
 _USUAL = (50, 200, 100)
 
