@@ -11,10 +11,10 @@ from atom_fast.networks import convnet_search_space
 from atom_fast.networks.convnet import GROUPS
 
 WIDTHS = (32, 64, 128, 256)  # the paper's
-# Of a training step, in multiplications of a convolution that take as long: fitted to the times of 320 trainings on one
-# core of an AMD EPYC, 100 images of 8x8 per step. They order the work and scale the progress bar, and change no result.
+# Of a training step, in multiplications of a convolution that take as long: fitted to some 500 timed trainings on one
+# core of an AMD EPYC, on images of 8x8. They order the work and scale the progress bar, and change no result.
 _PER_VALUE = 50  # norm, activation and pooling, per value of a feature map
-_PER_BLOCK, _PER_STEP = 80_000, 120_000  # what calls cost, spread over the images of a batch
+_PER_BLOCK, _PER_STEP = 80_000, 120_000  # what calls cost, spread over a batch of 100 images
 
 
 @dataclasses.dataclass(frozen=True)
