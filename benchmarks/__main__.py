@@ -270,10 +270,56 @@ def _table3(edition, out, methods, implementations, ipcs, iterations, seconds):
     click.echo(table3_markdown([path]))
 
 
+@click.option("--dataset", type=Choice(list(DATASETS)), default="digits", show_default=True, help="data set")
+@click.option("--data-dir", type=click.Path(path_type=Path), help="folder of the data  [default: data]")
+@click.option("--download", is_flag=True, help="fetch CIFAR or Tiny ImageNet if missing  [default: off]")
+@click.option(
+    "--proxies",
+    type=CommaList(click.STRING),
+    help="sets to train candidates on: random, herding, k-center, forgetting, dm, dam, atom-channel, atom, early (real "
+    "images, as many steps), or NAME=FILE for any set  [default: random,dm,dam,atom,early]",
+)
+@click.option("--ipc", type=click.IntRange(1), help="stored images per class  [default: 50 images, 10 for digits]")
+@click.option("--iterations", type=int, help="steps of every distillation  [default: the method's, 200 for digits]")
+@click.option("--seeds", type=click.IntRange(1, 1000), default=1, show_default=True, help="seeds of sets and networks")
+@click.option(
+    "--widths",
+    type=CommaList(click.INT),
+    help="channels to choose from  [default: 32,64,128,256; 8,16,32,64 for digits]",
+)
+@click.option("--sample", type=int, help="number of candidates, chosen at random  [default: all, 720]")
+@click.option("--epochs", type=click.IntRange(1), help="epochs on a proxy  [default: 200 epochs, 30 for digits]")
+@click.option(
+    "--reference-epochs",
+    type=click.IntRange(0),
+    help="epochs on the whole data; 0 leaves it out  [default: 100 epochs, 10 for digits]",
+)
+@_out("runs/table6", "folder of sets, candidates and results")
+@device_option
+@quiet_option
+@alone
+def _table6(dataset, data_dir, download, out, device, quiet, **options):
+    """Table 6: architecture search on distilled sets.
+
+    Trains every candidate of the grid on each proxy and on the whole data, and shows the rank correlations beside the
+    paper's. Finished candidates are kept: run the same command again to continue. Several processes may run it in one
+    folder; on a CPU one command starts a process for every core.
+    """
+    from atom_fast._malloc import keep_freed_memory
+    from benchmarks.search.plan import plan
+    from benchmarks.search.run import run
+    from benchmarks.search.table import render
+
+    keep_freed_memory()
+    where = {"data_dir": data_dir, "download": download, "device": device_name(device), "progress": not quiet}
+    click.echo(render(run(plan(dataset, **options), out, **where)))
+
+
 for _name, _target in TARGETS.items():  # in the paper's order
     _add_target(_name, _target)
     if _name == "table2":
         main.command("table3", short_help="Table 3: time and memory of a step of seven methods")(_table3)
+main.command("table6", short_help="Table 6: architecture search on distilled sets")(_table6)
 main.command("record", short_help="A set from the data to its tested accuracy, timed")(_record)
 
 
@@ -553,6 +599,22 @@ def _digits(steps, out):
     from benchmarks.digits import run
 
     run(steps, out)
+
+
+@main.command("candidates")
+@click.option("--sample", default=40, show_default=True, help="number of candidates, chosen at random")
+@click.option("--epochs", type=click.IntRange(1), default=30, show_default=True, help="epochs of every training")
+@click.option("--ipc", type=click.IntRange(1), default=10, show_default=True, help="random digits per class")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="turns of each side")
+@click.option("--out", type=click.Path(path_type=Path), help="JSON file of the record  [default: not written]")
+@alone
+def _candidates(**options):
+    """Time the training of table6's candidates beside one after the other, on a CPU."""
+    from atom_fast._malloc import keep_freed_memory
+    from benchmarks.search.speed import measure
+
+    keep_freed_memory()
+    measure(**options)
 
 
 @main.command("ranks")

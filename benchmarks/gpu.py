@@ -2,10 +2,10 @@
 
 Needs a checkout and a Python with torch, triton, numpy and pytest; with images of CIFAR-10 also everything that the
 package requires (kornia, to whiten). Nothing is installed or fetched. Each part has its own time limit, and what a part
-has measured is kept however it ends. The folder of the results holds at most 13 files: ``summary.json``, ``log.txt``,
+has measured is kept however it ends. The folder of the results holds at most 14 files: ``summary.json``, ``log.txt``,
 ``table3-gpu.json``, ``scaling-gpu.json``, ``kernels.json``, ``evaluation.json``, ``best.json``, ``successors.json``
-and, with images, ``table1.json``, ``study.json`` and three records, whose sets stay in ``runs/gpu-accuracy``: another
-run continues them.
+and, with images, ``table1.json``, ``study.json``, ``table6.json`` and three records, whose sets stay in
+``runs/gpu-accuracy``: another run continues them.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ TABLE1 = [
 ]
 STUDY = ["study", "--cells", "cifar10:10,cifar10:50", "--factors", "loss_scale,image_average", "--seeds", "3"]
 STUDY += _LIKE_THE_PAPER
+TABLE6 = ["table6", "--dataset", "cifar10", "--proxies", "atom", "--reference-epochs", "0", "--quiet"]
 # The shape of CIFAR-10 at 50 images per class; the preset paper as it is there.
 STEP = ["profile", "--shape", "10", "3", "32", "32", "--ipc", "50", "--steps", "30", "--warm-up", "5", "--quiet"]
 STEPS_OF = {
@@ -210,6 +211,11 @@ def _steps(run: GpuRun, limit: float, steps: Mapping[str, list[str]], file: str)
     return ", ".join(outcomes)
 
 
+def table6(run: GpuRun, limit: float) -> str:
+    """Train the whole grid of Table 6 on a set of 50 images per class, without the whole data."""
+    return _accuracies(run, limit, TABLE6)
+
+
 def record(run: GpuRun, limit: float, ipc: int) -> str:
     """Measure the preset best at one size of CIFAR-10 from the data to a tested set (docs/records.md)."""
     if run.cifar is None:
@@ -238,6 +244,7 @@ PARTS: dict[str, tuple[Callable[[GpuRun, float], str], float]] = {
     "evaluation": (evaluation, 180),
     "table3": (whole_table, 600),
     "scaling": (growth, 120),
+    "table6": (table6, 600),
 }
 
 

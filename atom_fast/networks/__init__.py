@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -58,11 +58,15 @@ def make_network(
     return network(channels, num_classes, image_size, **settings)
 
 
-def convnet_search_space() -> Iterator[dict[str, object]]:
-    """Yield the settings of the 720 ConvNets that the ATOM paper's Table 6 searches, for 32×32 images."""
+def convnet_search_space(widths: Sequence[int] = (32, 64, 128, 256)) -> Iterator[dict[str, object]]:
+    """Yield the settings of the 720 ConvNets that the ATOM paper's Table 6 searches, for 32×32 images.
+
+    Args:
+        widths: channels to choose from; the default are the paper's.
+    """
     choices = {
         "depth": (1, 2, 3, 4),
-        "width": (32, 64, 128, 256),
+        "width": widths,
         "activation": ("sigmoid", "relu", "leakyrelu"),
         "norm": ("none", "batch", "layer", "instance", "group"),
         "pooling": ("none", "max2", "avg2"),

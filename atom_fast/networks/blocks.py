@@ -31,7 +31,7 @@ class ConvBlock(nn.Module):
         return self.activation(self.norm(self.convolution(x)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the pooled feature map; norm, ReLU and pooling run as one operation where `_trains_fused`."""
+        """Return the pooled feature map; what `_trains_fused` names runs as one operation."""
         if not self._trains_fused():
             return self.pool(self.feature_map(x))
         c = self.convolution
@@ -39,11 +39,13 @@ class ConvBlock(nn.Module):
 
     def after_convolution(self, x: Tensor) -> Tensor:
         """Return the pooled feature map, given what the convolution returns without its bias."""
-        norm, offset = self.norm, self.convolution.bias
-        if not self._trains_fused():
+        norm, offset, fused = self.norm, self.convolution.bias, self._trains_fused()
+        if not fused:
             x = x if offset is None else x + offset[:, None, None]
             return self.pool(self.activation(norm(x)))
         # The norm subtracts the convolution's bias; BatchNorm's running mean needs it.
+        if fused == "norm":
+            return self.pool(self.activation(instance_norm(x, norm.weight, norm.bias, norm.eps)))
         pool = _is_2x2_average(self.pool) and x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
         if isinstance(norm, nn.GroupNorm):
             x = instance_norm(x, norm.weight, norm.bias, norm.eps, relu=True, pool=pool)
@@ -56,12 +58,18 @@ class ConvBlock(nn.Module):
             )  # fmt: skip
         return x if pool else self.pool(x)
 
-    def _trains_fused(self) -> bool:
-        """Return True if a fused operation computes norm and ReLU, and no module has hooks."""
+    def _trains_fused(self) -> str:
+        """Return what one operation computes: "block" for norm, ReLU and pooling, "norm", or "" for nothing.
+
+        PyTorch's InstanceNorm is slow in channels_last, so that it is worth replacing before other activations too.
+        """
         norm = self.norm
-        batch = isinstance(norm, nn.BatchNorm2d) and norm.momentum is not None and norm.track_running_stats
-        accepted = (batch or is_instance_norm(norm)) and norm.affine and isinstance(self.activation, nn.ReLU)
-        return bool(accepted) and not any(map(_has_hooks, self.children()))
+        if any(map(_has_hooks, self.children())):
+            return ""
+        if isinstance(self.activation, nn.ReLU):
+            batch = isinstance(norm, nn.BatchNorm2d) and norm.momentum is not None and norm.track_running_stats
+            return "block" if (batch or is_instance_norm(norm)) and norm.affine else ""
+        return "norm" if is_instance_norm(norm) and norm.affine else ""
 
     def attention_refusal(self) -> str | None:
         """Return why `ConvNet.attention` cannot run this block fused; None if it can."""

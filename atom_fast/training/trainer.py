@@ -16,7 +16,7 @@ from atom_fast.data.dataset import ImageData
 from atom_fast.data.placement import keeps_on_device
 from atom_fast.data.whitening import Preprocessing, real_image_gatherer
 from atom_fast.networks import make_network
-from atom_fast.training.cutmix import draw_cutmix, mix_images, mixed_cross_entropy
+from atom_fast.training.cutmix import CutMix, draw_cutmix, mix_images, mixed_cross_entropy
 from atom_fast.training.protocols import Protocol
 
 # Pixels tested at once: on a CPU 256 images of 32x32, whose first feature map takes 128 MiB at width 128; eight times
@@ -138,6 +138,10 @@ class Trainer:
 
         The logits are of the images that it trains on, augmented and mixed.
         """
+        return self.update(*self.batch(indices))
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor, CutMix | None]:
+        """Return the images at ``indices``, int64 [B], augmented and mixed, their labels, and how they were mixed."""
         if self._gather is not None:
             images = self._gather(indices)
         else:  # index_select by itself returns NCHW
@@ -151,6 +155,10 @@ class Trainer:
         if self.protocol.cutmix:
             mixture = draw_cutmix(images.shape, self.generator, self.protocol.cutmix)
             images = mix_images(images, mixture)
+        return images, labels, mixture
+
+    def update(self, images: Tensor, labels: Tensor, mixture: CutMix | None = None) -> Tensor:
+        """Take a step on a batch as `batch` returns it; return its logits [B, K] before the update."""
         with torch.autocast(**self._autocast):
             predicted = self.network(images)
             if mixture is None:

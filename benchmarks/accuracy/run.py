@@ -81,7 +81,7 @@ def reproduce(
     _load_data(plan, missing, output, cache)
     failed: dict[str, str] = {}
     try:
-        with _sigterm_exits():
+        with sigterm_exits():
             passed = _do(output, missing, cache, common, report, failed)
     except (SystemExit, KeyboardInterrupt):
         report("stopped; finished work is kept, and the same command continues")
@@ -108,7 +108,7 @@ def reproduce(
 
 
 @contextlib.contextmanager
-def _sigterm_exits() -> Iterator[None]:
+def sigterm_exits() -> Iterator[None]:
     """Make SIGTERM raise SystemExit, as SIGINT raises KeyboardInterrupt, so that finished results are written.
 
     A distillation handles both itself while it runs. Only the main thread may set handlers.

@@ -164,7 +164,14 @@ def test_the_search_space_holds_720_networks_that_fit():
 
 @pytest.mark.parametrize("norm", ["instance", "batch", "layer", "group", "none"])
 @pytest.mark.parametrize(
-    "activation, pooling, size", [("relu", "avg2", 8), ("relu", "max2", 8), ("relu", "avg3", 9), ("sigmoid", "avg2", 9)]
+    "activation, pooling, size",
+    [
+        ("relu", "avg2", 8),
+        ("relu", "max2", 8),
+        ("relu", "avg3", 9),
+        ("sigmoid", "avg2", 9),
+        ("leakyrelu", "none", 8),
+    ],
 )
 def test_fused_logits_are_those_of_the_modules(activation, pooling, size, norm, device):
     network = ConvNet(2, 3, size, width=8, depth=2, norm=norm, activation=activation, pooling=pooling)
