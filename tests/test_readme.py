@@ -43,7 +43,7 @@ COVERED = {
     r"--download|cifar|--data-dir|table5 --only|fig3 --seeds 1 --networks": (NEEDS, "a download"),
     r"benchmarks (gpu|kernels)|--edition gpu": (NEEDS, "a GPU"),
     r"benchmarks profile --shape 10 3 32 32 --ipc 50": (NEEDS, "a GPU, or minutes without one"),
-    r"benchmarks (busy|evaluation|ranks|step)|pytest benchmarks": (NEEDS, MINUTES),
+    r"benchmarks (busy|candidates|evaluation|ranks|step)|pytest benchmarks": (NEEDS, MINUTES),
     r"^make (test|lint)$": (NEEDS, "nothing: it runs this test, or is a part of what does"),
     r"^make demo$|^atom-fast demo$": (
         TEST,
@@ -52,6 +52,8 @@ COVERED = {
     r"^make report$|benchmarks report": (TEST, "benchmarks/test_report.py::test_pages_show_what_was_measured"),
     r"^pip install \.$": (TEST, "test_package.py::test_the_source_archive_holds_every_kernel_once_and_installs"),
     r"^atom-fast distill .*--pool-networks": (TEST, "test_cli.py::test_a_pool_is_trained_once_for_several_runs"),
+    r"benchmarks table6": (TEST, "benchmarks/test_search.py::test_the_command_prints_the_table"),
+    r"examples/continual": (TEST, "test_examples.py::test_classes_are_learnt_step_by_step_from_a_memory"),
     r"^atom-fast distill --dataset digits": (RUN, "--iterations 2 --width 8 --quiet"),
     r"^atom-fast distill --set": (TEST, "test_cli.py::test_a_run_starts_from_a_given_set"),
     r"^atom-fast evaluate .*--scores": (
