@@ -25,10 +25,27 @@ _DIGITS = {
     "width": 32,
     "augmentation": "color_crop_cutout_scale_rotate",
 }
-# What methods of another loss change for digits: fewer steps, which take minutes at 10 images per class, and smaller
-# learning rates of the images, whose gradient is larger where an image has fewer pixels.
+# What methods of another loss change for digits. Fewer steps take minutes at 10 images per class. At depth 3 the last
+# norm sees 2x2 values, and what these methods learn through its gradient destroys the images. Learning rates are smaller
+# where an image has fewer pixels and a larger gradient in each.
+_GRADIENTS = {"depth": 2, "iterations": 30, "image_lr": 0.02}
+_FEATURES = {"depth": 2, "iterations": 20}
+_EXPERTS = {
+    "depth": 2, "iterations": 150, "image_lr": 1.0, "student_steps": 12, "last_start": 10, "step_size": 0.01,
+    "step_size_lr": 1e-6, "experts": 4,
+}  # fmt: skip
 _OF_METHODS = {
-    "dc": {"iterations": 20},
+    "dc": {**_GRADIENTS, "iterations": 50, "image_lr": 0.1},
+    "dsa": _GRADIENTS,
+    "dcc": _GRADIENTS,
+    "dsac": _GRADIENTS,
+    "cafe": _FEATURES,
+    "cafe-dsa": _FEATURES,
+    "dd": {"depth": 2, "iterations": 200, "image_lr": 0.05},
+    "ld": {"depth": 2, "iterations": 1000, "label_lr": 0.01},
+    "mtt": _EXPERTS,
+    "tesla": _EXPERTS,
+    "frepo": {"iterations": 200, "image_lr": 1e-3},
 }
 _DIGITS_SIZES = {"digits": (3, 2), "digits32": (1, 1)}  # sets and networks
 _DIGITS32 = {**_DIGITS, "iterations": 100, "real_batch": 32}
