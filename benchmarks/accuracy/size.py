@@ -26,8 +26,8 @@ _DIGITS = {
     "augmentation": "color_crop_cutout_scale_rotate",
 }
 # What methods of another loss change for digits. Fewer steps take minutes at 10 images per class. At depth 3 the last
-# norm sees 2x2 values, and what these methods learn through its gradient destroys the images. Learning rates are smaller
-# where an image has fewer pixels and a larger gradient in each.
+# norm sees 2x2 values, and what these methods learn through its gradient destroys the images. Learning rates are
+# smaller: an image of fewer pixels has a larger gradient in each.
 _GRADIENTS = {"depth": 2, "iterations": 30, "image_lr": 0.02}
 _FEATURES = {"depth": 2, "iterations": 20}
 _EXPERTS = {
