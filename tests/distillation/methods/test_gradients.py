@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atom_fast.data.augmentation import augment_stages, draw_stages
+from atom_fast.distillation import ranks
 from atom_fast.distillation.config import preset
 from atom_fast.distillation.loop import distill
 from atom_fast.distillation.methods.gradients import class_gradients, gradient_distance
@@ -157,6 +158,12 @@ def test_settings_of_other_methods_are_refused_before_work_starts(more, message,
     with pytest.raises(ValueError, match=message):
         distill(data, preset(method="dsa", **more), tmp_path / "run", progress=False, device="cpu")
     assert not (tmp_path / "run").exists()
+
+
+def test_several_processes_are_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    with pytest.raises(ValueError, match="method 'dsa' runs in one process; got 2: start it without torchrun"):
+        distill(data, preset(method="dsa"), tmp_path / "run", progress=False, device="cpu")
 
 
 def test_a_preset_of_another_method_is_refused():
