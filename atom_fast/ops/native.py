@@ -27,7 +27,7 @@ from .._files import cache_folder
 LANES = 16  # floats in the kernels' vectors, see kernels/vectors.h
 _BYTES_PER_THREAD = 1 << 19  # some 50 microseconds of work; a thread that sleeps needs some 10 to start
 _COMPILERS = ("cc", "gcc", "clang")
-_TIMEOUT = 120  # seconds per run of the compiler
+_TIMEOUT = 300  # seconds per run of the compiler; a busy machine needs more than a minute
 _QUIET = 4  # seconds of compiling without a message
 _ROOM = 32 << 20  # bytes that a build needs at most: assembly, object files, the library
 _STALE = 3600  # seconds after which a build's folder belongs to a process that was killed
