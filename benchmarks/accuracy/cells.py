@@ -38,6 +38,7 @@ class Cell:
         settings: (name, value) pairs that replace the method's distillation settings.
         selection_epochs, selection_protocol: training of the network that images are chosen with.
         milestones: iterations after which the set is kept too; the last one ends the distillation.
+        own: names of settings that are of this method alone, and not of the networks that test its sets.
     """
 
     dataset: str
@@ -48,6 +49,7 @@ class Cell:
     selection_epochs: int = 0
     selection_protocol: str = ""
     milestones: tuple[int, ...] = ()
+    own: tuple[str, ...] = ()
 
     @property
     def config(self) -> DistillConfig:
@@ -89,7 +91,7 @@ class Cell:
 
     def to_dict(self) -> dict[str, object]:
         """Return the cell as JSON can hold it."""
-        plain = {"settings": dict(self.settings), "milestones": list(self.milestones)}
+        plain = {"settings": dict(self.settings), "milestones": list(self.milestones), "own": list(self.own)}
         return {**dataclasses.asdict(self), **plain, "config_hash": self.config.config_hash()}
 
 
@@ -128,7 +130,8 @@ def architecture(cell: Cell, network: str, norm: str | None = None) -> dict[str,
         return {}
     if norm is None and get_method(cell.method).loss != "matching":
         norm = "instance"
-    config = configuration("atom", cell.ipc, cell.seed, dict(cell.settings))
+    common = {name: value for name, value in cell.settings if name not in cell.own}
+    config = configuration("atom", cell.ipc, cell.seed, common)
     config = config.for_data(DATASETS[cell.dataset][2], cell.dataset)
     found = config.convnet_settings()
     return found if norm is None else {**found, "norm": norm}

@@ -50,7 +50,7 @@ def collect(plan: Plan, output: Path, failed: Mapping[str, str] | None = None) -
         "title": plan.title,
         "kind": plan.kind,
         "data": {dataset: found.data.get(dataset, DATASETS[dataset][0]) for dataset in plan.sizes},
-        "reduced": {d: size.reductions(evaluated=plan.kind != "grids") for d, size in plan.sizes.items()},
+        "reduced": {d: size.reductions(plan.methods, evaluated=plan.kind != "grids") for d, size in plan.sizes.items()},
         "sizes": {
             dataset: {"sets": size.seeds, "networks": size.networks, "settings": dict(size.settings)}
             for dataset, size in plan.sizes.items()

@@ -7,11 +7,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from atom_fast.distillation.config import default_norm
 from benchmarks import markdown
 from benchmarks.accuracy.record import FORMAT
-from benchmarks.accuracy.size import OF_METHOD
 
 NOTHING = "–"
 # Names in "reduced" that are written as a number of something; others are written as a setting.
@@ -227,12 +227,16 @@ def _sizes(record: Record, dataset: str) -> list[str]:
     return [_reduction(**entry) for entry in record.content["reduced"][dataset] if entry["name"] not in stated]
 
 
-def _reduction(name: str, value: object, usual: object, dm: object = None) -> str:
+def _reduction(name: str, value: Any, usual: Any, dm: object = None) -> str:
     """Return a difference from the paper, such as "5 networks per set (paper: 20)"."""
     if name == "evaluation protocol":
         return f"evaluation schedule {value}"
-    if OF_METHOD in name:
-        return f"{name.replace('_', ' ')} {value:,} ({'by size' if usual is None else f'published: {usual:,}'})"
+    if isinstance(value, dict):  # settings of one method
+        parts = [
+            f"{own:,} iterations (published: {usual[setting]:,})" if setting == "iterations" else f"`{setting}` {own}"
+            for setting, own in value.items()
+        ]
+        return f"{name}: {', '.join(parts)}"
     if name in _COUNTED:
         named = _SINGULAR.get(name, _COUNTED[name]) if value == 1 else _COUNTED[name]
         also = "" if dm is None else f"; DM {dm:,}"

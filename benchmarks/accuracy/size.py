@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from atom_fast.distillation.config import affects_result, preset
 from atom_fast.distillation.methods import is_used
@@ -14,7 +14,6 @@ from benchmarks.paper import NETWORKS, SETS
 
 _OF_DM = ("iterations", "real_batch")  # settings for which DM has its own values
 _OF_THE_CELL = {"seed": "--seeds", "ipc": "--cells"}  # settings that the cell defines, and the option that chooses them
-OF_METHOD = " of "  # between a setting and the method that it is of
 SETS_NAME, NETWORKS_NAME = "sets per cell", "networks per set"
 
 # Digits stand in for the paper's data where there is neither a GPU nor a download: small enough for minutes on a CPU.
@@ -104,17 +103,19 @@ class RunSize:
         epochs = max(1, round(wanted.epochs * self.epochs / own.epochs))
         return get_protocol(wanted.name, epochs=epochs)
 
-    def reductions(self, *, evaluated: bool = True) -> list[dict]:
+    def reductions(self, methods: Collection[str] = (), *, evaluated: bool = True) -> list[dict]:
         """Return every difference from the paper, without settings that change no image.
 
         Args:
+            methods: those that are run; of others no settings are named.
             evaluated: include the number of sets and networks and the protocol.
 
         Returns:
             Dicts with ``name``, ``value``, ``usual`` (the paper's; None if it follows from the data) and, for settings
-            of which DM has its own value, ``dm``.
+            of which DM has its own value, ``dm``. For settings of one method ``name`` is its title, and ``value`` and
+            ``usual`` (the published ones) are dicts.
         """
-        found = [*self._settings_changed(), *self._changed_of_methods()]
+        found = [*self._settings_changed(), *self._changed_of_methods(methods)]
         return [*self._fewer(), *found, *self._evaluation_changed()] if evaluated else found
 
     def _fewer(self) -> list[dict]:
@@ -128,11 +129,15 @@ class RunSize:
                 found.append({"name": name, "value": value, "usual": paper[name], **own})
         return found
 
-    def _changed_of_methods(self) -> list[dict]:
+    def _changed_of_methods(self, methods: Collection[str]) -> list[dict]:
         found = []
         for method, own in self.of_methods.items():
-            title, published = get_method(method).title, configuration(method, 1, 0, {}).to_dict()
-            found += _differing(*((f"{name}{OF_METHOD}{title}", value, published[name]) for name, value in own.items()))
+            if method not in methods:
+                continue
+            published = configuration(method, 1, 0, {}).to_dict()
+            changed = {name: value for name, value in own.items() if value != self.settings.get(name)}
+            usual = {name: published[name] for name in changed}
+            found.append({"name": get_method(method).title, "value": changed, "usual": usual})
         return found
 
     def _evaluation_changed(self) -> list[dict]:

@@ -65,6 +65,11 @@ class Plan:
     sizes: Mapping[str, RunSize]
 
     @property
+    def methods(self) -> set[str]:
+        """Methods of all cells."""
+        return {cell.method for cell, _ in self.units}
+
+    @property
     def units(self) -> list[Unit]:
         """All cells with their evaluations, each once: first one set of every entry, then the second, and so on."""
         wanted: dict[Cell, dict[Evaluation, None]] = {}

@@ -119,7 +119,8 @@ def test_methods_of_another_loss_have_settings_of_their_own():
     assert size.settings_of("dsa") == {"iterations": 100, "width": 16, "real_batch": 32}
     assert size.settings_of("mtt") == {"width": 16, "experts": 3}
     assert size.settings_of("atom") == {name: given[name] for name in given if name != "experts"}
-    assert {"name": "iterations of DSA", "value": 100, "usual": 1000} in size.reductions()
+    assert {"name": "DSA", "value": {"iterations": 100}, "usual": {"iterations": 1000}} in size.reductions(["dsa"])
+    assert all(entry["name"] != "DSA" for entry in size.reductions(["atom"]))
     with pytest.raises(ValueError, match="atom has the settings of the table; got iterations of its own"):
         size_for("cifar10", of_methods={"atom": {"iterations": 5}})
     with pytest.raises(ValueError, match="iterations must be .* at least 1; got 0"):
@@ -129,6 +130,12 @@ def test_methods_of_another_loss_have_settings_of_their_own():
     for method in ("dc", "dcc", "dsac", "cafe", "cafe-dsa", "dd", "ld", "mtt", "tesla", "frepo"):
         [(cell, _)] = plan("table1", [("digits", 1)], [method], seeds=1).units
         cell.config.resolve((1, 8, 8), "digits", torch.device("cpu"))  # no setting of it is refused
+
+
+def test_settings_of_one_method_do_not_change_the_networks_that_test_it():
+    units = plan("table1", [("digits", 1)], ["dsa", "mtt", "random"], seeds=1).units
+    assert {cell.method: cell.resolved_config.depth for cell, _ in units} == {"dsa": 2, "mtt": 2, "random": 3}
+    assert len({str(architecture(cell, "convnet")) for cell, _ in units}) == 1
 
 
 def test_protocols_are_shortened_in_proportion():
