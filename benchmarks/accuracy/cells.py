@@ -38,7 +38,7 @@ class Cell:
         settings: (name, value) pairs that replace the method's distillation settings.
         selection_epochs, selection_protocol: training of the network that images are chosen with.
         milestones: iterations after which the set is kept too; the last one ends the distillation.
-        own: names of settings that are of this method alone, and not of the networks that test its sets.
+        tested: settings of the networks that test its sets; None: ``settings``.
     """
 
     dataset: str
@@ -49,7 +49,7 @@ class Cell:
     selection_epochs: int = 0
     selection_protocol: str = ""
     milestones: tuple[int, ...] = ()
-    own: tuple[str, ...] = ()
+    tested: tuple[tuple[str, object], ...] | None = None
 
     @property
     def config(self) -> DistillConfig:
@@ -91,7 +91,8 @@ class Cell:
 
     def to_dict(self) -> dict[str, object]:
         """Return the cell as JSON can hold it."""
-        plain = {"settings": dict(self.settings), "milestones": list(self.milestones), "own": list(self.own)}
+        plain = {"settings": dict(self.settings), "milestones": list(self.milestones)}
+        plain["tested"] = None if self.tested is None else dict(self.tested)
         return {**dataclasses.asdict(self), **plain, "config_hash": self.config.config_hash()}
 
 
@@ -130,8 +131,8 @@ def architecture(cell: Cell, network: str, norm: str | None = None) -> dict[str,
         return {}
     if norm is None and get_method(cell.method).loss != "matching":
         norm = "instance"
-    common = {name: value for name, value in cell.settings if name not in cell.own}
-    config = configuration("atom", cell.ipc, cell.seed, common)
+    settings = dict(cell.settings if cell.tested is None else cell.tested)
+    config = configuration("atom", cell.ipc, cell.seed, settings)
     config = config.for_data(DATASETS[cell.dataset][2], cell.dataset)
     found = config.convnet_settings()
     return found if norm is None else {**found, "norm": norm}

@@ -82,7 +82,7 @@ def make_cell(
         size.selection_epochs if watched else 0,
         size.protocol if watched else "",
         milestones,
-        tuple(size.of_methods.get(method, ())),
+        tuple(size.settings.items()) if method in size.of_methods else None,
     )
 
 

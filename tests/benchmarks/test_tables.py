@@ -135,7 +135,9 @@ def test_methods_of_another_loss_have_settings_of_their_own():
 def test_settings_of_one_method_do_not_change_the_networks_that_test_it():
     units = plan("table1", [("digits", 1)], ["dsa", "mtt", "random"], seeds=1).units
     assert {cell.method: cell.resolved_config.depth for cell, _ in units} == {"dsa": 2, "mtt": 2, "random": 3}
-    assert len({str(architecture(cell, "convnet")) for cell, _ in units}) == 1
+    assert {architecture(cell, "convnet")["depth"] for cell, _ in units} == {3}
+    units = plan("table1", [("digits", 1)], ["dsa", "mtt", "random"], seeds=1, settings={"depth": 1}).units
+    assert {architecture(cell, "convnet")["depth"] for cell, _ in units} == {1}
 
 
 def test_protocols_are_shortened_in_proportion():
