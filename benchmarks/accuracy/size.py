@@ -135,7 +135,8 @@ class RunSize:
             if method not in methods:
                 continue
             published = configuration(method, 1, 0, {}).to_dict()
-            changed = {name: value for name, value in own.items() if value != self.settings.get(name)}
+            common = {name: value for name, value in self.settings.items() if name != "iterations"}  # of ATOM
+            changed = {name: value for name, value in own.items() if value != common.get(name)}
             usual = {name: published[name] for name in changed}
             found.append({"name": get_method(method).title, "value": changed, "usual": usual})
         return found
