@@ -122,7 +122,7 @@ def _(x, weight, bias, eps, relu, pool, implementation):
     return _empty_outputs(x, pool)
 
 
-@operator("instance_norm_backward")
+@operator("instance_norm_backward", differentiable=True)
 def instance_norm_backward_op(
     gradient: Tensor,
     x: Tensor,
@@ -180,6 +180,21 @@ def _backward(ctx, gradient, *_):
 
 
 differentiate(instance_norm_op, _backward, _setup_context)
+
+
+def _setup_second(ctx, inputs, output):
+    *tensors, relu, pool, ctx.implementation = inputs
+    ctx.options = relu, pool
+    ctx.save_for_backward(*tensors)
+
+
+def _second(ctx, *weighing):
+    if ctx.implementation != "c":
+        raise RuntimeError("atom_fast::instance_norm is differentiable twice in C alone, not in Triton")
+    return *_second_gradients(*weighing, *ctx.saved_tensors, *ctx.options), *[None] * 6
+
+
+differentiate(instance_norm_backward_op, _second, _setup_second)
 
 
 class _InstanceNorm(torch.autograd.Function):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from atom_fast import reference
 from atom_fast.kernels import norm as successors
@@ -127,6 +128,11 @@ def test_a_second_derivative_is_refused(backend, place):
         torch.autograd.grad(gradient.square().sum(), x)
 
 
+class _Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
 def second_derivatives(function, x, weight, bias, **options):
     """Return the derivatives of a weighted sum of the gradients: in their direction, in ``x`` and in ``weight``."""
     output = function(x, weight, bias, **options)
@@ -147,7 +153,8 @@ def test_second_derivatives_in_c_equal_those_of_the_equations(batch, channels, h
     x, weight, bias = inputs(batch, channels, height, width, dtype=torch.float32)
     x = (x.detach() * scale).requires_grad_()
     got = second_derivatives(instance_norm, x, weight, bias, relu=relu, pool=pool)
-    again = second_derivatives(instance_norm, x, weight, bias, relu=relu, pool=pool)
+    with _Mode():  # as a counter of bytes is: calls go through the operators
+        again = second_derivatives(instance_norm, x, weight, bias, relu=relu, pool=pool)
     double = [tensor.detach().double().requires_grad_() for tensor in (x, weight, bias)]
     expected = second_derivatives(reference.instance_norm, *double, eps=1e-5, relu=relu, pool=pool)
     for a, b, exact in zip(got, again, expected, strict=True):
