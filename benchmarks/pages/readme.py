@@ -271,24 +271,19 @@ def _printed(row: Measured) -> str:
     return f"{row.paper[0]:.1f} ± {row.paper[1]:.1f}"
 
 
-def methods(cpu: Path) -> str:
+def methods(*cpu: Path) -> str:
     """Return the time of a step of every method of the paper's Table 3, on a CPU, as one small table."""
-    results = load_results(cpu)
-    cells = {
-        (c["workload"]["method"], c["workload"]["implementation"]): c
-        for c in results["cells"]
-        if c["workload"]["ipc"] == CPU_IPC
-    }
+    cells = {(w.method, w.implementation): cell for w, cell in merge(cpu).items() if w.ipc == CPU_IPC}
     lines = []
     for name, method in TIMED.items():
         found = [cells.get((name, implementation)) for implementation in COLUMNS]
         lines.append([method.title, *map(_milliseconds_or_status, found)])
-    where = results["environment"]
+    where = load_results(cpu[0])["environment"]
     head = ["ms per step, on a CPU", *COLUMNS.values()]
     below = paragraph(
         f"All seven methods of the paper's Table 3 at {CPU_IPC} images per class, on one thread of an "
-        f"{where['device']}, at reduced width and batch, commit {_commit(cpu)}. DC, DSA and MTT are timed as "
-        f"published; this project does not accelerate them."
+        f"{where['device']}, at reduced width and batch, commits {', '.join(map(_commit, cpu))}. Compare within a row: "
+        "rows are of different days."
     )
     return f"{markdown.table(head, lines)}\n\n{below}"
 
