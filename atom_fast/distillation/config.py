@@ -602,8 +602,12 @@ def preset(name: str = "paper", **overrides: Any) -> DistillConfig:
     method = overrides.get("method", "matching")
     if method in METHODS and name != "paper":
         raise ValueError(f"the preset {name!r} is for the method 'matching'; method {method!r} has its own settings")
-    published = METHODS[method].settings if method in METHODS else {}
-    return DistillConfig(**{**preset_settings(name, overrides.get("ipc", 1)), **published, **overrides})
+    return DistillConfig(**{**preset_settings(name, overrides.get("ipc", 1)), **_published(method), **overrides})
+
+
+def _published(method: object) -> Mapping[str, Any]:
+    """Return the published settings of a method that has a loss of its own; none of another."""
+    return METHODS[method].settings if isinstance(method, str) and method in METHODS else {}
 
 
 def check_method(config: DistillConfig) -> None:
@@ -612,7 +616,7 @@ def check_method(config: DistillConfig) -> None:
     Raises:
         ValueError: one is not; the message names it.
     """
-    own = METHODS[config.method].settings if config.method in METHODS else {}
+    own = _published(config.method)
     for name, setting in SETTINGS.items():
         value, default = getattr(config, name), own.get(name, setting["default"])
         if value != default and not is_used(config.method, name):

@@ -37,6 +37,7 @@ class Run(abc.ABC):
         classes: the classes of these images.
         images: float32 [len(classes)*ipc, C, H, W], model space, class-major; changed in place by every step. With a
             partition these are the sheets.
+        iteration: the number of the last step; 0 before the first.
         generator: source of a step's randomness, on the device.
         fusion: how the network runs, in words for the log; empty where there is nothing to say.
     """
@@ -76,6 +77,7 @@ class Run(abc.ABC):
         # channels_last is what convolutions on a CPU and on tensor cores work on
         self.images = images.detach().to(device, copy=True, memory_format=torch.channels_last)
         self.generator = torch.Generator(device)
+        self.iteration = 0
         self._iteration = torch.zeros((), dtype=torch.int64, device=device)
         self._names, self._weights = tuple(names), tuple(weights)
         self._sums = torch.zeros(len(names), dtype=torch.float64, device=device)  # since the last reading
@@ -86,6 +88,7 @@ class Run(abc.ABC):
 
     def step(self, iteration: int) -> None:
         """Run iteration ``iteration`` (1, 2, ...). Its randomness depends on that number and the seed alone."""
+        self.iteration = iteration
         self._iteration.fill_(iteration)
         self.generator.manual_seed(derive_seed(self.config.seed, iteration))
         self._step()

@@ -189,6 +189,7 @@ class Distillation(Run):
         Nothing is read back from the device. On out-of-memory, halve the number of classes that run at once and retry;
         a kernel that does not run on this device is replaced by PyTorch's operators, with a warning.
         """
+        self.iteration = iteration
         self._iteration.fill_(iteration)
         while True:
             self.generator.manual_seed(derive_seed(self.config.seed, iteration))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,11 @@ from atom_fast.data.sampling import sample_class_indices
 from atom_fast.data.whitening import Preprocessing
 from atom_fast.distillation.config import DistillConfig
 from atom_fast.distillation.methods.images import ImageRun
+from atom_fast.distillation.methods.networks import make_network, plain_sgd
 from atom_fast.networks.blocks import ConvBlock
 from atom_fast.networks.convnet import ConvNet
 from atom_fast.ops.instance_norm import instance_norm
-from atom_fast.training.protocols import Protocol
-from atom_fast.training.trainer import Trainer, empty_network, in_batches
+from atom_fast.training.trainer import Trainer, in_batches
 
 # Weights of the squared distances: feature maps of all blocks but the last, of the last, and its pooled features, which
 # CAFE's code compares twice, before and after flattening them. Weight of the cross-entropy.
@@ -74,17 +74,13 @@ class Learner(ImageRun):
         weights = {"feature_loss": 1.0, "discrimination_loss": DISCRIMINATION, "rounds": 0.0}
         names, weights = tuple(weights), tuple(weights.values())
         super().__init__(config, data, preprocessing, images, names=names, weights=weights, progress=progress)
-        protocol = Protocol(
-            name="network", epochs=WINDOW, batch_size=NETWORK_BATCH, learning_rate=NETWORK_RATE, momentum=0.0,
-            weight_decay=0.0, decay_factor=1.0, decay_every=None, augmentation=config.augmentation,
-        )  # fmt: skip
-        network: Any = empty_network("convnet", config.convnet_settings(), data, self.images.device)
-        self.network: ConvNet = network.to(memory_format=torch.channels_last)
+        protocol = plain_sgd("network", WINDOW, NETWORK_BATCH, NETWORK_RATE, config.augmentation)
+        self.network = make_network(config, data, self.images.device)
         self.trainer = Trainer(self.network, self.images, self.labels, protocol)
         self._probed_labels = torch.arange(data.num_classes, device=self.images.device).repeat_interleave(PROBED)
 
     def _step(self) -> None:
-        config, iteration = self.config, int(self._iteration)
+        config, iteration = self.config, self.iteration
         decay = 0.5 ** sum(iteration > last for last in HALVED_AFTER)
         self.trainer.restart(derive_seed(config.seed, iteration))
         with convolution_precision(config.precision, self.images.device, config.deterministic):

@@ -19,10 +19,10 @@ from atom_fast.data.whitening import Preprocessing
 from atom_fast.distillation.config import DistillConfig
 from atom_fast.distillation.methods.directional import flatten, loss_and_gradient
 from atom_fast.distillation.methods.images import ImageRun
+from atom_fast.distillation.methods.networks import make_network
 from atom_fast.distillation.methods.unrolled import Batch, differentiate, train
 from atom_fast.distillation.network_cache import set_parameters
 from atom_fast.networks.convnet import ConvNet
-from atom_fast.training.trainer import empty_network
 
 BETAS = (0.5, 0.999)  # of Adam
 HALVED_EVERY = 2000  # iterations: 40 epochs of 49 batches in DD's code
@@ -67,11 +67,10 @@ class Learner(ImageRun):
                 "step": torch.tensor(0.0), "exp_avg": first_moment, "exp_avg_sq": second_moment
             }  # fmt: skip
             self._moments |= {f"{name}_first_moment": first_moment, f"{name}_second_moment": second_moment}
-        network: Any = empty_network("convnet", config.convnet_settings(), data, device)
-        self.network: ConvNet = network.to(memory_format=torch.channels_last)
+        self.network = make_network(config, data, device)
 
     def _step(self) -> None:
-        config, iteration = self.config, int(self._iteration)
+        config, iteration = self.config, self.iteration
         with convolution_precision(config.precision, self.images.device, config.deterministic):
             self.network.reset_parameters(self.generator)
             start = flatten([weight.detach() for weight in self.network.parameters()], list(self.network.parameters()))

@@ -10,7 +10,7 @@ to block (128, 256, 512) and which has BatchNorm: figures are not comparable wit
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,9 +22,10 @@ from atom_fast.data.sampling import sample_class_indices
 from atom_fast.data.whitening import Preprocessing, real_image_gatherer
 from atom_fast.distillation.config import DistillConfig
 from atom_fast.distillation.logs import log
+from atom_fast.distillation.methods.networks import make_network
 from atom_fast.distillation.run import Run
 from atom_fast.networks.convnet import ConvNet
-from atom_fast.training.trainer import empty_network, in_batches
+from atom_fast.training.trainer import in_batches
 
 # From FRePo's code.
 RIDGE = 1e-6  # regularisation, as a part of the mean of the kernel's diagonal
@@ -164,8 +165,7 @@ class OnlinePool:
 
     def __init__(self, config: DistillConfig, data: ImageData, device: torch.device):
         """Draw all networks from the seed."""
-        network: Any = empty_network("convnet", config.convnet_settings(), data, device)
-        self._network: ConvNet = network.to(memory_format=torch.channels_last)
+        self._network = make_network(config, data, device)
         self.embedding_size = self._network.embedding_size
         generator = torch.Generator(device).manual_seed(derive_seed(config.seed, 0))  # steps count from 1
         self.weights = torch.stack([self._fresh(generator) for _ in range(NETWORKS)])

@@ -8,7 +8,7 @@ answer those of the others.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,10 @@ from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing
 from atom_fast.distillation.config import DistillConfig
 from atom_fast.distillation.methods.images import ImageRun
+from atom_fast.distillation.methods.networks import make_network, plain_sgd
 from atom_fast.networks.convnet import ConvNet
 from atom_fast.ops.dispatch import twice_differentiable
-from atom_fast.training.protocols import Protocol
-from atom_fast.training.trainer import Trainer, empty_network
+from atom_fast.training.trainer import Trainer
 
 NETWORK_RATE, NETWORK_BATCH = 0.01, 256  # of the network's SGD, from DC's code
 # DCC's code compares class by class in early rounds of early iterations, whose networks know little.
@@ -53,17 +53,13 @@ class Learner(ImageRun):
         assert config.rounds is not None and config.network_epochs is not None  # numbers in resolved settings
         self._rounds, self._epochs = config.rounds, config.network_epochs
         super().__init__(config, data, preprocessing, images, weights=(1 / self._rounds,), progress=progress)
-        protocol = Protocol(
-            name="network", epochs=self._epochs, batch_size=NETWORK_BATCH, learning_rate=NETWORK_RATE,
-            momentum=0.0, weight_decay=0.0, decay_factor=1.0, decay_every=None, augmentation=config.augmentation,
-        )  # fmt: skip
-        network: Any = empty_network("convnet", config.convnet_settings(), data, self.images.device)
-        self.network: ConvNet = network.to(memory_format=torch.channels_last)
+        protocol = plain_sgd("network", self._epochs, NETWORK_BATCH, NETWORK_RATE, config.augmentation)
+        self.network = make_network(config, data, self.images.device)
         self.trainer = Trainer(self.network, self.images, self.labels, protocol)
 
     def _step(self) -> None:
         config, network = self.config, self.network
-        self.trainer.restart(derive_seed(config.seed, int(self._iteration)))
+        self.trainer.restart(derive_seed(config.seed, self.iteration))
         for number in range(self._rounds):
             together = self._is_contrastive(number)
             with convolution_precision(config.precision, self.images.device, config.deterministic):
@@ -87,7 +83,7 @@ class Learner(ImageRun):
     def _is_contrastive(self, number: int) -> bool:
         """Return True if the classes are compared together in a round, counted from 0."""
         contrastive = self.config.method in ("dcc", "dsac")
-        return contrastive and (int(self._iteration) > WARM_UP_ITERATIONS or number >= WARM_UP_ROUNDS)
+        return contrastive and (self.iteration > WARM_UP_ITERATIONS or number >= WARM_UP_ROUNDS)
 
 
 def class_gradients(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,8 @@ from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing
 from atom_fast.distillation.config import DistillConfig
 from atom_fast.distillation.methods.images import ImageRun
-from atom_fast.training.protocols import Protocol
-from atom_fast.training.trainer import Trainer, empty_network
+from atom_fast.distillation.methods.networks import make_network, plain_sgd
+from atom_fast.training.trainer import Trainer
 
 NETWORK_RATE = 0.01  # of the network's SGD
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's defaults, for the labels
@@ -77,17 +77,13 @@ class Learner(ImageRun):
         self.moments = torch.zeros(2, *self.soft.shape, device=device)
         self.losses = torch.tensor([0.0, torch.inf], dtype=torch.float64, device=device)
         self._batch = batch_size(len(self.images), classes)
-        protocol = Protocol(
-            name="network", epochs=1, batch_size=self._batch, learning_rate=NETWORK_RATE, momentum=0.0,
-            weight_decay=0.0, decay_factor=1.0, decay_every=None, augmentation="none",
-        )  # fmt: skip
-        network: Any = empty_network("convnet", config.convnet_settings(), data, device)
-        self.network: nn.Module = network.to(memory_format=torch.channels_last)
+        protocol = plain_sgd("network", 1, self._batch, NETWORK_RATE, "none")
+        self.network = make_network(config, data, device)
         self.trainer = Trainer(self.network, self.images, self.soft, protocol)
         self.trainer.restart(derive_seed(config.seed, 1))
 
     def _step(self) -> None:
-        config, iteration = self.config, int(self._iteration)
+        config, iteration = self.config, self.iteration
         chosen = torch.randperm(len(self.images), generator=self.generator, device=self.images.device)[: self._batch]
         with convolution_precision(config.precision, self.images.device, config.deterministic):
             before = {name: parameter.detach().clone() for name, parameter in self.network.named_parameters()}

@@ -20,10 +20,10 @@ from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing
 from atom_fast.distillation.config import DistillConfig
 from atom_fast.distillation.methods.experts import trained_experts
+from atom_fast.distillation.methods.networks import make_network
 from atom_fast.distillation.methods.unrolled import Batch, differentiate, train
 from atom_fast.distillation.run import Run
 from atom_fast.networks.convnet import ConvNet
-from atom_fast.training.trainer import empty_network
 
 
 class Terms(NamedTuple):
@@ -72,13 +72,12 @@ class Learner(Run):
         self.step_size = torch.full((1,), config.step_size, device=device)
         self.step_size_momentum = torch.zeros_like(self.step_size)
         self.labels = torch.arange(data.num_classes, device=device).repeat_interleave(config.ipc)
-        network: Any = empty_network("convnet", config.convnet_settings(), data, device)
-        self.network: ConvNet = network.to(memory_format=torch.channels_last)
+        self.network = make_network(config, data, device)
         self._draw_expert = draw_expert or trained_experts(data, preprocessing, config, progress=progress).draw
 
     def _step(self) -> None:
         config, device = self.config, self.images.device
-        seed = derive_seed(derive_seed(config.seed, int(self._iteration)), 1)
+        seed = derive_seed(derive_seed(config.seed, self.iteration), 1)
         drawn = self._draw_expert(torch.Generator().manual_seed(seed))
         start, target = (weights.to(device) for weights in drawn)
         with convolution_precision(config.precision, device, config.deterministic):

@@ -122,7 +122,7 @@ def test_the_network_learns_from_the_images_between_rounds(data):
 def test_contrastive_gradients_are_those_of_all_classes_together(data):
     run = run_of("dsac", data, rounds=1, augmentation="none")
     assert not run._is_contrastive(0) and run._is_contrastive(10)
-    run._iteration.fill_(251)
+    run.iteration = 251
     assert run._is_contrastive(0)
     before = run.images.clone()
     run.trainer.restart(5)
