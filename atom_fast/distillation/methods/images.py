@@ -55,10 +55,15 @@ class ImageRun(Run):
 
     def _update(self, gradient: Tensor, decay: float = 1.0) -> None:
         """Take a step of SGD with momentum, at ``decay`` times the learning rate."""
-        torch.add(gradient, self.momentum, alpha=self.config.momentum, out=self.momentum)
         assert self.config.image_lr is not None  # a number in resolved settings
-        self.images.sub_(self.momentum, alpha=self.config.image_lr * decay)
+        descend(self.images, self.momentum, gradient, self.config.image_lr * decay, self.config.momentum)
 
     def state(self) -> dict[str, Tensor]:
         """Return images and momentum."""
         return {"images": self.images, "momentum": self.momentum}
+
+
+def descend(value: Tensor, momentum: Tensor, gradient: Tensor, rate: float, factor: float) -> None:
+    """Take a step of SGD with momentum, in place."""
+    torch.add(gradient, momentum, alpha=factor, out=momentum)
+    value.sub_(momentum, alpha=rate)

@@ -20,6 +20,7 @@ from atom_fast.data.dataset import ImageData
 from atom_fast.data.whitening import Preprocessing
 from atom_fast.distillation.config import DistillConfig
 from atom_fast.distillation.methods.experts import trained_experts
+from atom_fast.distillation.methods.images import descend
 from atom_fast.distillation.methods.networks import make_network
 from atom_fast.distillation.methods.unrolled import Batch, differentiate, train
 from atom_fast.distillation.run import Run
@@ -89,8 +90,8 @@ class Learner(Run):
                 self.network, start, target, self.images, batch, rates, truncated=config.method == "tesla"
             )
         assert config.image_lr is not None and config.step_size_lr is not None  # numbers in resolved settings
-        _descend(self.images, self.momentum, of_images, config.image_lr, config.momentum)
-        _descend(self.step_size, self.step_size_momentum, of_rates.sum(), config.step_size_lr, config.momentum)
+        descend(self.images, self.momentum, of_images, config.image_lr, config.momentum)
+        descend(self.step_size, self.step_size_momentum, of_rates.sum(), config.step_size_lr, config.momentum)
         self._record(loss.view(1))
         self._count()
 
@@ -164,9 +165,3 @@ def trajectory_gradients(
     loss = difference.square().sum() / travelled
     adjoint = difference.mul_(2 / travelled)
     return loss, *differentiate(network, weights, adjoint, images, batch, rates, truncated=truncated)
-
-
-def _descend(value: Tensor, momentum: Tensor, gradient: Tensor, rate: float, factor: float) -> None:
-    """Take a step of SGD with momentum, in place."""
-    momentum.mul_(factor).add_(gradient)
-    value.sub_(momentum, alpha=rate)
